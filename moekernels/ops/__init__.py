@@ -1,0 +1,37 @@
+"""The ops, as public differentiable functions."""
+
+from moekernels.reference import (
+    GateOutput,
+    Routing,
+    combine,
+    experts,
+    gate,
+    grouped_gemm,
+    grouped_gemm_dgrad,
+    grouped_gemm_wgrad,
+    load_balancing_loss,
+    pack,
+    permute,
+    permute_weights,
+    regroup,
+    route,
+    ungroup,
+)
+
+__all__ = [
+    "GateOutput",
+    "Routing",
+    "combine",
+    "experts",
+    "gate",
+    "grouped_gemm",
+    "grouped_gemm_dgrad",
+    "grouped_gemm_wgrad",
+    "load_balancing_loss",
+    "pack",
+    "permute",
+    "permute_weights",
+    "regroup",
+    "route",
+    "ungroup",
+]

@@ -1,0 +1,335 @@
+"""Every op in plain torch: obvious, any device, any float dtype, differentiable by autograd.
+
+These functions say what an op means. The kernels of `moekernels.ops` are held to them (in fp64) by the contract test,
+and nothing here is tuned. Legend: T tokens, H hidden, F expert hidden, E experts, e local experts, K top-k, R routed rows,
+P peers, S segments.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class GateOutput(NamedTuple):
+    weights: Tensor  # [T, K] routing weights, fp32 (fp64 for fp64 logits)
+    ids: Tensor  # [T, K] int32, -1 for tokens that are not valid
+    score_sum: Tensor  # [S, E] sum over a segment's tokens of the normalised scores
+    counts: Tensor  # [S, E] int64, how often each expert was chosen in a segment
+    z_sum: Tensor  # [S] sum over a segment's tokens of logsumexp(logits)^2
+
+
+class Routing(NamedTuple):
+    counts: Tensor  # [E] int64, rows kept for each expert
+    offsets: Tensor  # [E+1] int64, where each expert's rows begin
+    row_of: Tensor  # [T, K] int32, the row of each choice, -1 if dropped
+    token_of: Tensor  # [R] int32, the token of each row, -1 if the row is unused
+    slot_of: Tensor  # [R] int32, t*K + k of each row, -1 if the row is unused
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def gate(
+    logits: Tensor,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    bias: Tensor | None = None,
+    num_groups: int = 1,
+    groups_kept: int = 1,
+    group_score: str = "max",
+    renormalize: bool = False,
+    scale: float = 1.0,
+    segments: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> GateOutput:
+    """logits [T, E] -> weights and ids [T, K], and the sums that the auxiliary losses are made of."""
+    x = _wide(logits)
+    tokens, experts = x.shape
+    if score == "softmax":
+        scores = torch.softmax(x, dim=-1)
+        normalised = scores
+    elif score == "softmax_topk":  # softmax over the chosen logits; the losses see the full softmax
+        scores = x
+        normalised = torch.softmax(x, dim=-1)
+    else:
+        scores = torch.sigmoid(x) if score == "sigmoid" else torch.sqrt(F.softplus(x))
+        normalised = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
+
+    # Choice: the bias moves it, the weights never see the bias.
+    choice = scores.detach() if bias is None else scores.detach() + bias.to(scores.dtype)
+    if num_groups > 1:
+        grouped = choice.view(tokens, num_groups, experts // num_groups)
+        if group_score == "max":
+            rank = grouped.amax(-1)
+        else:
+            rank = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        kept = torch.zeros_like(rank, dtype=torch.bool)
+        kept.scatter_(1, rank.sort(dim=-1, descending=True, stable=True).indices[:, :groups_kept], True)
+        choice = grouped.masked_fill(~kept[:, :, None], -torch.inf).view(tokens, experts)
+    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]  # ties: smaller id
+
+    chosen = scores.gather(1, ids)
+    weights = torch.softmax(chosen, dim=-1) if score == "softmax_topk" else chosen
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+    weights = weights * scale
+
+    lse = torch.logsumexp(x, dim=-1)
+    if valid is None:
+        valid = torch.ones(tokens, dtype=torch.bool, device=x.device)
+    weights = torch.where(valid[:, None], weights, 0)
+    ids = torch.where(valid[:, None], ids, -1)
+    bounds = [0, tokens] if segments is None else segments.tolist()
+    score_sum, counts, z_sum = [], [], []
+    for begin, end in zip(bounds[:-1], bounds[1:]):
+        keep = valid[begin:end]
+        score_sum.append(normalised[begin:end][keep].sum(0))
+        counts.append(torch.bincount(ids[begin:end][keep].flatten(), minlength=experts))
+        z_sum.append((lse[begin:end][keep] ** 2).sum())
+    return GateOutput(
+        weights, ids.int(), torch.stack(score_sum), torch.stack(counts), torch.stack(z_sum)
+    )
+
+
+def load_balancing_loss(score_sum: Tensor, counts: Tensor, top_k: int) -> Tensor:
+    """Switch-style loss, E/(K T^2) sum_e counts_e score_sum_e, segments weighted by their tokens.
+
+    score_sum, counts [S, E] -> scalar; 1 where the load is even (Fedus et al. 2021, eq. 4, for K choices).
+    """
+    tokens = counts.sum(-1, keepdim=True).to(score_sum.dtype) / top_k  # [S, 1]
+    per_segment = (counts * score_sum).sum(-1, keepdim=True) / tokens.clamp_min(1)
+    return per_segment.sum() * counts.shape[-1] / top_k / tokens.sum().clamp_min(1)
+
+
+def route(
+    ids: Tensor,
+    num_experts: int,
+    *,
+    weights: Tensor | None = None,
+    capacity: int | None = None,
+    drop: str = "position",
+    alignment: int = 1,
+) -> Routing:
+    """ids [T, K] -> a stable order of the choices by expert; ids outside [0, E) are dropped."""
+    tokens, top_k = ids.shape
+    flat = ids.reshape(-1).long()
+    rows = tokens * top_k + num_experts * (alignment - 1)
+    counts, offsets = [], [0]
+    row_of = torch.full((tokens * top_k,), -1, dtype=torch.int32, device=ids.device)
+    slot_of = torch.full((rows,), -1, dtype=torch.int32, device=ids.device)
+    for expert in range(num_experts):
+        slots = (flat == expert).nonzero().flatten()
+        if capacity is not None and len(slots) > capacity:
+            if drop == "weight":  # keep the heaviest, the earlier one where weights tie
+                order = weights.reshape(-1)[slots].sort(descending=True, stable=True).indices
+                slots = slots[order[:capacity]].sort().values
+            else:
+                slots = slots[:capacity]
+        begin = offsets[-1]
+        row_of[slots] = torch.arange(begin, begin + len(slots), device=ids.device).int()
+        slot_of[begin : begin + len(slots)] = slots.int()
+        counts.append(len(slots))
+        offsets.append(begin + -(-len(slots) // alignment) * alignment)
+    token_of = torch.where(slot_of >= 0, slot_of // top_k, -1).int()
+    device = ids.device
+    return Routing(
+        torch.tensor(counts, dtype=torch.int64, device=device),
+        torch.tensor(offsets, dtype=torch.int64, device=device),
+        row_of.view(tokens, top_k),
+        token_of,
+        slot_of,
+    )
+
+
+def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
+    """x [T, H] -> rows [R, H]: rows[r] = x[token_of[r]], zero where token_of is -1."""
+    if x.shape[0] == 0:
+        return x.new_zeros(token_of.shape[0], x.shape[1])
+    used = (token_of >= 0)[:, None]
+    return torch.where(used, x[token_of.clamp_min(0).long()], 0)
+
+
+def combine(
+    rows: Tensor, row_of: Tensor, token_of: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """rows [R, H] -> [T, H]: the sum over k of (weights[t, k] *) rows[row_of[t, k]], in the order of k."""
+    tokens, top_k = row_of.shape
+    total = _wide(rows).new_zeros(tokens, rows.shape[1])
+    if rows.shape[0] == 0:
+        return total.to(rows.dtype)
+    for k in range(top_k):
+        used = (row_of[:, k] >= 0)[:, None]
+        picked = _wide(rows)[row_of[:, k].clamp_min(0).long()]
+        if weights is not None:
+            picked = picked * weights[:, k, None]
+        total = total + torch.where(used, picked, 0)
+    return total.to(rows.dtype)
+
+
+def permute_weights(weights: Tensor, routing: Routing) -> Tensor:
+    """weights [T, K] -> [R], the weight of each row, zero for unused rows."""
+    flat = permute(weights.reshape(-1, 1), routing.slot_of, routing.row_of.reshape(-1, 1))
+    return flat.reshape(-1)
+
+
+def grouped_gemm(rows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool = False) -> Tensor:
+    """rows [R, I] x w [E, O, I] (transposed: [E, I, O]) -> [R, O]; rows past offsets[E] give zeros."""
+    out = [
+        rows[begin:end] @ (w[e] if transposed else w[e].T)
+        for e, (begin, end) in enumerate(zip(offsets.tolist()[:-1], offsets.tolist()[1:]))
+    ]
+    width = w.shape[2] if transposed else w.shape[1]
+    out.append(rows.new_zeros(rows.shape[0] - int(offsets[-1]), width))
+    return torch.cat(out)
+
+
+def grouped_gemm_dgrad(
+    drows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool = False
+) -> Tensor:
+    """Gradient of `grouped_gemm` for its rows: drows [R, O] -> [R, I]."""
+    return grouped_gemm(drows, w, offsets, transposed=not transposed)
+
+
+def grouped_gemm_wgrad(
+    rows: Tensor,
+    drows: Tensor,
+    offsets: Tensor,
+    *,
+    transposed: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gradient of `grouped_gemm` for w: rows [R, I], drows [R, O] -> [E, O, I] (transposed: [E, I, O]).
+
+    With `out` (the fp32 main gradient) the products are added to it and it is returned.
+    """
+    bounds = list(zip(offsets.tolist()[:-1], offsets.tolist()[1:]))
+    a, b = (rows, drows) if transposed else (drows, rows)
+    wide = torch.stack([_wide(a[i:j]).T @ _wide(b[i:j]) for i, j in bounds])
+    return wide.to(rows.dtype) if out is None else out.add_(wide)
+
+
+GATED = ("swiglu", "geglu", "reglu", "swiglu_oai", "swiglu_clamped")
+
+
+def activate(
+    h: Tensor, activation: str, *, alpha: float = 1.702, limit: float = 7.0, interleaved: bool = False
+) -> Tensor:
+    """The expert's nonlinearity: h [R, 2F] = [gate, up] (interleaved: gate and up alternate), or [R, F] ungated."""
+    if activation == "relu2":
+        return F.relu(h).square()
+    if activation == "silu":
+        return F.silu(h)
+    if activation == "gelu":
+        return F.gelu(h)
+    if activation not in GATED:
+        raise ValueError(f"unknown activation {activation!r}")
+    gate_, up = (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=-1)
+    if activation == "swiglu":
+        return F.silu(gate_) * up
+    if activation == "geglu":
+        return F.gelu(gate_) * up
+    if activation == "reglu":
+        return F.relu(gate_) * up
+    gate_, up = gate_.clamp(max=limit), up.clamp(-limit, limit)
+    if activation == "swiglu_clamped":
+        return F.silu(gate_) * up
+    return gate_ * torch.sigmoid(alpha * gate_) * (up + 1)  # gpt-oss
+
+
+def experts(
+    x: Tensor,
+    weights: Tensor | None,
+    w1: Tensor,
+    w2: Tensor,
+    offsets: Tensor,
+    *,
+    token_of: Tensor | None = None,
+    row_of: Tensor | None = None,
+    activation: str = "swiglu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    interleaved: bool = False,
+    transposed: bool = False,
+    recompute: bool = False,
+) -> Tensor:
+    """The whole expert FFN: x [R, H] (or [T, H] seen through token_of [R]) -> weighted rows [R, H].
+
+    w1 [E, 2F, H] (ungated [E, F, H]), w2 [E, H, F]; `transposed`: [E, H, 2F] and [E, F, H]; b1 [E, 2F], b2 [E, H].
+    """
+    rows = x if token_of is None else permute(x, token_of, row_of)
+    of_row = torch.repeat_interleave(
+        torch.arange(w1.shape[0], device=x.device), offsets.diff(), output_size=int(offsets[-1])
+    )
+
+    def with_bias(y: Tensor, b: Tensor | None) -> Tensor:
+        if b is None:
+            return y
+        return torch.cat([y[: len(of_row)] + b[of_row], y[len(of_row) :]])
+
+    h = with_bias(grouped_gemm(rows, w1, offsets, transposed=transposed), b1)
+    a = activate(h, activation, alpha=alpha, limit=limit, interleaved=interleaved)
+    y = with_bias(grouped_gemm(a, w2, offsets, transposed=transposed), b2)
+    if weights is not None:
+        y = (_wide(y) * _wide(weights)[:, None]).to(y.dtype)
+    if token_of is not None:
+        y = torch.where((token_of >= 0)[:, None], y, 0)
+    return y
+
+
+def _weight_elements(dtype: torch.dtype) -> int:
+    """How many elements of `dtype` hold one routing weight (fp32, or fp64 beside fp64 rows)."""
+    return {torch.float64: 1, torch.float32: 1}.get(dtype, 2)
+
+
+def pack(x: Tensor, weights: Tensor | None, slot_of: Tensor, top_k: int) -> Tensor:
+    """x [T, H], weights [T, K] -> message [R, H + w]: rows in routing order, the bits of each row's weight behind it."""
+    used = (slot_of >= 0)[:, None]
+    slot = slot_of.clamp_min(0).long()
+    rows = torch.where(used, x[slot // top_k], 0) if len(x) else x.new_zeros(len(slot), x.shape[1])
+    if weights is None:
+        return rows
+    flat = weights.to(torch.promote_types(torch.float32, x.dtype)).reshape(-1, 1)
+    picked = torch.where(used, flat[slot], 0) if len(x) else flat.new_zeros(len(slot), 1)
+    return torch.cat([rows, picked.view(x.dtype)], dim=1)
+
+
+def _local_order(counts: Tensor) -> Tensor:
+    """counts [P, e] -> [R'] the source-major row of each row in expert-major order."""
+    begins = counts.flatten().cumsum(0).sub(counts.flatten()).view_as(counts)
+    order = [
+        torch.arange(begins[p, e], begins[p, e] + counts[p, e])
+        for e in range(counts.shape[1])
+        for p in range(counts.shape[0])
+    ]
+    return torch.cat(order) if order else torch.empty(0, dtype=torch.int64)
+
+
+def regroup(message: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """message [R', H + w] by source, then expert; counts [P, e] -> rows [R', H] by expert, weights [R'], offsets [e+1]."""
+    order = _local_order(counts.cpu()).to(message.device)
+    rows = message[order]
+    offsets = F.pad(counts.sum(0).cumsum(0), (1, 0)).to(message.device)
+    if width == message.shape[1]:
+        return rows, None, offsets
+    wide = torch.promote_types(torch.float32, message.dtype)
+    weights = rows[:, width:].contiguous().view(wide).reshape(-1)
+    return rows[:, :width].contiguous(), weights, offsets
+
+
+def ungroup(rows: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The inverse of `regroup`: rows [R', H] (and weights [R']) by expert -> message [R', H + w] by source."""
+    order = _local_order(counts.cpu()).to(rows.device)
+    if weights is not None:
+        wide = weights.to(torch.promote_types(torch.float32, rows.dtype)).reshape(-1, 1)
+        rows = torch.cat([rows, wide.view(rows.dtype)], dim=1)
+    message = torch.empty_like(rows)
+    message[order] = rows
+    return message
