@@ -1,0 +1,42 @@
+# `make train` and `make test` do all the set-up themselves: a virtual environment in .venv, torch, the build.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+SOURCES := CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/cuda/*)
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
+
+.PHONY: train test verify bench build lint format clean setup
+
+setup: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml tools/setup_env.sh
+	PYTHON="$(PYTHON)" VENV="$(VENV)" GPU="$(GPU)" tools/setup_env.sh
+	touch $@
+
+# Training builds CUDA only where a GPU is visible; tests build it wherever nvcc is found, for one architecture.
+build: $(STAMP) $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" MOEKERNELS_CUDA=$${MOEKERNELS_CUDA:-auto} $(BIN)/python setup.py -q build_ext --inplace
+
+train: export MOEKERNELS_CUDA := $(if $(GPU),1,0)
+train: build
+	$(BIN)/python -m moekernels train $(ARGS)
+
+test: export MOEKERNELS_CUDA_ARCHS := 90a-real
+test: build
+	$(BIN)/python -m pytest $(ARGS)
+
+verify: build
+	$(BIN)/python -m moekernels verify --all $(ARGS)
+
+bench: build
+	$(BIN)/python -m moekernels bench $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info moekernels/*.so

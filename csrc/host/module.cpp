@@ -1,0 +1,13 @@
+// _host: the host-side algorithms that deserve C++, and the facts of the build. Nothing here touches a tensor.
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Host-side algorithms and build facts of moekernels.";
+  py::dict build;
+  build["compiler"] = MOEKERNELS_COMPILER;
+  build["torch"] = MOEKERNELS_TORCH_VERSION;
+  build["cuda_archs"] = MOEKERNELS_CUDA_ARCHS;
+  m.attr("build") = build;
+}

@@ -1,0 +1,34 @@
+#include "moekernels/permute.h"
+
+#include "tensor.h"
+
+namespace moekernels::binding {
+namespace {
+
+Tensor permute(const Tensor& x, const Tensor& token_of) {
+  check_tensor("permute", "x", x, kFloats, {{"T"}, {"H"}});
+  check_tensor("permute", "token_of", token_of, kInt32, {{"R"}}, &x);
+  const int64_t rows = token_of.size(0);
+  Tensor out = empty({rows, x.size(1)}, x.scalar_type(), x);
+  const PermuteArgs args{
+      .x = x.const_data_ptr(),
+      .token_of = token_of.const_data_ptr<int32_t>(),
+      .rows = out.mutable_data_ptr(),
+      .tokens = x.size(0),
+      .num_rows = rows,
+      .row_bytes = x.size(1) * size_of(dtype_of(x)),
+  };
+  parallel(rows, grain_of(args.row_bytes),
+           [&](int64_t begin, int64_t end) { cpu::permute(args, begin, end); });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
+  m.def("_permute(Tensor x, Tensor token_of) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) { m.impl("_permute", TORCH_BOX(&permute)); }
+
+}  // namespace moekernels::binding

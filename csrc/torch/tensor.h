@@ -1,0 +1,79 @@
+// The only place where checks and messages are made: op, argument, what it must be, what it is.
+// Messages are thrown as they stand, so that no file name or stack precedes them.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "moekernels/common.h"
+
+namespace moekernels::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (!ok) {
+    std::ostringstream message;
+    (message << ... << parts);
+    throw std::runtime_error(message.str());
+  }
+}
+
+// "float32", "int32", ...: torch's own names without the prefix.
+const char* name_of(ScalarType dtype);
+// "[8, 2]"
+std::string shape_of(const Tensor& t);
+
+inline constexpr std::initializer_list<ScalarType> kFloats = {
+    ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double};
+inline constexpr std::initializer_list<ScalarType> kIds = {ScalarType::Int, ScalarType::Long};
+inline constexpr std::initializer_list<ScalarType> kInt32 = {ScalarType::Int};
+inline constexpr std::initializer_list<ScalarType> kInt64 = {ScalarType::Long};
+
+// One axis of an expected shape: a letter, and its length where another argument has fixed it (-1: free).
+struct Axis {
+  const char* letter;
+  int64_t length = -1;
+};
+
+// Checks rank before sizes, then dtype, shape, contiguity; `like` fixes the device.
+void check_tensor(const char* op, const char* name, const Tensor& t,
+                  std::initializer_list<ScalarType> dtypes, std::initializer_list<Axis> shape,
+                  const Tensor* like = nullptr);
+
+DType dtype_of(const Tensor& t);
+// The dtype of routing weights and sums beside activations of `dtype`: float64 stays, all else is float32.
+inline ScalarType wide(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like);
+
+// Runs f(begin, end) over [0, n) on torch's own threads; a small n stays on the caller's thread.
+template <class F>
+void parallel(int64_t n, int64_t grain, const F& f) {
+  if (n <= 0) return;
+  if (n <= grain) {
+    f(int64_t{0}, n);
+  } else {
+    torch::stable::parallel_for(0, n, grain, f);
+  }
+}
+
+// How many rows of `row_bytes` make a piece of work worth a thread (about 32 KiB of traffic).
+inline int64_t grain_of(int64_t row_bytes) {
+  return row_bytes > 32768 ? 1 : 32768 / (row_bytes > 0 ? row_bytes : 1);
+}
+
+}  // namespace moekernels::binding
