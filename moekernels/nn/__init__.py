@@ -1,0 +1,1 @@
+"""The model: parameters live here and only here."""

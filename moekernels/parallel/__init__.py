@@ -1,0 +1,1 @@
+"""Meshes and collectives: everything that knows of ranks and nothing that knows of layers."""

@@ -1,0 +1,210 @@
+"""One world of ranks, factored twice: for the dense layers and, folded over the same ranks, for the experts.
+
+    world = tp * dp * pp = etp * ep * edp * pp
+
+Both factorisations share the pipeline stages. Inside a stage of S = tp*dp ranks, rank s is
+
+    s = dp_index * tp + tp_index = (edp_index * ep + ep_index) * etp + etp_index
+
+so tensor-parallel ranks are neighbours, and so are the ep*etp ranks that exchange rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from moekernels.errors import UsageError
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _choices(values: Iterable[int]) -> str:
+    """[1, 2, 4] -> "1, 2 or 4"."""
+    texts = [str(v) for v in values]
+    return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " or " + texts[-1]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ways each thing is split. edp, the copies of an expert, follows from the others."""
+
+    tp: int = 1
+    dp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "dp", "pp", "ep", "etp"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"layout: {name} is {value!r}; an integer of at least 1 would do")
+        if self.stage_ranks % (self.ep * self.etp):
+            if self.stage_ranks % self.etp:
+                fits = f"etp {_choices(divisors(self.stage_ranks))} would"
+            else:
+                fits = f"with etp {self.etp}, ep {_choices(divisors(self.stage_ranks // self.etp))} would"
+            raise UsageError(
+                f"layout: ep*etp = {self.ep}*{self.etp} does not divide the tp*dp = "
+                f"{self.tp}*{self.dp} ranks of a stage; {fits}"
+            )
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks in a pipeline stage, S."""
+        return self.tp * self.dp
+
+    @property
+    def world(self) -> int:
+        return self.stage_ranks * self.pp
+
+    @property
+    def exchange(self) -> int:
+        """Ranks that exchange rows with one another."""
+        return self.ep * self.etp
+
+    @property
+    def edp(self) -> int:
+        """Copies of each expert (shard) within a stage."""
+        return self.stage_ranks // self.exchange
+
+    def rank_of(self, pp: int, dp: int, tp: int) -> int:
+        return (pp * self.dp + dp) * self.tp + tp
+
+    def validate(
+        self,
+        *,
+        world: int | None = None,
+        num_experts: int | None = None,
+        num_layers: int | None = None,
+        virtual_stages: int = 1,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        d_ff: int | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        """Raise a UsageError that names the value which would do, if anything given does not divide."""
+        if world is not None and world != self.world:
+            raise UsageError(
+                f"layout: tp*dp*pp = {self.tp}*{self.dp}*{self.pp} = {self.world} ranks, but {world} "
+                f"were started; "
+                + (
+                    f"dp {world // (self.tp * self.pp)} would do"
+                    if world % (self.tp * self.pp) == 0
+                    else f"{self.world} ranks would do"
+                )
+            )
+        self._divides("ep", num_experts, "experts")
+        if num_layers is not None and num_layers % (self.pp * virtual_stages):
+            times = f" x {virtual_stages} virtual stages" if virtual_stages > 1 else ""
+            fits = [p for p in divisors(num_layers) if num_layers % (p * virtual_stages) == 0]
+            would = f"pp {_choices(fits)} would" if fits else "fewer virtual stages would"
+            raise UsageError(
+                f"layout: pp {self.pp}{times} does not divide {num_layers} layers; {would}"
+            )
+        self._divides("tp", num_heads, "attention heads")
+        self._divides("tp", num_kv_heads, "key-value heads")
+        self._divides("etp", d_ff, "hidden units of an expert")
+        if vocab_size is not None and vocab_size < self.tp:
+            raise UsageError(
+                f"layout: a vocabulary of {vocab_size} cannot be split over tp {self.tp}; "
+                f"tp {vocab_size} or less would do"
+            )
+
+    def _divides(self, name: str, total: int | None, what: str) -> None:
+        value = getattr(self, name)
+        if total is not None and total % value:
+            near = [d for d in divisors(total) if d <= 1024]
+            raise UsageError(
+                f"layout: {name} {value} does not divide {total} {what}; {name} {_choices(near)} would"
+            )
+
+    def describe(self) -> str:
+        """Both factorisations, one a line."""
+        return (
+            f"dense    {self.world} ranks = tp {self.tp} x dp {self.dp} x pp {self.pp}\n"
+            f"experts  {self.world} ranks = etp {self.etp} x ep {self.ep} x edp {self.edp} x pp {self.pp}"
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that talk to one another. `process_group` is None where the group is one rank."""
+
+    process_group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+
+
+class Mesh:
+    """This rank's place in a layout and its process groups.
+
+    tp, dp, pp    the dense factorisation
+    exchange      the ep*etp ranks that exchange rows; its index is ep_index*etp + etp_index
+    edp           the copies of this rank's experts
+    expert_copies the ranks that hold the same experts, their etp shards included (edp*etp)
+    stage, world  all ranks of the stage, and of the run
+    """
+
+    def __init__(
+        self, layout: Layout, rank: int | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.layout = layout
+        self.device = torch.device(device)
+        if layout.world == 1:
+            rank = 0
+        else:
+            if not dist.is_initialized():
+                raise RuntimeError(
+                    f"a mesh of {layout.world} ranks needs torch.distributed initialised"
+                )
+            layout.validate(world=dist.get_world_size())
+            rank = dist.get_rank() if rank is None else rank
+        self.rank = rank
+        size = layout.stage_ranks
+        self.pp_index, s = divmod(rank, size)
+        self.dp_index, self.tp_index = divmod(s, layout.tp)
+        self.edp_index, folded = divmod(s, layout.exchange)
+        self.ep_index, self.etp_index = divmod(folded, layout.etp)
+
+        self._made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        # Every rank walks through every group in the same order, as new_group demands.
+        self.world = self._groups(lambda stage, s: 0)
+        self.stage = self._groups(lambda stage, s: stage)
+        self.tp = self._groups(lambda stage, s: (stage, s // layout.tp))
+        self.dp = self._groups(lambda stage, s: (stage, s % layout.tp))
+        self.pp = self._groups(lambda stage, s: s)
+        self.exchange = self._groups(lambda stage, s: (stage, s // layout.exchange))
+        self.edp = self._groups(lambda stage, s: (stage, s % layout.exchange))
+        self.expert_copies = self._groups(
+            lambda stage, s: (stage, s % layout.exchange // layout.etp)
+        )
+
+    def _groups(self, key: Callable[[int, int], object]) -> Group:
+        """Make the groups of ranks that share a key(stage, rank in the stage); return this rank's."""
+        members: dict[object, list[int]] = {}
+        for rank in range(self.layout.world):
+            members.setdefault(key(*divmod(rank, self.layout.stage_ranks)), []).append(rank)
+        mine = next(ranks for ranks in members.values() if self.rank in ranks)
+        for ranks in map(tuple, members.values()):
+            if ranks in self._made:  # dense and expert groups often coincide: one process group
+                continue
+            if len(ranks) == 1:
+                self._made[ranks] = None
+            elif len(ranks) == self.layout.world:
+                self._made[ranks] = dist.group.WORLD
+            else:
+                self._made[ranks] = dist.new_group(list(ranks))
+        return Group(self._made[tuple(mine)], mine.index(self.rank), len(mine), tuple(mine))
+
+    @property
+    def tokens_alike(self) -> bool:
+        """Whether all ranks that exchange rows hold equally many tokens (they are of one tp group)."""
+        return self.layout.tp % self.layout.exchange == 0
