@@ -1,0 +1,104 @@
+"""One micro-batch: several sequences laid end to end, as every stage of the pipeline sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+NO_LABEL = (
+    -100
+)  # what a token without a loss carries as its label; cross-entropy's usual ignore index
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """T tokens of packed sequences; segment i is rows `cu_seqlens[i]:cu_seqlens[i+1]` and attends to itself only.
+
+    Two kinds of padding exist, both with `valid` False, label -100 and token 0: rows behind a sequence inside its
+    segment (policies `buckets` and `padded`: causal attention never shows them to a real token), and up to `align-1`
+    rows in a last segment of their own, which make T a multiple of the tensor-parallel size. Padding goes through the
+    dense layers like any row; the gate drops it, so it loads no expert and counts in no statistic.
+
+    Every valid token has a label as the loader makes them, so `loss_scale` weighs the loss and the auxiliary losses
+    of the router alike.
+    """
+
+    tokens: Tensor  # [T] int64
+    labels: Tensor  # [T] int64, NO_LABEL where there is no loss
+    positions: Tensor  # [T] int64, from 0 in every segment
+    cu_seqlens: list[int]  # segment boundaries, on the host: 0 ... T
+    num_tokens: int  # valid tokens
+    loss_scale: (
+        float  # 1 / labels in the whole step, over all micro-batches and data-parallel ranks
+    )
+    valid: Tensor | None = None  # [T] bool, None where all are valid
+
+    @property
+    def rows(self) -> int:
+        """T, padding included: the size of this micro-batch's activations."""
+        return self.cu_seqlens[-1]
+
+    @property
+    def max_seqlen(self) -> int:
+        return max((b - a for a, b in pairwise(self.cu_seqlens)), default=0)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
+        moved = {
+            name: None
+            if (t := getattr(self, name)) is None
+            else t.to(device, non_blocking=non_blocking)
+            for name in ("tokens", "labels", "positions", "valid")
+        }
+        return replace(self, **moved)
+
+    @staticmethod
+    def pack(
+        sequences: Sequence[tuple[Tensor, Tensor]],
+        *,
+        loss_scale: float,
+        align: int = 1,
+        pad_to: int | None = None,
+    ) -> MicroBatch:
+        """Lay sequences, pairs of (tokens [s], labels [s]), end to end.
+
+        With `pad_to` every segment is that long; `align` rounds T up to a multiple with a segment of padding.
+        """
+        lengths = [len(tokens) for tokens, _ in sequences]
+        segments = [n if pad_to is None else pad_to for n in lengths]
+        if any(n > s for n, s in zip(lengths, segments)):
+            raise ValueError(
+                f"pad_to must be at least the longest sequence, {max(lengths)}, got {pad_to}"
+            )
+        num_tokens = sum(lengths)
+        if tail := -sum(segments) % align:
+            segments = [*segments, tail]
+        bounds = [0]
+        for n in segments:
+            bounds.append(bounds[-1] + n)
+        total = bounds[-1]
+
+        tokens = torch.zeros(total, dtype=torch.int64)
+        labels = torch.full((total,), NO_LABEL, dtype=torch.int64)
+        valid = torch.zeros(total, dtype=torch.bool)
+        for start, (sequence, targets) in zip(bounds, sequences):
+            end = start + len(sequence)
+            tokens[start:end] = sequence
+            labels[start:end] = targets
+            valid[start:end] = True
+        starts = torch.tensor(bounds[:-1], dtype=torch.int64)
+        positions = torch.arange(total) - starts.repeat_interleave(
+            torch.tensor(segments, dtype=torch.int64)
+        )
+        return MicroBatch(
+            tokens=tokens,
+            labels=labels,
+            positions=positions,
+            cu_seqlens=bounds,
+            num_tokens=num_tokens,
+            loss_scale=loss_scale,
+            valid=None if num_tokens == total else valid,
+        )
