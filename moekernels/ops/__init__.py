@@ -1,5 +1,6 @@
 """The ops, as public differentiable functions."""
 
+from moekernels.ops.permute import permute, permute_weights
 from moekernels.reference import (
     GateOutput,
     Routing,
@@ -11,8 +12,6 @@ from moekernels.reference import (
     grouped_gemm_wgrad,
     load_balancing_loss,
     pack,
-    permute,
-    permute_weights,
     regroup,
     route,
     ungroup,

@@ -1,0 +1,104 @@
+"""What the contract test and the benches know of an op.
+
+Every stem ends with `register(OpSpec(...))`. The contract test walks `all_specs()`: values and gradients against the
+reference in fp64, gradcheck, opcheck of every raw op that a call reaches, torch.compile, messages, determinism.
+Legend: T tokens, E experts, K top-k, R routed rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekernels import reference
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, `fn(**inputs)`. Its tensors ask for no gradient; the contract test sets that on copies."""
+
+    name: str
+    inputs: dict[str, Any]
+    gradcheck: bool = True  # False where finite differences make no sense (a kink) or take too long
+    compile: bool = False  # also held to the compiled function; one or two cases an op
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    name: str  # of the public function
+    fn: Callable[..., Any]
+    reference: Callable[..., Any]  # same signature, plain torch, differentiable
+    cases: Callable[[torch.dtype], Iterable[Case]]  # small, ordinary and hostile; the same at every call
+    differentiable: tuple[str, ...] = ()  # inputs that may ask for a gradient (a case may leave them None)
+    exact: bool = False  # floating outputs and gradients equal the reference bit for bit (integers always do)
+    messages: Callable[[], Iterable[tuple[Callable[[], Any], str]]] = tuple  # (bad call, exact text)
+    saved: Callable[[dict[str, Any]], int] | None = None  # most bytes kept for backward, given the inputs
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+
+
+_registry: dict[str, OpSpec] = {}
+
+
+def register(spec: OpSpec) -> OpSpec:
+    _registry[spec.name] = spec
+    return spec
+
+
+def all_specs() -> list[OpSpec]:
+    import moekernels.ops  # noqa: F401  every stem registers when it is imported
+
+    return list(_registry.values())
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of routing weights and sums beside activations of `dtype`: fp64 stays, all else is fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def randn(dtype: torch.dtype, *shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Normal values, drawn in fp64 and rounded, so that a case holds the same numbers in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def random_ids(tokens: int, experts: int, top_k: int, seed: int = 0) -> Tensor:
+    """[T, K] int32, the K ids of a token differ."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(tokens, experts, generator=generator).argsort(dim=-1)
+    return order[:, :top_k].int()
+
+
+def ids_cases() -> Iterator[tuple[str, Tensor, int]]:
+    """(name, ids [T, K] int32, E): the routings that every op must take, hostile ones included."""
+    yield "ordinary", random_ids(37, 6, 3), 6
+    yield "odd", random_ids(29, 24, 5, seed=1), 24
+    yield "no_tokens", random_ids(0, 4, 2), 4
+    yield "one_token", random_ids(1, 4, 2), 4
+    yield "empty_experts", random_ids(33, 3, 2, seed=2) * 5 + 1, 17  # experts 1, 6 and 11 only
+    yield "all_to_one", torch.full((19, 1), 2, dtype=torch.int32), 4
+    yield "k_is_e", random_ids(11, 4, 4, seed=3), 4
+    dropped = random_ids(23, 5, 2, seed=4)
+    dropped[::3, 0] = -1
+    dropped[1::4, 1] = 5
+    dropped[7] = -1
+    yield "dropped_ids", dropped, 5
+    yield "all_dropped", torch.full((5, 2), -1, dtype=torch.int32), 3
+
+
+def routing_cases(alignment: int = 1) -> Iterator[tuple[str, Tensor, int, reference.Routing]]:
+    """(name, ids [T, K], E, the routing of these ids): for ops that take a routing rather than make it."""
+    for name, ids, experts in ids_cases():
+        yield name, ids, experts, reference.route(ids, experts, alignment=alignment)
+    ids = random_ids(31, 5, 2, seed=5)
+    yield "capacity", ids, 5, reference.route(ids, 5, capacity=7)
+    yield "alignment", ids, 5, reference.route(ids, 5, alignment=8)
