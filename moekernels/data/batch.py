@@ -16,15 +16,17 @@ NO_LABEL = (
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """T tokens of packed sequences; segment i is rows `cu_seqlens[i]:cu_seqlens[i+1]` and attends to itself only.
+    """T tokens of packed sequences, each attending to itself only.
 
-    Two kinds of padding exist, both with `valid` False, label -100 and token 0: rows behind a sequence inside its
-    segment (policies `buckets` and `padded`: causal attention never shows them to a real token), and up to `align-1`
-    rows in a last segment of their own, which make T a multiple of the tensor-parallel size. Padding goes through the
-    dense layers like any row; the gate drops it, so it loads no expert and counts in no statistic.
+    Segment i is rows `cu_seqlens[i]:cu_seqlens[i+1]`. Two kinds of padding exist, both with `valid`
+    False, label -100 and token 0: rows behind a sequence inside its segment (policies `buckets` and
+    `padded`: causal attention never shows them to a real token), and up to `align-1` rows in a last
+    segment of their own, which make T a multiple of the tensor-parallel size. Padding goes through
+    the dense layers like any row; the gate drops it, so it loads no expert, counts in no statistic
+    and changes no gradient: the policies differ in time, never in what is learnt.
 
-    Every valid token has a label as the loader makes them, so `loss_scale` weighs the loss and the auxiliary losses
-    of the router alike.
+    Every valid token that the loader makes has a label, so `loss_scale` weighs the loss and the
+    auxiliary losses of the router alike.
     """
 
     tokens: Tensor  # [T] int64
@@ -65,7 +67,7 @@ class MicroBatch:
     ) -> MicroBatch:
         """Lay sequences, pairs of (tokens [s], labels [s]), end to end.
 
-        With `pad_to` every segment is that long; `align` rounds T up to a multiple with a segment of padding.
+        With `pad_to` every segment is that long; `align` rounds T up with a segment of padding.
         """
         lengths = [len(tokens) for tokens, _ in sequences]
         segments = [n if pad_to is None else pad_to for n in lengths]

@@ -1,0 +1,279 @@
+"""Which sequences share a micro-batch, and in which order the micro-batches go down the pipeline.
+
+The lengths of a step are known on every rank, so every rank computes the same plan and knows every
+shape of the step without a message. A pipeline wants micro-batches of equal cost, not of equal
+sequence lengths: `packed` lays sequences end to end without padding and balances the sums.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from moekernels.data.shuffle import random_bits
+from moekernels.errors import UsageError
+
+POLICIES = ("packed", "buckets", "padded")
+Groups = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a sequence of s tokens costs: linear*s (matrix products) + quadratic*s^2 (attention)."""
+
+    linear: float = 1.0
+    quadratic: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.linear < 0 or self.quadratic < 0 or self.linear + self.quadratic <= 0:
+            raise UsageError(
+                f"batch: cost coefficients {self.linear} and {self.quadratic}; "
+                "none below 0 and one above 0 would do"
+            )
+
+    @staticmethod
+    def of_transformer(active_parameters: int, num_layers: int, attention_width: int) -> Cost:
+        """Forward FLOPs; attention_width = heads * head_dim, and causal attention does half."""
+        return Cost(2.0 * active_parameters, 2.0 * num_layers * attention_width)
+
+    def __call__(self, length: int) -> float:
+        return self.linear * length + self.quadratic * length * length
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """`groups[d][m]`: the sequences of micro-batch m on data-parallel rank d.
+
+    Micro-batches m of all ranks cost about the same and run at the same time, so ranks that
+    exchange tokens between experts do not wait for each other.
+    """
+
+    groups: list[list[list[int]]]
+    rows: list[list[int]]  # [d][m]: T, padding and alignment included
+    costs: list[list[float]]  # [d][m]: padding counts, for it is computed
+    pad_to: list[list[int | None]]  # [d][m]: the length of every segment, None where packed
+
+    @property
+    def imbalance(self) -> float:
+        """Largest cost over mean cost; 1 is perfect."""
+        costs = [cost for rank in self.costs for cost in rank]
+        return max(costs) * len(costs) / sum(costs)
+
+
+def plan_batch(
+    lengths: Sequence[int],
+    microbatches: int,
+    *,
+    dp: int = 1,
+    align: int = 1,
+    policy: str = "packed",
+    cost: Cost | None = None,
+    max_tokens: int | None = None,
+    makespan: Callable[[list[float]], float] | None = None,
+) -> BatchPlan:
+    """Lengths of a step's sequences -> dp x microbatches groups, every sequence in exactly one.
+
+    policy: `packed` (Karmarkar-Karp on cost, no padding), `buckets` (sorted by length, padded to
+    the longest of the micro-batch) or `padded` (in the given order, padded likewise).
+    align: rows of a micro-batch become a multiple of it (the tensor-parallel size).
+    max_tokens: the largest number of rows of a micro-batch that memory allows.
+    makespan: time of a pipeline flush given the micro-batches' costs in order; chooses their order.
+    """
+    cost = cost or Cost()
+    lengths = [int(n) for n in lengths]
+    _check(lengths, microbatches, dp, align, policy, max_tokens)
+    parts = dp * microbatches
+    if policy == "packed":
+        groups = _packed(lengths, parts, align, cost, max_tokens)
+    else:
+        order = range(len(lengths))
+        if policy == "buckets":
+            order = sorted(order, key=lambda i: (-lengths[i], i))
+        bounds = [len(lengths) * g // parts for g in range(parts + 1)]
+        groups = [list(order[a:b]) for a, b in zip(bounds, bounds[1:])]
+
+    pads = [None if policy == "packed" else max(lengths[i] for i in group) for group in groups]
+    segments = [
+        [lengths[i] if pad is None else pad for i in group] for group, pad in zip(groups, pads)
+    ]
+    rows = [_align(sum(sizes), align) for sizes in segments]
+    if max_tokens is not None and (most := max(rows)) > max_tokens:
+        raise UsageError(
+            f"batch: a micro-batch of {most} tokens ({policy}) exceeds the limit of {max_tokens}; "
+            f"more micro-batches than {microbatches}, fewer sequences than {len(lengths)}, "
+            f"or a limit of at least {most} would do"
+        )
+    costs = [sum(map(cost, sizes)) for sizes in segments]
+
+    slots = _slots(costs, microbatches, dp, by_cost=policy == "packed")
+    if policy != "padded":
+        slots = order_slots(slots, [max(costs[g] for g in slot) for slot in slots], makespan)
+
+    def deal(values: list) -> list[list]:
+        return [[values[slot[d]] for slot in slots] for d in range(dp)]
+
+    return BatchPlan(groups=deal(groups), rows=deal(rows), costs=deal(costs), pad_to=deal(pads))
+
+
+def _check(lengths, microbatches, dp, align, policy, max_tokens) -> None:
+    for name, value in (("microbatches", microbatches), ("dp", dp), ("align", align)):
+        if value < 1:
+            raise UsageError(f"batch: {name} is {value}; at least 1 would do")
+    if policy not in POLICIES:
+        raise UsageError(
+            f"batch: policy {policy!r} is unknown; one of {', '.join(POLICIES)} would do"
+        )
+    if len(lengths) < dp * microbatches:
+        split = f"{dp} data-parallel ranks x {microbatches}" if dp > 1 else f"{microbatches}"
+        fewer = f", or at most {len(lengths) // dp} micro-batches," if len(lengths) >= dp else ""
+        raise UsageError(
+            f"batch: {len(lengths)} sequences cannot fill {split} micro-batches; "
+            f"at least {dp * microbatches} sequences{fewer} would do"
+        )
+    if min(lengths) < 1:
+        raise UsageError(f"batch: a sequence of {min(lengths)} tokens; at least 1 would do")
+    if max_tokens is not None and (most := _align(max(lengths), align)) > max_tokens:
+        raise UsageError(
+            f"batch: a sequence of {most} tokens exceeds the limit of {max_tokens} a micro-batch; "
+            f"sequences of at most {max_tokens // align * align}, or a limit of at least {most}, "
+            "would do"
+        )
+
+
+def _align(n: int, align: int) -> int:
+    return -(-n // align) * align
+
+
+# --- partitions of equal cost
+
+
+def _packed(lengths, parts, align, cost, max_tokens) -> Groups:
+    """The better of Karmarkar-Karp and greedy; under a token limit the first that keeps to it."""
+    costs = [cost(n) for n in lengths]
+
+    def load(groups: Groups) -> float:
+        return max(sum(costs[i] for i in group) for group in groups)
+
+    def fits(groups: Groups) -> bool:
+        return max_tokens is None or all(
+            _align(sum(lengths[i] for i in group), align) <= max_tokens for group in groups
+        )
+
+    best = min(karmarkar_karp(costs, parts), greedy(costs, parts), key=load)
+    if fits(best):
+        return best
+    room = max_tokens // align * align
+    limited = greedy(costs, parts, sizes=lengths, room=room)
+    if limited is None:  # cost put too many short sequences together: balance tokens instead
+        limited = min(
+            karmarkar_karp(lengths, parts),
+            greedy(lengths, parts),
+            key=lambda groups: max(sum(lengths[i] for i in group) for group in groups),
+        )
+    return limited
+
+
+def greedy(
+    costs: Sequence[float],
+    parts: int,
+    sizes: Sequence[int] | None = None,
+    room: int | None = None,
+) -> Groups | None:
+    """Longest processing time first: each item to the cheapest part so far that has room for it.
+
+    None where some item finds no room.
+    """
+    groups: Groups = [[] for _ in range(parts)]
+    used = [0] * parts
+    heap = [(0.0, part) for part in range(parts)]
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        full = []
+        while heap and room is not None and used[heap[0][1]] + sizes[item] > room:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        total, part = heapq.heappop(heap)
+        groups[part].append(item)
+        if sizes is not None:
+            used[part] += sizes[item]
+        heapq.heappush(heap, (total + costs[item], part))
+        for entry in full:
+            heapq.heappush(heap, entry)
+    return [sorted(group) for group in groups]
+
+
+def karmarkar_karp(costs: Sequence[float], parts: int) -> Groups:
+    """Largest differencing: merge the two most uneven partial partitions, heavy sides to light.
+
+    With at least as many items as parts no part is empty.
+    """
+    # A partial partition is its parts' sums in falling order with the items behind each sum.
+    heap = []
+    for item, value in enumerate(costs):
+        state = [(float(value), (item,))] + [(0.0, ())] * (parts - 1)
+        heap.append((-float(value), item, state))
+    heapq.heapify(heap)
+    tie = len(costs)
+    while len(heap) > 1:
+        _, _, a = heapq.heappop(heap)
+        _, _, b = heapq.heappop(heap)
+        merged = [(x + y, i + j) for (x, i), (y, j) in zip(a, reversed(b))]
+        merged.sort(key=lambda part: -part[0])
+        heapq.heappush(heap, (merged[-1][0] - merged[0][0], tie, merged))
+        tie += 1
+    groups = [list(items) for _, items in heap[0][2]]
+    for group in groups:
+        if not group:  # taking a part's cheapest item never makes a part heavier than the heaviest
+            donor = max(groups, key=len)
+            donor.remove(cheapest := min(donor, key=lambda i: costs[i]))
+            group.append(cheapest)
+    return [sorted(group) for group in groups]
+
+
+# --- order
+
+
+def _slots(costs: list[float], microbatches: int, dp: int, by_cost: bool) -> list[list[int]]:
+    """[microbatches][dp] groups: the dp groups that run at the same time on different ranks."""
+    order = list(range(len(costs)))
+    if by_cost:
+        order.sort(key=lambda g: (-costs[g], g))
+    slots = [order[m * dp : (m + 1) * dp] for m in range(microbatches)]
+    if by_cost:  # every other slot reversed, so that no rank gets the heaviest of each
+        slots = [slot[::-1] if m % 2 else slot for m, slot in enumerate(slots)]
+    return slots
+
+
+def order_slots(
+    slots: list,
+    costs: Sequence[float],
+    makespan: Callable[[list[float]], float] | None,
+    tries: int = 400,
+) -> list:
+    """The largest in the middle of the flush; then hill climbing by swaps on the simulation.
+
+    It ends within 0.1 % of a flush of equal costs: there no order is worth looking for.
+    """
+    rising = sorted(range(len(slots)), key=lambda m: (costs[m], m))
+    order = rising[0::2] + rising[1::2][::-1]
+    if makespan is None or costs[rising[0]] == costs[rising[-1]]:
+        return [slots[m] for m in order]
+
+    def time(candidate: list[int]) -> float:
+        return makespan([costs[m] for m in candidate])
+
+    enough = 1.001 * makespan([sum(costs) / len(costs)] * len(costs))
+    best = time(order)
+    draws = random_bits(0, len(slots), 2 * tries) % len(slots)
+    for i, j in zip(draws[0::2].tolist(), draws[1::2].tolist()):
+        if best <= enough:
+            break
+        if costs[order[i]] == costs[order[j]]:
+            continue
+        order[i], order[j] = order[j], order[i]
+        if (now := time(order)) < best:
+            best = now
+        else:
+            order[i], order[j] = order[j], order[i]
+    return [slots[m] for m in order]

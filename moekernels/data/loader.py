@@ -1,0 +1,234 @@
+"""The step's number and the seed alone decide a batch, so a resumed run needs no other state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from moekernels.data.batch import MicroBatch
+from moekernels.data.batch_plan import BatchPlan, Cost, plan_batch
+from moekernels.data.corpus import Corpus
+from moekernels.data.shuffle import integers, permutation
+from moekernels.errors import UsageError
+
+_ORDER, _LENGTHS, _OFFSETS = 1 << 40, 2 << 40, 3 << 40  # streams of random numbers, plus the epoch
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Documents cut into sequences of at most the context.
+
+    Each reads one token more than it is long, the next piece's first or the end of the text, so
+    every token has a label. Nothing is truncated: the last piece holds what remains.
+    """
+
+    starts: np.ndarray  # [n] int64, into the corpus' tokens
+    lengths: np.ndarray  # [n] int64
+    documents: int
+    cut: int  # documents longer than the context
+
+    @staticmethod
+    def of(spans: np.ndarray, context: int) -> Pieces:
+        sizes = spans[:, 1] - spans[:, 0] - 1
+        counts = -(-sizes // context)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return Pieces(
+            starts=np.repeat(spans[:, 0], counts) + within * context,
+            lengths=np.minimum(np.repeat(sizes, counts) - within * context, context),
+            documents=len(spans),
+            cut=int((counts > 1).sum()),
+        )
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def draw(self, first: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(starts, lengths) of sequences first ... first+count-1 of all epochs laid end to end."""
+        chosen = _chosen(len(self), first, count, seed)
+        return self.starts[chosen], self.lengths[chosen]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Sequences of random lengths, low ... high uniformly, cut from the stream of all documents.
+
+    The stream is divided into slots of `high` tokens; an epoch visits each once, in random order,
+    and takes a sequence of the drawn length from a random place in it.
+    """
+
+    start: int
+    count: int
+    low: int
+    high: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def draw(self, first: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        lengths = integers(self.low, self.high, count, seed, _LENGTHS, first)
+        slack = self.high - lengths + 1
+        offsets = integers(0, (1 << 62) - 1, count, seed, _OFFSETS, first) % slack
+        chosen = _chosen(self.count, first, count, seed)
+        return self.start + chosen * self.high + offsets, lengths
+
+
+@lru_cache(maxsize=8)
+def _epoch(size: int, seed: int, epoch: int) -> np.ndarray:
+    return permutation(size, seed, _ORDER + epoch)
+
+
+def _chosen(size: int, first: int, count: int, seed: int) -> np.ndarray:
+    epochs, places = np.divmod(np.arange(first, first + count), size)
+    parts = [_epoch(size, seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
+    return np.concatenate(parts)
+
+
+@dataclass
+class BatchLoader:
+    """Micro-batches of one data-parallel rank.
+
+    sequences: in a step, over all data-parallel ranks. microbatches: in a step on each rank,
+    accumulation steps included. align: the tensor-parallel size. Other options: see `plan_batch`.
+    """
+
+    corpus: Corpus
+    sequences: int
+    microbatches: int
+    context: int | None = None  # the longest sequence; documents beyond are cut
+    lengths: tuple[int, int] | None = None  # instead of a context: random lengths, low ... high
+    dp: int = 1
+    dp_rank: int = 0
+    align: int = 1
+    policy: str = "packed"
+    cost: Cost = field(default_factory=Cost)
+    max_tokens: int | None = None
+    makespan: Callable[[list[float]], float] | None = None
+    seed: int = 0
+    held_out: float = 0.02
+
+    def __post_init__(self) -> None:
+        if (self.context is None) == (self.lengths is None):
+            raise UsageError("batch: either a context or a range of lengths would do")
+        train, held_out = self.corpus.split(self.held_out)
+        self.train = self._pool(train, "training")
+        self._held_out_spans = held_out
+        self._held_out_pool = None
+        self.plan(1)  # what cannot be planned shows before anything else is set up
+
+    def _pool(self, spans: np.ndarray, purpose: str) -> Pieces | Slots:
+        tokens = int(spans[-1, 1] - spans[0, 0]) if len(spans) else 0
+        if self.lengths is None:
+            if self.context < 1:
+                raise UsageError(f"batch: the context is {self.context}; at least 1 would do")
+            pool = Pieces.of(spans, self.context)
+            if not len(pool):
+                raise UsageError(
+                    f"data: {self.corpus.stats.source} leaves {tokens} tokens for {purpose}; "
+                    "a longer text, or another held-out share, would do"
+                )
+            return pool
+        low, high = self.lengths
+        if not 1 <= low <= high:
+            raise UsageError(
+                f"batch: lengths {low}:{high}; low:high with 1 <= low <= high would do"
+            )
+        if tokens <= high:
+            raise UsageError(
+                f"data: {self.corpus.stats.source} leaves {tokens} tokens for {purpose}, too few "
+                f"for lengths {low}:{high}; a longer text, or lengths up to {max(tokens - 1, 1)}, "
+                "would do"
+            )
+        return Slots(start=int(spans[0, 0]), count=(tokens - 1) // high, low=low, high=high)
+
+    def batch(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step; steps count from 1."""
+        return self._microbatches(*self._drawn(step))
+
+    def plan(self, step: int) -> BatchPlan:
+        """The plan of a step over all data-parallel ranks."""
+        return self._plan(self._drawn(step)[1])
+
+    def global_tokens(self, step: int) -> int:
+        """Labels in a step over all data-parallel ranks."""
+        return int(self._drawn(step)[1].sum())
+
+    def eval_batches(self, count: int) -> Iterator[list[MicroBatch]]:
+        """Held-out steps, the same at every call and for every seed; a small text repeats."""
+        if self._held_out_pool is None:
+            self._held_out_pool = self._pool(self._held_out_spans, "the held-out loss")
+        for number in range(count):
+            drawn = self._held_out_pool.draw(number * self.sequences, self.sequences, seed=0)
+            yield self._microbatches(*drawn)
+
+    def describe(self) -> str:
+        """One line for the user: what is trained on, and what was cut and skipped."""
+        stats = self.corpus.stats
+        text = f"{stats.source}: {stats.documents} documents, {stats.tokens} tokens"
+        if stats.skipped:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(stats.skipped.items()))
+            text += f", {sum(stats.skipped.values())} files skipped ({reasons})"
+        if isinstance(self.train, Pieces):
+            cut = (
+                f"{self.train.cut} of {self.train.documents} training documents are longer and cut"
+            )
+            text += f"; {len(self.train)} sequences of at most {self.context} tokens ({cut})"
+        else:
+            text += f"; lengths drawn from {self.train.low} to {self.train.high}"
+        return text
+
+    def state_dict(self) -> dict:
+        """What decides the batches beside the step: saved, and compared on resume."""
+        return {
+            "corpus": self.corpus.identity,
+            "sequences": self.sequences,
+            "context": self.context,
+            "lengths": None if self.lengths is None else list(self.lengths),
+            "seed": self.seed,
+            "held_out": self.held_out,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, here in self.state_dict().items():
+            if state.get(name) != here:
+                raise UsageError(
+                    f"batch: {name} is {here}, but was {state.get(name)} when the checkpoint was "
+                    "saved; the same value would do"
+                )
+
+    def _drawn(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        if step < 1:
+            raise ValueError(f"steps count from 1, got {step}")
+        return self.train.draw((step - 1) * self.sequences, self.sequences, self.seed)
+
+    def _plan(self, lengths: np.ndarray) -> BatchPlan:
+        return plan_batch(
+            lengths.tolist(),
+            self.microbatches,
+            dp=self.dp,
+            align=self.align,
+            policy=self.policy,
+            cost=self.cost,
+            max_tokens=self.max_tokens,
+            makespan=self.makespan,
+        )
+
+    def _microbatches(self, starts: np.ndarray, lengths: np.ndarray) -> list[MicroBatch]:
+        plan = self._plan(lengths)
+        loss_scale = 1.0 / int(lengths.sum())
+        return [
+            MicroBatch.pack(
+                [self._sequence(int(starts[i]), int(lengths[i])) for i in group],
+                loss_scale=loss_scale,
+                align=self.align,
+                pad_to=pad_to,
+            )
+            for group, pad_to in zip(plan.groups[self.dp_rank], plan.pad_to[self.dp_rank])
+        ]
+
+    def _sequence(self, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.from_numpy(self.corpus.tokens[start : start + length + 1].astype(np.int64))
+        return tokens[:-1], tokens[1:]
