@@ -1,0 +1,244 @@
+"""Proof that a schedule is legal, without running it: completeness, order, no deadlock, bounded memory.
+
+Two models of communication are run to the end, and the schedule must finish under both, whatever the durations:
+
+* hosts (gloo): an action is reached when all before it are over. A computation blocks until its message was sent; a send
+  blocks only while `SENDS_IN_FLIGHT` older ones of its direction have found no receiver yet.
+* streams (NCCL): a rank has one queue a direction, in which whole batches run one after the other; a batch starts when
+  the computations in front of it are over and ends when each of its messages has met its other end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+from .schedule import Action, Kind, Message, Schedule, batches
+
+SENDS_IN_FLIGHT = (
+    2  # per direction: the runtime waits for a send when this many newer ones have been posted
+)
+
+
+class ScheduleError(ValueError):
+    """A schedule breaks a rule; the message says which, where."""
+
+
+def check(schedule: Schedule) -> None:
+    """Raise `ScheduleError` unless the schedule is legal."""
+    if len(schedule.actions) != schedule.stages:
+        raise ScheduleError(f"{schedule.stages} stages, but actions for {len(schedule.actions)}")
+    for rank in range(schedule.stages):
+        _check_computations(schedule, rank)
+        _check_communications(schedule, rank)
+        _check_memory(schedule, rank)
+    _check_message_order(schedule)
+    _check_hosts(schedule)
+    _check_streams(schedule)
+
+
+def peak_in_flight(schedule: Schedule) -> list[int]:
+    """Per rank: the most (chunk, microbatch) pairs whose F has begun and whose B has not ended."""
+    return [
+        _peak(schedule.actions[rank], {Kind.F: 1}, {Kind.B: 1}) for rank in range(schedule.stages)
+    ]
+
+
+def _peak(actions: Iterable[Action], up: dict[Kind, int], down: dict[Kind, int]) -> int:
+    now = peak = 0
+    for action in actions:
+        now += up.get(action.kind, 0)
+        peak = max(peak, now)
+        now -= down.get(action.kind, 0)
+    return peak
+
+
+def _check_computations(schedule: Schedule, rank: int) -> None:
+    kinds = (Kind.F, Kind.B) if schedule.has_backward else (Kind.F,)
+    wanted = {
+        Action(kind, chunk, microbatch)
+        for kind in kinds
+        for chunk in range(schedule.virtual_stages)
+        for microbatch in range(schedule.microbatches)
+    }
+    counts = Counter(schedule.computations(rank))
+    for action in sorted(wanted | counts.keys()):
+        times = int(action in wanted)
+        if counts[action] != times:
+            raise ScheduleError(
+                f"stage {rank}: {action} stands {counts[action]} times, not {times}"
+            )
+    done: set[tuple[int, int]] = set()
+    for kind, *where in schedule.computations(rank):
+        if kind is Kind.F:
+            done.add(tuple(where))
+        elif tuple(where) not in done:
+            raise ScheduleError(f"stage {rank}: {Action(kind, *where)} stands before its F")
+
+
+def _check_communications(schedule: Schedule, rank: int) -> None:
+    """Each message once, sent behind its computation, received in front of the one that needs it."""
+    actions = schedule.actions[rank]
+    if schedule.stages == 1:
+        made: set[Message | None] = {None}
+        for action in actions:
+            if not action.kind.computes:
+                raise ScheduleError(f"stage {rank}: {action}, but there is no other stage")
+            if schedule.needs(rank, action) not in made:
+                raise ScheduleError(f"stage {rank}: {action} stands before what it needs")
+            made.add(schedule.makes(rank, action))
+        return
+    wanted: dict[Action, int] = {}
+    for i, action in enumerate(actions):
+        if action.kind.computes:
+            forward = action.kind.forward
+            if schedule.needs(rank, action):
+                wanted[action._replace(kind=Kind.RECV_F if forward else Kind.RECV_B)] = i
+            if schedule.makes(rank, action):
+                wanted[action._replace(kind=Kind.SEND_F if forward else Kind.SEND_B)] = i
+    counts = Counter(action for action in actions if not action.kind.computes)
+    for action in sorted(wanted.keys() | counts.keys()):
+        times = int(action in wanted)
+        if counts[action] != times:
+            raise ScheduleError(
+                f"stage {rank}: {action} stands {counts[action]} times, not {times}"
+            )
+    for i, action in enumerate(actions):
+        if action.kind.computes:
+            continue
+        if action.kind.sends and i < wanted[action]:
+            raise ScheduleError(f"stage {rank}: {action} stands before its computation")
+        if not action.kind.sends and i > wanted[action]:
+            raise ScheduleError(
+                f"stage {rank}: {action} stands behind the computation that needs it"
+            )
+
+
+def _check_memory(schedule: Schedule, rank: int) -> None:
+    actions = schedule.actions[rank]
+    peak, limit = peak_in_flight(schedule)[rank], schedule.in_flight_limit[rank]
+    if peak > limit:
+        raise ScheduleError(f"stage {rank}: {peak} microbatches in flight, the limit is {limit}")
+    consumers = {
+        action: 1 for action in schedule.computations(rank) if schedule.needs(rank, action)
+    }
+    now = 0
+    for action in actions:
+        now += action.kind in (Kind.RECV_F, Kind.RECV_B)
+        if now > schedule.receive_limit:
+            raise ScheduleError(
+                f"stage {rank}: {now} receives posted at {action}, at most {schedule.receive_limit}"
+            )
+        now -= schedule.stages > 1 and consumers.get(action, 0)
+
+
+def _check_message_order(schedule: Schedule) -> None:
+    """Between two ranks and in one direction, messages are received in the order in which they are sent."""
+    sent: dict[tuple[int, int, bool], list[Message]] = defaultdict(list)
+    received: dict[tuple[int, int, bool], list[Message]] = defaultdict(list)
+    for rank, actions in enumerate(schedule.actions):
+        for action in actions:
+            if action.kind.computes:
+                continue
+            peer, message = schedule.peer(rank, action), schedule.message(rank, action)
+            if action.kind.sends:
+                sent[rank, peer, message.forward].append(message)
+            else:
+                received[peer, rank, message.forward].append(message)
+    for source, target, forward in sent.keys() | received.keys():
+        ours, theirs = sent[source, target, forward], received[source, target, forward]
+        for a, b in zip(ours, theirs, strict=True):
+            if a != b:
+                raise ScheduleError(
+                    f"stage {source} sends {a} to stage {target}, which receives {b} first"
+                )
+
+
+def _check_hosts(schedule: Schedule) -> None:
+    position = [0] * schedule.stages
+    sent: set[Message] = set()
+    posted: set[Message] = set()
+    outgoing: dict[tuple[int, bool], list[Message]] = defaultdict(list)
+
+    def advance(rank: int) -> bool:
+        action = schedule.actions[rank][position[rank]]
+        if action.kind.computes:
+            need = schedule.needs(rank, action)
+            if schedule.stages > 1 and need and need not in sent:
+                return False
+        elif action.kind.sends:
+            message = schedule.message(rank, action)
+            queue = outgoing[rank, message.forward]
+            if len(queue) >= SENDS_IN_FLIGHT and queue[-SENDS_IN_FLIGHT] not in posted:
+                return False
+            queue.append(message)
+            sent.add(message)
+        else:
+            posted.add(schedule.message(rank, action))
+        position[rank] += 1
+        return True
+
+    moved = True
+    while moved:
+        moved = False
+        for rank in range(schedule.stages):
+            while position[rank] < len(schedule.actions[rank]) and advance(rank):
+                moved = True
+    _raise_if_stuck(schedule, "hosts", position)
+
+
+def _check_streams(schedule: Schedule) -> None:
+    computed = [0] * schedule.stages  # computations that are over, per rank
+    order = [list(schedule.computations(rank)) for rank in range(schedule.stages)]
+    # per (rank, direction): [computations in front, messages that have not met their other end]
+    queues: dict[tuple[int, bool], list[tuple[int, set[Message]]]] = defaultdict(list)
+    for rank, actions in enumerate(schedule.actions):
+        before = 0
+        for entry in batches(actions):
+            if isinstance(entry, Action):
+                before += 1
+            else:
+                messages = {schedule.message(rank, action) for action in entry}
+                queues[rank, entry[0].kind.forward].append((before, messages))
+    arrived: set[Message] = set()
+    moved = True
+    while moved:
+        moved = False
+        waiting: Counter[Message] = Counter()
+        for (rank, _), queue in queues.items():
+            while queue and not queue[0][1]:
+                queue.pop(0)
+            if queue and queue[0][0] <= computed[rank]:
+                waiting.update(queue[0][1])
+        for message in [message for message, ends in waiting.items() if ends == 2]:
+            arrived.add(message)
+            moved = True
+            for queue in queues.values():
+                if queue:
+                    queue[0][1].discard(message)
+        for rank in range(schedule.stages):
+            while computed[rank] < len(order[rank]):
+                need = schedule.needs(rank, order[rank][computed[rank]])
+                if schedule.stages > 1 and need and need not in arrived:
+                    break
+                computed[rank] += 1
+                moved = True
+    position = [
+        next((i for i, a in enumerate(actions) if a is order[rank][computed[rank]]), 0)
+        if computed[rank] < len(order[rank])
+        else len(actions)
+        for rank, actions in enumerate(schedule.actions)
+    ]
+    _raise_if_stuck(schedule, "streams", position)
+    if any(batch[1] for queue in queues.values() for batch in queue):
+        raise ScheduleError("streams: communications are left over that never meet")
+
+
+def _raise_if_stuck(schedule: Schedule, model: str, position: list[int]) -> None:
+    stuck = [
+        f"stage {rank} at {actions[position[rank]]}"
+        for rank, actions in enumerate(schedule.actions)
+        if position[rank] < len(actions)
+    ]
+    if stuck:
+        raise ScheduleError(f"deadlock ({model}): " + "; ".join(stuck))
