@@ -1,10 +1,11 @@
 """The ops, as public differentiable functions."""
 
+from moekernels.ops.combine import combine
 from moekernels.ops.permute import permute, permute_weights
+from moekernels.ops.route import route
 from moekernels.reference import (
     GateOutput,
     Routing,
-    combine,
     experts,
     gate,
     grouped_gemm,
@@ -13,7 +14,6 @@ from moekernels.reference import (
     load_balancing_loss,
     pack,
     regroup,
-    route,
     ungroup,
 )
 

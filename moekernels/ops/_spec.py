@@ -1,8 +1,8 @@
 """What the contract test and the benches know of an op.
 
-Every stem ends with `register(OpSpec(...))`. The contract test walks `all_specs()`: values and gradients against the
-reference in fp64, gradcheck, opcheck of every raw op that a call reaches, torch.compile, messages, determinism.
-Legend: T tokens, E experts, K top-k, R routed rows.
+Every stem ends with `register(OpSpec(...))`. The contract test walks `all_specs()`: values and
+gradients against the reference in fp64, gradcheck, opcheck of every raw op that a call reaches,
+torch.compile, messages, determinism. Legend: T tokens, E experts, K top-k, R routed rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Case:
-    """One call, `fn(**inputs)`. Its tensors ask for no gradient; the contract test sets that on copies."""
+    """One call, `fn(**inputs)`. Its tensors ask for no gradient: the test sets that on copies."""
 
     name: str
     inputs: dict[str, Any]
@@ -34,11 +34,16 @@ class OpSpec:
     name: str  # of the public function
     fn: Callable[..., Any]
     reference: Callable[..., Any]  # same signature, plain torch, differentiable
-    cases: Callable[[torch.dtype], Iterable[Case]]  # small, ordinary and hostile; the same at every call
-    differentiable: tuple[str, ...] = ()  # inputs that may ask for a gradient (a case may leave them None)
-    exact: bool = False  # floating outputs and gradients equal the reference bit for bit (integers always do)
-    messages: Callable[[], Iterable[tuple[Callable[[], Any], str]]] = tuple  # (bad call, exact text)
-    saved: Callable[[dict[str, Any]], int] | None = None  # most bytes kept for backward, given the inputs
+    # Small cases, ordinary and hostile, for a dtype; the same ones at every call.
+    cases: Callable[[torch.dtype], Iterable[Case]]
+    # Inputs that may ask for a gradient; a case may leave them None.
+    differentiable: tuple[str, ...] = ()
+    # Floating outputs and gradients equal the reference's bit for bit; integers always do.
+    exact: bool = False
+    # Bad calls, and the exact text that each raises.
+    messages: Callable[[], Iterable[tuple[Callable[[], Any], str]]] = tuple
+    # The most bytes that may be kept for backward, given the inputs.
+    saved: Callable[[dict[str, Any]], int] | None = None
     dtypes: tuple[torch.dtype, ...] = FLOATS
 
 
@@ -57,7 +62,7 @@ def all_specs() -> list[OpSpec]:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of routing weights and sums beside activations of `dtype`: fp64 stays, all else is fp32."""
+    """The dtype of routing weights and sums beside `dtype`: fp64 stays, all else is fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -66,7 +71,7 @@ def nbytes(*tensors: Tensor | None) -> int:
 
 
 def randn(dtype: torch.dtype, *shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Normal values, drawn in fp64 and rounded, so that a case holds the same numbers in every dtype."""
+    """Normal values, drawn in fp64 and rounded: a case holds the same numbers in every dtype."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
@@ -96,7 +101,7 @@ def ids_cases() -> Iterator[tuple[str, Tensor, int]]:
 
 
 def routing_cases(alignment: int = 1) -> Iterator[tuple[str, Tensor, int, reference.Routing]]:
-    """(name, ids [T, K], E, the routing of these ids): for ops that take a routing rather than make it."""
+    """(name, ids [T, K], E, their routing): for ops that take a routing rather than make it."""
     for name, ids, experts in ids_cases():
         yield name, ids, experts, reference.route(ids, experts, alignment=alignment)
     ids = random_ids(31, 5, 2, seed=5)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moekernels import reference
+from moekernels import ops, reference
 from moekernels.ops import _spec
 from moekernels.ops._library import raw
 from moekernels.reference import Routing
@@ -29,7 +29,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, drows: Tensor) -> tuple[Tensor, None, None]:
         token_of, row_of = ctx.saved_tensors
-        return reference.combine(drows, row_of, token_of), None, None
+        return ops.combine(drows, row_of, token_of), None, None
 
 
 def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
@@ -49,8 +49,9 @@ def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
         RuntimeError: a wrong dtype, rank, shape or device, with the values in the message.
 
     Notes:
-        Only moves bytes. The gradient is `combine(drows, row_of, token_of)`: the sum of a token's rows in the order of k,
-        so `row_of` and `token_of` must be each other's inverse. Deterministic; T = 0 and R = 0 are ordinary.
+        Only moves bytes. The gradient is `combine(drows, row_of, token_of)`, the sum of a token's
+        rows in the order of k, so `row_of` and `token_of` must be each other's inverse.
+        Deterministic; T = 0 and R = 0 are ordinary.
     """
     x = x.contiguous()
     if x.requires_grad and torch.is_grad_enabled():
@@ -59,7 +60,7 @@ def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
 
 
 def permute_weights(weights: Tensor, routing: Routing) -> Tensor:
-    """The routing weight of each row: weights [T, K] -> [R], zero for unused rows. Differentiable."""
+    """The routing weight of each row, differentiable: weights [T, K] -> [R], zero if unused."""
     flat = permute(weights.reshape(-1, 1), routing.slot_of, routing.row_of.reshape(-1, 1))
     return flat.reshape(-1)
 

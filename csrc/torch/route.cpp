@@ -1,0 +1,74 @@
+#include "moekernels/route.h"
+
+#include <limits>
+
+#include "tensor.h"
+
+namespace moekernels::binding {
+namespace {
+
+constexpr int64_t kSlotsOfChunk = 16384;  // less is not worth a second thread
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& ids, int64_t experts,
+                                                         const std::optional<Tensor>& weights,
+                                                         int64_t capacity, int64_t alignment) {
+  check_tensor("route", "ids", ids, kIds, {{"T"}, {"K"}});
+  const int64_t tokens = ids.size(0), top_k = ids.size(1), slots = tokens * top_k;
+  check(experts >= 1, "route: num_experts must be at least 1, got ", experts);
+  check(alignment >= 1, "route: alignment must be at least 1, got ", alignment);
+  const int64_t rows = slots + experts * (alignment - 1);
+  check(rows <= std::numeric_limits<int32_t>::max(),
+        "route: T*K + E*(alignment-1) must fit int32, got ", rows);
+  if (weights) {
+    check_tensor("route", "weights", *weights, {ScalarType::Float, ScalarType::Double},
+                 {{"T", tokens}, {"K", top_k}}, &ids);
+  }
+  const bool by_weight = weights && capacity >= 0;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted = by_weight ? 1 : (slots + kSlotsOfChunk - 1) / kSlotsOfChunk;
+  const int64_t chunks = wanted < 1 ? 1 : wanted > threads ? threads : wanted;
+
+  Tensor counts = empty({experts}, ScalarType::Long, ids);
+  Tensor offsets = empty({experts + 1}, ScalarType::Long, ids);
+  Tensor row_of = empty({tokens, top_k}, ScalarType::Int, ids);
+  Tensor token_of = empty({rows}, ScalarType::Int, ids);
+  Tensor slot_of = empty({rows}, ScalarType::Int, ids);
+  std::vector<int32_t> begins(chunks * experts);
+  std::vector<int32_t> order(by_weight ? slots + 1 : 0);
+  const RouteArgs args{
+      .ids = ids.const_data_ptr(),
+      .weights = weights ? weights->const_data_ptr() : nullptr,
+      .counts = counts.mutable_data_ptr<int64_t>(),
+      .offsets = offsets.mutable_data_ptr<int64_t>(),
+      .row_of = row_of.mutable_data_ptr<int32_t>(),
+      .token_of = token_of.mutable_data_ptr<int32_t>(),
+      .slot_of = slot_of.mutable_data_ptr<int32_t>(),
+      .begins = begins.data(),
+      .order = by_weight ? order.data() : nullptr,
+      .slots = slots,
+      .top_k = top_k,
+      .experts = experts,
+      .num_rows = rows,
+      .chunks = chunks,
+      .alignment = alignment,
+      .capacity = capacity,
+      .wide_ids = ids.scalar_type() == ScalarType::Long,
+      .wide_weights = weights && weights->scalar_type() == ScalarType::Double,
+  };
+  parallel(chunks, 1, [&](int64_t begin, int64_t end) { cpu::route_count(args, begin, end); });
+  cpu::route_scan(args);
+  parallel(chunks, 1, [&](int64_t begin, int64_t end) { cpu::route_place(args, begin, end); });
+  return {counts, offsets, row_of, token_of, slot_of};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
+  m.def(
+      "_route(Tensor ids, int num_experts, Tensor? weights, int capacity, int alignment)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) { m.impl("_route", TORCH_BOX(&route)); }
+
+}  // namespace moekernels::binding

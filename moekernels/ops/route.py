@@ -1,0 +1,130 @@
+"""route: a stable order of the choices by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moekernels import reference
+from moekernels.ops import _spec
+from moekernels.ops._library import raw
+from moekernels.reference import Routing
+
+_route = raw._route.default
+_DROP = ("position", "weight")
+
+
+@torch.library.register_fake("moekernels::_route")
+def _(ids: Tensor, num_experts: int, weights: Tensor | None, capacity: int, alignment: int):
+    tokens, top_k = ids.shape
+    rows = tokens * top_k + num_experts * (alignment - 1)
+    return (
+        ids.new_empty(num_experts, dtype=torch.int64),
+        ids.new_empty(num_experts + 1, dtype=torch.int64),
+        ids.new_empty(tokens, top_k, dtype=torch.int32),
+        ids.new_empty(rows, dtype=torch.int32),
+        ids.new_empty(rows, dtype=torch.int32),
+    )
+
+
+def route(
+    ids: Tensor,
+    num_experts: int,
+    *,
+    weights: Tensor | None = None,
+    capacity: int | None = None,
+    drop: str = "position",
+    alignment: int = 1,
+) -> Routing:
+    """Orders the T*K choices by expert, and by token and k within an expert.
+
+        row_of[t, k] = offsets[ids[t, k]] + (how many earlier choices went to the same expert)
+
+    Args:
+        ids: [T, K] int32 or int64, the experts of each token; ids outside [0, E) are dropped.
+        num_experts: E.
+        weights: [T, K] routing weights, needed for `drop="weight"`.
+        capacity: most rows an expert takes; the choices over it are dropped. None: no limit.
+        drop: "position" drops the last ones, "weight" the lightest (where weights tie, the later).
+        alignment: every expert's rows begin at a multiple of it; the gaps are unused rows.
+
+    Returns:
+        Routing(counts, offsets, row_of, token_of, slot_of):
+        counts [E] int64, the rows that each expert keeps;
+        offsets [E+1] int64, where its rows begin: offsets[e+1] - offsets[e] is counts[e] rounded up
+        to `alignment`; row_of [T, K] int32, -1 where dropped; token_of [R] and slot_of [R] int32,
+        the t and t*K + k of each row, -1 for unused rows. R = T*K + E*(alignment-1), the most rows
+        there can be: no size depends on the data, so nothing waits for the device.
+
+    Raises:
+        RuntimeError: a wrong dtype, rank or shape, or T*K past int32.
+        ValueError: an unknown `drop`, "weight" without weights, a negative capacity.
+
+    Notes:
+        A stable counting sort: exact, and the same for any number of threads. Not differentiable.
+    """
+    if drop not in _DROP:
+        raise ValueError(f"route: drop must be position|weight, got {drop!r}")
+    if capacity is None:
+        capacity, weights = -1, None
+    elif capacity < 0:
+        raise ValueError(f"route: capacity must be at least 0, got {capacity}")
+    elif drop == "position":
+        weights = None
+    elif weights is None:
+        raise ValueError('route: drop="weight" needs weights')
+    else:
+        weights = weights.detach().to(_spec.wide(weights.dtype)).contiguous()
+    return Routing(*_route(ids.contiguous(), num_experts, weights, capacity, alignment))
+
+
+def _cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
+    for name, ids, experts in _spec.ids_cases():
+        plain = {"ids": ids, "num_experts": experts}
+        yield _spec.Case(name, plain, compile=name == "ordinary")
+        yield _spec.Case(f"{name}-int64", {**plain, "ids": ids.long()})
+        yield _spec.Case(f"{name}-alignment", {**plain, "alignment": 8})
+        yield _spec.Case(f"{name}-capacity", {**plain, "capacity": 4, "alignment": 3})
+        weights = (_spec.randn(dtype, *ids.shape) * 2).round()  # many tie
+        by_weight = {"weights": weights, "capacity": 4, "drop": "weight"}
+        yield _spec.Case(f"{name}-by_weight", plain | by_weight, compile=name == "ordinary")
+    yield _spec.Case("capacity_zero", {**plain, "capacity": 0})
+
+
+def _messages():
+    ids = torch.zeros(3, 2, dtype=torch.int32)
+    yield (
+        lambda: route(ids.float(), 4),
+        "route: ids must be int32|int64 [T, K], got float32 [3, 2]",
+    )
+    yield lambda: route(ids[0], 4), "route: ids must be int32|int64 [T, K], got int32 [2]"
+    yield lambda: route(ids, 0), "route: num_experts must be at least 1, got 0"
+    yield lambda: route(ids, 4, alignment=0), "route: alignment must be at least 1, got 0"
+    yield lambda: route(ids, 4, drop="random"), "route: drop must be position|weight, got 'random'"
+    yield lambda: route(ids, 4, capacity=-2), "route: capacity must be at least 0, got -2"
+    yield (
+        lambda: route(ids, 4, capacity=2, drop="weight"),
+        'route: drop="weight" needs weights',
+    )
+    yield (
+        lambda: route(ids, 4, capacity=2, drop="weight", weights=torch.zeros(3)),
+        "route: weights must be float32|float64 [T=3, K=2], got float32 [3]",
+    )
+    yield (
+        lambda: _route(ids.T, 4, None, -1, 1),
+        "route: ids must be contiguous, got strides [1, 2]",
+    )
+
+
+_spec.register(
+    _spec.OpSpec(
+        name="route",
+        fn=route,
+        reference=reference.route,
+        cases=_cases,
+        exact=True,
+        messages=_messages,
+    )
+)
