@@ -1,0 +1,115 @@
+"""The `"moekernels"` experts implementation of transformers (5.10 and later).
+
+    import moekernels.integrations.transformers
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moekernels")
+
+Importing this module registers the implementation; nothing else of transformers changes. An
+experts class whose epilogue (the nonlinearity between its two products) is one that a fused kernel
+computes runs fused; any other runs `grouped_gemm -> its own _apply_gate -> grouped_gemm`. What an
+epilogue computes is never inferred from a config's `hidden_act`: it is known by the identity of the
+class' functions, or else found by trying them (`_epilogue`).
+
+Legend: T tokens, H hidden, F expert hidden, E local experts, K top-k, R routed rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moekernels import ops
+from moekernels.integrations._epilogue import UNFUSED, Epilogue, epilogue_of
+
+try:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+except ImportError as error:  # older than 5.0, or none at all
+    raise ImportError(
+        "moekernels.integrations.transformers needs transformers >= 5.10 (its registry of experts "
+        "implementations): pip install 'transformers>=5.10'"
+    ) from error
+
+NAME = "moekernels"
+
+
+def register() -> None:
+    """Make `experts_implementation="moekernels"` known; calling it again changes nothing."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """What transformers calls in place of an experts class' own forward, with the module as `self`.
+
+    hidden_states [T, H], top_k_index [T, K] integers, top_k_weights [T, K] of any float dtype ->
+    [T, H] in hidden_states' dtype. Ids outside [0, E) mark experts that live elsewhere (expert
+    parallelism): they contribute nothing.
+    """
+    # Flags that an older transformers does not set have the value that its classes imply.
+    gated = getattr(self, "has_gate", True)
+    biased = getattr(self, "has_bias", False)
+    normed = getattr(self, "has_post_expert_norm", False)
+    transposed = getattr(self, "is_transposed", False)
+    prefix = "gate_up_proj" if gated else "up_proj"
+    w1, w2 = getattr(self, prefix), self.down_proj
+    b1 = getattr(self, prefix + "_bias") if biased else None
+    b2 = self.down_proj_bias if biased else None
+
+    dtype = _compute_dtype(hidden_states, w1)
+    x, w1, w2 = hidden_states.to(dtype), w1.to(dtype), w2.to(dtype)
+    if biased:
+        b1, b2 = b1.to(dtype), b2.to(dtype)
+    weights = top_k_weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+    routing = ops.route(top_k_index, w1.shape[0])
+    epilogue = UNFUSED if normed else epilogue_of(self, width=w1.shape[2 if transposed else 1])
+    if epilogue.activation is not None:
+        rows = ops.experts(
+            x,
+            ops.permute_weights(weights, routing),
+            w1,
+            w2,
+            routing.offsets,
+            token_of=routing.token_of,
+            row_of=routing.row_of,
+            b1=b1,
+            b2=b2,
+            transposed=transposed,
+            **epilogue.arguments(),
+        )
+        y = ops.combine(rows, routing.row_of, routing.token_of)
+    else:
+        rows = ops.permute(x, routing.token_of, routing.row_of)
+        h = _linear(rows, w1, b1, routing.offsets, transposed)
+        a = self._apply_gate(h) if gated else self.act_fn(h)
+        rows = _linear(a.to(dtype), w2, b2, routing.offsets, transposed)
+        if normed:
+            rows = self.post_expert_norm(rows).to(dtype)
+        y = ops.combine(rows, routing.row_of, routing.token_of, weights)
+    return y.to(hidden_states.dtype)
+
+
+def _compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
+    """The products' dtype: autocast's where it is on (it leaves fp64 alone), else the weights'."""
+    device = x.device.type
+    if w.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return w.dtype
+
+
+def _linear(
+    rows: Tensor, w: Tensor, bias: Tensor | None, offsets: Tensor, transposed: bool
+) -> Tensor:
+    """rows [R, I], w [E, O, I] (transposed: [E, I, O]), bias [E, O] -> [R, O]."""
+    y = ops.grouped_gemm(rows, w, offsets, transposed=transposed)
+    if bias is None:
+        return y
+    # Rows past the last group belong to no expert; whatever bias they take, nothing combines them.
+    row = torch.arange(rows.shape[0], device=rows.device)
+    expert = torch.searchsorted(offsets[1:], row, right=True).clamp(max=w.shape[0] - 1)
+    return y + bias[expert]
+
+
+register()
+
+__all__ = ["NAME", "Epilogue", "epilogue_of", "experts_forward", "register"]

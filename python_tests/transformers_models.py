@@ -1,0 +1,154 @@
+"""Tiny random models and experts modules of transformers, for the tests of the integration."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+_SMALL = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=40,
+    moe_intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_DEEPSEEK = dict(
+    num_key_value_heads=4,
+    head_dim=4,  # the rotary part
+    n_routed_experts=8,
+    n_shared_experts=1,
+    n_group=2,
+    topk_group=1,
+    num_experts_per_tok=3,
+    first_k_dense_replace=1,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
+)
+_OWN: dict[str, dict[str, Any]] = {
+    "Qwen3Moe": dict(num_experts=6, num_experts_per_tok=3, norm_topk_prob=True),
+    "Mixtral": dict(num_local_experts=5, num_experts_per_tok=2),
+    "Olmoe": dict(num_experts=7, num_experts_per_tok=4),
+    "DeepseekV3": _DEEPSEEK,
+    "Glm4Moe": dict(
+        n_routed_experts=6,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+    ),
+    "GptOss": dict(num_local_experts=6, num_experts_per_tok=2, sliding_window=16),
+}
+FAMILIES = tuple(_OWN)
+
+
+def tiny_model(family: str, **overrides: Any) -> nn.Module:
+    """A two-layer fp32 causal language model of the family, biases and norms random too."""
+    config_class = getattr(transformers, family + "Config")
+    config = config_class(**{**_SMALL, **_OWN[family], **overrides})
+    torch.manual_seed(0)
+    model_class = getattr(transformers, family + "ForCausalLM")
+    model = model_class._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + ("norm" in name))
+    return model
+
+
+def decorated_experts() -> list[tuple[str, str]]:
+    """(model, class name) of every experts class of the installed transformers' registry."""
+    root = Path(transformers.__file__).parent / "models"
+    pattern = re.compile(r"^@use_experts_implementation[^\n]*\nclass (\w+)", re.MULTILINE)
+    return [
+        (path.parent.name, name)
+        for path in sorted(root.glob("*/modeling_*.py"))
+        for name in pattern.findall(path.read_text(encoding="utf-8"))
+    ]
+
+
+def tiny_config(act: str = "silu", **overrides: Any) -> SimpleNamespace:
+    """Every configuration value that any registered experts class reads."""
+    values = dict(
+        hidden_size=20,
+        moe_hidden_size=20,
+        moe_latent_size=None,
+        intermediate_size=12,
+        moe_intermediate_size=12,
+        num_experts=6,
+        num_local_experts=6,
+        n_routed_experts=6,
+        moe_num_experts=6,
+        num_experts_per_tok=3,
+        hidden_act=act,
+        hidden_activation=act,
+        mlp_hidden_act="relu2" if act == "silu" else act,
+        swiglu_limit=0.9,  # small enough that the clamps bite
+        swiglu_alpha=1.3,
+        mlp_gate_softcap=1.5,
+        mlp_up_softcap=1.2,
+        post_norm_eps=1e-6,
+        _experts_implementation="eager",
+    )
+    return SimpleNamespace(**{**values, **overrides})
+
+
+def tiny_experts(model: str, name: str, config: SimpleNamespace) -> nn.Module:
+    """One experts module, fp32, random parameters."""
+    stem = f"transformers.models.{model}.modeling_{model}"
+    module = getattr(importlib.import_module(stem), name)(config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+    return module
+
+
+def routed_input(
+    tokens: int, hidden: int, num_experts: int, top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, H], distinct ids [T, K] that leave one expert empty, routing weights [T, K]."""
+    torch.manual_seed(2)
+    x = torch.randn(tokens, hidden, requires_grad=True)
+    scores = torch.rand(tokens, num_experts)
+    scores[:, num_experts // 2] = -1
+    ids = scores.topk(top_k, dim=-1).indices
+    weights = torch.rand(tokens, top_k, requires_grad=True)
+    return x, ids, weights
+
+
+def gradients(module: nn.Module, output: Tensor, *inputs: Tensor) -> dict[str, Tensor]:
+    """Gradients of a fixed random functional of the output, by parameter name and input."""
+    torch.manual_seed(3)
+    named = dict(module.named_parameters())
+    named |= {f"input {i}": x for i, x in enumerate(inputs)}
+    seed = torch.randn_like(output)
+    found = torch.autograd.grad(output, list(named.values()), seed, allow_unused=True)
+    return {name: grad for name, grad in zip(named, found) if grad is not None}
+
+
+def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest max|a-b| / max|b| over the tensors, and its name; both name the same ones."""
+    assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
+    errors = {
+        name: ((ours[name] - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
+        for name, b in theirs.items()
+    }
+    name = max(errors, key=errors.__getitem__)
+    return errors[name], name
