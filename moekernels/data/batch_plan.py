@@ -82,7 +82,7 @@ def plan_batch(
     """
     cost = cost or Cost()
     lengths = [int(n) for n in lengths]
-    _check(lengths, microbatches, dp, align, policy, max_tokens)
+    _check(lengths, microbatches, dp, align, policy)
     parts = dp * microbatches
     if policy == "packed":
         groups = _packed(lengths, parts, align, cost, max_tokens)
@@ -98,12 +98,8 @@ def plan_batch(
         [lengths[i] if pad is None else pad for i in group] for group, pad in zip(groups, pads)
     ]
     rows = [_align(sum(sizes), align) for sizes in segments]
-    if max_tokens is not None and (most := max(rows)) > max_tokens:
-        raise UsageError(
-            f"batch: a micro-batch of {most} tokens ({policy}) exceeds the limit of {max_tokens}; "
-            f"more micro-batches than {microbatches}, fewer sequences than {len(lengths)}, "
-            f"or a limit of at least {most} would do"
-        )
+    if max_tokens is not None and max(rows) > max_tokens:
+        raise UsageError(_too_large(lengths, microbatches, align, policy, max_tokens, max(rows)))
     costs = [sum(map(cost, sizes)) for sizes in segments]
 
     slots = _slots(costs, microbatches, dp, by_cost=policy == "packed")
@@ -116,7 +112,7 @@ def plan_batch(
     return BatchPlan(groups=deal(groups), rows=deal(rows), costs=deal(costs), pad_to=deal(pads))
 
 
-def _check(lengths, microbatches, dp, align, policy, max_tokens) -> None:
+def _check(lengths, microbatches, dp, align, policy) -> None:
     for name, value in (("microbatches", microbatches), ("dp", dp), ("align", align)):
         if value < 1:
             raise UsageError(f"batch: {name} is {value}; at least 1 would do")
@@ -133,12 +129,19 @@ def _check(lengths, microbatches, dp, align, policy, max_tokens) -> None:
         )
     if min(lengths) < 1:
         raise UsageError(f"batch: a sequence of {min(lengths)} tokens; at least 1 would do")
-    if max_tokens is not None and (most := _align(max(lengths), align)) > max_tokens:
-        raise UsageError(
-            f"batch: a sequence of {most} tokens exceeds the limit of {max_tokens} a micro-batch; "
-            f"sequences of at most {max_tokens // align * align}, or a limit of at least {most}, "
-            "would do"
-        )
+
+
+def _too_large(lengths, microbatches, align, policy, max_tokens, most) -> str:
+    if (longest := _align(max(lengths), align)) > max_tokens:
+        fault = f"a sequence of {longest} tokens"
+        remedy = f"sequences of at most {max_tokens // align * align}"
+    else:
+        fault = f"a micro-batch of {most} tokens ({policy})"
+        remedy = f"more micro-batches than {microbatches}, fewer sequences than {len(lengths)}"
+    return (
+        f"batch: {fault} exceeds the limit of {max_tokens} a micro-batch; {remedy}, "
+        f"or a limit of at least {most} would do"
+    )
 
 
 def _align(n: int, align: int) -> int:

@@ -111,6 +111,8 @@ class BatchLoader:
     held_out: float = 0.02
 
     def __post_init__(self) -> None:
+        if self.sequences < 1:
+            raise UsageError(f"batch: {self.sequences} sequences a step; at least 1 would do")
         if (self.context is None) == (self.lengths is None):
             raise UsageError("batch: either a context or a range of lengths would do")
         train, held_out = self.corpus.split(self.held_out)
