@@ -87,7 +87,8 @@ class ModelConfig:
             )
         if self.num_heads % self.num_kv_heads:
             raise UsageError(
-                f"model: num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}"
+                f"model: num_kv_heads {self.num_kv_heads} does not divide "
+                f"num_heads {self.num_heads}"
             )
         if self.head_dim % 2:
             raise UsageError(f"model: head_dim is {self.head_dim}; rotary positions need it even")
@@ -109,13 +110,13 @@ class ModelConfig:
             )
         if self.num_experts % router.num_groups or not 1 <= router.groups_kept <= router.num_groups:
             raise UsageError(
-                f"model: {router.groups_kept} of {router.num_groups} groups of experts cannot be kept "
-                f"among {self.num_experts} experts"
+                f"model: {router.groups_kept} of {router.num_groups} groups of experts cannot be "
+                f"kept among {self.num_experts} experts"
             )
-        if self.top_k > self.num_experts // router.num_groups * router.groups_kept:
+        eligible = self.num_experts // router.num_groups * router.groups_kept
+        if self.top_k > eligible:
             raise UsageError(
-                f"model: top_k {self.top_k} exceeds the "
-                f"{self.num_experts // router.num_groups * router.groups_kept} experts of the kept groups"
+                f"model: top_k {self.top_k} exceeds the {eligible} experts of the kept groups"
             )
 
     def parameters_count(self, *, active: bool = False) -> int:

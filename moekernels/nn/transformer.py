@@ -1,7 +1,219 @@
-"""The decoder, one pipeline chunk at a time."""
+"""The decoder, one pipeline chunk at a time:
+
+    embed -> [attention, gate -> route -> exchange -> experts -> exchange -> combine] x layers
+          -> loss
+
+Legend: T tokens of a micro-batch, H hidden, E experts, K top-k, L layers of the chunk.
+"""
 
 from __future__ import annotations
 
-from moekernels.nn.config import ExpertSpec, ModelConfig, RouterConfig
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 
-__all__ = ["ExpertSpec", "ModelConfig", "RouterConfig"]
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moekernels.errors import UsageError
+from moekernels.nn.attention import Attention, Packing
+from moekernels.nn.auxiliary import Auxiliary
+from moekernels.nn.batch import Batch
+from moekernels.nn.config import ExpertSpec, ModelConfig, RouterConfig
+from moekernels.nn.dispatcher import make_dispatcher
+from moekernels.nn.embedding import VocabularyWeight, embed
+from moekernels.nn.loss import cross_entropy
+from moekernels.nn.moe import MoE
+from moekernels.nn.norm import RMSNorm
+from moekernels.nn.router import RouteHook
+from moekernels.parallel.expert import Kept
+from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.shard import ShardInfo
+from moekernels.parallel.tensor import copy_to, own_part
+
+__all__ = ["Block", "ExpertSpec", "ModelConfig", "RouterConfig", "StageModel"]
+
+# (micro-batch, layer, logits and ids of own tokens) -> ids to use instead, or None; see
+# `RouteHook`.
+BatchRouteHook = Callable[[Batch, int, Tensor, Tensor], Tensor | None]
+
+
+class Block(nn.Module):
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        layer: int,
+        dispatcher: str,
+        *,
+        sequence_parallel: bool,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        name = f"layers.{layer}"
+        common = {"dtype": dtype, "device": device}
+        parallel = {"sequence_parallel": sequence_parallel, "seed": seed, **common}
+        norm = partial(
+            RMSNorm, config.d_model, config.norm_eps, partial=sequence_parallel, **common
+        )
+        self.attention_norm = norm()
+        self.attention = Attention(config, mesh, name=f"{name}.attention", **parallel)
+        self.moe_norm = norm()
+        ways = make_dispatcher(dispatcher, mesh, config.num_experts, config.top_k)
+        self.moe = MoE(config, mesh, layer, ways, name=f"{name}.moe", **parallel)
+
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing,
+        valid: Tensor | None,
+        hook: RouteHook | None = None,
+        kept: Kept | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [T/tp, H] -> the same shape, and the layer's sums as `MoE` returns them."""
+        x = x + self.attention(self.attention_norm(x), packing)
+        y, *sums = self.moe(self.moe_norm(x), valid, hook, kept)
+        return (x + y, *sums)
+
+
+class StageModel(nn.Module):
+    """The layers of one pipeline chunk, with the embedding if it is the first and the head and loss
+    if the last.
+
+    `loads` [L, E] counts how often own tokens chose each expert since `take_statistics`.
+    `route_hook` sees and may replace every choice of experts (see `BatchRouteHook`); own tokens of
+    a micro-batch are `parallel.tensor.own_part(whole, mesh.tp)`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        layers: range,
+        first: bool,
+        last: bool,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        sequence_parallel: bool = True,
+        dispatcher: str = "auto",
+        checkpoint_layers: Collection[int] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if config.tie_embeddings and first != last:
+            raise UsageError(
+                f"layout: pp {mesh.layout.pp} parts the tied embedding from the head; pp 1 would do"
+            )
+        mesh.layout.validate(vocab_size=config.vocab_size)
+        device = torch.device(device)
+        self.config, self.mesh, self.dtype = config, mesh, dtype
+        self.first, self.last = first, last
+        self.sequence_parallel = sequence_parallel and mesh.tp.size > 1
+        self.checkpoint_layers = frozenset(checkpoint_layers)
+        self.route_hook: BatchRouteHook | None = None
+        common = {"dtype": dtype, "device": device}
+        table = partial(
+            VocabularyWeight,
+            config.vocab_size,
+            config.d_model,
+            mesh,
+            std=config.init_std,
+            seed=seed,
+            **common,
+        )
+        self.embedding = table(name="embedding") if first else None
+        self.layers = nn.ModuleDict(
+            {
+                str(layer): Block(
+                    config,
+                    mesh,
+                    layer,
+                    dispatcher,
+                    sequence_parallel=self.sequence_parallel,
+                    seed=seed,
+                    **common,
+                )
+                for layer in layers
+            }
+        )
+        self.norm = self.head = None
+        if last:
+            self.norm = RMSNorm(
+                config.d_model, config.norm_eps, partial=self.sequence_parallel, **common
+            )
+            if not config.tie_embeddings:
+                self.head = table(name="head")
+        self.auxiliary = Auxiliary(config, mesh, len(layers), device)
+
+    def forward(self, batch: Batch, x: Tensor | None = None) -> Tensor:
+        """x [T/tp, H] from the chunk before (None for the first) -> x for the chunk after, or the
+        last chunk's loss.
+
+        The loss is this micro-batch's share of the step's mean loss, sum over tokens times
+        `batch.loss_scale`: a scalar in fp32 at least, the same on every tp rank. Shares add up over
+        micro-batches and dp ranks. Without sequence parallel activations are whole, [T, H], on
+        every tp rank.
+        """
+        mesh, config = self.mesh, self.config
+        if self.first:
+            x = embed(self.embedding, batch.tokens, mesh, sequence_parallel=self.sequence_parallel)
+        valid = None if batch.valid is None else own_part(batch.valid, mesh.tp)
+        packing = Packing.make(
+            batch.positions, batch.cu_seqlens, config.head_dim, config.rope_theta, self.dtype
+        )
+        hook = None if self.route_hook is None else partial(self.route_hook, batch)
+        sums = []
+        for layer, block in self.layers.items():
+            if int(layer) in self.checkpoint_layers and torch.is_grad_enabled():
+                x, *layer_sums = self._checkpointed(block, x, packing, valid, hook)
+            else:
+                x, *layer_sums = block(x, packing, valid, hook)
+            sums.append(layer_sums)
+        if sums and torch.is_grad_enabled():
+            x = self.auxiliary(x, batch, *map(torch.cat, zip(*sums)))
+        return self._loss(batch, x) if self.last else x
+
+    @staticmethod
+    def _checkpointed(block: Block, *inputs) -> tuple[Tensor, ...]:  # noqa: ANN002
+        """Run a block keeping its input and what the exchange brought; backward computes the rest
+        again."""
+        kept = Kept()
+        return checkpoint(
+            block,
+            *inputs,
+            kept,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (kept.recording(), kept.replay()),
+        )
+
+    def _loss(self, batch: Batch, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        if not self.sequence_parallel:
+            x = copy_to(x, self.mesh.tp)
+        head = self.head or self.embedding
+        total = cross_entropy(
+            x, head.weight, batch.labels, head.first, self.mesh.tp, split=self.sequence_parallel
+        )
+        return total * batch.loss_scale
+
+    def take_statistics(self) -> tuple[Tensor, Tensor]:
+        """(loads [L, E] int64, losses [2]) since the last call: this rank's counts, and the
+        load-balancing and z-loss, token-weighted and summed over layers. Sum loads over the stage;
+        losses, equal on all tp ranks, over dp and pp."""
+        return self.auxiliary.take()
+
+    @property
+    def selection_biases(self) -> list[Tensor]:
+        """Each layer's selection bias [E]; empty where the router has none."""
+        biases = [block.moe.router.selection_bias for block in self.layers.values()]
+        return [bias for bias in biases if bias is not None]
+
+    def named_shards(self) -> Iterator[tuple[str, nn.Parameter, ShardInfo]]:
+        """Every parameter's full name, this rank's part, and how the part lies in the whole."""
+        for prefix, module in self.named_modules():
+            for key, info in getattr(module, "shards", {}).items():
+                yield f"{prefix}.{key}", getattr(module, key), info

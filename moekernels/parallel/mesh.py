@@ -1,4 +1,5 @@
-"""One world of ranks, factored twice: for the dense layers and, folded over the same ranks, for the experts.
+"""One world of ranks, factored twice: for the dense layers and, folded over the same ranks, for the
+experts.
 
     world = tp * dp * pp = etp * ep * edp * pp
 
@@ -49,7 +50,8 @@ class Layout:
             if self.stage_ranks % self.etp:
                 fits = f"etp {_choices(divisors(self.stage_ranks))} would"
             else:
-                fits = f"with etp {self.etp}, ep {_choices(divisors(self.stage_ranks // self.etp))} would"
+                fitting = divisors(self.stage_ranks // self.etp)
+                fits = f"with etp {self.etp}, ep {_choices(fitting)} would"
             raise UsageError(
                 f"layout: ep*etp = {self.ep}*{self.etp} does not divide the tp*dp = "
                 f"{self.tp}*{self.dp} ranks of a stage; {fits}"
@@ -89,11 +91,12 @@ class Layout:
         d_ff: int | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        """Raise a UsageError that names the value which would do, if anything given does not divide."""
+        """Raise a UsageError that names the value which would do, if anything given does not
+        divide."""
         if world is not None and world != self.world:
             raise UsageError(
-                f"layout: tp*dp*pp = {self.tp}*{self.dp}*{self.pp} = {self.world} ranks, but {world} "
-                f"were started; "
+                f"layout: tp*dp*pp = {self.tp}*{self.dp}*{self.pp} = {self.world} ranks, "
+                f"but {world} were started; "
                 + (
                     f"dp {world // (self.tp * self.pp)} would do"
                     if world % (self.tp * self.pp) == 0
@@ -122,14 +125,16 @@ class Layout:
         if total is not None and total % value:
             near = [d for d in divisors(total) if d <= 1024]
             raise UsageError(
-                f"layout: {name} {value} does not divide {total} {what}; {name} {_choices(near)} would"
+                f"layout: {name} {value} does not divide {total} {what}; "
+                f"{name} {_choices(near)} would"
             )
 
     def describe(self) -> str:
         """Both factorisations, one a line."""
         return (
             f"dense    {self.world} ranks = tp {self.tp} x dp {self.dp} x pp {self.pp}\n"
-            f"experts  {self.world} ranks = etp {self.etp} x ep {self.ep} x edp {self.edp} x pp {self.pp}"
+            f"experts  {self.world} ranks = "
+            f"etp {self.etp} x ep {self.ep} x edp {self.edp} x pp {self.pp}"
         )
 
 
@@ -188,7 +193,8 @@ class Mesh:
         )
 
     def _groups(self, key: Callable[[int, int], object]) -> Group:
-        """Make the groups of ranks that share a key(stage, rank in the stage); return this rank's."""
+        """Make the groups of ranks that share a key(stage, rank in the stage); return this
+        rank's."""
         members: dict[object, list[int]] = {}
         for rank in range(self.layout.world):
             members.setdefault(key(*divmod(rank, self.layout.stage_ranks)), []).append(rank)
@@ -206,5 +212,6 @@ class Mesh:
 
     @property
     def tokens_alike(self) -> bool:
-        """Whether all ranks that exchange rows hold equally many tokens (they are of one tp group)."""
+        """Whether all ranks that exchange rows hold equally many tokens (they are of one tp
+        group)."""
         return self.layout.tp % self.layout.exchange == 0

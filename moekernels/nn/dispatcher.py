@@ -1,0 +1,134 @@
+"""Dispatchers bring each token's rows to its experts and the results back. They hold no parameters.
+
+    rows, routing = dispatcher.dispatch(x, ids, weights)
+    y             = dispatcher.combine(experts(rows, routing), routing)
+
+Legend: T tokens, H hidden, K top-k, E experts, e local experts, R routed rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moekernels import ops
+from moekernels.errors import UsageError
+from moekernels.parallel import expert
+from moekernels.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """How the rows that the local experts see lie: rows[offsets[i]:offsets[i+1]] are those of local
+    expert i.
+
+    Where `token_of` is given, the rows are a view: row r is x[token_of[r]].
+    """
+
+    weights: Tensor  # [R]
+    offsets: Tensor  # [e+1] int64
+    token_of: Tensor | None  # [R] int32
+    row_of: Tensor | None  # [T, K] int32
+    way_back: Any
+
+
+class Dispatcher(Protocol):
+    def dispatch(
+        self, x: Tensor, ids: Tensor, weights: Tensor, kept: expert.Kept | None = None
+    ) -> tuple[Tensor, Routed]:
+        """x [T, H], ids and weights [T, K] -> rows and how they lie."""
+
+    def combine(self, rows: Tensor, routing: Routed) -> Tensor:
+        """Weighted rows [R, H] -> [T, H]."""
+
+
+class LocalDispatcher:
+    """All experts are here: nothing moves, the rows are a view of x."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def dispatch(
+        self, x: Tensor, ids: Tensor, weights: Tensor, kept: expert.Kept | None = None
+    ) -> tuple[Tensor, Routed]:
+        routing = ops.route(ids, self.num_experts)
+        row_weights = ops.permute_weights(weights, routing)
+        return x, Routed(row_weights, routing.offsets, routing.token_of, routing.row_of, None)
+
+    def combine(self, rows: Tensor, routing: Routed) -> Tensor:
+        return ops.combine(rows, routing.row_of, routing.token_of)
+
+
+class AllToAllDispatcher:
+    """Each row goes to the rank that holds its expert; under ETP to all ranks that hold a shard of
+    it."""
+
+    def __init__(self, mesh: Mesh, num_experts: int) -> None:
+        self.group = mesh.exchange
+        self.etp = mesh.layout.etp
+        self.local_experts = num_experts // mesh.layout.ep
+
+    def dispatch(
+        self, x: Tensor, ids: Tensor, weights: Tensor, kept: expert.Kept | None = None
+    ) -> tuple[Tensor, Routed]:
+        if self.etp > 1:
+            ids, weights = self._to_shards(ids), weights.repeat_interleave(self.etp, dim=1)
+        plan = expert.ExchangePlan.make(ids, self.local_experts, self.group, kept)
+        rows, row_weights, offsets = expert.dispatch(x, weights, plan, kept)
+        return rows, Routed(row_weights, offsets, None, None, plan)
+
+    def combine(self, rows: Tensor, routing: Routed) -> Tensor:
+        return expert.combine(rows, routing.way_back)
+
+    def _to_shards(self, ids: Tensor) -> Tensor:
+        """ids [T, K] of experts -> [T, K*etp] of shards, numbered as the exchange's peers hold
+        them."""
+        e = self.local_experts
+        first = torch.div(ids, e, rounding_mode="floor") * (e * self.etp) + ids % e
+        shards = first[:, :, None] + e * torch.arange(self.etp, dtype=ids.dtype, device=ids.device)
+        return torch.where(ids[:, :, None] < 0, -1, shards).flatten(1)
+
+
+class AllGatherDispatcher:
+    """Every rank sees all tokens of the group and computes its own experts: less traffic where K
+    exceeds ep."""
+
+    def __init__(self, mesh: Mesh, num_experts: int) -> None:
+        self.group = mesh.exchange
+        self.local_experts = num_experts // mesh.layout.ep
+        self.first_expert = mesh.ep_index * self.local_experts
+        self.alike = mesh.tokens_alike
+
+    def dispatch(
+        self, x: Tensor, ids: Tensor, weights: Tensor, kept: expert.Kept | None = None
+    ) -> tuple[Tensor, Routed]:
+        sizes = expert.token_counts(x, self.group, alike=self.alike, kept=kept)
+        x, weights, ids = expert.gather_tokens(x, weights, ids, sizes, self.group, kept)
+        local = ids - self.first_expert
+        local = torch.where((local >= 0) & (local < self.local_experts), local, -1)
+        routing = ops.route(local, self.local_experts)
+        row_weights = ops.permute_weights(weights, routing)
+        token_of = routing.token_of
+        if x.device.type == "cpu":  # where looking costs nothing: leave the unused rows out
+            rows = int(routing.offsets[-1])
+            token_of, row_weights = token_of[:rows], row_weights[:rows]
+        return x, Routed(row_weights, routing.offsets, token_of, routing.row_of, sizes)
+
+    def combine(self, rows: Tensor, routing: Routed) -> Tensor:
+        partial = ops.combine(rows, routing.row_of, routing.token_of)
+        return expert.sum_tokens(partial, routing.way_back, self.group)
+
+
+def make_dispatcher(kind: str, mesh: Mesh, num_experts: int, top_k: int) -> Dispatcher:
+    """kind "auto" takes the all-gather where it moves less: a token meets K peers or all ep of
+    them."""
+    if kind not in ("auto", "all_to_all", "all_gather"):
+        raise UsageError(f"dispatcher {kind!r}; one of auto, all_to_all, all_gather would do")
+    if mesh.exchange.size == 1:
+        return LocalDispatcher(num_experts)
+    if kind == "all_gather" or (kind == "auto" and top_k > mesh.layout.ep):
+        return AllGatherDispatcher(mesh, num_experts)
+    return AllToAllDispatcher(mesh, num_experts)

@@ -1,0 +1,91 @@
+"""The experts of one layer that live on this rank. Legend: R routed rows, e local experts, H
+hidden, I expert input width (H, or wider where rows are lifted), F expert hidden of this etp
+shard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moekernels import ops
+from moekernels.nn.config import ModelConfig
+from moekernels.nn.dispatcher import Routed
+from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.shard import ShardInfo, seeded_normal, shard
+
+
+class Experts(nn.Module):
+    """w1 [e, 2F, I] (ungated [e, F, I]) and w2 [e, I, F]; with a lift also w_in [e, I, H] and w_out
+    [e, H, I].
+
+    Under ETP w1 is split by columns and w2 by rows; the lift is the same on all shards and, being
+    linear, takes their partial results as it would take the whole.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        *,
+        seed: int,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        spec, layout = config.expert, mesh.layout
+        layout.validate(num_experts=config.num_experts, d_ff=spec.d_ff)
+        self.activation, self.recompute = config.activation, config.recompute_experts
+        e, f = config.num_experts // layout.ep, spec.d_ff // layout.etp
+        experts = (mesh.ep_index * e, (mesh.ep_index + 1) * e)
+        hidden = (mesh.etp_index * f, (mesh.etp_index + 1) * f)
+        up = [hidden]
+        if spec.gated:  # the gate's and the up-projection's rows of a shard both lie here
+            up.append((spec.d_ff + hidden[0], spec.d_ff + hidden[1]))
+        self.shards: dict[str, ShardInfo] = {}
+        std = config.init_std
+        narrow = std / (2 * config.num_layers) ** 0.5  # what ends in the residual stream
+
+        def add(key: str, shape: Sequence[int], ranges: dict, std: float, copies: str) -> None:
+            full_shape = (config.num_experts, *shape)
+            self.shards[key] = shard(
+                full_shape, {0: [experts], **ranges}, reduce_over=copies, copies=copies
+            )
+            # Every expert has its own generator: a rank makes only those that it holds.
+            one = shard(shape, {d - 1: spans for d, spans in ranges.items()})
+            weight = torch.empty(self.shards[key].local_shape, dtype=dtype, device=device)
+            for local, number in enumerate(range(*experts)):
+                full = seeded_normal(shape, std, seed, f"{name}.{key}.{number}")
+                weight[local].copy_(one.take(full))
+            setattr(self, key, nn.Parameter(weight))
+
+        rows = (2 if spec.gated else 1) * spec.d_ff
+        add("w1", (rows, spec.d_in), {1: up}, std, "edp")
+        add("w2", (spec.d_in, spec.d_ff), {2: [hidden]}, std if spec.lifted else narrow, "edp")
+        self.lifted = spec.lifted
+        if spec.lifted:
+            add("w_in", (spec.d_in, spec.d_model), {}, std, "expert_copies")
+            add("w_out", (spec.d_model, spec.d_in), {}, narrow, "expert_copies")
+
+    def forward(self, rows: Tensor, routing: Routed) -> Tensor:
+        """rows [R, H] in expert order (or their view) -> their weighted results [R, H], partial
+        under ETP."""
+        token_of, row_of = routing.token_of, routing.row_of
+        if self.lifted:
+            if token_of is not None:
+                rows, token_of, row_of = ops.permute(rows, token_of, row_of), None, None
+            rows = ops.grouped_gemm(rows, self.w_in, routing.offsets)
+        y = ops.experts(
+            rows,
+            routing.weights,
+            self.w1,
+            self.w2,
+            routing.offsets,
+            token_of=token_of,
+            row_of=row_of,
+            activation=self.activation,
+            recompute=self.recompute,
+        )
+        return ops.grouped_gemm(y, self.w_out, routing.offsets) if self.lifted else y

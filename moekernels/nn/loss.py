@@ -1,0 +1,86 @@
+"""Cross-entropy over a vocabulary that is split over ranks, without ever holding all logits.
+
+Tokens go through in chunks; each chunk yields its loss and at once the gradients of its hidden
+states and of the head, so the logits of a chunk live for a moment only and no product is made
+twice. Legend: T tokens, H hidden, V vocabulary, C tokens of a chunk, P ranks of the tp group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moekernels.parallel.mesh import Group
+from moekernels.parallel.tensor import all_gather, reduce_scatter
+
+NO_LABEL = -100
+CHUNK_ELEMENTS = 1 << 23  # logits held at a time: 32 MiB of fp32
+
+
+def _statistics(logits: Tensor, labels: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """logits [C, V/P], labels [C] relative to this shard -> (logsumexp over all of V, logit of the
+    label), both [C]."""
+    here = (labels >= 0) & (labels < logits.shape[1])
+    target = logits.gather(1, torch.where(here, labels, 0)[:, None])[:, 0] * here
+    lse = torch.logsumexp(logits, dim=1)
+    if group.size == 1:
+        return lse, target
+    both = all_gather(torch.stack([lse, target])[None], group)  # [P, 2, C]
+    return torch.logsumexp(both[:, 0], dim=0), both[:, 1].sum(0)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, first, group, split):  # noqa: ANN001, ANN205
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        x = all_gather(hidden, group) if split else hidden
+        wide = torch.promote_types(x.dtype, torch.float32)
+        labels = torch.where(labels == NO_LABEL, -1, labels)
+        total = torch.zeros((), dtype=wide, device=x.device)
+        dx = torch.empty_like(x) if needs_grad else None
+        dweight = None
+        chunk = max(1, CHUNK_ELEMENTS // max(1, weight.shape[0]))
+        for begin in range(0, x.shape[0], chunk):
+            part, label = x[begin : begin + chunk], labels[begin : begin + chunk]
+            counted, label = label >= 0, label - first
+            logits = (part @ weight.T).to(wide)
+            lse, target = _statistics(logits, label, group)
+            total += torch.where(counted, lse - target, 0).sum()
+            if not needs_grad:
+                continue
+            # softmax minus one at the label, zero where the token has no loss
+            p = logits.sub_(lse[:, None]).exp_()
+            here = (label >= 0) & (label < p.shape[1])
+            p.scatter_add_(1, torch.where(here, label, 0)[:, None], -here[:, None].to(wide))
+            p.mul_(counted[:, None])
+            p = p.to(x.dtype)
+            torch.mm(p, weight, out=dx[begin : begin + chunk])
+            product = p.T @ part
+            if dweight is None:
+                dweight = product.to(wide)
+            else:
+                dweight += product
+        if needs_grad:
+            # Every rank has its columns' part of dx: the sum belongs to hidden's backward.
+            dx = reduce_scatter(dx, group) if split else dx
+            ctx.save_for_backward(dx, dweight)
+            ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+        dx, dweight = ctx.saved_tensors
+        dx = (dx * grad).to(dx.dtype)
+        return dx, (dweight * grad).to(ctx.weight_dtype), None, None, None, None
+
+
+def cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, first: int, group: Group, *, split: bool
+) -> Tensor:
+    """Summed loss of a micro-batch, in fp32 at least, the same on every rank of the group.
+
+    hidden [T/P, H] where `split` by tokens, else [T, H]; weight [V/P, H] beginning at token
+    `first`; labels [T]. Without `split` the gradient of hidden is this rank's part: enter through
+    `copy_to`.
+    """
+    return _CrossEntropy.apply(hidden, weight, labels, first, group, split)

@@ -1,0 +1,60 @@
+"""The mixture-of-experts layer. Legend: T tokens, H hidden, E experts, K top-k."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moekernels.nn.config import ModelConfig
+from moekernels.nn.dispatcher import Dispatcher
+from moekernels.nn.experts import Experts
+from moekernels.nn.router import RouteHook, Router
+from moekernels.parallel.expert import Kept
+from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.tensor import join_tokens, split_tokens
+
+
+class MoE(nn.Module):
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        layer: int,
+        dispatcher: Dispatcher,
+        *,
+        sequence_parallel: bool,
+        seed: int,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        common = {"seed": seed, "dtype": dtype, "device": device}
+        self.router = Router(
+            config,
+            mesh,
+            layer,
+            sequence_parallel=sequence_parallel,
+            name=f"{name}.router",
+            **common,
+        )
+        self.experts = Experts(config, mesh, name=f"{name}.experts", **common)
+        self.dispatcher = dispatcher
+        self.tp, self.replicated = mesh.tp, not sequence_parallel
+
+    def forward(
+        self,
+        x: Tensor,
+        valid: Tensor | None,
+        hook: RouteHook | None = None,
+        kept: Kept | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [T/tp, H] ([T, H] where replicated), valid [T/tp] -> the same shape, and of own tokens
+        the scores' sum [1, E], the counts [1, E] and the z-loss' sum [1]."""
+        logits = self.router.logits(x)
+        if self.replicated:
+            x = split_tokens(x, self.tp)
+        weights, ids, *sums = self.router.gate(logits, valid, hook)
+        rows, routing = self.dispatcher.dispatch(x, ids, weights, kept)
+        y = self.dispatcher.combine(self.experts(rows, routing), routing)
+        return (join_tokens(y, self.tp) if self.replicated else y, *sums)

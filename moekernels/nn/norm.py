@@ -1,0 +1,62 @@
+"""Root-mean-square normalisation over the last dimension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moekernels.parallel.shard import shard
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and one number a row. torch's own composes eight kernels and keeps four tensors on
+    the CPU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN001
+        wide = x if x.dtype == torch.float64 else x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+        ctx.save_for_backward(x, weight, rstd)
+        return (wide * rstd).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+        x, weight, rstd = ctx.saved_tensors
+        if x.dtype not in (torch.float32, torch.float64):
+            grad, wide = grad.float(), x.float()
+        else:
+            wide = x
+        hat = wide * rstd
+        product = grad * hat
+        dweight = product.sum(tuple(range(x.dim() - 1))).to(weight.dtype)
+        mean = (product @ weight.to(product.dtype)).unsqueeze_(-1).div_(x.shape[-1])
+        dx = (grad * weight).sub_(hat.mul_(mean)).mul_(rstd)
+        return dx.to(x.dtype), dweight, None
+
+
+class RMSNorm(nn.Module):
+    """x [..., H] -> x / rms(x) * weight, computed in fp32 at least.
+
+    The weight is the same on every rank of a stage. `partial` says that each tp rank sees a part
+    only of what it is applied to (own tokens, own heads), so that its gradient is a sum over tp.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        eps: float,
+        *,
+        partial: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width, dtype=dtype, device=device))
+        self.shards = {
+            "weight": shard((width,), reduce_over="stage" if partial else "dp", copies="stage")
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x, self.weight, self.eps)

@@ -1,0 +1,116 @@
+"""The router: a product per token, then `ops.gate`. Legend: T tokens, H hidden, E experts, K
+top-k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moekernels import ops
+from moekernels.errors import UsageError
+from moekernels.nn.config import ModelConfig
+from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.shard import seeded_normal, shard
+from moekernels.parallel.tensor import copy_to, swap_columns
+
+# (layer, logits [T, E], ids [T, K] that the gate chose) -> the ids to use instead, or None to keep
+# them.
+RouteHook = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+class Router(nn.Module):
+    """logits of own tokens: by tokens under sequence parallel, else by columns and exchanged."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        layer: int,
+        *,
+        sequence_parallel: bool,
+        seed: int,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.config, self.top_k, self.layer = config.router, config.top_k, layer
+        self.tp, self.by_columns = mesh.tp, not sequence_parallel and mesh.tp.size > 1
+        full_shape = (config.num_experts, config.d_model)
+        if self.by_columns:
+            if config.num_experts % mesh.tp.size:
+                raise UsageError(
+                    f"layout: tp {mesh.tp.size} does not divide the gate of {config.num_experts} "
+                    "experts; sequence parallel would do"
+                )
+            part = config.num_experts // mesh.tp.size
+            mine = (mesh.tp.rank * part, (mesh.tp.rank + 1) * part)
+            info = shard(full_shape, {0: [mine]})
+        else:
+            info = shard(full_shape, reduce_over="stage", copies="stage")
+        self.shards = {"weight": info}
+        full = seeded_normal(full_shape, config.init_std, seed, f"{name}.weight")
+        self.weight = nn.Parameter(info.take(full).to(device, dtype))
+        bias = None
+        if config.router.bias_update_rate > 0:  # moves the choice only, and by no gradient
+            bias = torch.zeros(config.num_experts, device=device)
+        self.register_buffer("selection_bias", bias)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [T/tp, H], or [T, H] replicated where the gate goes by columns -> [T/tp, E] in fp32 at
+        least."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(wide)
+        if not self.by_columns:
+            return F.linear(x.to(wide), weight)
+        return swap_columns(F.linear(copy_to(x, self.tp).to(wide), weight), self.tp)
+
+    def gate(
+        self, logits: Tensor, valid: Tensor | None, hook: RouteHook | None = None
+    ) -> ops.GateOutput:
+        """logits [T, E] -> weights and ids [T, K] and the sums of the losses; tokens that are not
+        valid go nowhere."""
+        config = self.config
+        out = ops.gate(
+            logits,
+            self.top_k,
+            score=config.score,
+            bias=self.selection_bias,
+            num_groups=config.num_groups,
+            groups_kept=config.groups_kept,
+            group_score=config.group_score,
+            renormalize=config.renormalize,
+            scale=config.scale,
+            valid=valid,
+        )
+        if hook is None:
+            return out
+        ids = hook(self.layer, logits.detach(), out.ids)
+        if ids is None or torch.equal(ids, out.ids):
+            return out
+        weights, counts = self._weights_of(logits, ids), _counts(ids, logits.shape[1])
+        return out._replace(weights=weights, ids=ids, counts=counts)
+
+    def _weights_of(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """What the gate's weights are for a given choice ids [T, K]."""
+        score, used = self.config.score, ids >= 0
+        if score == "softmax":
+            scores = torch.softmax(logits, -1)
+        elif score == "softmax_topk":
+            scores = logits
+        else:
+            scores = torch.sigmoid(logits) if score == "sigmoid" else F.softplus(logits).sqrt()
+        weights = scores.gather(1, ids.clamp_min(0).long())
+        if score == "softmax_topk":
+            weights = torch.softmax(weights, -1)
+        if self.config.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+        return torch.where(used, weights * self.config.scale, 0)
+
+
+def _counts(ids: Tensor, num_experts: int) -> Tensor:
+    """ids [T, K] -> [1, E] int64."""
+    return torch.bincount(ids[ids >= 0].long(), minlength=num_experts)[None]

@@ -1,0 +1,96 @@
+"""How a rank's parameter lies in the full one: for initialisation, checkpoints, norms and
+comparisons."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box that the local and the full tensor share."""
+
+    local: tuple[int, ...]  # where it begins in the local tensor
+    full: tuple[int, ...]  # where it begins in the full tensor
+    size: tuple[int, ...]
+
+    def of_local(self, x: Tensor) -> Tensor:
+        return x[tuple(slice(b, b + n) for b, n in zip(self.local, self.size))]
+
+    def of_full(self, x: Tensor) -> Tensor:
+        return x[tuple(slice(b, b + n) for b, n in zip(self.full, self.size))]
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """The pieces of a full tensor that a rank holds, and the groups of the mesh (by name) that
+    share them.
+
+    `reduce_over`: the ranks whose gradients are to be summed; `copies`: the ranks that hold the
+    same pieces.
+    """
+
+    full_shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    reduce_over: str = "dp"
+    copies: str = "dp"
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return tuple(
+            max(p.local[d] + p.size[d] for p in self.pieces) for d in range(len(self.full_shape))
+        )
+
+    def take(self, full: Tensor) -> Tensor:
+        """The local tensor out of the full one."""
+        local = full.new_empty(self.local_shape)
+        for piece in self.pieces:
+            piece.of_local(local).copy_(piece.of_full(full))
+        return local
+
+    def put(self, local: Tensor, full: Tensor) -> None:
+        """Write the local tensor to its place in the full one."""
+        for piece in self.pieces:
+            piece.of_full(full).copy_(piece.of_local(local))
+
+
+def shard(
+    full_shape: Sequence[int],
+    ranges: dict[int, Sequence[tuple[int, int]]] | None = None,
+    *,
+    reduce_over: str = "dp",
+    copies: str = "dp",
+) -> ShardInfo:
+    """Describe a shard by the ranges (begin, end) of each split dimension that it holds, one after
+    the other."""
+    per_dim = []
+    for d, length in enumerate(full_shape):
+        local, spans = 0, []
+        for begin, end in (ranges or {}).get(d, [(0, length)]):
+            spans.append((local, begin, end - begin))
+            local += end - begin
+        per_dim.append(spans)
+    pieces = tuple(Piece(*map(tuple, zip(*spans))) for spans in product(*per_dim))
+    return ShardInfo(tuple(full_shape), pieces, reduce_over, copies)
+
+
+def even_range(length: int, index: int, parts: int) -> tuple[int, int]:
+    """Part `index` of `parts` that differ by at most one."""
+    return length * index // parts, length * (index + 1) // parts
+
+
+def seeded_normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
+    """A full fp32 tensor that depends on the seed and its own name alone, whatever the layout."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.empty(*shape).normal_(0.0, std, generator=generator)
+
+
+def local_numel(shards: Iterable[tuple[str, Tensor, ShardInfo]]) -> int:
+    return sum(parameter.numel() for _, parameter, _ in shards)
