@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moekernels.data import batch_plan
 from moekernels.data.batch_plan import (
     POLICIES,
     Cost,
@@ -109,6 +110,16 @@ def test_karmarkar_karp_leaves_no_part_empty(costs, parts):
     groups = karmarkar_karp(costs, parts)
     assert len(groups) == parts and all(groups)
     assert sorted(i for group in groups for i in group) == list(range(len(costs)))
+
+
+@pytest.mark.skipif(batch_plan._compiled is None, reason="moekernels._host is not built")
+@given(
+    st.lists(st.integers(1, 50) | st.floats(0.001, 1e12), min_size=1, max_size=80),
+    st.integers(1, 30),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_compiled_partition_equals_the_python_one_in_every_tie(costs, parts):
+    assert karmarkar_karp(costs, parts) == batch_plan._karmarkar_karp(costs, parts)
 
 
 def test_one_giant_among_crumbs_leaves_no_micro_batch_empty():

@@ -1,5 +1,8 @@
 // _host: the host-side algorithms that deserve C++, and the facts of the build. Nothing here touches a tensor.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "partition.h"
 
 namespace py = pybind11;
 
@@ -10,4 +13,8 @@ PYBIND11_MODULE(_host, m) {
   build["torch"] = MOEKERNELS_TORCH_VERSION;
   build["cuda_archs"] = MOEKERNELS_CUDA_ARCHS;
   m.attr("build") = build;
+
+  m.def("karmarkar_karp", &moekernels::host::karmarkar_karp, py::arg("costs"), py::arg("parts"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Largest differencing: the indices of costs in `parts` groups of nearly equal sums.");
 }

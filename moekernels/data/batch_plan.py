@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from moekernels.data.shuffle import random_bits
 from moekernels.errors import UsageError
 
+try:
+    from moekernels._host import karmarkar_karp as _compiled
+except ImportError:  # a checkout that is not built, or not built again
+    _compiled = None
+
 POLICIES = ("packed", "buckets", "padded")
 Groups = list[list[int]]
 
@@ -211,27 +216,28 @@ def karmarkar_karp(costs: Sequence[float], parts: int) -> Groups:
 
     With at least as many items as parts no part is empty.
     """
-    # A partial partition is its parts' sums in falling order with the items behind each sum.
-    heap = []
-    for item, value in enumerate(costs):
-        state = [(float(value), (item,))] + [(0.0, ())] * (parts - 1)
-        heap.append((-float(value), item, state))
+    return (_compiled or _karmarkar_karp)(costs, parts)
+
+
+def _karmarkar_karp(costs: Sequence[float], parts: int) -> Groups:
+    """What `csrc/host/partition.cpp` computes, 10 times slower, and equal to it in every tie."""
+    # A partial partition: its non-empty parts' sums in falling order with the items behind each.
+    heap = [(-float(value), item, [(float(value), (item,))]) for item, value in enumerate(costs)]
     heapq.heapify(heap)
     tie = len(costs)
     while len(heap) > 1:
-        _, _, a = heapq.heappop(heap)
-        _, _, b = heapq.heappop(heap)
-        merged = [(x + y, i + j) for (x, i), (y, j) in zip(a, reversed(b))]
+        a, b = heapq.heappop(heap)[2], heapq.heappop(heap)[2]
+        free = parts - len(b)  # the parts of a that meet an empty part of b
+        met = max(len(a) - free, 0)
+        merged = a[:free]
+        merged += [(x + y, i + j) for (x, i), (y, j) in zip(a[free:], reversed(b))]
+        merged += reversed(b[: len(b) - met])
         merged.sort(key=lambda part: -part[0])
-        heapq.heappush(heap, (merged[-1][0] - merged[0][0], tie, merged))
+        lightest = merged[-1][0] if len(merged) == parts else 0.0
+        heapq.heappush(heap, (lightest - merged[0][0], tie, merged))
         tie += 1
-    groups = [list(items) for _, items in heap[0][2]]
-    for group in groups:
-        if not group:  # taking a part's cheapest item never makes a part heavier than the heaviest
-            donor = max(groups, key=len)
-            donor.remove(cheapest := min(donor, key=lambda i: costs[i]))
-            group.append(cheapest)
-    return [sorted(group) for group in groups]
+    groups = [sorted(items) for _, items in heap[0][2]]
+    return groups + [[] for _ in range(parts - len(groups))]
 
 
 # --- order
