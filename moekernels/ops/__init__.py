@@ -1,17 +1,15 @@
 """The ops, as public differentiable functions."""
 
 from moekernels.ops.combine import combine
+from moekernels.ops.gate import GateOutput, gate, load_balancing_loss
 from moekernels.ops.permute import permute, permute_weights
 from moekernels.ops.route import route
 from moekernels.reference import (
-    GateOutput,
     Routing,
     experts,
-    gate,
     grouped_gemm,
     grouped_gemm_dgrad,
     grouped_gemm_wgrad,
-    load_balancing_loss,
     pack,
     regroup,
     ungroup,
