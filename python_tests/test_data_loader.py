@@ -151,6 +151,12 @@ def test_resume_with_other_data_is_refused(corpus):
     assert str(error.value) == (
         "batch: seed is 1, but was 0 when the checkpoint was saved; the same value would do"
     )
+    with pytest.raises(UsageError) as error:
+        data.load_state_dict(state | {"corpus": "another"})
+    assert str(error.value) == (
+        f"data: {corpus.stats.source} is not the text that the checkpoint was trained on; "
+        "the same files, vocabulary and release of tokenizers would do"
+    )
 
 
 @pytest.mark.parametrize(

@@ -195,11 +195,17 @@ class BatchLoader:
 
     def load_state_dict(self, state: dict) -> None:
         for name, here in self.state_dict().items():
-            if state.get(name) != here:
+            if (saved := state.get(name)) == here:
+                continue
+            if name == "corpus":
                 raise UsageError(
-                    f"batch: {name} is {here}, but was {state.get(name)} when the checkpoint was "
-                    "saved; the same value would do"
+                    f"data: {self.corpus.stats.source} is not the text that the checkpoint was "
+                    "trained on; the same files, vocabulary and release of tokenizers would do"
                 )
+            raise UsageError(
+                f"batch: {name} is {here}, but was {saved} when the checkpoint was saved; "
+                "the same value would do"
+            )
 
     def _drawn(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         if step < 1:
