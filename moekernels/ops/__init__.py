@@ -1,5 +1,6 @@
 """The ops, as public differentiable functions."""
 
+from moekernels.ops.all_to_all import pack, regroup, ungroup
 from moekernels.ops.combine import combine
 from moekernels.ops.gate import GateOutput, gate, load_balancing_loss
 from moekernels.ops.permute import permute, permute_weights
@@ -10,9 +11,6 @@ from moekernels.reference import (
     grouped_gemm,
     grouped_gemm_dgrad,
     grouped_gemm_wgrad,
-    pack,
-    regroup,
-    ungroup,
 )
 
 __all__ = [
