@@ -178,7 +178,7 @@ def build(name: str, stages: int, microbatches: int, virtual_stages: int = 1) ->
     # chunk; in groups larger than the pipeline they come before it has started the whole group.
     receive_limit = 2 if virtual_stages == 1 else 3 + 2 * max(0, max(groups) - stages)
     bare = Schedule(name, stages, microbatches, virtual_stages, (), tuple(limits), receive_limit)
-    made = _production_times(bare, orders)
+    made = _production_order(bare, orders)
     actions = tuple(
         _with_communication(bare, rank, order, made) for rank, order in enumerate(orders)
     )
@@ -254,9 +254,14 @@ def _one_forward_one_backward(
     return order
 
 
-def _production_times(schedule: Schedule, orders: list[list[Action]]) -> dict[Message, int]:
-    """When each message is made, if F takes 1, B takes 2 and messages travel in no time."""
-    made: dict[Message, int] = {}
+def _production_order(
+    schedule: Schedule, orders: list[list[Action]]
+) -> dict[Message, tuple[int, int]]:
+    """For each message when it is made, if F takes 1, B takes 2 and messages travel in no time.
+
+    The second number orders those of one moment: what a rank receives before what it sends.
+    """
+    made: dict[Message, tuple[int, int]] = {}
     clock = [0] * schedule.stages
     position = [0] * schedule.stages
     moved = True
@@ -268,18 +273,18 @@ def _production_times(schedule: Schedule, orders: list[list[Action]]) -> dict[Me
                 need = schedule.needs(rank, action)
                 if need and need not in made:
                     break
-                start = max(clock[rank], made[need] if need else 0)
+                start = max(clock[rank], made[need][0] if need else 0)
                 clock[rank] = start + (1 if action.kind.forward else 2)
                 message = schedule.makes(rank, action)
                 if message:
-                    made[message] = clock[rank]
+                    made[message] = clock[rank], message.border * (1 if message.forward else -1)
                 position[rank] += 1
                 moved = True
     return made
 
 
 def _with_communication(
-    schedule: Schedule, rank: int, order: list[Action], made: dict[Message, int]
+    schedule: Schedule, rank: int, order: list[Action], made: dict[Message, tuple[int, int]]
 ) -> tuple[Action, ...]:
     """Sends go right behind the computation, receives one computation ahead of need.
 
@@ -295,7 +300,7 @@ def _with_communication(
     ]  # [i]: in front of computation i
     receives: list[list[Action]] = [[] for _ in range(len(order) + 1)]
     places: dict[bool, list[int]] = {True: [], False: []}
-    times: dict[bool, list[int]] = {True: [], False: []}
+    times: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
     for i, action in enumerate(order):
         output = schedule.makes(rank, action)
         if output:

@@ -37,7 +37,7 @@ class Simulator:
 
     def __init__(self, schedule: Schedule, latency: float = 0.0):
         self.schedule = schedule
-        self.latency = latency
+        self.latency = latency if schedule.stages > 1 else 0.0
         self._compile()
 
     def _compile(self) -> None:
