@@ -233,7 +233,7 @@ def test_the_cache_is_read_again_and_follows_the_content(tmp_path, monkeypatch):
     source.write_text(TEXT + "more")
     changed = load(source, tmp_path, log=lines.append)
     assert changed.identity != first.identity
-    assert lines == [f"tokenising 1 files, once; the result is kept in {changed.folder}"]
+    assert lines == [f"tokenising {source}, once; the result is kept in {changed.folder}"]
     assert load(source, tmp_path, vocab_size=280).identity != changed.identity
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
