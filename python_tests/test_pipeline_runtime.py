@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from distributed import RankError, RankPool, run_ranks
 
+import moekernels.pipeline.runtime as runtime_module
 from moekernels.pipeline.runtime import PipelineRuntime
-from moekernels.pipeline.schedule import Kind, build
+from moekernels.pipeline.schedule import Action, Kind, build
+from moekernels.pipeline.trace import Clock
 
 HIDDEN, VOCABULARY = 6, 11
 
@@ -313,3 +315,52 @@ def test_a_schedule_for_another_pipeline():
     group = SimpleNamespace(process_group=None, rank=0, size=1, ranks=[0])
     with pytest.raises(ValueError, match="4 stages of 1 chunks, the group has 1 ranks"):
         PipelineRuntime(build("1f1b", 4, 4), [Chunk(0, 1)], group, len, torch.float32, "cpu")
+
+
+def test_a_backend_with_ordered_channels_and_one_handle_a_batch(monkeypatch):
+    """NCCL's two ways: each direction has its own group, and a batch is waited for as a whole."""
+    post = dist.batch_isend_irecv
+
+    class Whole:
+        def __init__(self, works):
+            self.works = works
+
+        def wait(self):
+            while self.works:
+                self.works.pop().wait()
+
+    monkeypatch.setattr(runtime_module, "ORDERED_BACKENDS", ("gloo",))
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: [Whole(post(operations))])
+
+    def work(rank):
+        runtime, chunks = make_runtime(rank, "interleaved", 3, 7, 2)
+        assert runtime._channels[True] is not runtime._channels[False]
+        return runtime.step(make_batches(7)).losses, gradients(chunks), []
+
+    assert_same(run_ranks(3, work), 6, 7)
+
+
+def test_events_of_a_gpu_are_its_own_times(monkeypatch):
+    """Marks on the device's stream, in milliseconds from the first one."""
+    ticks = iter(range(100))
+
+    class Mark:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = 10.0 * next(ticks)
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Mark)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=int))
+    clock = Clock(torch.device("cuda"), None, record=True)
+    for microbatch in range(2):
+        with clock.time(Action(Kind.F, 0, microbatch)):
+            pass
+    assert [(e.stage, e.microbatch, e.start, e.end) for e in clock.events(3)] == [
+        (3, 0, pytest.approx(0.01), pytest.approx(0.02)),
+        (3, 1, pytest.approx(0.03), pytest.approx(0.04)),
+    ]

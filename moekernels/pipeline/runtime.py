@@ -21,6 +21,8 @@ from .schedule import Action, Kind, Message, Schedule, batches, build
 from .stage import Chunk, Stage
 from .trace import Clock, Event
 
+ORDERED_BACKENDS = ("nccl",)  # those that run the communications of a group one after the other
+
 
 class PipelineGroup(Protocol):
     """The ranks of one pipeline: `ranks[stage]` is the global rank, `rank` our own stage."""
@@ -120,15 +122,16 @@ class PipelineRuntime:
     def _open_channels(self) -> dict[bool, dist.ProcessGroup | None]:
         """A process group for each direction (True: forward).
 
-        NCCL runs the communications of one group one after the other: in a shared one, a gradient's
-        receive posted ahead would hold up the activations behind it. The first use is done here,
-        where all ranks are: it would block.
+        Where communications run one after the other, a gradient's receive posted ahead would hold
+        up the activations behind it in a shared group. The first use of a group blocks until all
+        its ranks are there, so it is done here, where they are.
         """
         forward = self.group.process_group
-        if self.group.size == 1 or dist.get_backend(forward) != "nccl":
+        backend = None if self.group.size == 1 else dist.get_backend(forward)
+        if backend not in ORDERED_BACKENDS:
             return {True: forward, False: forward}
         backward = dist.new_group(
-            list(self.group.ranks), backend="nccl", use_local_synchronization=True
+            list(self.group.ranks), backend=backend, use_local_synchronization=True
         )
         for channel in (forward, backward):
             dist.all_reduce(torch.zeros(1, device=self.device), group=channel)

@@ -12,8 +12,8 @@ r. An action names its chunk and microbatch:
 
 Communication is asynchronous. A receive is posted one computation ahead of the one that needs it,
 and a send right behind the one that made it, so that both travel while the rank computes.
-Communications that stand side by side in the list are one batch; the two directions are independent
-channels (see `check` for what is promised about their order).
+The two directions are independent channels; `batches` groups what stands side by side for a
+backend that posts several communications at once, and `check` says what their order guarantees.
 """
 
 from __future__ import annotations
@@ -295,9 +295,8 @@ def _with_communication(
     """
     if schedule.stages == 1:  # what a chunk needs is there already
         return tuple(order)
-    sends: list[list[Action]] = [
-        [] for _ in range(len(order) + 1)
-    ]  # [i]: in front of computation i
+    # [i]: what stands in front of computation i
+    sends: list[list[Action]] = [[] for _ in range(len(order) + 1)]
     receives: list[list[Action]] = [[] for _ in range(len(order) + 1)]
     places: dict[bool, list[int]] = {True: [], False: []}
     times: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
