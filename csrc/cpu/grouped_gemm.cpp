@@ -1,0 +1,96 @@
+// Compiled once for each ISA level; the products themselves are gemm.cpp's.
+#include "moekernels/grouped_gemm.h"
+
+#include <cstring>
+
+#include "epilogue.h"
+#include "gemm.h"
+
+namespace moekernels::cpu::MOEKERNELS_ISA {
+namespace {
+
+constexpr int64_t kColumnsABlock = 256;
+
+inline const char* at(const void* data, int64_t elements, DType dtype) {
+  return static_cast<const char*>(data) + elements * size_of(dtype);
+}
+inline char* at(void* data, int64_t elements, DType dtype) {
+  return static_cast<char*>(data) + elements * size_of(dtype);
+}
+
+}  // namespace
+
+void grouped_gemm(const GroupedGemmArgs& args, int64_t worker, int64_t workers) {
+  const Engine& engine = engine_for(args.dtype);
+  Workspace& workspace = Workspace::mine();
+  workspace.reset();
+  const bool direct = size_of(args.dtype) == engine.acc_bytes;  // C is the output itself
+  const auto extent = [&](int64_t e) {
+    return Extent{.m = args.offsets[e + 1] - args.offsets[e], .n = args.out_width, .k = args.in};
+  };
+  for_blocks(engine, args.experts, kColumnsABlock, worker, workers, extent, [&](int64_t e, const Block& block) {
+    const int64_t first = args.offsets[e];
+    const Operand a{.data = at(args.rows, first * args.in, args.dtype), .ld = args.in, .k_contiguous = true};
+    const Operand b{.data = at(args.w, e * args.in * args.out_width, args.dtype),
+                    .ld = args.transposed ? args.out_width : args.in,
+                    .k_contiguous = !args.transposed};
+    char* out = at(args.out, (first + block.m0) * args.out_width + block.n0, args.dtype);
+    const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
+    if (args.in == 0) {
+      for (int64_t r = 0; r < rows; ++r) {
+        std::memset(at(static_cast<void*>(out), r * args.out_width, args.dtype), 0, columns * size_of(args.dtype));
+      }
+    } else if (direct) {
+      workspace.multiply(engine, a, b, block, args.in, out, args.out_width, false);
+    } else {
+      void* c = workspace.block(engine, rows * columns);
+      workspace.multiply(engine, a, b, block, args.in, c, columns, false);
+      write_block(args.dtype, c, rows, columns, out, args.out_width);
+    }
+  });
+  zero_tail(args.out, args.out_width * size_of(args.dtype), args.offsets[args.experts], args.num_rows, worker,
+            workers);
+}
+
+void grouped_wgrad(const GroupedWgradArgs& args, int64_t worker, int64_t workers) {
+  const Engine& engine = engine_for(args.dtype);
+  Workspace& workspace = Workspace::mine();
+  workspace.reset();
+  const DType out_dtype =
+      args.accumulate && args.dtype != DType::f64 ? DType::f32 : args.dtype;
+  const bool direct = size_of(out_dtype) == engine.acc_bytes;
+  const auto extent = [&](int64_t e) {
+    const int64_t k = args.offsets[e + 1] - args.offsets[e];
+    // An expert without rows adds nothing; where nothing is accumulated its gradient is still to be set to zero.
+    return Extent{.m = args.accumulate && k == 0 ? 0 : args.m, .n = args.n, .k = k};
+  };
+  for_blocks(engine, args.experts, kColumnsABlock, worker, workers, extent, [&](int64_t e, const Block& block) {
+    const int64_t first = args.offsets[e], depth = args.offsets[e + 1] - first;
+    const auto operand = [&](const void* data, int64_t width, bool gather) {
+      return Operand{.data = at(data, gather ? 0 : first * width, args.dtype),
+                     .ld = width,
+                     .k_contiguous = false,
+                     .token_of = args.token_of ? args.token_of + first : nullptr,
+                     .tokens = args.tokens,
+                     .gather = gather};
+    };
+    const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
+    char* dw = at(args.dw, (e * args.m + block.m0) * args.n + block.n0, out_dtype);
+    if (depth == 0) {
+      for (int64_t r = 0; r < rows; ++r) {
+        std::memset(at(static_cast<void*>(dw), r * args.n, out_dtype), 0, columns * size_of(out_dtype));
+      }
+      return;
+    }
+    const Operand a = operand(args.a, args.m, args.gather_a), b = operand(args.b, args.n, args.gather_b);
+    if (direct) {
+      workspace.multiply(engine, a, b, block, depth, dw, args.n, args.accumulate);
+    } else {
+      void* c = workspace.block(engine, rows * columns);
+      workspace.multiply(engine, a, b, block, depth, c, columns, false);
+      write_block(args.dtype, c, rows, columns, dw, args.n);
+    }
+  });
+}
+
+}  // namespace moekernels::cpu::MOEKERNELS_ISA

@@ -1,0 +1,80 @@
+// experts: the whole expert FFN over routed rows. See moekernels/ops/experts.py for the meaning.
+#pragma once
+
+#include "moekernels/common.h"
+
+namespace moekernels {
+
+enum class Activation : int { swiglu, geglu, reglu, swiglu_oai, swiglu_clamped, relu2, silu, gelu };
+
+inline bool is_gated(Activation activation) { return activation <= Activation::swiglu_clamped; }
+
+struct ExpertsArgs {
+  DType dtype;
+  Activation activation;
+  double alpha, limit;
+  bool interleaved, transposed;
+  const void* x;            // [R, H], or [T, H] seen through token_of
+  const int32_t* token_of;  // [R] or null; outside [0, T): an unused row
+  const void* weights;      // [R] fp32 (fp64 for fp64) or null
+  const void* w1;           // [E, G, H], transposed [E, H, G]; G = 2F gated, F not
+  const void* w2;           // [E, H, F], transposed [E, F, H]
+  const void* b1;           // [E, G] or null
+  const void* b2;           // [E, H] or null
+  const int64_t* offsets;   // [E+1]
+  int64_t num_rows, tokens, hidden, ffn, experts;
+};
+
+// a [R, F] = act(h), h [R, G] = x w1 + b1; either of h and a may be null.
+struct ExpertsUpArgs {
+  ExpertsArgs of;
+  void* h;
+  void* a;
+};
+
+// y [R, H] = weights (a w2 + b2); unused rows are zero.
+struct ExpertsDownArgs {
+  ExpertsArgs of;
+  const void* a;
+  void* y;
+};
+
+// From dy [R, H] and the kept h [R, G]: dh [R, G], the weighted activation [R, F] that dw2 needs, and the parts of
+// <da, a> [R, chunks] that sum to dweights. The last two may be null.
+struct ExpertsDActArgs {
+  ExpertsArgs of;
+  const void* dy;
+  const void* h;
+  void* dh;
+  void* weighted_a;
+  void* dweights_parts;
+};
+
+// dweights [R] = sum of the parts + <dy, b2>.
+struct ExpertsDWeightsArgs {
+  ExpertsArgs of;
+  const void* dy;
+  const void* dweights_parts;
+  void* dweights;
+};
+
+// out [E, N] (=|+=) sum over an expert's rows of (weights[r]) rows[r], unused rows left out.
+struct ExpertsDBiasArgs {
+  ExpertsArgs of;  // dtype, token_of, tokens, offsets, experts; weights may be null
+  const void* rows;
+  int64_t width;
+  void* out;  // dtype, or fp32 (fp64 for fp64) when accumulating
+  bool accumulate;
+};
+
+// How many parts of <da, a> a row has: fixed by F alone, so that their sum has one order.
+inline int64_t experts_dweights_parts(int64_t ffn) { return (ffn + 255) / 256; }
+
+}  // namespace moekernels
+
+// Each of `workers` calls does its share; the shares are independent and the result is the same for any number of them.
+MOEKERNELS_CPU_KERNEL(experts_up, const ExpertsUpArgs& args, int64_t worker, int64_t workers)
+MOEKERNELS_CPU_KERNEL(experts_down, const ExpertsDownArgs& args, int64_t worker, int64_t workers)
+MOEKERNELS_CPU_KERNEL(experts_dact, const ExpertsDActArgs& args, int64_t worker, int64_t workers)
+MOEKERNELS_CPU_KERNEL(experts_dweights, const ExpertsDWeightsArgs& args, int64_t worker, int64_t workers)
+MOEKERNELS_CPU_KERNEL(experts_dbias, const ExpertsDBiasArgs& args, int64_t worker, int64_t workers)

@@ -1,0 +1,38 @@
+// grouped_gemm: rows of each expert times its weights. See moekernels/ops/grouped_gemm.py for the meaning.
+#pragma once
+
+#include "moekernels/common.h"
+
+namespace moekernels {
+
+// out [R, O] = rows [R, I] x w; dgrad is the same with the orientation of w turned.
+struct GroupedGemmArgs {
+  DType dtype;
+  const void* rows;        // [R, I]
+  const void* w;           // [E, O, I], transposed [E, I, O]
+  const int64_t* offsets;  // [E+1], ascending, within [0, R]
+  void* out;               // [R, O], rows past offsets[E] are set to zero
+  int64_t num_rows, in, out_width, experts;
+  bool transposed;
+};
+
+// dw [E, M, N] (=|+=) sum over an expert's rows of a[r, m] b[r, n].
+struct GroupedWgradArgs {
+  DType dtype;
+  const void* a;  // [R, M]
+  const void* b;  // [R, N], or [T, N] seen through token_of
+  const int64_t* offsets;
+  // Rows whose token lies outside [0, tokens) count as zero; null: every row counts, b has R rows.
+  const int32_t* token_of;
+  int64_t tokens;
+  bool gather_a, gather_b;  // which side has one row a token
+  void* dw;                 // dtype, or fp32 (fp64 for fp64) when accumulating
+  bool accumulate;
+  int64_t m, n, experts;
+};
+
+}  // namespace moekernels
+
+// Each of `workers` calls does its share; the shares are independent and the result is the same for any number of them.
+MOEKERNELS_CPU_KERNEL(grouped_gemm, const GroupedGemmArgs& args, int64_t worker, int64_t workers)
+MOEKERNELS_CPU_KERNEL(grouped_wgrad, const GroupedWgradArgs& args, int64_t worker, int64_t workers)

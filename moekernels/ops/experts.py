@@ -1,0 +1,343 @@
+"""experts: the whole expert FFN over routed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moekernels import reference
+from moekernels.ops import _spec
+from moekernels.ops._library import raw
+from moekernels.ops.grouped_gemm import autocast, main_grad_of, wgrad_or_accumulate
+
+_experts = raw._experts.default
+_dact = raw._experts_dact.default
+_dbias = raw._experts_dbias.default
+_dbias_ = raw._experts_dbias_.default
+_grouped_gemm = raw._grouped_gemm.default
+_combine = raw._combine.default
+
+
+@torch.library.register_fake("moekernels::_experts")
+def _(
+    x,
+    weights,
+    w1,
+    w2,
+    offsets,
+    token_of,
+    b1,
+    b2,
+    activation,
+    alpha,
+    limit,
+    interleaved,
+    transposed,
+    keep_h,
+):
+    rows = x.shape[0] if token_of is None else token_of.shape[0]
+    width = w1.shape[2 if transposed else 1]
+    return x.new_empty(rows, x.shape[1]), x.new_empty(rows if keep_h else 0, width)
+
+
+@torch.library.register_fake("moekernels::_experts_dact")
+def _(
+    dy,
+    h,
+    x,
+    weights,
+    w1,
+    w2,
+    offsets,
+    token_of,
+    b1,
+    b2,
+    activation,
+    alpha,
+    limit,
+    interleaved,
+    transposed,
+    want_a,
+    want_dweights,
+):
+    rows, out = dy.shape[0], 2 if transposed else 1
+    return (
+        x.new_empty(rows, w1.shape[out]),
+        x.new_empty(rows if want_a else 0, w2.shape[3 - out]),
+        x.new_empty(rows if want_dweights else 0, dtype=_spec.wide(x.dtype)),
+    )
+
+
+@torch.library.register_fake("moekernels::_experts_dbias")
+def _(rows, weights, offsets, token_of, tokens):
+    return rows.new_empty(offsets.shape[0] - 1, rows.shape[1])
+
+
+@torch.library.register_fake("moekernels::_experts_dbias_")
+def _(main_grad, rows, weights, offsets, token_of, tokens):
+    return None
+
+
+class _Style(NamedTuple):
+    activation: str
+    alpha: float
+    limit: float
+    interleaved: bool
+    transposed: bool
+
+
+class _MainGrads(NamedTuple):
+    w1: Tensor | None
+    w2: Tensor | None
+    b1: Tensor | None
+    b2: Tensor | None
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, weights, w1, w2, b1, b2, offsets, token_of, row_of, style, main_grads, recompute
+    ):
+        y, h = _experts(x, weights, w1, w2, offsets, token_of, b1, b2, *style, keep_h=not recompute)
+        ctx.save_for_backward(x, weights, w1, w2, b1, b2, offsets, token_of, row_of, h)
+        ctx.style, ctx.main_grads = style, main_grads
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weights, w1, w2, b1, b2, offsets, token_of, row_of, h = ctx.saved_tensors
+        need_x, need_weights, need_w1, need_w2, need_b1, need_b2 = ctx.needs_input_grad[:6]
+        style, main_grads = ctx.style, ctx.main_grads
+        transposed, tokens = style.transposed, x.shape[0]
+        dy = dy.contiguous()
+        dx = dweights = dw1 = dw2 = db1 = db2 = None
+        if need_x or need_weights or need_w1 or need_w2 or need_b1:
+            dh, weighted_a, dweights = _dact(
+                dy,
+                h,
+                x,
+                weights,
+                w1,
+                w2,
+                offsets,
+                token_of,
+                b1,
+                b2,
+                *style,
+                want_a=need_w2,
+                want_dweights=need_weights,
+            )
+        if need_b2:
+            db2 = _dbias_or_accumulate(main_grads.b2, dy, weights, offsets, token_of, tokens)
+        if need_w2:
+            dw2 = wgrad_or_accumulate(
+                main_grads.w2, weighted_a, dy, offsets, transposed, token_of, tokens
+            )
+            del weighted_a
+        if need_x:
+            dx = _grouped_gemm(dh, w1, offsets, not transposed)
+            if token_of is not None:
+                dx = _combine(dx, row_of, None)
+        if need_w1:
+            dw1 = wgrad_or_accumulate(
+                main_grads.w1, x, dh, offsets, transposed, token_of, tokens, token_of is not None
+            )
+        if need_b1:
+            db1 = _dbias_or_accumulate(main_grads.b1, dh, None, offsets, token_of, tokens)
+        dweights = dweights if need_weights else None
+        return dx, dweights, dw1, dw2, db1, db2, *[None] * 6
+
+
+def _dbias_or_accumulate(main_grad, rows, weights, offsets, token_of, tokens) -> Tensor | None:
+    if main_grad is None:
+        return _dbias(rows, weights, offsets, token_of, tokens)
+    _dbias_(main_grad, rows, weights, offsets, token_of, tokens)
+    return None
+
+
+def experts(
+    x: Tensor,
+    weights: Tensor | None,
+    w1: Tensor,
+    w2: Tensor,
+    offsets: Tensor,
+    *,
+    token_of: Tensor | None = None,
+    row_of: Tensor | None = None,
+    activation: str = "swiglu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    interleaved: bool = False,
+    transposed: bool = False,
+    recompute: bool = False,
+) -> Tensor:
+    """Runs every expert's FFN on its rows and applies the routing weights.
+
+        h = x w1 + b1,  a = act(h),  out = weights * (a w2 + b2)
+
+    Args:
+        x: [R, H] rows in expert order, fp32, bf16, fp16 or fp64; or [T, H] tokens, seen through `token_of`.
+        weights: [R] fp32 (fp64 for fp64), the routing weight of each row (`permute_weights`); None: all one.
+        w1: [E, 2F, H], gate and up; ungated activations [E, F, H]. With `transposed` [E, H, 2F].
+        w2: [E, H, F]; with `transposed` [E, F, H].
+        offsets: [E+1] int64, where each expert's rows begin.
+        token_of: [R] int32, the token of each row; rows whose token is outside [0, T) give zeros.
+        row_of: [T, K] int32, the rows of each token; needed with `token_of` for x's gradient.
+        activation: swiglu, geglu, reglu, swiglu_oai (clamped by `limit`, sigmoid of `alpha` gate, up + 1),
+            swiglu_clamped (by `limit`); ungated: relu2, silu, gelu.
+        b1, b2: [E, 2F], [E, H], biases or None.
+        interleaved: gate and up alternate in w1 and b1, rather than one after the other.
+        recompute: keep not even h for the backward, and compute it again there.
+
+    Returns:
+        [R, H] weighted rows in x's dtype, for `combine` to sum. Rows past offsets[E] are zero.
+
+    Raises:
+        RuntimeError: a wrong dtype, rank, shape or device, with the values in the message.
+
+    Notes:
+        Keeps x and h [R, 2F] for the backward, no expert output: the weights' gradient is <da, a>. Sums in fp32 (fp64
+        for fp64). A parameter with an attribute `main_grad` (fp32, its shape) has its gradient added there and none
+        returned. Under autocast all but `weights` are cast. Deterministic on any number of threads.
+    """
+    main_grads = _MainGrads(*[main_grad_of(p) for p in (w1, w2, b1, b2)])
+    x, w1, w2, b1, b2 = autocast(x.device, x, w1, w2, b1, b2)
+    if weights is not None and weights.dtype != torch.float64 and x.dtype != torch.float64:
+        weights = weights.float()
+    inputs = tuple(t if t is None else t.contiguous() for t in (x, weights, w1, w2, b1, b2))
+    style = _Style(activation, alpha, limit, interleaved, transposed)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        if token_of is not None and row_of is None and x.requires_grad:
+            raise RuntimeError("experts: x seen through token_of needs row_of for its gradient")
+        return _Experts.apply(*inputs, offsets, token_of, row_of, style, main_grads, recompute)
+    x, weights, w1, w2, b1, b2 = inputs
+    return _experts(x, weights, w1, w2, offsets, token_of, b1, b2, *style, keep_h=False)[0]
+
+
+_GATED = ("swiglu", "geglu", "reglu", "swiglu_oai", "swiglu_clamped")
+
+
+def _case(
+    dtype: torch.dtype,
+    routing: reference.Routing,
+    tokens: int,
+    *,
+    num_experts: int,
+    hidden: int = 6,
+    ffn: int = 5,
+    view: bool = True,
+    weighted: bool = True,
+    bias: bool = False,
+    **options,
+) -> dict:
+    activation, transposed = options.get("activation", "swiglu"), options.get("transposed", False)
+    width = ffn * (2 if activation in _GATED else 1)
+    rows = routing.token_of.shape[0]
+    w1 = _spec.randn(dtype, num_experts, width, hidden, seed=1, scale=0.5)
+    w2 = _spec.randn(dtype, num_experts, hidden, ffn, seed=2, scale=0.5)
+    if transposed:
+        w1, w2 = w1.transpose(1, 2).contiguous(), w2.transpose(1, 2).contiguous()
+    inputs = {
+        "x": _spec.randn(dtype, tokens if view else rows, hidden),
+        "weights": _spec.randn(_spec.wide(dtype), rows, seed=3) if weighted else None,
+        "w1": w1,
+        "w2": w2,
+        "offsets": routing.offsets,
+        **options,
+    }
+    if view:
+        inputs |= {"token_of": routing.token_of, "row_of": routing.row_of}
+    if bias:
+        inputs["b1"] = _spec.randn(dtype, num_experts, width, seed=4)
+        inputs["b2"] = _spec.randn(dtype, num_experts, hidden, seed=5)
+    return inputs
+
+
+def _cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
+    for name, ids, experts_, routing in _spec.routing_cases():
+        inputs = _case(dtype, routing, ids.shape[0], num_experts=experts_)
+        yield _spec.Case(name, inputs, compile=name == "ordinary")
+        inputs = _case(
+            dtype, routing, ids.shape[0], num_experts=experts_, view=False, weighted=False
+        )
+        yield _spec.Case(name + "_rows", inputs, gradcheck=name == "ordinary")
+    ids = _spec.random_ids(13, 3, 2)
+    routing = reference.route(ids, 3, alignment=4)
+    kinks = ("reglu", "relu2", "swiglu_oai", "swiglu_clamped")
+    for activation in (*_GATED, "relu2", "silu", "gelu"):
+        inputs = _case(
+            dtype, routing, 13, num_experts=3, activation=activation, limit=0.8, bias=True
+        )
+        yield _spec.Case(activation, inputs, gradcheck=activation not in kinks)
+    for flags in ({"interleaved": True}, {"transposed": True}, {"recompute": True}):
+        inputs = _case(dtype, routing, 13, num_experts=3, bias=True, **flags)
+        yield _spec.Case(next(iter(flags)), inputs)
+    inputs = _case(
+        dtype,
+        routing,
+        13,
+        num_experts=3,
+        bias=True,
+        activation="swiglu_oai",
+        interleaved=True,
+        transposed=True,
+        hidden=33,
+        ffn=47,
+    )
+    yield _spec.Case("gpt_oss", inputs, gradcheck=False)
+
+
+def _messages():
+    x, weights, offsets = torch.zeros(6, 4), torch.zeros(6), torch.tensor([0, 2, 6])
+    w1, w2 = torch.zeros(2, 10, 4), torch.zeros(2, 4, 5)
+    yield (
+        lambda: experts(x, weights, w1, w2, offsets, activation="tanh"),
+        "experts: activation must be swiglu|geglu|reglu|swiglu_oai|swiglu_clamped|relu2|silu|gelu, got tanh",
+    )
+    yield (
+        lambda: experts(x, weights, w1[:, :9], w2, offsets),
+        "experts: w1 must be float32 [E=2, 2F=10, H=4], got float32 [2, 9, 4]",
+    )
+    yield (
+        lambda: experts(x, weights, w1, torch.zeros(2, 3, 5), offsets),
+        "experts: w2 must be float32 [E, H=4, F], got float32 [2, 3, 5]",
+    )
+    yield (
+        lambda: experts(x, weights[:5], w1, w2, offsets),
+        "experts: weights must be float32 [R=6], got float32 [5]",
+    )
+    yield (
+        lambda: experts(x, weights, w1, w2, offsets, b2=torch.zeros(2, 5)),
+        "experts: b2 must be float32 [E=2, H=4], got float32 [2, 5]",
+    )
+    yield (
+        lambda: experts(
+            x.requires_grad_(), weights, w1, w2, offsets, token_of=torch.zeros(6).int()
+        ),
+        "experts: x seen through token_of needs row_of for its gradient",
+    )
+
+
+def _saved(inputs: dict) -> int:
+    h_elements = inputs["w1"].shape[2 if inputs.get("transposed") else 1]
+    rows = len(inputs["token_of"] if inputs.get("token_of") is not None else inputs["x"])
+    h_bytes = 0 if inputs.get("recompute") else rows * h_elements * inputs["x"].element_size()
+    return h_bytes + _spec.nbytes(*[t for t in inputs.values() if isinstance(t, Tensor)])
+
+
+_spec.register(
+    _spec.OpSpec(
+        name="experts",
+        fn=experts,
+        reference=reference.experts,
+        cases=_cases,
+        differentiable=("x", "weights", "w1", "w2", "b1", "b2"),
+        messages=_messages,
+        saved=_saved,
+    )
+)

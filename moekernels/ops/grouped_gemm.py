@@ -1,0 +1,234 @@
+"""grouped_gemm: the rows of each expert times that expert's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moekernels import reference
+from moekernels.ops import _spec
+from moekernels.ops._library import raw
+
+_grouped_gemm = raw._grouped_gemm.default
+_wgrad = raw._grouped_gemm_wgrad.default
+_wgrad_ = raw._grouped_gemm_wgrad_.default
+
+
+@torch.library.register_fake("moekernels::_grouped_gemm")
+def _(rows: Tensor, w: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+    return rows.new_empty(rows.shape[0], w.shape[2 if transposed else 1])
+
+
+@torch.library.register_fake("moekernels::_grouped_gemm_wgrad")
+def _(rows, drows, offsets, transposed, token_of, tokens, gather) -> Tensor:
+    m, n = (rows, drows) if transposed else (drows, rows)
+    return rows.new_empty(offsets.shape[0] - 1, m.shape[1], n.shape[1])
+
+
+@torch.library.register_fake("moekernels::_grouped_gemm_wgrad_")
+def _(main_grad, rows, drows, offsets, transposed, token_of, tokens, gather) -> None:
+    return None
+
+
+def wgrad_or_accumulate(
+    main_grad: Tensor | None,
+    rows: Tensor,
+    drows: Tensor,
+    offsets: Tensor,
+    transposed: bool,
+    token_of: Tensor | None = None,
+    tokens: int = 0,
+    gather: bool = False,
+) -> Tensor | None:
+    """The gradient for w, or None after adding it to `main_grad`. With `gather`, rows are [T, I] seen through token_of."""
+    if main_grad is None:
+        return _wgrad(rows, drows, offsets, transposed, token_of, tokens, gather)
+    _wgrad_(main_grad, rows, drows, offsets, transposed, token_of, tokens, gather)
+    return None
+
+
+def main_grad_of(w: Tensor | None) -> Tensor | None:
+    """The fp32 buffer that a parameter's gradient is to be added to, if it has one and wants a gradient."""
+    if w is None or not w.requires_grad:
+        return None
+    return getattr(w, "main_grad", None)
+
+
+def autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the dtype that autocast asks matrix products on `device` to run in; untouched without autocast."""
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tensors
+
+
+class _GroupedGemm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, w, offsets, transposed: bool, main_grad) -> Tensor:
+        ctx.save_for_backward(rows, w, offsets)
+        ctx.transposed, ctx.main_grad = transposed, main_grad
+        return _grouped_gemm(rows, w, offsets, transposed)
+
+    @staticmethod
+    def backward(ctx, drows: Tensor):
+        rows, w, offsets = ctx.saved_tensors
+        drows = drows.contiguous()
+        dgrad = dw = None
+        if ctx.needs_input_grad[0]:
+            dgrad = _grouped_gemm(drows, w, offsets, not ctx.transposed)
+        if ctx.needs_input_grad[1]:
+            dw = wgrad_or_accumulate(ctx.main_grad, rows, drows, offsets, ctx.transposed)
+        return dgrad, dw, None, None, None
+
+
+def grouped_gemm(rows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool = False) -> Tensor:
+    """Multiplies each expert's rows by its weights.
+
+        out[offsets[e]:offsets[e+1]] = rows[offsets[e]:offsets[e+1]] @ w[e].T
+
+    Args:
+        rows: [R, I] fp32, bf16, fp16 or fp64, in expert order (`permute`).
+        w: [E, O, I] in rows' dtype; with `transposed` [E, I, O], and the product is rows @ w[e].
+        offsets: [E+1] int64, where each expert's rows begin (`Routing.offsets`).
+
+    Returns:
+        [R, O] in rows' dtype. Rows past offsets[E] are zero.
+
+    Raises:
+        RuntimeError: a wrong dtype, rank, shape or device, with the values in the message.
+
+    Notes:
+        Sums in fp32 (fp64 for fp64). If `w` is a parameter with an fp32 attribute `main_grad` of its shape, the backward
+        adds w's gradient to that and returns none for w. Under autocast both run in autocast's dtype. Deterministic:
+        the same input gives the same bits on any number of threads. An expert without rows costs nothing.
+    """
+    main_grad = main_grad_of(w)
+    rows, w = autocast(rows.device, rows, w)
+    rows, w = rows.contiguous(), w.contiguous()
+    if torch.is_grad_enabled() and (rows.requires_grad or w.requires_grad):
+        return _GroupedGemm.apply(rows, w, offsets, transposed, main_grad)
+    return _grouped_gemm(rows, w, offsets, transposed)
+
+
+def grouped_gemm_dgrad(
+    drows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool = False
+) -> Tensor:
+    """The gradient of `grouped_gemm` for its rows: drows [R, O], w [E, O, I] (transposed: [E, I, O]) -> [R, I].
+
+    Apart from `grouped_gemm_wgrad`, for schedules that run the two at different times. Not differentiable.
+    """
+    return _grouped_gemm(drows.contiguous(), w.contiguous(), offsets, not transposed)
+
+
+def grouped_gemm_wgrad(
+    rows: Tensor,
+    drows: Tensor,
+    offsets: Tensor,
+    *,
+    transposed: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient of `grouped_gemm` for w: rows [R, I], drows [R, O] -> [E, O, I] (transposed: [E, I, O]).
+
+    With `out` [E, O, I] fp32 (fp64 for fp64), the main gradient, it is added to that, which is returned; experts
+    without rows then cost nothing. Not differentiable.
+    """
+    rows, drows = rows.contiguous(), drows.contiguous()
+    dw = wgrad_or_accumulate(out, rows, drows, offsets, transposed)
+    return dw if out is None else out
+
+
+def _inputs(dtype: torch.dtype, transposed: bool, width: int, out: int) -> Iterator[tuple]:
+    for name, _, experts, routing in _spec.routing_cases():
+        rows = _spec.randn(dtype, routing.token_of.shape[0], width)
+        shape = (experts, width, out) if transposed else (experts, out, width)
+        w = _spec.randn(dtype, *shape, seed=1)
+        suffix = "_transposed" if transposed else ""
+        yield name + suffix, rows, w, routing.offsets
+
+
+def _cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
+    for transposed in (False, True):
+        for name, rows, w, offsets in _inputs(dtype, transposed, 11, 7):
+            inputs = {"rows": rows, "w": w, "offsets": offsets, "transposed": transposed}
+            yield _spec.Case(name, inputs, compile=name == "ordinary")
+
+
+def _dgrad_cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
+    for transposed in (False, True):
+        for name, rows, w, offsets in _inputs(dtype, transposed, 9, 13):
+            drows = _spec.randn(dtype, rows.shape[0], 13, seed=2)
+            inputs = {"drows": drows, "w": w, "offsets": offsets, "transposed": transposed}
+            yield _spec.Case(name, inputs, compile=name == "ordinary")
+
+
+def _wgrad_cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
+    for transposed in (False, True):
+        for name, rows, _, offsets in _inputs(dtype, transposed, 10, 12):
+            drows = _spec.randn(dtype, rows.shape[0], 12, seed=2)
+            inputs = {"rows": rows, "drows": drows, "offsets": offsets, "transposed": transposed}
+            yield _spec.Case(name, inputs, compile=name == "ordinary")
+
+
+def _messages():
+    rows, w = torch.zeros(6, 4), torch.zeros(2, 3, 4)
+    offsets = torch.tensor([0, 2, 6])
+    yield (
+        lambda: grouped_gemm(rows[0], w, offsets),
+        "grouped_gemm: rows must be float32|bfloat16|float16|float64 [R, I], got float32 [4]",
+    )
+    yield (
+        lambda: grouped_gemm(rows, w, offsets, transposed=True),
+        "grouped_gemm: w must be float32 [E, I=4, O], got float32 [2, 3, 4]",
+    )
+    yield (
+        lambda: grouped_gemm(rows, w.bfloat16(), offsets),
+        "grouped_gemm: w must be float32 [E, O, I=4], got bfloat16 [2, 3, 4]",
+    )
+    yield (
+        lambda: grouped_gemm(rows, w, offsets.int()),
+        "grouped_gemm: offsets must be int64 [E+1=3], got int32 [3]",
+    )
+    yield (
+        lambda: grouped_gemm(rows, w, offsets + 1),
+        "grouped_gemm: offsets must ascend from 0 to at most R=6, got 1 ... 7",
+    )
+    yield (
+        lambda: grouped_gemm(rows, w, torch.tensor([0, 5, 4])),
+        "grouped_gemm: offsets must ascend, got offsets[1] = 5 and offsets[2] = 4",
+    )
+    yield (
+        lambda: _grouped_gemm(rows.T, torch.zeros(2, 3, 6), offsets, False),
+        "grouped_gemm: rows must be contiguous, got strides [1, 4]",
+    )
+
+
+_spec.register(
+    _spec.OpSpec(
+        name="grouped_gemm",
+        fn=grouped_gemm,
+        reference=reference.grouped_gemm,
+        cases=_cases,
+        differentiable=("rows", "w"),
+        messages=_messages,
+        saved=lambda i: _spec.nbytes(i["rows"], i["w"], i["offsets"]),
+    )
+)
+_spec.register(
+    _spec.OpSpec(
+        name="grouped_gemm_dgrad",
+        fn=grouped_gemm_dgrad,
+        reference=reference.grouped_gemm_dgrad,
+        cases=_dgrad_cases,
+    )
+)
+_spec.register(
+    _spec.OpSpec(
+        name="grouped_gemm_wgrad",
+        fn=grouped_gemm_wgrad,
+        reference=reference.grouped_gemm_wgrad,
+        cases=_wgrad_cases,
+    )
+)
