@@ -1,8 +1,8 @@
 """Run a function on several local ranks of torch.distributed from inside one test.
 
-Ranks are forked, not spawned: the parent has imported torch already, so eight of them start in about half a second
-instead of ten, and a test may pass closures. A rank that raises, dies or hangs fails the test with that rank's own
-traceback within the timeout; nothing is left running.
+Ranks are forked, not spawned: the parent has imported torch already, so eight of them start in
+about half a second instead of ten, and a test may pass closures. A rank that raises, dies or hangs
+fails the test with that rank's own traceback within the timeout; nothing is left running.
 
     def work(rank, scale):                       # torch.distributed is initialised here
         x = torch.full((4,), float(rank)) * scale
@@ -11,7 +11,7 @@ traceback within the timeout; nothing is left running.
 
     results = run_ranks(4, work, 2.0)            # [result of rank 0, ..., result of rank 3]
 
-    with RankPool(4) as pool:                    # the same ranks for several calls; functions of a module only
+    with RankPool(4) as pool:                    # the same ranks for several calls
         pool.run(work, 2.0)
         pool.run(work, 3.0)
 """
@@ -73,7 +73,9 @@ class RankPool:
             self._connections.append(here)
 
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
-        """Call `fn(rank, *args)` on every rank; the results in rank order. `fn` must be picklable (a module's own)."""
+        """Call `fn(rank, *args)` on every rank; the results in rank order. `fn` must be picklable
+        (a module's own).
+        """
         message = pickle.dumps((fn, args))
         for rank, connection in enumerate(self._connections):
             try:
@@ -116,7 +118,8 @@ class RankPool:
             self.close(kill=True)
             raise RankError(
                 first,
-                f"no answer after {self.timeout:g} s from ranks {sorted(pending.values())}:\n{stacks}",
+                f"no answer after {self.timeout:g} s "
+                f"from ranks {sorted(pending.values())}:\n{stacks}",
             )
         return results
 
@@ -164,9 +167,11 @@ class RankPool:
 
 
 def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
-    """`fn(rank, *args)` on `world` forked ranks with a gloo process group; the results in rank order.
+    """`fn(rank, *args)` on `world` forked ranks with a gloo process group; the results in rank
+    order.
 
-    Results travel by pickle (tensors by value). Raises `RankError` with the traceback of the rank that failed first.
+    Results travel by pickle (tensors by value). Raises `RankError` with the traceback of the rank
+    that failed first.
     """
     with RankPool(world, timeout=timeout, _task=(fn, args)) as pool:
         return pool._collect()

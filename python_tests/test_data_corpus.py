@@ -4,6 +4,8 @@ import asyncio
 import json
 import math
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -231,7 +233,7 @@ def test_the_cache_is_read_again_and_follows_the_content(tmp_path, monkeypatch):
     source.write_text(TEXT + "more")
     changed = load(source, tmp_path, log=lines.append)
     assert changed.identity != first.identity
-    assert lines == [f"tokenising 1 files, once; the result is kept in {changed.folder}"]
+    assert lines == [f"tokenising {source}, once; the result is kept in {changed.folder}"]
     assert load(source, tmp_path, vocab_size=280).identity != changed.identity
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -275,14 +277,34 @@ def test_a_build_that_dies_leaves_nothing_that_is_taken_for_whole(tmp_path, monk
         )
         with pytest.raises(KeyboardInterrupt):
             load(source, tmp_path)
-    cache = tmp_path / "cache"
-    assert not list(cache.glob("corpus-*/"))
-    lock = next(cache.glob("corpus-*.lock"))
-    killed = cache / f"{lock.stem}.partial-killed"  # what SIGKILL in a build leaves behind
-    killed.mkdir()
-    (killed / "tokens.npy").write_bytes(b"half")
-    corpus = load(source, tmp_path)
-    assert [path.name for path in cache.glob("corpus-*/")] == [corpus.folder.name]
+    assert not list(tmp_path.glob("cache/corpus-*/"))
+    assert documents(load(source, tmp_path)) == [TEXT]
+
+
+KILLED = """
+import os, sys, time
+from moekernels.data import corpus
+
+def stop(_):
+    print("half written", flush=True)
+    time.sleep(60)
+
+corpus.os.fsync = stop
+corpus.load_corpus(sys.argv[1], vocab_size=300, cache=sys.argv[2])
+"""
+
+
+def test_a_build_that_is_killed_is_begun_again(tmp_path):
+    source = tmp_path / "a.txt"
+    source.write_text(TEXT)
+    arguments = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "cache")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "half written\n"
+        process.kill()
+    assert len(list(tmp_path.glob("cache/*.partial-*/tokens.npy"))) == 1
+    corpus = load(source, tmp_path)  # the killed one's lock is gone with it
+    assert [path.name for path in tmp_path.glob("cache/corpus-*/")] == [corpus.folder.name]
+    assert documents(corpus) == [TEXT]
 
 
 def test_one_of_many_builds_and_the_others_wait(tmp_path):

@@ -135,11 +135,22 @@ def test_held_out_batches_are_fixed_and_never_trained_on(corpus):
     assert len(batches) == 12
     assert pairs(batches) == pairs([b for step in other.eval_batches(3) for b in step])
     train, held = corpus.split(0.2)
-    starts, lengths = data._held_out_pool.draw(0, 72, seed=0)
+    starts, lengths = data._eval.draw(0, 72, seed=0)
     assert starts.min() >= held[0, 0] and train[-1, 1] <= held[0, 0]
     for options in ({"lengths": (8, 120)}, {}):
         step = next(loader(corpus, **options).eval_batches(1))
         assert sum(batch.num_tokens for batch in step) * step[0].loss_scale == pytest.approx(1)
+    with pytest.raises(UsageError, match="nothing is held out; a held-out share above 0 would do"):
+        next(loader(corpus, held_out=0.0).eval_batches(1))
+
+
+def test_a_short_text_has_a_held_out_loss_all_the_same(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("to be or not to be, that is the question\n" * 3)
+    short = load_corpus(str(path), vocab_size=300, cache=tmp_path)
+    for options in ({}, {"lengths": (2, 30)}):
+        data = loader(short, **options)
+        assert len(next(data.eval_batches(1))) == len(data.batch(1)) == 4
 
 
 def test_resume_with_other_data_is_refused(corpus):
@@ -150,6 +161,12 @@ def test_resume_with_other_data_is_refused(corpus):
         loader(corpus, seed=1).load_state_dict(state)
     assert str(error.value) == (
         "batch: seed is 1, but was 0 when the checkpoint was saved; the same value would do"
+    )
+    with pytest.raises(UsageError) as error:
+        data.load_state_dict(state | {"corpus": "another"})
+    assert str(error.value) == (
+        f"data: {corpus.stats.source} is not the text that the checkpoint was trained on; "
+        "the same files, vocabulary and release of tokenizers would do"
     )
 
 
@@ -183,16 +200,15 @@ def test_bad_options_show_before_the_first_step(corpus, options, message):
 
 def test_too_little_text_is_the_users_error(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_text("ab")
-    tiny = load_corpus(str(path), vocab_size=300, cache=tmp_path)
-    data = loader(tiny)  # one sequence, repeated
-    assert sum(batch.num_tokens for batch in data.batch(1)) == 48
+    path.write_text("a")
     with pytest.raises(UsageError) as error:
-        next(data.eval_batches(1))
+        loader(load_corpus(str(path), vocab_size=300, cache=tmp_path))
     assert str(error.value) == (
-        f"data: {path} leaves 0 tokens for the held-out loss; "
-        "a longer text, or another held-out share, would do"
+        f"data: {path} leaves 0 tokens for training; a longer text would do"
     )
+    path.write_text("abcd")
+    tiny = load_corpus(str(path), vocab_size=300, cache=tmp_path)
+    assert sum(batch.num_tokens for batch in loader(tiny).batch(1)) == 48  # one piece, repeated
     with pytest.raises(UsageError) as error:
         loader(tiny, lengths=(1, 9))
     assert str(error.value) == (

@@ -16,6 +16,8 @@ from moekernels.data.batch_plan import (
     plan_batch,
 )
 from moekernels.errors import UsageError
+from moekernels.pipeline.schedule import build
+from moekernels.pipeline.simulate import Simulator
 
 COST = Cost.of_transformer(942_000_000, num_layers=16, attention_width=1024)
 
@@ -272,6 +274,22 @@ def test_order_is_found_on_the_simulation_where_costs_differ():
         middle += flush_time([costs[m] for m in ordered[0]])
         climbed += flush_time([costs[m] for m in ordered[1]])
     assert climbed < middle < random_order
+
+
+def test_the_projects_simulator_sees_the_same_flush():
+    simulator = Simulator(build("1f1b", 4, 32))
+
+    def makespan(costs):
+        return simulator.makespan(costs, [2.0 * cost for cost in costs])
+
+    rng = random.Random(0)
+    lengths = [min(10240, max(128, int(rng.lognormvariate(6.5, 1.2)))) for _ in range(128)]
+    plans = [
+        plan_batch(lengths, 32, cost=COST, makespan=time) for time in (None, makespan, flush_time)
+    ]
+    assert plans[1] == plans[2]
+    assert makespan(plans[1].costs[0]) == pytest.approx(flush_time(plans[1].costs[0]), rel=1e-12)
+    assert makespan(plans[1].costs[0]) < makespan(plans[0].costs[0])
 
 
 def test_equal_costs_are_not_simulated():

@@ -149,6 +149,7 @@ def test_saved_model_loads_with_the_implementation(tmp_path):
     assert worst({"": loaded(tokens).logits}, {"": model(tokens).logits})[0] <= TOLERANCE
 
 
+@pytest.mark.filterwarnings("ignore:.*checkpointing_.*deprecated:FutureWarning")  # a newer name
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(family, reentrant):

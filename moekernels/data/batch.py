@@ -91,10 +91,12 @@ class MicroBatch:
             tokens[start:end] = sequence
             labels[start:end] = targets
             valid[start:end] = True
-        starts = torch.tensor(bounds[:-1], dtype=torch.int64)
-        positions = torch.arange(total) - starts.repeat_interleave(
-            torch.tensor(segments, dtype=torch.int64)
-        )
+        # Small single-threaded copies: repeat_interleave over the segments would wake the thread
+        # pool for any size, which costs milliseconds where local ranks share the cores.
+        positions = torch.empty(total, dtype=torch.int64)
+        ramp = torch.arange(max(segments, default=0))
+        for start, n in zip(bounds, segments):
+            positions[start : start + n] = ramp[:n]
         return MicroBatch(
             tokens=tokens,
             labels=labels,

@@ -83,7 +83,8 @@ def plan_batch(
     the longest of the micro-batch) or `padded` (in the given order, padded likewise).
     align: rows of a micro-batch become a multiple of it (the tensor-parallel size).
     max_tokens: the largest number of rows of a micro-batch that memory allows.
-    makespan: time of a pipeline flush given the micro-batches' costs in order; chooses their order.
+    makespan: time of a pipeline flush given the micro-batches' costs in order; chooses their order
+    (`pipeline.simulate.Simulator(schedule).makespan` over forward and backward costs).
     """
     cost = cost or Cost()
     lengths = [int(n) for n in lengths]

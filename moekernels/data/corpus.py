@@ -65,6 +65,8 @@ class Corpus:
             )
         spans = np.stack([self.offsets[:-1], self.offsets[1:]], axis=1)
         target = int(len(self.tokens) * held_out)
+        if held_out > 0:
+            target = max(target, 2)  # a token and its label
         first = int(np.searchsorted(self.offsets, len(self.tokens) - target))
         if 2 * (len(self.tokens) - self.offsets[first]) >= target:
             return spans[:first], spans[first:]
@@ -99,7 +101,8 @@ def load_corpus(
         with _lock(root / f"corpus-{identity}.lock"):
             if (corpus := _open(folder, identity)) is None:
                 if log is not None:
-                    log(f"tokenising {len(files)} files, once; the result is kept in {folder}")
+                    what = f"{len(files)} files" if len(files) > 1 else str(files[0].path)
+                    log(f"tokenising {what}, once; the result is kept in {folder}")
                 documents, skipped = read_documents(files, text_field)
                 name = source if isinstance(source, str) else ", ".join(source)
                 _build(folder, name, len(files), documents, skipped, vocab_size)

@@ -87,6 +87,11 @@ def _chosen(size: int, first: int, count: int, seed: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def _extent(spans: np.ndarray) -> int:
+    """Tokens from the first document to the last; they lie side by side."""
+    return int(spans[-1, 1] - spans[0, 0]) if len(spans) else 0
+
+
 @dataclass
 class BatchLoader:
     """Micro-batches of one data-parallel rank.
@@ -116,33 +121,36 @@ class BatchLoader:
         if (self.context is None) == (self.lengths is None):
             raise UsageError("batch: either a context or a range of lengths would do")
         train, held_out = self.corpus.split(self.held_out)
-        self.train = self._pool(train, "training")
-        self._held_out_spans = held_out
-        self._held_out_pool = None
+        self.train = self._pool(train, self.lengths, "training")
+        self._eval = None
+        if self.held_out > 0:
+            # Fewer tokens than the longest sequence: held-out sequences are shorter, never refused.
+            tokens = _extent(held_out) - 1
+            shorter = self.lengths and tuple(max(min(n, tokens), 1) for n in self.lengths)
+            self._eval = self._pool(held_out, shorter, "the held-out loss")
         self.plan(1)  # what cannot be planned shows before anything else is set up
 
-    def _pool(self, spans: np.ndarray, purpose: str) -> Pieces | Slots:
-        tokens = int(spans[-1, 1] - spans[0, 0]) if len(spans) else 0
-        if self.lengths is None:
+    def _pool(
+        self, spans: np.ndarray, lengths: tuple[int, int] | None, purpose: str
+    ) -> Pieces | Slots:
+        tokens = _extent(spans)
+        left = f"data: {self.corpus.stats.source} leaves {tokens} tokens for {purpose}"
+        if lengths is None:
             if self.context < 1:
                 raise UsageError(f"batch: the context is {self.context}; at least 1 would do")
             pool = Pieces.of(spans, self.context)
             if not len(pool):
-                raise UsageError(
-                    f"data: {self.corpus.stats.source} leaves {tokens} tokens for {purpose}; "
-                    "a longer text, or another held-out share, would do"
-                )
+                raise UsageError(f"{left}; a longer text would do")
             return pool
-        low, high = self.lengths
+        low, high = lengths
         if not 1 <= low <= high:
             raise UsageError(
                 f"batch: lengths {low}:{high}; low:high with 1 <= low <= high would do"
             )
         if tokens <= high:
             raise UsageError(
-                f"data: {self.corpus.stats.source} leaves {tokens} tokens for {purpose}, too few "
-                f"for lengths {low}:{high}; a longer text, or lengths up to {max(tokens - 1, 1)}, "
-                "would do"
+                f"{left}, too few for lengths {low}:{high}; "
+                f"a longer text, or lengths up to {max(tokens - 1, 1)}, would do"
             )
         return Slots(start=int(spans[0, 0]), count=(tokens - 1) // high, low=low, high=high)
 
@@ -160,11 +168,11 @@ class BatchLoader:
 
     def eval_batches(self, count: int) -> Iterator[list[MicroBatch]]:
         """Held-out steps, the same at every call and for every seed; a small text repeats."""
-        if self._held_out_pool is None:
-            self._held_out_pool = self._pool(self._held_out_spans, "the held-out loss")
+        if self._eval is None:
+            raise UsageError("data: nothing is held out; a held-out share above 0 would do")
         for number in range(count):
-            drawn = self._held_out_pool.draw(number * self.sequences, self.sequences, seed=0)
-            yield self._microbatches(*drawn)
+            first = number * self.sequences
+            yield self._microbatches(*self._eval.draw(first, self.sequences, seed=0))
 
     def describe(self) -> str:
         """One line for the user: what is trained on, and what was cut and skipped."""
@@ -195,11 +203,17 @@ class BatchLoader:
 
     def load_state_dict(self, state: dict) -> None:
         for name, here in self.state_dict().items():
-            if state.get(name) != here:
+            if (saved := state.get(name)) == here:
+                continue
+            if name == "corpus":
                 raise UsageError(
-                    f"batch: {name} is {here}, but was {state.get(name)} when the checkpoint was "
-                    "saved; the same value would do"
+                    f"data: {self.corpus.stats.source} is not the text that the checkpoint was "
+                    "trained on; the same files, vocabulary and release of tokenizers would do"
                 )
+            raise UsageError(
+                f"batch: {name} is {here}, but was {saved} when the checkpoint was saved; "
+                "the same value would do"
+            )
 
     def _drawn(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         if step < 1:

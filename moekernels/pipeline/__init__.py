@@ -1,1 +1,4 @@
-"""Pipeline parallelism: a schedule is data; it is checked, simulated, executed and drawn. Knows nothing of the model."""
+"""Pipeline parallelism: a schedule is data, to be checked, simulated, executed and drawn.
+
+Knows nothing of the model: a stage is any callable.
+"""

@@ -1,16 +1,20 @@
-"""Proof that a schedule is legal, without running it: completeness, order, no deadlock, bounded memory.
+"""Proof that a schedule is legal, without running it: complete, in order, free of deadlock, within
+its memory.
 
-Two models of communication are run to the end, and the schedule must finish under both, whatever the durations:
+Two models of communication are run to the end, and the schedule must finish under both, whatever
+the durations:
 
-* hosts (gloo): an action is reached when all before it are over. A computation blocks until its message was sent; a send
-  blocks only while `SENDS_IN_FLIGHT` older ones of its direction have found no receiver yet.
-* streams (NCCL): a rank has one queue a direction, in which whole batches run one after the other; a batch starts when
-  the computations in front of it are over and ends when each of its messages has met its other end.
+* hosts (gloo): an action is reached when all before it are over. A computation blocks until its
+  message was sent; a send blocks only while `SENDS_IN_FLIGHT` older ones of its direction have
+  found no receiver yet.
+* streams (NCCL): a rank has one queue a direction, in which whole batches run one after the other;
+  a batch starts when the computations in front of it are over and ends when each of its messages
+  has met its other end. A computation waits for its message and for the sends that are due.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 
 from .schedule import Action, Kind, Message, Schedule, batches
@@ -32,9 +36,10 @@ def check(schedule: Schedule) -> None:
         _check_computations(schedule, rank)
         _check_communications(schedule, rank)
         _check_memory(schedule, rank)
-    _check_message_order(schedule)
-    _check_hosts(schedule)
-    _check_streams(schedule)
+    if schedule.stages > 1:
+        _check_message_order(schedule)
+        _check_hosts(schedule)
+        _check_streams(schedule)
 
 
 def peak_in_flight(schedule: Schedule) -> list[int]:
@@ -77,7 +82,7 @@ def _check_computations(schedule: Schedule, rank: int) -> None:
 
 
 def _check_communications(schedule: Schedule, rank: int) -> None:
-    """Each message once, sent behind its computation, received in front of the one that needs it."""
+    """Each message once, sent behind its computation, received before the one that needs it."""
     actions = schedule.actions[rank]
     if schedule.stages == 1:
         made: set[Message | None] = {None}
@@ -133,7 +138,7 @@ def _check_memory(schedule: Schedule, rank: int) -> None:
 
 
 def _check_message_order(schedule: Schedule) -> None:
-    """Between two ranks and in one direction, messages are received in the order in which they are sent."""
+    """Between two ranks, messages of one direction are received in the order of their sends."""
     sent: dict[tuple[int, int, bool], list[Message]] = defaultdict(list)
     received: dict[tuple[int, int, bool], list[Message]] = defaultdict(list)
     for rank, actions in enumerate(schedule.actions):
@@ -164,7 +169,7 @@ def _check_hosts(schedule: Schedule) -> None:
         action = schedule.actions[rank][position[rank]]
         if action.kind.computes:
             need = schedule.needs(rank, action)
-            if schedule.stages > 1 and need and need not in sent:
+            if need and need not in sent:
                 return False
         elif action.kind.sends:
             message = schedule.message(rank, action)
@@ -184,61 +189,65 @@ def _check_hosts(schedule: Schedule) -> None:
         for rank in range(schedule.stages):
             while position[rank] < len(schedule.actions[rank]) and advance(rank):
                 moved = True
-    _raise_if_stuck(schedule, "hosts", position)
-
-
-def _check_streams(schedule: Schedule) -> None:
-    computed = [0] * schedule.stages  # computations that are over, per rank
-    order = [list(schedule.computations(rank)) for rank in range(schedule.stages)]
-    # per (rank, direction): [computations in front, messages that have not met their other end]
-    queues: dict[tuple[int, bool], list[tuple[int, set[Message]]]] = defaultdict(list)
-    for rank, actions in enumerate(schedule.actions):
-        before = 0
-        for entry in batches(actions):
-            if isinstance(entry, Action):
-                before += 1
-            else:
-                messages = {schedule.message(rank, action) for action in entry}
-                queues[rank, entry[0].kind.forward].append((before, messages))
-    arrived: set[Message] = set()
-    moved = True
-    while moved:
-        moved = False
-        waiting: Counter[Message] = Counter()
-        for (rank, _), queue in queues.items():
-            while queue and not queue[0][1]:
-                queue.pop(0)
-            if queue and queue[0][0] <= computed[rank]:
-                waiting.update(queue[0][1])
-        for message in [message for message, ends in waiting.items() if ends == 2]:
-            arrived.add(message)
-            moved = True
-            for queue in queues.values():
-                if queue:
-                    queue[0][1].discard(message)
-        for rank in range(schedule.stages):
-            while computed[rank] < len(order[rank]):
-                need = schedule.needs(rank, order[rank][computed[rank]])
-                if schedule.stages > 1 and need and need not in arrived:
-                    break
-                computed[rank] += 1
-                moved = True
-    position = [
-        next((i for i, a in enumerate(actions) if a is order[rank][computed[rank]]), 0)
-        if computed[rank] < len(order[rank])
-        else len(actions)
-        for rank, actions in enumerate(schedule.actions)
-    ]
-    _raise_if_stuck(schedule, "streams", position)
-    if any(batch[1] for queue in queues.values() for batch in queue):
-        raise ScheduleError("streams: communications are left over that never meet")
-
-
-def _raise_if_stuck(schedule: Schedule, model: str, position: list[int]) -> None:
     stuck = [
         f"stage {rank} at {actions[position[rank]]}"
         for rank, actions in enumerate(schedule.actions)
         if position[rank] < len(actions)
     ]
+    _raise_if_stuck("hosts", stuck)
+
+
+def _check_streams(schedule: Schedule) -> None:
+    # per rank: each computation, and the messages without which it does not start
+    gates: list[list[tuple[Action, set[Message]]]] = []
+    # per (rank, direction): each batch as the number of computations in front, and its messages
+    queues: dict[tuple[int, bool], deque[tuple[int, set[Message]]]] = defaultdict(deque)
+    for rank, actions in enumerate(schedule.actions):
+        rank_gates: list[tuple[Action, set[Message]]] = []
+        sends: dict[bool, deque[Message]] = {True: deque(), False: deque()}
+        over: set[Message] = set()  # old sends that the host has had the stream wait for
+        for entry in batches(actions):
+            if isinstance(entry, Action):
+                need = schedule.needs(rank, entry)
+                rank_gates.append((entry, over | {need} if need else over))
+                over = set()
+                continue
+            forward = entry[0].kind.forward
+            for action in entry:
+                if action.kind.sends:
+                    if len(sends[forward]) >= SENDS_IN_FLIGHT:
+                        over = over | {sends[forward].popleft()}
+                    sends[forward].append(schedule.message(rank, action))
+            messages = {schedule.message(rank, action) for action in entry}
+            queues[rank, forward].append((len(rank_gates), messages))
+        gates.append(rank_gates)
+
+    computed = [0] * schedule.stages
+    arrived: set[Message] = set()
+    moved = True
+    while moved:
+        moved = False
+        ends: Counter[Message] = Counter()
+        for (rank, _), queue in queues.items():
+            while queue and queue[0][1] <= arrived:
+                queue.popleft()
+            if queue and queue[0][0] <= computed[rank]:
+                ends.update(queue[0][1] - arrived)
+        met = {message for message, count in ends.items() if count == 2}
+        arrived |= met
+        moved = bool(met)
+        for rank, rank_gates in enumerate(gates):
+            while computed[rank] < len(rank_gates) and rank_gates[computed[rank]][1] <= arrived:
+                computed[rank] += 1
+                moved = True
+    stuck = [
+        f"stage {rank} at {rank_gates[computed[rank]][0]}"
+        for rank, rank_gates in enumerate(gates)
+        if computed[rank] < len(rank_gates)
+    ]
+    _raise_if_stuck("streams", stuck)
+
+
+def _raise_if_stuck(model: str, stuck: list[str]) -> None:
     if stuck:
         raise ScheduleError(f"deadlock ({model}): " + "; ".join(stuck))

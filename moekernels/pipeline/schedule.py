@@ -1,17 +1,19 @@
 """Pipeline schedules as pure data: for every rank, the list of actions that it performs, in order.
 
-A schedule knows no tensor and no process. `runtime` executes it, `simulate` times it, `check` proves it legal.
+A schedule knows no tensor and no process. `runtime` executes it, `simulate` times it, `check`
+proves it legal.
 
-A rank holds `virtual_stages` chunks of the model; chunk c on rank r is virtual stage c * stages + r. An action names its
-chunk and microbatch:
+A rank holds `virtual_stages` chunks of the model; chunk c on rank r is virtual stage c * stages +
+r. An action names its chunk and microbatch:
 
     F, B             forward and backward of a chunk
     SEND_F, RECV_F   the activations that leave chunk c, or that it needs
     SEND_B, RECV_B   the gradient of its input, which leaves it, or of its output, which it needs
 
-Communication is asynchronous. A receive is posted one computation ahead of the one that needs it, and a send right
-behind the one that made it, so that both travel while the rank computes. Communications that stand side by side in the
-list are one batch; the two directions are independent channels (see `check` for what is promised about their order).
+Communication is asynchronous. A receive is posted one computation ahead of the one that needs it,
+and a send right behind the one that made it, so that both travel while the rank computes.
+The two directions are independent channels; `batches` groups what stands side by side for a
+backend that posts several communications at once, and `check` says what their order guarantees.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class Action(NamedTuple):
 
 
 class Message(NamedTuple):
-    """One transfer, seen from either end: what crosses the border behind virtual stage `border`, and which way."""
+    """One transfer: what crosses the border behind virtual stage `border`, and which way."""
 
     forward: bool
     border: int
@@ -70,8 +72,8 @@ class Message(NamedTuple):
 class Schedule:
     """`actions[rank]`, in order.
 
-    `in_flight_limit[rank]` bounds the (chunk, microbatch) pairs between their F and B (their activations are kept),
-    `receive_limit` the receive buffers of a rank, both directions together.
+    `in_flight_limit[rank]` bounds the (chunk, microbatch) pairs between their F and B (their
+    activations are kept), `receive_limit` the receive buffers of a rank, both directions together.
     """
 
     name: str
@@ -95,14 +97,14 @@ class Schedule:
         return chunk * self.stages + rank
 
     def needs(self, rank: int, action: Action) -> Message | None:
-        """The message that a computation waits for; None on the first (F) and on the last virtual stage (B)."""
+        """What a computation waits for; None for the first virtual stage's F, the last's B."""
         stage = self.virtual_stage(rank, action.chunk)
         border = stage - 1 if action.kind.forward else stage
         inside = 0 <= border < self.depth - 1
         return Message(action.kind.forward, border, action.microbatch) if inside else None
 
     def makes(self, rank: int, action: Action) -> Message | None:
-        """The message that a computation produces; None on the last (F) and on the first virtual stage (B)."""
+        """What a computation sends on; None for the last virtual stage's F, the first's B."""
         stage = self.virtual_stage(rank, action.chunk)
         border = stage if action.kind.forward else stage - 1
         inside = 0 <= border < self.depth - 1
@@ -136,7 +138,8 @@ class Schedule:
 def build(name: str, stages: int, microbatches: int, virtual_stages: int = 1) -> Schedule:
     """A schedule by name: `gpipe`, `1f1b`, `interleaved`, or `forward` for evaluation.
 
-    Any number of microbatches will do, also fewer than stages and, for `interleaved`, no multiple of them.
+    Any number of microbatches will do, also fewer than stages and, for `interleaved`, no multiple
+    of them.
     """
     for what, value in (
         ("pipeline stages", stages),
@@ -171,11 +174,11 @@ def build(name: str, stages: int, microbatches: int, virtual_stages: int = 1) ->
         backward = [(virtual_stages - 1 - c, m) for c, m in forward]
         orders.append(_one_forward_one_backward(forward, backward, ahead))
         limits.append(min(ahead + 1, total))
-    # One buffer in use and one ahead. A chunk's results come back to the first rank for the next chunk; in groups larger
-    # than the pipeline they come before it has started the whole group.
+    # One buffer in use and one ahead. A chunk's results come back to the first rank for the next
+    # chunk; in groups larger than the pipeline they come before it has started the whole group.
     receive_limit = 2 if virtual_stages == 1 else 3 + 2 * max(0, max(groups) - stages)
     bare = Schedule(name, stages, microbatches, virtual_stages, (), tuple(limits), receive_limit)
-    made = _production_times(bare, orders)
+    made = _production_order(bare, orders)
     actions = tuple(
         _with_communication(bare, rank, order, made) for rank, order in enumerate(orders)
     )
@@ -185,9 +188,9 @@ def build(name: str, stages: int, microbatches: int, virtual_stages: int = 1) ->
 def batches(actions: Iterable[Action]) -> Iterator[Action | list[Action]]:
     """The computations and, between them, the batches of communications.
 
-    A batch belongs to one direction and holds one send, one receive, or one of each. Communications that stand side by
-    side make as few batches as that allows, in the order of their receives: a second receive in one batch would make the
-    first wait for it.
+    A batch belongs to one direction and holds one send, one receive, or one of each. Communications
+    that stand side by side make as few batches as that allows, in the order of their receives: a
+    second receive in one batch would make the first wait for it.
     """
     open_batches: dict[bool, list[list[Action]]] = {True: [], False: []}
 
@@ -210,17 +213,18 @@ def batches(actions: Iterable[Action]) -> Iterator[Action | list[Action]]:
 
 
 def _groups(stages: int, microbatches: int) -> list[int]:
-    """Microbatches that go through a chunk together: at least `stages` where there are so many, as even as possible.
+    """Microbatches that go through a chunk together: as even as possible, and at least `stages`.
 
-    A last group shorter than the pipeline, which a plain division would leave, stalls it, and from three virtual stages
-    on it deadlocks. Even groups reach the bubble of (stages - 1) / virtual_stages microbatches with any number.
+    A last group shorter than the pipeline, which a plain division would leave, stalls it, and from
+    three virtual stages on it deadlocks. Even groups reach the bubble of (stages - 1) /
+    virtual_stages microbatches with any number.
     """
     groups = max(1, microbatches // stages)
     return [microbatches // groups + (i < microbatches % groups) for i in range(groups)]
 
 
 def _forward_order(groups: list[int], virtual_stages: int) -> list[tuple[int, int]]:
-    """(chunk, microbatch) in the order of the forward passes, the same on every rank: group by group, chunk by chunk."""
+    """(chunk, microbatch) of the forward passes, in the order that all ranks share."""
     order, first = [], 0
     for size in groups:
         for chunk in range(virtual_stages):
@@ -241,7 +245,7 @@ def _warmup(name: str, rank: int, stages: int, groups: list[int], virtual_stages
 def _one_forward_one_backward(
     forward: list[tuple[int, int]], backward: list[tuple[int, int]], ahead: int
 ) -> list[Action]:
-    """`ahead` forward passes, then one forward and one backward in turn, then the backward passes that are left."""
+    """`ahead` forward passes, then forward and backward in turn, then the backward ones left."""
     order = [Action(Kind.F, c, m) for c, m in forward[:ahead]]
     for i, (chunk, microbatch) in enumerate(backward):
         if ahead + i < len(forward):
@@ -250,9 +254,14 @@ def _one_forward_one_backward(
     return order
 
 
-def _production_times(schedule: Schedule, orders: list[list[Action]]) -> dict[Message, int]:
-    """When each message is made, if F takes 1, B takes 2 and messages travel in no time."""
-    made: dict[Message, int] = {}
+def _production_order(
+    schedule: Schedule, orders: list[list[Action]]
+) -> dict[Message, tuple[int, int]]:
+    """For each message when it is made, if F takes 1, B takes 2 and messages travel in no time.
+
+    The second number orders those of one moment: what a rank receives before what it sends.
+    """
+    made: dict[Message, tuple[int, int]] = {}
     clock = [0] * schedule.stages
     position = [0] * schedule.stages
     moved = True
@@ -264,33 +273,33 @@ def _production_times(schedule: Schedule, orders: list[list[Action]]) -> dict[Me
                 need = schedule.needs(rank, action)
                 if need and need not in made:
                     break
-                start = max(clock[rank], made[need] if need else 0)
+                start = max(clock[rank], made[need][0] if need else 0)
                 clock[rank] = start + (1 if action.kind.forward else 2)
                 message = schedule.makes(rank, action)
                 if message:
-                    made[message] = clock[rank]
+                    made[message] = clock[rank], message.border * (1 if message.forward else -1)
                 position[rank] += 1
                 moved = True
     return made
 
 
 def _with_communication(
-    schedule: Schedule, rank: int, order: list[Action], made: dict[Message, int]
+    schedule: Schedule, rank: int, order: list[Action], made: dict[Message, tuple[int, int]]
 ) -> tuple[Action, ...]:
-    """Sends go right behind the computation, receives in front of the one before the computation that needs them.
+    """Sends go right behind the computation, receives one computation ahead of need.
 
-    A receive must not block its channel, though, which runs its batches one after the other. So every channel follows
-    the order in which the messages are made: a receive moves behind the sends of earlier messages, on which its own may
-    depend, and in front of those of later ones. At the same place they are one batch, which is as good.
+    A receive must not block its channel, though, which runs its batches one after the other. So
+    every channel follows the order in which the messages are made: a receive moves behind the sends
+    of earlier messages, on which its own may depend, and in front of those of later ones. At the
+    same place they are one batch, which is as good.
     """
     if schedule.stages == 1:  # what a chunk needs is there already
         return tuple(order)
-    sends: list[list[Action]] = [
-        [] for _ in range(len(order) + 1)
-    ]  # [i]: in front of computation i
+    # [i]: what stands in front of computation i
+    sends: list[list[Action]] = [[] for _ in range(len(order) + 1)]
     receives: list[list[Action]] = [[] for _ in range(len(order) + 1)]
     places: dict[bool, list[int]] = {True: [], False: []}
-    times: dict[bool, list[int]] = {True: [], False: []}
+    times: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
     for i, action in enumerate(order):
         output = schedule.makes(rank, action)
         if output:

@@ -1,0 +1,136 @@
+#include "moekernels/all_to_all.h"
+
+#include <algorithm>
+
+#include "tensor.h"
+
+namespace moekernels::binding {
+namespace {
+
+// Elements of `dtype` that hold one weight, which is fp32 (fp64 beside fp64 rows).
+int64_t weight_elements(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double ? 1 : 2;
+}
+
+Tensor pack(const Tensor& x, const std::optional<Tensor>& weights, const Tensor& slot_of,
+            int64_t top_k) {
+  check_tensor("pack", "x", x, kFloats, {{"T"}, {"H"}});
+  check_tensor("pack", "slot_of", slot_of, kInt32, {{"R"}}, &x);
+  check(top_k >= 1, "pack: top_k must be at least 1, got ", top_k);
+  const ScalarType dtype = x.scalar_type();
+  const int64_t tokens = x.size(0), hidden = x.size(1), rows = slot_of.size(0);
+  if (weights) {
+    check_tensor("pack", "weights", *weights, {wide(dtype)}, {{"T", tokens}, {"K", top_k}}, &x);
+  }
+  const int64_t extra = weights ? weight_elements(dtype) : 0, size = size_of(dtype_of(x));
+  Tensor message = empty({rows, hidden + extra}, dtype, x);
+  const PackArgs args{
+      .x = x.const_data_ptr(),
+      .weights = weights ? weights->const_data_ptr() : nullptr,
+      .slot_of = slot_of.const_data_ptr<int32_t>(),
+      .message = message.mutable_data_ptr(),
+      .tokens = tokens,
+      .top_k = top_k,
+      .row_bytes = hidden * size,
+      .weight_bytes = extra * size,
+  };
+  parallel(rows, grain_of(2 * args.row_bytes),
+           [&](int64_t begin, int64_t end) { cpu::pack(args, begin, end); });
+  return message;
+}
+
+// The runs that counts [P, e] describe, empty ones left out.
+struct RunTable {
+  std::vector<int64_t> begin{0}, source, offsets{0};
+
+  RunTable(const char* op, const Tensor& counts, const Tensor& rows) {
+    check_tensor(op, "counts", counts, kInt64, {{"P"}, {"e"}});
+    check(counts.is_cpu(), op, ": counts must be on the CPU");
+    const int64_t peers = counts.size(0), experts = counts.size(1);
+    const int64_t* count = counts.const_data_ptr<int64_t>();
+    std::vector<int64_t> starts(peers * experts);
+    int64_t total = 0;
+    for (int64_t i = 0; i < peers * experts; ++i) {
+      check(count[i] >= 0, op, ": counts must not be negative, got ", count[i]);
+      starts[i] = total;
+      total += count[i];
+    }
+    check(total == rows.size(0), op, ": counts add up to ", total, " rows, got ", shape_of(rows));
+    for (int64_t e = 0; e < experts; ++e) {
+      for (int64_t p = 0; p < peers; ++p) {
+        const int64_t i = p * experts + e;
+        if (count[i] == 0) continue;
+        source.push_back(starts[i]);
+        begin.push_back(begin.back() + count[i]);
+      }
+      offsets.push_back(begin.back());
+    }
+  }
+  Runs runs() const { return {begin.data(), source.data(), static_cast<int64_t>(source.size())}; }
+};
+
+std::tuple<Tensor, Tensor, Tensor> regroup(const Tensor& message, const Tensor& counts,
+                                           int64_t width) {
+  check_tensor("regroup", "message", message, kFloats, {{"R"}, {"H+w"}});
+  const RunTable table("regroup", counts, message);
+  const ScalarType dtype = message.scalar_type();
+  const int64_t rows = message.size(0), extra = message.size(1) - width, size = size_of(dtype_of(message));
+  check(width >= 0 && (extra == 0 || extra == weight_elements(dtype)), "regroup: message ",
+        shape_of(message), " must hold width=", width, " elements a row, or ",
+        width + weight_elements(dtype), " with weights");
+  const int64_t num_offsets = static_cast<int64_t>(table.offsets.size());
+  Tensor out = empty({rows, width}, dtype, message);
+  Tensor weights = empty({extra ? rows : 0}, wide(dtype), message);
+  Tensor offsets = empty({num_offsets}, ScalarType::Long, message);
+  std::copy(table.offsets.begin(), table.offsets.end(), offsets.mutable_data_ptr<int64_t>());
+  const RegroupArgs args{
+      .message = message.const_data_ptr(),
+      .rows = out.mutable_data_ptr(),
+      .weights = extra ? weights.mutable_data_ptr() : nullptr,
+      .row_bytes = width * size,
+      .weight_bytes = extra * size,
+      .runs = table.runs(),
+  };
+  parallel(rows, grain_of(2 * args.row_bytes),
+           [&](int64_t begin, int64_t end) { cpu::regroup(args, begin, end); });
+  return {out, weights, offsets};
+}
+
+Tensor ungroup(const Tensor& rows, const Tensor& counts, const std::optional<Tensor>& weights) {
+  check_tensor("ungroup", "rows", rows, kFloats, {{"R"}, {"H"}});
+  const RunTable table("ungroup", counts, rows);
+  const ScalarType dtype = rows.scalar_type();
+  const int64_t num_rows = rows.size(0), hidden = rows.size(1), size = size_of(dtype_of(rows));
+  if (weights) {
+    check_tensor("ungroup", "weights", *weights, {wide(dtype)}, {{"R", num_rows}}, &rows);
+  }
+  const int64_t extra = weights ? weight_elements(dtype) : 0;
+  Tensor message = empty({num_rows, hidden + extra}, dtype, rows);
+  const UngroupArgs args{
+      .rows = rows.const_data_ptr(),
+      .weights = weights ? weights->const_data_ptr() : nullptr,
+      .message = message.mutable_data_ptr(),
+      .row_bytes = hidden * size,
+      .weight_bytes = extra * size,
+      .runs = table.runs(),
+  };
+  parallel(num_rows, grain_of(2 * args.row_bytes),
+           [&](int64_t begin, int64_t end) { cpu::ungroup(args, begin, end); });
+  return message;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
+  m.def("_pack(Tensor x, Tensor? weights, Tensor slot_of, int top_k) -> Tensor");
+  m.def("_regroup(Tensor message, Tensor counts, int width) -> (Tensor, Tensor, Tensor)");
+  m.def("_ungroup(Tensor rows, Tensor counts, Tensor? weights) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) {
+  m.impl("_pack", TORCH_BOX(&pack));
+  m.impl("_regroup", TORCH_BOX(&regroup));
+  m.impl("_ungroup", TORCH_BOX(&ungroup));
+}
+
+}  // namespace moekernels::binding

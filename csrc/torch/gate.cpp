@@ -1,0 +1,164 @@
+#include "moekernels/gate.h"
+
+#include <algorithm>
+
+#include "tensor.h"
+
+namespace moekernels::binding {
+namespace {
+
+// Chunks of at most kGateChunk tokens, each within one segment. Offsets that leave [0, T] or fall are pulled back.
+struct Chunks {
+  std::vector<int64_t> begin{0}, segment;
+
+  Chunks(int64_t tokens, const std::optional<Tensor>& segments) {
+    if (!segments) {
+      cut(tokens, 0);
+      return;
+    }
+    const int64_t* offsets = segments->const_data_ptr<int64_t>();
+    for (int64_t s = 0; s + 1 < segments->size(0); ++s) {
+      cut(std::min(offsets[s], tokens), -1);
+      cut(std::min(offsets[s + 1], tokens), s);
+    }
+    cut(tokens, -1);
+  }
+
+  void cut(int64_t end, int64_t of) {
+    while (begin.back() < end) {
+      begin.push_back(std::min(begin.back() + kGateChunk, end));
+      segment.push_back(of);
+    }
+  }
+  int64_t size() const { return static_cast<int64_t>(segment.size()); }
+};
+
+int64_t check_segments(const char* op, const std::optional<Tensor>& segments, const Tensor& like) {
+  if (!segments) return 1;
+  check_tensor(op, "segments", *segments, kInt64, {{"S+1"}}, &like);
+  check(segments->size(0) >= 1, op, ": segments must hold at least one offset, got int64 [0]");
+  return segments->size(0) - 1;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(
+    const Tensor& logits, int64_t top_k, int64_t score, const std::optional<Tensor>& bias,
+    int64_t num_groups, int64_t groups_kept, bool sum_two, bool renormalize, double scale,
+    const std::optional<Tensor>& segments, const std::optional<Tensor>& valid) {
+  check_tensor("gate", "logits", logits, kFloats, {{"T"}, {"E"}});
+  const int64_t tokens = logits.size(0), experts = logits.size(1);
+  const ScalarType wide_dtype = wide(logits.scalar_type());
+  check(top_k >= 1 && top_k <= experts, "gate: top_k must be in [1, E=", experts, "], got ", top_k);
+  check(num_groups >= 1 && experts % num_groups == 0, "gate: num_groups must divide E=", experts,
+        ", got ", num_groups);
+  check(groups_kept >= 1 && groups_kept <= num_groups, "gate: groups_kept must be in [1, ",
+        num_groups, "], got ", groups_kept);
+  check(groups_kept * (experts / num_groups) >= top_k, "gate: the ", groups_kept,
+        " groups kept hold ", groups_kept * (experts / num_groups), " experts, fewer than top_k=",
+        top_k);
+  if (bias) check_tensor("gate", "bias", *bias, {wide_dtype}, {{"E", experts}}, &logits);
+  if (valid) check_tensor("gate", "valid", *valid, {ScalarType::Bool}, {{"T", tokens}}, &logits);
+  const int64_t num_segments = check_segments("gate", segments, logits);
+
+  const Chunks chunks(tokens, segments);
+  Tensor weights = empty({tokens, top_k}, wide_dtype, logits);
+  Tensor ids = empty({tokens, top_k}, ScalarType::Int, logits);
+  Tensor score_sum = empty({num_segments, experts}, wide_dtype, logits);
+  Tensor counts = empty({num_segments, experts}, ScalarType::Long, logits);
+  Tensor z_sum = empty({num_segments}, wide_dtype, logits);
+  std::vector<double> sums(chunks.size() * (experts + 1));
+  std::vector<int64_t> chunk_counts(chunks.size() * experts);
+  const GateArgs args{
+      .logits = logits.const_data_ptr(),
+      .bias = bias ? bias->const_data_ptr() : nullptr,
+      .valid = valid ? static_cast<const bool*>(valid->const_data_ptr()) : nullptr,
+      .chunk_begin = chunks.begin.data(),
+      .chunk_segment = chunks.segment.data(),
+      .weights = weights.mutable_data_ptr(),
+      .ids = ids.mutable_data_ptr<int32_t>(),
+      .chunk_scores = sums.data(),
+      .chunk_z = sums.data() + chunks.size() * experts,
+      .chunk_counts = chunk_counts.data(),
+      .score_sum = score_sum.mutable_data_ptr(),
+      .counts = counts.mutable_data_ptr<int64_t>(),
+      .z_sum = z_sum.mutable_data_ptr(),
+      .tokens = tokens,
+      .experts = experts,
+      .top_k = top_k,
+      .chunks = chunks.size(),
+      .segments = num_segments,
+      .num_groups = num_groups,
+      .groups_kept = groups_kept,
+      .scale = scale,
+      .dtype = dtype_of(logits),
+      .score = static_cast<GateScore>(score),
+      .sum_two = sum_two,
+      .renormalize = renormalize,
+  };
+  parallel(chunks.size(), 1, [&](int64_t begin, int64_t end) { cpu::gate(args, begin, end); });
+  cpu::gate_reduce(args);
+  return {weights, ids, score_sum, counts, z_sum};
+}
+
+Tensor gate_backward(const Tensor& logits, const Tensor& ids, const std::optional<Tensor>& dweights,
+                     const std::optional<Tensor>& dscore_sum, const std::optional<Tensor>& dz_sum,
+                     int64_t score, bool renormalize, double scale,
+                     const std::optional<Tensor>& segments) {
+  const char* op = "gate_backward";
+  check_tensor(op, "logits", logits, kFloats, {{"T"}, {"E"}});
+  const int64_t tokens = logits.size(0), experts = logits.size(1);
+  const ScalarType wide_dtype = wide(logits.scalar_type());
+  check_tensor(op, "ids", ids, kInt32, {{"T", tokens}, {"K"}}, &logits);
+  const int64_t top_k = ids.size(1);
+  check(top_k >= 1 && top_k <= experts, op, ": ids must hold 1 to E=", experts, " columns, got ",
+        top_k);
+  const int64_t num_segments = check_segments(op, segments, logits);
+  if (dweights) {
+    check_tensor(op, "dweights", *dweights, {wide_dtype}, {{"T", tokens}, {"K", top_k}}, &logits);
+  }
+  if (dscore_sum) {
+    check_tensor(op, "dscore_sum", *dscore_sum, {wide_dtype}, {{"S", num_segments}, {"E", experts}},
+                 &logits);
+  }
+  if (dz_sum) check_tensor(op, "dz_sum", *dz_sum, {wide_dtype}, {{"S", num_segments}}, &logits);
+
+  const Chunks chunks(tokens, segments);
+  Tensor dlogits = empty({tokens, experts}, logits.scalar_type(), logits);
+  const GateBackwardArgs args{
+      .logits = logits.const_data_ptr(),
+      .ids = ids.const_data_ptr<int32_t>(),
+      .dweights = dweights ? dweights->const_data_ptr() : nullptr,
+      .dscore_sum = dscore_sum ? dscore_sum->const_data_ptr() : nullptr,
+      .dz_sum = dz_sum ? dz_sum->const_data_ptr() : nullptr,
+      .chunk_begin = chunks.begin.data(),
+      .chunk_segment = chunks.segment.data(),
+      .dlogits = dlogits.mutable_data_ptr(),
+      .experts = experts,
+      .top_k = top_k,
+      .scale = scale,
+      .dtype = dtype_of(logits),
+      .score = static_cast<GateScore>(score),
+      .renormalize = renormalize,
+  };
+  parallel(chunks.size(), 1,
+           [&](int64_t begin, int64_t end) { cpu::gate_backward(args, begin, end); });
+  return dlogits;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
+  m.def(
+      "_gate(Tensor logits, int top_k, int score, Tensor? bias, int num_groups, int groups_kept,"
+      " bool sum_two, bool renormalize, float scale, Tensor? segments, Tensor? valid)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_gate_backward(Tensor logits, Tensor ids, Tensor? dweights, Tensor? dscore_sum,"
+      " Tensor? dz_sum, int score, bool renormalize, float scale, Tensor? segments) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) {
+  m.impl("_gate", TORCH_BOX(&gate));
+  m.impl("_gate_backward", TORCH_BOX(&gate_backward));
+}
+
+}  // namespace moekernels::binding

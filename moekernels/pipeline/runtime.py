@@ -1,0 +1,275 @@
+"""Execution of a schedule on one rank of a pipeline, over torch.distributed.
+
+Every rank is handed the same microbatches, so all know the shape of every message: lengths may
+differ from microbatch to microbatch and no shape is ever sent. A receive buffer exists from its
+posting to its backward, never for all microbatches at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .check import SENDS_IN_FLIGHT
+from .schedule import Action, Kind, Message, Schedule, batches, build
+from .stage import Chunk, Stage
+from .trace import Clock, Event
+
+ORDERED_BACKENDS = ("nccl",)  # those that run the communications of a group one after the other
+
+
+class PipelineGroup(Protocol):
+    """The ranks of one pipeline: `ranks[stage]` is the global rank, `rank` our own stage."""
+
+    process_group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    ranks: Sequence[int]
+
+
+class StepResult(NamedTuple):
+    """`losses`: one detached scalar a microbatch on the last stage, empty elsewhere. `events`: what
+    ran when, here.
+    """
+
+    losses: list[Tensor]
+    events: list[Event]
+
+
+class PipelineRuntime:
+    """Runs steps of `schedule` over `chunks`, the virtual stages of this rank.
+
+    A chunk is called as `chunk(batch, x)`, x being [rows, H] or None on the first virtual stage. It
+    returns [rows, H]; the last one a scalar, the microbatch's share of the step's loss: whoever
+    made the batch has scaled it (by one over the tokens of the step), so shares are added and
+    backward starts from 1.
+
+    `shapes(batch)` gives (rows, H) of the messages between chunks, of type `dtype`.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        chunks: Sequence[Chunk],
+        group: PipelineGroup,
+        shapes: Callable[[Any], tuple[int, int]],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        if (schedule.stages, schedule.virtual_stages) != (group.size, len(chunks)):
+            raise ValueError(
+                f"the schedule has {schedule.stages} stages of {schedule.virtual_stages} chunks, "
+                f"the group has {group.size} ranks, this one {len(chunks)} chunks"
+            )
+        self.schedule = schedule
+        self.group = group
+        self.shapes = shapes
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._stage = Stage(chunks)
+        self._channels = self._open_channels()
+
+    def step(
+        self, microbatches: Sequence[Any], *, origin: float | None = None, record: bool = True
+    ) -> StepResult:
+        """Forward and backward of all microbatches; gradients are accumulated in the parameters.
+
+        Event times are seconds since `origin`, a `time.perf_counter()` that the ranks of a machine
+        share (default: the start of this step). On a GPU `record` costs a synchronisation at the
+        end of the step.
+        """
+        schedule = self._schedule_for(self.schedule.name, len(microbatches))
+        return self._run(schedule, microbatches, origin, record)
+
+    @torch.no_grad()
+    def evaluate(
+        self, microbatches: Sequence[Any], *, origin: float | None = None, record: bool = False
+    ) -> StepResult:
+        """The losses alone; no gradient, nothing kept."""
+        schedule = self._schedule_for("forward", len(microbatches))
+        return self._run(schedule, microbatches, origin, record)
+
+    def _schedule_for(self, name: str, microbatches: int) -> Schedule:
+        mine = self.schedule
+        if (name, microbatches) == (mine.name, mine.microbatches):
+            return mine
+        return _cached_build(name, mine.stages, microbatches, mine.virtual_stages)
+
+    def _run(
+        self, schedule: Schedule, microbatches: Sequence[Any], origin: float | None, record: bool
+    ) -> StepResult:
+        clock = Clock(self.device, origin, record)
+        step = _Step(self, schedule, microbatches, clock)
+        try:
+            for entry in batches(schedule.actions[self.group.rank]):
+                if isinstance(entry, Action):
+                    step.compute(entry)
+                else:
+                    step.communicate(entry)
+            step.finish()
+        except Exception:
+            self._stage.clear()
+            raise
+        losses = [step.losses[i] for i in sorted(step.losses)]
+        return StepResult(losses, clock.events(self.group.rank))
+
+    def _open_channels(self) -> dict[bool, dist.ProcessGroup | None]:
+        """A process group for each direction (True: forward).
+
+        Where communications run one after the other, a gradient's receive posted ahead would hold
+        up the activations behind it in a shared group. The first use of a group blocks until all
+        its ranks are there, so it is done here, where they are.
+        """
+        forward = self.group.process_group
+        backend = None if self.group.size == 1 else dist.get_backend(forward)
+        if backend not in ORDERED_BACKENDS:
+            return {True: forward, False: forward}
+        backward = dist.new_group(
+            list(self.group.ranks), backend=backend, use_local_synchronization=True
+        )
+        for channel in (forward, backward):
+            dist.all_reduce(torch.zeros(1, device=self.device), group=channel)
+        return {True: forward, False: backward}
+
+
+class _Step:
+    """One pass through a schedule."""
+
+    def __init__(
+        self,
+        runtime: PipelineRuntime,
+        schedule: Schedule,
+        microbatches: Sequence[Any],
+        clock: Clock,
+    ):
+        self.runtime = runtime
+        self.schedule = schedule
+        self.microbatches = microbatches
+        self.clock = clock
+        self.rank = runtime.group.rank
+        self.losses: dict[int, Tensor] = {}
+        self._made: dict[
+            Message, Tensor
+        ] = {}  # waits for its send, or for the next chunk of this rank
+        self._awaited: dict[Message, tuple[Tensor, dist.Work]] = {}
+        self._sent: dict[bool, deque[tuple[Action, Tensor, dist.Work]]] = {
+            True: deque(),
+            False: deque(),
+        }
+
+    def compute(self, action: Action) -> None:
+        given = self._take(action)
+        stage, (kind, chunk, microbatch) = self.runtime._stage, action
+        batch = self.microbatches[microbatch]
+        try:
+            with self.clock.time(action):
+                if kind is Kind.B:
+                    result = stage.backward(chunk, microbatch, given)
+                elif self.schedule.has_backward:
+                    result = stage.forward(chunk, microbatch, batch, given)
+                else:
+                    result = stage.chunks[chunk](batch, given)
+            output = self.schedule.makes(self.rank, action)
+            if output:
+                self._check_planned(result, batch)
+                self._made[output] = result
+            elif kind is Kind.F:
+                self.losses[microbatch] = result.detach()
+        except Exception as error:
+            error.add_note(f"in {self._where(action)}")
+            raise
+
+    def communicate(self, batch: list[Action]) -> None:
+        operations, tensors = [], []
+        for action in batch:
+            message = self.schedule.message(self.rank, action)
+            if action.kind.sends:
+                while len(self._sent[message.forward]) >= SENDS_IN_FLIGHT:
+                    self._wait_for_send(message.forward)
+                tensor = self._made.pop(message).contiguous()
+            else:
+                tensor = torch.empty(
+                    self.runtime.shapes(self.microbatches[message.microbatch]),
+                    dtype=self.runtime.dtype,
+                    device=self.runtime.device,
+                )
+            tensors.append(tensor)
+            operations.append(
+                dist.P2POp(
+                    dist.isend if action.kind.sends else dist.irecv,
+                    tensor,
+                    self.runtime.group.ranks[self.schedule.peer(self.rank, action)],
+                    self.runtime._channels[message.forward],
+                    self.schedule.tag(message),
+                )
+            )
+        try:
+            works = dist.batch_isend_irecv(operations)
+        except Exception as error:
+            error.add_note(f"in {self._where(batch[0])}")
+            raise
+        if len(works) < len(batch):  # NCCL: one handle for the batch
+            works = works * len(batch)
+        for action, tensor, work in zip(batch, tensors, works):
+            message = self.schedule.message(self.rank, action)
+            if action.kind.sends:
+                self._sent[message.forward].append((action, tensor, work))
+            else:
+                self._awaited[message] = tensor, work
+
+    def finish(self) -> None:
+        for forward, queue in self._sent.items():
+            while queue:
+                self._wait_for_send(forward)
+
+    def _take(self, action: Action) -> Tensor | None:
+        """What a computation needs: received, made by another chunk of this rank, or nothing."""
+        need = self.schedule.needs(self.rank, action)
+        if need is None:
+            return None
+        if need in self._made:
+            return self._made.pop(need)
+        tensor, work = self._awaited.pop(need)
+        receive = action._replace(kind=Kind.RECV_F if need.forward else Kind.RECV_B)
+        with self.clock.time(receive):
+            self._wait(receive, work)
+        return tensor
+
+    def _wait_for_send(self, forward: bool) -> None:
+        """Until the oldest send is over; then its tensor may go."""
+        action, _tensor, work = self._sent[forward].popleft()
+        self._wait(action, work)
+
+    def _wait(self, action: Action, work: dist.Work) -> None:
+        try:
+            work.wait()
+        except Exception as error:
+            peer = self.schedule.peer(self.rank, action)
+            error.add_note(f"in {self._where(action)}, waiting for stage {peer}")
+            raise
+
+    def _check_planned(self, result: Tensor, batch: Any) -> None:
+        planned = tuple(self.runtime.shapes(batch)), self.runtime.dtype
+        if (tuple(result.shape), result.dtype) != planned:
+            raise ValueError(
+                f"the result is {list(result.shape)} {result.dtype}, "
+                f"planned were {list(planned[0])} {planned[1]}"
+            )
+
+    def _where(self, action: Action) -> str:
+        stage = self.schedule.virtual_stage(self.rank, action.chunk)
+        return (
+            f"pipeline stage {self.rank} of {self.schedule.stages}: {action} "
+            f"(virtual stage {stage} of {self.schedule.depth})"
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _cached_build(name: str, stages: int, microbatches: int, virtual_stages: int) -> Schedule:
+    return build(name, stages, microbatches, virtual_stages)

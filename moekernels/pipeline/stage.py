@@ -1,0 +1,61 @@
+"""What one rank keeps between the forward and the backward of a microbatch: autograd at the border
+of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+Chunk = Callable[[Any, Tensor | None], Tensor]
+"""`chunk(batch, x)`: x [rows, H], None on the first virtual stage; returns [rows, H], the last one
+the loss (a scalar).
+"""
+
+
+class Stage:
+    """The chunks of one rank and their saved state.
+
+    Between F and B only the input and the graph are kept. The output itself goes when it has been
+    sent: backward starts from its gradient edge, which does not hold the data.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk]):
+        self.chunks = chunks
+        self._saved: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._saved)
+
+    def forward(self, chunk: int, microbatch: int, batch: Any, x: Tensor | None) -> Tensor:
+        """The detached output; x becomes a leaf whose gradient `backward` returns."""
+        if x is not None:
+            x.requires_grad_()
+        with torch.enable_grad():
+            output = self.chunks[chunk](batch, x)
+        if not output.requires_grad:
+            raise ValueError("the output needs no gradient: nothing in this chunk can be trained")
+        self._saved[chunk, microbatch] = x, get_gradient_edge(output)
+        return output.detach()
+
+    def backward(self, chunk: int, microbatch: int, grad: Tensor | None) -> Tensor | None:
+        """Accumulate the parameters' gradients; the gradient of the input, None on the first
+        virtual stage.
+
+        `grad` is the output's gradient; None on the last virtual stage, where the loss counts as it
+        is (the batch has scaled it), so that its gradient is 1.
+        """
+        x, edge = self._saved.pop((chunk, microbatch))
+        torch.autograd.backward([edge], [grad])
+        if x is None:
+            return None
+        return torch.zeros_like(x) if x.grad is None else x.grad
+
+    def clear(self) -> None:
+        """Forget the microbatches of a step that failed."""
+        self._saved.clear()

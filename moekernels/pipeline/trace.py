@@ -1,0 +1,129 @@
+"""Times of actions, and Chrome traces of them, planned or measured: open those in Perfetto or
+chrome://tracing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .schedule import Action, Kind
+
+THREADS = ("compute", "communication")
+
+
+class Event(NamedTuple):
+    """One action of one stage; seconds from an origin that all stages share."""
+
+    stage: int
+    kind: Kind
+    chunk: int
+    microbatch: int
+    start: float
+    end: float
+
+
+class Clock:
+    """Times of actions: the host's on the CPU, the device's own on a GPU, which runs behind its
+    host.
+    """
+
+    def __init__(self, device: torch.device, origin: float | None, record: bool):
+        self._record = record
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[Action, Any, Any]] = []
+        if not record:
+            return
+        self._start = self._now()
+        host = time.perf_counter()
+        self._origin = host if origin is None else origin
+        self._offset = host - self._origin
+
+    def time(self, action: Action) -> Span:
+        return Span(self, action)
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def events(self, stage: int) -> list[Event]:
+        if not self._record:
+            return []
+        if not self._cuda:
+            return [
+                Event(stage, *action, start - self._origin, end - self._origin)
+                for action, start, end in self._spans
+            ]
+        torch.cuda.current_stream().synchronize()
+        since = self._start.elapsed_time
+        return [
+            Event(
+                stage, *action, self._offset + since(start) / 1e3, self._offset + since(end) / 1e3
+            )
+            for action, start, end in self._spans
+        ]
+
+
+class Span:
+    """Records one action of a clock as a context manager."""
+
+    __slots__ = ("_action", "_clock", "_start")
+
+    def __init__(self, clock: Clock, action: Action):
+        self._clock, self._action = clock, action
+
+    def __enter__(self) -> None:
+        self._start = self._clock._now() if self._clock._record else None
+
+    def __exit__(self, *_: object) -> None:
+        if self._clock._record:
+            self._clock._spans.append((self._action, self._start, self._clock._now()))
+
+
+def trace_events(events: Iterable[Event], **args: Any) -> list[dict[str, Any]]:
+    """Trace entries for `events` of any number of stages: pid is the stage, names are `F3`, `B3`,
+    ...
+
+    `args` (a step number, a label) go into each entry beside chunk and microbatch.
+    """
+    events = sorted(events, key=lambda event: (event.stage, event.start))
+    entries: list[dict[str, Any]] = []
+    for stage in sorted({event.stage for event in events}):
+        entries.append(_metadata("process_name", stage, 0, {"name": f"stage {stage}"}))
+        entries.append(_metadata("process_sort_index", stage, 0, {"sort_index": stage}))
+        for thread, name in enumerate(THREADS):
+            entries.append(_metadata("thread_name", stage, thread, {"name": name}))
+    for event in events:
+        entries.append(
+            {
+                "ph": "X",
+                "pid": event.stage,
+                "tid": 0 if event.kind.computes else 1,
+                "name": f"{event.kind}{event.microbatch}",
+                "cat": "forward" if event.kind.forward else "backward",
+                "ts": round(event.start * 1e6, 3),
+                "dur": round((event.end - event.start) * 1e6, 3),
+                "args": {"chunk": event.chunk, "microbatch": event.microbatch, **args},
+            }
+        )
+    return entries
+
+
+def write_trace(path: str | Path, entries: list[dict[str, Any]]) -> None:
+    """Write `{"traceEvents": [...]}` whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps({"traceEvents": entries, "displayTimeUnit": "ms"}))
+    temporary.replace(path)
+
+
+def _metadata(name: str, pid: int, tid: int, args: dict[str, Any]) -> dict[str, Any]:
+    return {"ph": "M", "name": name, "pid": pid, "tid": tid, "args": args}

@@ -1,0 +1,143 @@
+"""Our decoder with transformers' Qwen3-MoE weights computes what transformers computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+from transformers_models import tiny_model, worst
+
+from moekernels.data.batch import MicroBatch
+from moekernels.errors import UsageError
+from moekernels.integrations.qwen3_moe import load_, model_config, their_names
+from moekernels.nn.transformer import StageModel
+from moekernels.parallel.mesh import Layout, Mesh
+
+TOLERANCE = 1e-5
+LENGTHS = (17, 5, 5, 1, 23)
+
+
+def sequences(lengths: tuple[int, ...] = LENGTHS) -> list[tuple[Tensor, Tensor]]:
+    """(tokens, labels) of each length."""
+    generator = torch.Generator().manual_seed(7)
+    drawn = [torch.randint(3, 96, (n + 1,), generator=generator) for n in lengths]
+    return [(one[:-1], one[1:]) for one in drawn]
+
+
+def ours(hf, **options) -> StageModel:
+    config = model_config(hf.config)
+    layers = range(1, config.num_layers + 1)
+    model = StageModel(config, Mesh(Layout()), layers, True, True, **options)
+    load_(model, hf.state_dict())
+    return model
+
+
+def gradients_in_our_names(model: StageModel, hf) -> dict[str, Tensor]:
+    theirs = dict(hf.named_parameters())
+    return {
+        name: torch.cat([theirs[their].grad for their in their_names(name)])
+        for name, _, _ in model.named_shards()
+    }
+
+
+def compare(hf, **options) -> tuple[float, str]:
+    """The worst relative error of the loss and of every gradient, packed against one by one."""
+    model, data = ours(hf, **options), sequences()
+    scale = 1 / sum(len(tokens) for tokens, _ in data)
+    loss = model(MicroBatch.pack(data, loss_scale=scale))
+    loss.backward()
+    got = {name: parameter.grad for name, parameter, _ in model.named_shards()}
+
+    expected = 0.0
+    for tokens, labels in data:
+        logits = hf(tokens[None]).logits[0]
+        part = F.cross_entropy(logits, labels, reduction="sum") * scale
+        part.backward()
+        expected += part.detach()
+    wanted = gradients_in_our_names(model, hf)
+    assert {p for name in wanted for p in their_names(name)} >= dict(hf.named_parameters()).keys()
+    return worst({"loss": loss, **got}, {"loss": expected, **wanted})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"norm_topk_prob": False, "num_experts_per_tok": 1},
+        {"num_key_value_heads": 4, "head_dim": 12, "rope_theta": 500.0, "rms_norm_eps": 1e-4},
+        {"tie_word_embeddings": True, "num_experts_per_tok": 6},
+    ],
+)
+def test_loss_and_every_gradient_equal_transformers(overrides):
+    error, where = compare(tiny_model("Qwen3Moe", **overrides))
+    assert error <= TOLERANCE, f"{where}: {error:.1e}"
+
+
+def test_with_checkpointed_layers():
+    error, where = compare(tiny_model("Qwen3Moe"), checkpoint_layers={1, 2})
+    assert error <= TOLERANCE, f"{where}: {error:.1e}"
+
+
+def test_logits_equal_transformers():
+    hf = tiny_model("Qwen3Moe")
+    model, data = ours(hf), sequences()
+    layers = range(1, model.config.num_layers + 1)
+    body = StageModel(model.config, model.mesh, layers, True, False)
+    load_(body, hf.state_dict())
+    with torch.no_grad():
+        hidden = body(MicroBatch.pack(data, loss_scale=1.0))
+        logits = F.linear(model.norm(hidden), model.head.weight)
+        expected = torch.cat([hf(tokens[None]).logits[0] for tokens, _ in data])
+    assert worst({"logits": logits}, {"logits": expected})[0] <= TOLERANCE
+
+
+def test_load_balancing_loss_equals_transformers_where_there_is_one_layer():
+    hf = tiny_model(
+        "Qwen3Moe", num_hidden_layers=1, output_router_logits=True, router_aux_loss_coef=0.7
+    )
+    model, data = ours(hf), sequences((24,))
+    model(MicroBatch.pack(data, loss_scale=1 / 24)).backward()
+    got = {name: parameter.grad for name, parameter, _ in model.named_shards()}
+    ((tokens, labels),) = data
+    out = hf(tokens[None])
+    (F.cross_entropy(out.logits[0], labels) + 0.7 * out.aux_loss).backward()
+    error, where = worst(got, gradients_in_our_names(model, hf))
+    assert error <= TOLERANCE, f"{where}: {error:.1e}"
+
+
+def test_a_wrong_weight_is_noticed():
+    hf = tiny_model("Qwen3Moe")
+    with torch.no_grad():
+        hf.model.layers[1].mlp.experts.down_proj[2] *= 1.1
+    model, data = ours(tiny_model("Qwen3Moe")), sequences()
+    scale = 1 / sum(len(tokens) for tokens, _ in data)
+    loss = model(MicroBatch.pack(data, loss_scale=scale))
+    expected = sum(
+        F.cross_entropy(hf(tokens[None]).logits[0], labels, reduction="sum") * scale
+        for tokens, labels in data
+    )
+    assert worst({"": loss}, {"": expected})[0] > TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+    ],
+)
+def test_what_our_decoder_has_not_is_refused(overrides, named):
+    with pytest.raises(UsageError, match=named):
+        model_config(tiny_model("Qwen3Moe", **overrides).config)
+
+
+def test_weights_of_another_shape_are_refused():
+    hf, wider = tiny_model("Qwen3Moe"), tiny_model("Qwen3Moe", moe_intermediate_size=32)
+    with pytest.raises(UsageError, match=r"w1 has shape \[6, 64, 32\] there; \[6, 48, 32\] would"):
+        load_(ours(hf), wider.state_dict())
