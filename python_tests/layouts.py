@@ -12,8 +12,8 @@ from torch import Tensor
 from moekernels.data.batch import MicroBatch
 from moekernels.nn.config import ExpertSpec, ModelConfig, RouterConfig
 from moekernels.nn.transformer import StageModel
-from moekernels.parallel.gradients import GradientBuffers, squared_norm
 from moekernels.parallel.mesh import Layout, Mesh
+from moekernels.parallel.tensor import all_reduce
 
 TINY = ModelConfig(
     vocab_size=61,
@@ -53,19 +53,27 @@ def run_model(
     """One step on this rank: dp rank i takes micro-batches i, i + dp, ..."""
     mesh = Mesh(layout)
     model = StageModel(config, mesh, range(1, config.num_layers + 1), True, True, **options)
-    buffers = GradientBuffers(model.named_shards(), mesh)
+    for parameter in model.parameters():
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        parameter.main_grad = torch.zeros_like(parameter, dtype=wide)
     loss = torch.zeros((), dtype=torch.float64)
     for batch in batches[mesh.dp_index :: layout.dp]:
         share = model(batch)
         share.backward()
         loss += share.detach()
-    buffers.reduce()
+    squares = torch.zeros((), dtype=torch.float64)
+    for _, parameter, info in model.named_shards():
+        if parameter.grad is not None:  # expert kernels write to main_grad
+            parameter.main_grad += parameter.grad
+        parameter.main_grad = all_reduce(parameter.main_grad, getattr(mesh, info.reduce_over))
+        if getattr(mesh, info.copies).rank == 0:
+            squares += parameter.main_grad.double().square().sum()
     loads, losses = model.take_statistics()
     return {
         "loss": loss,
         "dp_index": mesh.dp_index,
         "tp_index": mesh.tp_index,
-        "squared_norm": squared_norm(model.named_shards(), mesh),
+        "squared_norm": all_reduce(squares, mesh.world),
         "loads": loads,
         "losses": losses,
         "parameters": {n: (p.detach(), info) for n, p, info in model.named_shards()},
