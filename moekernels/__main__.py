@@ -1,0 +1,7 @@
+"""`python -m moekernels`."""
+
+import sys
+
+from moekernels.cli import main
+
+sys.exit(main())

@@ -1,0 +1,265 @@
+"""The command line: `moekernels train | verify | bench | info`.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or configuration (one line on stderr, no traceback), 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import signal
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+from moekernels import __version__
+from moekernels.errors import UsageError
+from moekernels.train import config as cfg
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line, with the nearest flag that exists."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            wrong = message[len(prefix) :].split()[0]
+            near = difflib.get_close_matches(
+                wrong.split("=")[0], list(self._option_string_actions), n=1, cutoff=0.5
+            )
+            message = f"unknown argument {wrong}" + (
+                f": did you mean {near[0]}?" if near else f"; see {self.prog} -h"
+            )
+        raise UsageError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        # A subparser hands what it does not know up to the main parser, which knows no flag to
+        # suggest.
+        namespace, rest = super().parse_known_args(args, namespace)
+        if rest and self.prog.count(" "):
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return namespace, rest
+
+
+class _Given(argparse.Action):
+    """Collects configuration flags as given, by (section, key), so that presets and files stay
+    beneath them."""
+
+    def __init__(self, option_strings, dest, key=None, **kwargs):
+        super().__init__(option_strings, dest, **kwargs)
+        self.key = key
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.nargs == 0:
+            values = not option_string.startswith("--no-")
+        namespace.flags = {**namespace.flags, self.key: values}
+
+
+def _number(kind: type):
+    def parse(text: str):
+        try:
+            return kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}") from None
+
+    return parse
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """`--preset`, `--config`, and one flag for every key of the sections that drive a run."""
+    parser.set_defaults(flags={})
+    parser.add_argument(
+        "--preset", help=f"a configuration of the package: {', '.join(cfg.preset_names())}"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a TOML file over the preset; flags come last"
+    )
+    for name in cfg.FLAG_SECTIONS:
+        section = cfg.SECTIONS[name]
+        group = parser.add_argument_group(section.__doc__.rstrip("."))
+        for f in dataclasses.fields(section):
+            flag = cfg.flag_of(section, f.name)
+            kind = typing.get_type_hints(section)[f.name]
+            text = f.metadata["help"].replace("%", "%%")
+            common = {
+                "action": _Given,
+                "key": (name, f.name),
+                "dest": argparse.SUPPRESS,
+                "help": text,
+            }
+            if kind is bool:
+                group.add_argument(f"--{flag}", f"--no-{flag}", nargs=0, **common)
+            else:
+                parse = str if kind is str else _number(kind)
+                metavar = (
+                    "|".join(f.metadata["choices"])
+                    if f.metadata.get("choices")
+                    else kind.__name__.upper()
+                )
+                group.add_argument(f"--{flag}", type=parse, metavar=metavar, **common)
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="moekernels",
+        description="Mixture-of-Experts training from the kernel up.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"moekernels {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", metavar="command", required=True, parser_class=Parser
+    )
+
+    train = commands.add_parser(
+        "train",
+        help="train a model on text, on local ranks or under torchrun",
+        usage="%(prog)s [--preset NAME] [--config FILE] [--out DIR] [--resume] [flags of the "
+        "configuration]",
+        description="Trains on text. Without torchrun the layout's ranks are started here. The "
+        "layout of a preset "
+        "counts only where none of --tp --dp --pp --ep --etp is given; otherwise unset tp, pp and "
+        "etp are 1, "
+        "ep is tp/etp where that is whole and else 1, and dp is 1 (under torchrun: what remains "
+        "of its ranks).",
+        allow_abbrev=False,
+    )
+    train.add_argument("--out", type=Path, help="folder of the run (default runs/<name>)")
+    train.add_argument(
+        "--name", help="name of the run under runs/ (default: the preset's, or the file's)"
+    )
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the newest whole checkpoint in --out"
+    )
+    add_config_flags(train)
+    train.set_defaults(run=_train)
+
+    verify = commands.add_parser(
+        "verify",
+        help="prove that a layout computes what one process computes",
+        description="Runs the same micro-batches and parameters in one process and on the layout "
+        "and compares the "
+        "loss and every gradient. Exit code 0 if all agree, 1 if not.",
+        allow_abbrev=False,
+    )
+    for degree in cfg.DEGREES:
+        verify.add_argument(f"--{degree}", type=_number(int), metavar="INT")
+    verify.add_argument(
+        "--all", action="store_true", help="every layout and variant that the project promises"
+    )
+    verify.add_argument("--schedule", default="1f1b", help="gpipe, 1f1b or interleaved")
+    verify.add_argument("--experts", type=_number(int), default=8, metavar="INT")
+    verify.add_argument("--top-k", type=_number(int), default=2, metavar="INT")
+    verify.add_argument("--steps", type=_number(int), default=3, metavar="INT")
+    verify.add_argument("--dtype", default="fp64", help="fp64 (to 1e-9) or fp32 (to 1e-5)")
+    verify.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    verify.set_defaults(run=_verify)
+
+    bench = commands.add_parser(
+        "bench", help="run the benches of a source checkout", add_help=False
+    )
+    bench.set_defaults(run=_bench, flags={})
+
+    info = commands.add_parser("info", help="what this build holds and what this machine has")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _train(args) -> int:
+    from moekernels.train.loop import train
+
+    return train(
+        args.preset, args.config, args.flags, out=args.out, name=args.name, resume=args.resume
+    )
+
+
+def _verify(args) -> int:
+    from moekernels.train.verify import verify
+
+    degrees = {d: getattr(args, d) for d in cfg.DEGREES if getattr(args, d) is not None}
+    return verify(
+        degrees,
+        everything=args.all,
+        schedule=args.schedule,
+        experts=args.experts,
+        top_k=args.top_k,
+        steps=args.steps,
+        dtype=args.dtype,
+        device=args.device,
+    )
+
+
+def _bench(args) -> int:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "bench").is_dir() or not (root / "pyproject.toml").is_file():
+        raise UsageError(
+            f"bench runs from a source checkout, and {root} has no bench/; clone the repository"
+        )
+    try:
+        import pytest_benchmark  # noqa: F401
+    except ImportError:
+        raise UsageError("bench needs pytest-benchmark: pip install 'moekernels[bench]'") from None
+    paths = (
+        []
+        if any(not a.startswith("-") and Path(a.split("::")[0]).exists() for a in args.rest)
+        else ["bench"]
+    )
+    # Bench files are named bench_*.py, which pytest does not collect by itself.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "python_files=bench_*.py",
+        "--benchmark-only",
+        *args.rest,
+        *paths,
+    ]
+    return subprocess.run(command, cwd=root).returncode
+
+
+def _info(args) -> int:
+    from moekernels.train.info import info
+
+    print(info())
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    quiet = (
+        int(os.environ.get("LOCAL_RANK", "0")) != 0
+    )  # under torchrun one rank a machine says what all find
+    try:
+        try:
+            rest = argv[1:] if argv[:1] == ["bench"] else []
+            args = build_parser().parse_args(argv[: len(argv) - len(rest)])
+            args.rest = rest
+            return args.run(args)
+        except UsageError as error:
+            if not quiet:
+                print(f"moekernels: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+    except KeyboardInterrupt:
+        print("moekernels: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # noqa: BLE001
+        from moekernels.train.launch import RankFailure, say
+
+        if isinstance(error, RankFailure):
+            print(error.details, end="", file=sys.stderr)
+            print(f"moekernels: {error}", file=sys.stderr)
+        else:
+            import traceback
+
+            traceback.print_exc()
+            print(f"moekernels: {say(error)}", file=sys.stderr)
+        return 1

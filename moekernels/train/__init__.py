@@ -1,0 +1,1 @@
+"""The runs behind the command line: configuration, ranks, optimiser, loop, checkpoints, proof."""

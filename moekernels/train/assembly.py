@@ -1,0 +1,163 @@
+"""From a configuration to the parts of a run: layout, layers of a chunk, models, data, pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from moekernels.errors import UsageError
+from moekernels.nn.transformer import StageModel
+from moekernels.parallel.mesh import Layout, Mesh
+from moekernels.pipeline.runtime import PipelineRuntime
+from moekernels.pipeline.schedule import build
+from moekernels.pipeline.simulate import Simulator
+from moekernels.train import config as cfg
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+BACKWARD_COST = 2.0  # of a forward pass, for the order of micro-batches
+
+
+def layout_of(run: cfg.RunConfig) -> Layout:
+    """The layout, or UsageError where anything of the model does not divide by it."""
+    lay, m = run.layout, run.model
+    layout = Layout(lay.tp, lay.dp, lay.pp, lay.ep, lay.etp)
+    layout.validate(num_heads=m.num_heads, num_kv_heads=m.num_kv_heads or m.num_heads)
+    layout.validate(
+        num_experts=m.num_experts,
+        num_layers=None if lay.layers_per_stage else m.num_layers,
+        virtual_stages=lay.virtual_stages,
+        d_ff=m.expert_d_ff,
+        vocab_size=m.vocab_size,
+    )
+    if m.tie_embeddings and lay.pp > 1:
+        raise UsageError(
+            f"--tie-embeddings: pp {lay.pp} parts the embedding from the head; give --pp 1"
+        )
+    layer_ranges(run)
+    checkpointed(run)
+    build(lay.schedule, lay.pp, run.batch.microbatches * run.batch.accumulation, lay.virtual_stages)
+    return layout
+
+
+def rank_names(layout: Layout) -> Callable[[int], str]:
+    """What a rank is called in messages: `rank 3 (tp 1, pp 1)`."""
+
+    def name(rank: int) -> str:
+        stage, inside = divmod(rank, layout.stage_ranks)
+        places = {"tp": inside % layout.tp, "dp": inside // layout.tp, "pp": stage}
+        shown = [f"{key} {place}" for key, place in places.items() if getattr(layout, key) > 1]
+        return f"rank {rank} ({', '.join(shown)})" if shown else f"rank {rank}"
+
+    return name
+
+
+def layer_ranges(run: cfg.RunConfig) -> list[range]:
+    """Layers of each virtual stage, counted from 1: `4,4,4,4`, or equal shares."""
+    lay, layers = run.layout, run.model.num_layers
+    stages = lay.pp * lay.virtual_stages
+    if not lay.layers_per_stage:
+        sizes = [layers // stages] * stages
+    else:
+        parts = [p.strip() for p in lay.layers_per_stage.split(",")]
+        if not all(p.isdigit() for p in parts):
+            raise UsageError(
+                f"--layers-per-stage must be numbers, as in 4,4,4,4, got {lay.layers_per_stage!r}"
+            )
+        sizes = [int(p) for p in parts]
+        if len(sizes) != stages or sum(sizes) != layers or min(sizes) < 1:
+            raise UsageError(
+                f"--layers-per-stage {lay.layers_per_stage}: give {stages} numbers (pp {lay.pp} x "
+                f"{lay.virtual_stages} virtual stages) of at least 1 that add up to {layers} layers"
+            )
+    ends = [sum(sizes[: i + 1]) for i in range(stages)]
+    return [range(end - size + 1, end + 1) for end, size in zip(ends, sizes)]
+
+
+def checkpointed(run: cfg.RunConfig) -> set[int]:
+    """Layers to compute again: `all`, `none`, or numbers and ranges from 1, as in `2-15` or
+    `1,3-5`."""
+    text, layers = run.layout.checkpoint_layers, run.model.num_layers
+    if text in ("none", ""):
+        return set()
+    if text == "all":
+        return set(range(1, layers + 1))
+    chosen: set[int] = set()
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
+            raise UsageError(
+                f"--checkpoint-layers must be all, none, or as in 2-15 or 1,3-5, got {text!r}"
+            )
+        first, last = int(low), int(high if dash else low)
+        if not 1 <= first <= last <= layers:
+            raise UsageError(
+                f"--checkpoint-layers {text}: {part.strip()} is not within the layers 1-{layers}"
+            )
+        chosen.update(range(first, last + 1))
+    return chosen
+
+
+def build_chunks(run: cfg.RunConfig, mesh: Mesh) -> list[StageModel]:
+    """The chunks of this rank, in order; with every parameter as any other layout would begin
+    with."""
+    lay, ranges = run.layout, layer_ranges(run)
+    return [
+        StageModel(
+            cfg.model_config(run.model),
+            mesh,
+            ranges[stage],
+            first=stage == 0,
+            last=stage == len(ranges) - 1,
+            dtype=DTYPES[run.train.dtype],
+            device=mesh.device,
+            sequence_parallel=lay.sequence_parallel,
+            dispatcher=lay.dispatcher,
+            checkpoint_layers=checkpointed(run),
+            seed=run.train.seed,
+        )
+        for stage in range(mesh.pp_index, len(ranges), lay.pp)
+    ]
+
+
+def build_runtime(run: cfg.RunConfig, mesh: Mesh, chunks: list[StageModel]) -> PipelineRuntime:
+    lay = run.layout
+    split = mesh.tp.size if lay.sequence_parallel else 1
+    microbatches = run.batch.microbatches * run.batch.accumulation
+    return PipelineRuntime(
+        build(lay.schedule, lay.pp, microbatches, lay.virtual_stages),
+        chunks,
+        mesh.pp,
+        lambda batch: (batch.rows // split, run.model.d_model),
+        DTYPES[run.train.dtype],
+        mesh.device,
+    )
+
+
+def build_loader(run: cfg.RunConfig, corpus, dp_rank: int = 0):
+    """The batches of a data-parallel rank; micro-batches ordered on the simulated schedule."""
+    from moekernels.data.batch_plan import Cost
+    from moekernels.data.loader import BatchLoader
+
+    b, lay, m = run.batch, run.layout, run.model
+    model = cfg.model_config(m)
+    simulator = Simulator(
+        build(lay.schedule, lay.pp, b.microbatches * b.accumulation, lay.virtual_stages)
+    )
+    lengths = cfg.length_range(b.lengths, b.context)
+    return BatchLoader(
+        corpus,
+        sequences=b.sequences,
+        microbatches=b.microbatches * b.accumulation,
+        context=None if lengths else b.context,
+        lengths=lengths,
+        dp=lay.dp,
+        dp_rank=dp_rank,
+        align=lay.tp,
+        policy=b.policy,
+        cost=Cost.of_transformer(
+            model.parameters_count(active=True), m.num_layers, m.num_heads * m.head_dim
+        ),
+        makespan=lambda costs: simulator.makespan(costs, [BACKWARD_COST * c for c in costs]),
+        seed=run.train.seed,
+    )

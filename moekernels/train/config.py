@@ -1,0 +1,256 @@
+"""The run's configuration: one dataclass a TOML section, then files, then flags.
+
+`[model] [batch] [layout] [train]` drive a run; `[hardware] [claims]` describe a machine and what a
+specification says of it, and a run ignores them. Every value is checked when it arrives, so a
+mistake is one line that names the file (or flag), the key, the value and the nearest name that
+exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from pathlib import Path
+
+from moekernels.errors import UsageError
+from moekernels.nn.config import ExpertSpec, ModelConfig, RouterConfig
+from moekernels.train.schema import FLAG_SECTIONS, SECTIONS, LayoutSection, ModelSection, RunConfig
+
+PRESETS = Path(__file__).resolve().parent.parent / "presets"
+DEGREES = ("tp", "dp", "pp", "ep", "etp")
+
+
+def nearest(name: str, names) -> str:
+    """`; did you mean X?`, or the list of names where none is near."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"it is one of {', '.join(names)}"
+
+
+def _type_of(section: type, name: str):
+    return typing.get_type_hints(section)[name]
+
+
+def _fits(value, kind) -> bool:
+    if isinstance(kind, types.GenericAlias):
+        return isinstance(value, list) and all(_fits(v, kind.__args__[0]) for v in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def check_value(where: str, section: type, name: str, value):
+    """The value, converted to its field's type; UsageError `<where> must be ...` where it is none
+    of its values."""
+    kind = _type_of(section, name)
+    if not _fits(value, kind):
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        raise UsageError(f"{where} must be {wanted.get(kind, 'a list of numbers')}, got {value!r}")
+    if kind is float:
+        value = float(value)
+        if value != value or value in (float("inf"), float("-inf")):
+            raise UsageError(f"{where} must be a finite number, got {value}")
+    meta = {f.name: f for f in dataclasses.fields(section)}[name].metadata
+    if meta.get("choices") and value not in meta["choices"]:
+        raise UsageError(f"{where} is {value!r}: {nearest(value, meta['choices'])}")
+    for bound, bad, text in (
+        ("low", lambda v, b: v < b, "at least"),
+        ("high", lambda v, b: v > b, "at most"),
+        ("above", lambda v, b: v <= b, "greater than"),
+    ):
+        limit = meta.get(bound)
+        if limit is not None and bad(value, limit):
+            raise UsageError(f"{where} must be {text} {limit}, got {value}")
+    return value
+
+
+def read_toml(path: Path) -> dict[str, dict]:
+    """Sections of a TOML file, every key and value checked."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; give a TOML file or use --preset") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"{path}: cannot be read: {reason}") from None
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path}: not valid TOML: {error}") from None
+    for name, keys in data.items():
+        if name not in SECTIONS:
+            raise UsageError(f"{path}: unknown section [{name}]: {nearest(name, SECTIONS)}")
+        if not isinstance(keys, dict):
+            raise UsageError(f"{path}: {name} must be a section, [{name}], got {keys!r}")
+        known = [f.name for f in dataclasses.fields(SECTIONS[name])]
+        for key, value in keys.items():
+            if key not in known:
+                raise UsageError(
+                    f"{path}: unknown key {name}.{key} = {value!r}: {nearest(key, known)}"
+                )
+            keys[key] = check_value(f"{path}: {name}.{key}", SECTIONS[name], key, value)
+    return data
+
+
+def preset_names() -> list[str]:
+    return sorted(p.stem for p in PRESETS.glob("*.toml"))
+
+
+def preset_path(name: str) -> Path:
+    if name not in preset_names():
+        raise UsageError(f"unknown preset {name!r}: {nearest(name, preset_names())}")
+    return PRESETS / f"{name}.toml"
+
+
+def _overlay(config: RunConfig, data: dict[str, dict]) -> None:
+    if any(d in data.get("layout", {}) for d in DEGREES):
+        set_degrees(config.layout, {d: data["layout"][d] for d in DEGREES if d in data["layout"]})
+    for name, keys in data.items():
+        for key, value in keys.items():
+            setattr(getattr(config, name), key, value)
+
+
+def set_degrees(layout: LayoutSection, given: dict[str, int], world: int | None = None) -> None:
+    """Degrees from those given: unset tp, pp, etp are 1, ep = tp/etp where whole and else 1, and
+    dp is 1, or what remains of `world` ranks. Whoever gives one degree describes the layout anew;
+    no preset's degree is kept."""
+    tp, pp, etp = (given.get(k, 1) for k in ("tp", "pp", "etp"))
+    ep = given.get("ep", tp // etp if tp % etp == 0 else 1)
+    dp = given.get("dp")
+    if dp is None:
+        if world is not None and world % (tp * pp):
+            divisors = [d for d in range(1, world + 1) if world % d == 0]
+            raise UsageError(
+                f"{world} ranks do not divide by tp {tp} x pp {pp} = {tp * pp}; tp x pp must be "
+                f"one of {divisors}"
+            )
+        dp = 1 if world is None else world // (tp * pp)
+    layout.tp, layout.dp, layout.pp, layout.ep, layout.etp = tp, dp, pp, ep, etp
+
+
+def resolve(
+    preset: str | None,
+    file: Path | None,
+    flags: dict[tuple[str, str], object],
+    world: int | None = None,
+    default: str = "tiny",
+) -> RunConfig:
+    """The effective configuration: preset, then file, then flags `{(section, key): value}`.
+
+    `world` is the number of ranks that torchrun gave, None without it. A file without a preset
+    starts from the schema's defaults; neither means the preset `default`.
+    """
+    config = RunConfig()
+    if preset is not None or file is None:
+        _overlay(config, read_toml(preset_path(preset or default)))
+    if file is not None:
+        _overlay(config, read_toml(file))
+    degrees = {}
+    for (section, key), value in flags.items():
+        name = "--" + flag_of(SECTIONS[section], key)
+        value = check_value(name, SECTIONS[section], key, value)
+        if section == "layout" and key in DEGREES:
+            degrees[key] = value
+        setattr(getattr(config, section), key, value)
+    if degrees:
+        set_degrees(config.layout, degrees, world)
+    check(config, world)
+    return config
+
+
+def check(config: RunConfig, world: int | None = None) -> None:
+    """What no single value shows; the mesh checks the layout against the model itself."""
+    b, lay, t = config.batch, config.layout, config.train
+    model_config(config.model)
+    length_range(b.lengths, b.context)
+    ranks = lay.tp * lay.dp * lay.pp
+    if world is not None and ranks != world:
+        raise UsageError(
+            f"tp {lay.tp} x dp {lay.dp} x pp {lay.pp} = {ranks} ranks, but {world} were started; "
+            f"give --tp, --dp, --pp whose product is {world}, or start {ranks} ranks"
+        )
+    if t.optimizer_state == "bf16" and t.beta2 > 0.99:
+        raise UsageError(
+            f"--beta2 {t.beta2} with --optimizer-state bf16: bf16 cannot hold changes below 0.4 "
+            f"%; give at most 0.99"
+        )
+    if lay.schedule == "interleaved" and lay.pp > 1 and lay.virtual_stages < 2:
+        raise UsageError("--schedule interleaved needs --virtual-stages of at least 2")
+    if lay.schedule != "interleaved" and lay.virtual_stages > 1:
+        raise UsageError(
+            f"--virtual-stages {lay.virtual_stages} needs --schedule interleaved, got "
+            f"{lay.schedule}"
+        )
+
+
+def model_config(m: ModelSection):
+    """The model that the section describes, as `nn` takes it."""
+    return ModelConfig(
+        vocab_size=m.vocab_size,
+        d_model=m.d_model,
+        num_layers=m.num_layers,
+        num_heads=m.num_heads,
+        num_kv_heads=m.num_kv_heads or m.num_heads,
+        head_dim=m.head_dim,
+        num_experts=m.num_experts,
+        top_k=m.top_k,
+        expert=ExpertSpec(m.d_model, m.expert_d_in or m.d_model, m.expert_d_ff, m.gated),
+        router=RouterConfig(
+            score=m.score,
+            renormalize=m.renormalize,
+            scale=m.scale,
+            num_groups=m.num_groups,
+            groups_kept=m.groups_kept,
+            group_score=m.group_score,
+            balance_coef=m.balance_coef,
+            z_coef=m.z_coef,
+            bias_update_rate=m.bias_update_rate,
+        ),
+        activation=m.activation,
+        qk_norm=m.qk_norm,
+        rope_theta=m.rope_theta,
+        norm_eps=m.norm_eps,
+        tie_embeddings=m.tie_embeddings,
+        init_std=m.init_std,
+        recompute_experts=m.recompute_experts,
+    )
+
+
+def length_range(text: str, context: int) -> tuple[int, int] | None:
+    """`128:10240` as numbers; None for empty text."""
+    if not text:
+        return None
+    low, _, high = text.partition(":")
+    if not (low.isdigit() and high.isdigit() and 2 <= int(low) <= int(high)):
+        raise UsageError(
+            f"--lengths must be LOW:HIGH with 2 <= LOW <= HIGH, as in 128:10240, got {text!r}"
+        )
+    if int(high) > context:
+        raise UsageError(
+            f"--lengths {text} is longer than the context {context}; give --context {high}"
+        )
+    return int(low), int(high)
+
+
+def flag_of(section: type, key: str) -> str:
+    """The flag of a key, without the dashes: `num_experts` -> `experts`."""
+    meta = {f.name: f for f in dataclasses.fields(section)}[key].metadata
+    return meta.get("flag") or key.replace("_", "-")
+
+
+def to_toml(config: RunConfig, sections=FLAG_SECTIONS) -> str:
+    """The sections as TOML that `read_toml` reads back to the same values."""
+    lines = []
+    for name in sections:
+        lines.append(f"[{name}]")
+        for f in dataclasses.fields(SECTIONS[name]):
+            value = getattr(getattr(config, name), f.name)
+            lines.append(f"{f.name} = {json.dumps(value, ensure_ascii=False)}")
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,338 @@
+"""`moekernels train`: set up, start the ranks, step, write down what happened.
+
+Every rank runs `_work`; rank 0 also writes the run's folder and speaks to the user.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moekernels.errors import UsageError
+from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.shard import shard
+from moekernels.parallel.tensor import all_reduce
+from moekernels.pipeline.simulate import Simulator
+from moekernels.pipeline.trace import Event, trace_events, write_trace
+from moekernels.train import assembly, checkpoint, launch
+from moekernels.train import config as cfg
+from moekernels.train.metrics import Progress, RunFolder, read_metrics, table
+from moekernels.train.optimizer import AdamWConfig, Optimizer
+from moekernels.train.report import closing, layout_report, peak_flops
+
+HEAT_SHARE = 0.2  # of the steps, the last ones: what experts.png shows
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Job:
+    """What every rank needs to know."""
+
+    run: cfg.RunConfig
+    folder: RunFolder
+    corpus: object
+    resume_from: Path | None
+    facts: dict
+
+
+def train(
+    preset: str | None,
+    file: Path | None,
+    flags: dict,
+    *,
+    out: Path | None = None,
+    name: str | None = None,
+    resume: bool = False,
+) -> int:
+    """Run a training as the command line describes it; the exit code."""
+    world = launch.torchrun_world()
+    name = name or (file.stem if file else preset or "tiny")
+    folder = RunFolder(RunFolder.choose(out, name, resume))
+    found = checkpoint.newest_whole(folder.path / "checkpoints") if resume else None
+    if resume and found is None:
+        raise UsageError(
+            f"{folder.path}: no checkpoint to resume from; leave --resume out, or give the run's "
+            f"--out"
+        )
+    if resume and preset is None and file is None:
+        file = folder.path / "config.toml"  # what the run was started with
+    run = cfg.resolve(preset, file, flags, world)
+    layout = assembly.layout_of(run)
+    path, facts = found or (None, {})
+    if found:
+        checkpoint.check_model(path, facts, asdict(run.model))
+
+    from moekernels.data.corpus import load_corpus
+
+    speaks = world is None or launch.torchrun_rank() == 0
+    corpus = load_corpus(
+        run.batch.data, vocab_size=run.model.vocab_size, log=print if speaks else None
+    )
+    loader = assembly.build_loader(run, corpus)
+    if found:
+        loader.load_state_dict(facts["data"])
+        if facts["step"] >= run.train.steps:
+            raise UsageError(
+                f"{path}: step {facts['step']} of --steps {run.train.steps} is done; give more "
+                f"--steps to go on"
+            )
+    if speaks:
+        folder.open(resume)
+    job = Job(run, folder, corpus, path, facts)
+    describe = assembly.rank_names(layout)
+
+    if world is None:
+        device = launch.choose_device(run.train.device, layout.world)
+        return launch.run_local(layout.world, device, _work, job, describe=describe)
+    device = launch.choose_device(run.train.device, launch.local_world())
+    return launch.run_torchrun(device, _work, job, describe=describe)
+
+
+def _work(env: launch.RankEnv, job: Job) -> int:
+    """A rank's training."""
+    trainer = Trainer(env, job)
+    try:
+        trainer.run_steps()
+        return 0
+    finally:
+        trainer.progress.close()
+
+
+class Trainer:
+    """One rank: its chunks of the model, its optimiser, its batches."""
+
+    def __init__(self, env: launch.RankEnv, job: Job) -> None:
+        run = job.run
+        self.env, self.job, self.run = env, job, run
+        self.mesh = mesh = Mesh(assembly.layout_of(run), device=env.device)
+        self.chunks = assembly.build_chunks(run, mesh)
+        self.runtime = assembly.build_runtime(run, mesh, self.chunks)
+        self.loader = assembly.build_loader(run, job.corpus, mesh.dp_index)
+        self.shards = [shard for chunk in self.chunks for shard in chunk.named_shards()]
+        t = run.train
+        self.optimizer = Optimizer(
+            self.shards,
+            mesh,
+            AdamWConfig(
+                lr=t.lr,
+                min_lr_ratio=t.min_lr_ratio,
+                warmup=t.warmup,
+                steps=t.steps,
+                clip=t.clip,
+                weight_decay=t.weight_decay,
+                beta1=t.beta1,
+                beta2=t.beta2,
+                eps=t.eps,
+                state_dtype=MOMENTS[t.optimizer_state],
+            ),
+        )
+        self.checkpoints = checkpoint.Checkpoints(job.folder.path / "checkpoints", mesh, t.keep)
+        self.first_step = 0
+        if job.resume_from is not None:
+            self.checkpoints.load(job.resume_from, self.state())
+            self.first_step = job.facts["step"]
+            self.optimizer.loaded(self.first_step)
+        self.heat = torch.zeros(run.model.num_layers, run.model.num_experts, dtype=torch.float64)
+        self.peak = peak_flops(env.device)
+        self.held_out = None
+        report = layout_report(run, mesh, self.chunks, self.optimizer, self.loader)
+        if env.leader:
+            print(
+                f"run      {job.folder.path}"
+                + (f", from step {self.first_step}" if self.first_step else "")
+            )
+            print(report, flush=True)
+            job.folder.begin(run, self.first_step)
+        self.progress = Progress(self.first_step, t.steps, quiet=not env.leader)
+
+    def state(self):
+        """Everything that a checkpoint keeps."""
+        yield from self.optimizer.state()
+        for chunk in self.chunks:
+            for name, bias in chunk.named_buffers():
+                if name.endswith("selection_bias"):
+                    yield name, bias, shard(bias.shape, copies="stage")
+
+    def run_steps(self) -> None:
+        t, started = self.run.train, time.perf_counter()
+        events: list[Event] = []
+        line: dict = {}
+        for step in range(self.first_step + 1, t.steps + 1):
+            line, events = self.step(step)
+            if step == t.steps or (t.eval_every and step % t.eval_every == 0):
+                line["eval_loss"] = self.evaluate()
+            if self.env.leader:
+                self.job.folder.write(line)
+                self.progress.show(line)
+            if t.save_every and (step % t.save_every == 0 or step == t.steps):
+                self.save(step)
+        self.progress.close()
+        self.finish(events, time.perf_counter() - started)
+
+    def step(self, step: int) -> tuple[dict, list[Event]]:
+        """One optimiser step; its line of metrics (on every rank) and what ran when on this
+        rank."""
+        start = time.perf_counter()
+        batches = [b.to(self.env.device) for b in self.loader.batch(step)]
+        self.optimizer.zero_grad()
+        origin = self.shared_clock() if step == self.run.train.steps else None
+        flush = time.perf_counter()
+        result = self.runtime.step(batches, origin=origin)
+        flush = time.perf_counter() - flush
+        self.optimizer.reduce()
+        norm, lr = self.optimizer.step()
+        line = self.collect(step, result, flush)
+        seconds = time.perf_counter() - start
+        tokens = self.loader.global_tokens(step)
+        line.update(
+            grad_norm=norm.item(),
+            lr=lr,
+            seconds=seconds,
+            tokens=tokens,
+            tokens_per_s=tokens / seconds,
+        )
+        if self.peak:
+            line["mfu"] = (
+                self.flops_per_token(batches) * tokens / seconds / (self.peak * self.env.world)
+            )
+        if not math.isfinite(line["loss"]):
+            raise RuntimeError(
+                f"the loss of step {step} is {line['loss']}; a lower --lr, a longer --warmup or a "
+                f"smaller --clip would do"
+            )
+        return line, result.events
+
+    def collect(self, step: int, result, flush: float) -> dict:
+        """Sums over the ranks, in one message: loss, losses of the router, loads, idle share,
+        memory."""
+        model, mesh = self.run.model, self.mesh
+        loads = torch.zeros(
+            model.num_layers, model.num_experts, dtype=torch.float64, device=self.env.device
+        )
+        scalars = torch.zeros(4 + self.env.world, dtype=torch.float64, device=self.env.device)
+        for chunk in self.chunks:
+            counts, losses = chunk.take_statistics()
+            first = min(map(int, chunk.layers)) - 1
+            loads[first : first + len(counts)] = counts
+            if mesh.tp.rank == 0:
+                scalars[1:3] += losses
+        if result.losses and mesh.tp.rank == 0:
+            scalars[0] = torch.stack(result.losses).double().sum()
+        busy = sum(e.end - e.start for e in result.events if e.kind.computes)
+        scalars[3] = (1 - busy / flush) / self.env.world
+        scalars[4 + self.env.rank] = _peak_memory(self.env.device)
+        everything = all_reduce(torch.cat([scalars, loads.flatten()]), mesh.world).cpu()
+        loads = everything[len(scalars) :].view(loads.shape)
+        loss, balance, z, bubble, *memory = everything[: len(scalars)].tolist()
+        if step > self.run.train.steps * (1 - HEAT_SHARE) or step == self.run.train.steps:
+            self.heat += loads
+        mean = loads.mean(dim=1)
+        return {
+            "step": step,
+            "loss": loss,
+            "aux": balance / model.num_layers,
+            "z": z / model.num_layers,
+            "load_max_over_mean": (loads.amax(dim=1) / mean.clamp_min(1e-9)).max().item(),
+            "dead_experts": int((loads == 0).sum()),
+            "dropped": self.loader.global_tokens(step) * model.top_k * model.num_layers
+            - int(loads.sum()),
+            "bubble": bubble,
+            "memory_gb": max(memory) / 1e9,
+        }
+
+    def flops_per_token(self, batches) -> float:
+        """Of a forward and backward pass, recomputation not counted."""
+        m = self.run.model
+        active = cfg.model_config(m).parameters_count(active=True) - m.vocab_size * m.d_model
+        lengths = [b - a for x in batches for a, b in zip(x.cu_seqlens, x.cu_seqlens[1:])]
+        attended = sum(n * n for n in lengths) / max(1, sum(lengths)) / 2
+        return 6 * active + 12 * m.num_layers * m.num_heads * m.head_dim * attended
+
+    def evaluate(self) -> float:
+        """Loss of the held-out sequences, in nats a token."""
+        if self.held_out is None:
+            count = -(-self.run.train.eval_sequences // self.run.batch.sequences)
+            self.held_out = [
+                [b.to(self.env.device) for b in step] for step in self.loader.eval_batches(count)
+            ]
+        sums = torch.zeros(2, dtype=torch.float64, device=self.env.device)
+        for batches in self.held_out:
+            losses = self.runtime.evaluate(batches).losses
+            if losses and self.mesh.tp.rank == 0:
+                tokens = 1 / batches[0].loss_scale  # of the step, over all data-parallel ranks
+                sums += torch.stack(
+                    [
+                        torch.stack(losses).double().sum() * tokens,
+                        sums.new_tensor(tokens / self.mesh.dp.size),
+                    ]
+                )
+        total, tokens = all_reduce(sums, self.mesh.world).tolist()
+        return total / tokens
+
+    def save(self, step: int) -> None:
+        if self.env.leader:
+            self.job.folder.sync()
+        facts = {"model": asdict(self.run.model), "data": self.loader.state_dict()}
+        self.checkpoints.save(step, self.state(), facts)
+
+    def shared_clock(self) -> float | None:
+        """A moment that all ranks of one machine agree on; None where they are on several."""
+        if self.env.world == 1 or launch.local_world() not in (None, self.env.world):
+            return None
+        moment = torch.tensor([time.perf_counter()], dtype=torch.float64, device=self.env.device)
+        dist.broadcast(moment, 0)
+        return moment.item()
+
+    def finish(self, events: list[Event], seconds: float) -> None:
+        """Traces, plots and the closing table, by rank 0."""
+        mine = events if self.mesh.tp.rank == 0 and self.mesh.dp.rank == 0 else []
+        gathered = [mine]
+        if self.env.world > 1:
+            gathered = [None] * self.env.world if self.env.leader else None
+            dist.gather_object(mine, gathered, 0)
+        if not self.env.leader:
+            return
+        path = self.job.folder.path
+        measured = sorted((e for part in gathered for e in part), key=lambda e: e.start)
+        write_trace(path / "trace.json", trace_events(measured, step=self.run.train.steps))
+        write_trace(path / "trace_planned.json", trace_events(self.planned(measured)))
+        from moekernels.train.plots import plot_experts, plot_loss
+
+        lines = read_metrics(path)
+        entropy = self.job.corpus.stats.unigram_entropy
+        plot_loss(path / "loss.png", lines, entropy)
+        plot_experts(
+            path / "experts.png", self.heat.numpy(), "load of each expert over its layer's mean"
+        )
+        print(table(closing(lines, self.first_step, seconds, entropy, path)), flush=True)
+
+    def planned(self, measured: list[Event]) -> list[Event]:
+        """The same schedule under the clock, each computation taking its virtual stage's measured
+        mean."""
+        schedule = self.runtime.schedule
+        costs: dict = {}
+        for e in measured:
+            if e.kind.computes:
+                costs.setdefault((schedule.virtual_stage(e.stage, e.chunk), e.kind), []).append(
+                    e.end - e.start
+                )
+        return (
+            Simulator(schedule)
+            .run(lambda stage, _, kind: sum(costs[stage, kind]) / len(costs[stage, kind]))
+            .events
+        )
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Bytes: the most this process held on the card, or at all."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

@@ -1,0 +1,167 @@
+"""A run's folder: its lock, its effective configuration, `metrics.jsonl`, and what the user sees
+meanwhile."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from moekernels.errors import UsageError
+from moekernels.train import config as cfg
+
+METRICS = "metrics.jsonl"
+
+
+class RunFolder:
+    """`<out>`, held by one live run at a time. `open` checks it before anything in it is
+    touched."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = None
+        self._metrics = None
+
+    @staticmethod
+    def choose(out: Path | None, name: str, resume: bool) -> Path:
+        """--out, or runs/<name>; a fresh run without a place of its own takes runs/<name>-2, -3,
+        ... when that is used."""
+        if out is not None:
+            return out
+        path, number = Path("runs") / name, 1
+        while not resume and _used(path):
+            number += 1
+            path = Path("runs") / f"{name}-{number}"
+        return path
+
+    def open(self, resume: bool) -> None:
+        """Take the folder, or raise UsageError: it is no folder, a live run has it, or it is used
+        (not)."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # noqa: SIM115, held for the life of the run
+            self._lock = open(self.path / ".lock", "a")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{self.path}: another run is writing here; wait for it or give another --out"
+            ) from None
+        except OSError as error:
+            raise UsageError(
+                f"{self.path}: cannot be a run's folder: {error.strerror}; give another --out"
+            ) from None
+        if _used(self.path) and not resume:
+            raise UsageError(
+                f"{self.path}: already holds a run; give --resume to go on with it, or another "
+                f"--out"
+            )
+
+    def begin(self, config: cfg.RunConfig, step: int) -> None:
+        """Write the configuration and cut `metrics.jsonl` behind the step that the run goes on
+        from."""
+        _replace(self.path / "config.toml", cfg.to_toml(config))
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
+        _replace(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        self._metrics = open(self.path / METRICS, "a", buffering=1)  # noqa: SIM115
+
+    def write(self, line: dict) -> None:
+        """One step's line, whole or not at all for a reader."""
+        self._metrics.write(json.dumps(line) + "\n")
+
+    def sync(self) -> None:
+        """Have every line on the disk, as before a checkpoint that lets a run go on behind them."""
+        os.fsync(self._metrics.fileno())
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The whole lines of a run's `metrics.jsonl`; a line that a kill cut short is left out."""
+    lines = []
+    try:
+        text = (path / METRICS).read_text()
+    except FileNotFoundError:
+        return lines
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def _used(path: Path) -> bool:
+    return any((path / name).exists() for name in ("config.toml", METRICS, "checkpoints"))
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".partial-{path.name}")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, first: int, steps: int, quiet: bool = False) -> None:
+        self.steps, self.first = steps, first
+        self.started = self.last_line = time.monotonic()
+        self.bar = None
+        if sys.stdout.isatty() and not quiet:
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+
+            self.bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                expand=True,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task("train", total=steps, completed=first, text="")
+
+    def show(self, line: dict) -> None:
+        text = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s  load "
+        f"{line['load_max_over_mean']:.2f}x"
+        if "eval_loss" in line:
+            text += f"  held out {line['eval_loss']:.4f}"
+        step = line["step"]
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, text=text)
+            return
+        now = time.monotonic()
+        if step in (self.first + 1, self.steps) or now - self.last_line >= 5 or "eval_loss" in line:
+            left = (now - self.started) / max(1, step - self.first) * (self.steps - step)
+            print(f"step {step}/{self.steps}  {text}  {duration(left)} left", flush=True)
+            self.last_line = now
+
+    def say(self, text: str) -> None:
+        (self.bar.console.print if self.bar is not None else print)(text)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def duration(seconds: float) -> str:
+    seconds = round(seconds)
+    if seconds < 3600:
+        return f"{seconds // 60}:{seconds % 60:02d}"
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two columns of text."""
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"  {name:<{width}}{value}" for name, value in rows)

@@ -1,0 +1,140 @@
+"""What a run tells its user: the layout before it, the table after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moekernels.nn.transformer import StageModel
+from moekernels.parallel.mesh import Mesh
+from moekernels.pipeline.simulate import Simulator
+from moekernels.train import assembly
+from moekernels.train import config as cfg
+from moekernels.train.metrics import duration
+from moekernels.train.optimizer import Optimizer
+
+# Dense bf16 FLOP/s by a part of the card's name.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of the card where they are known; nothing is guessed."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def count(n: float) -> str:
+    """31300000 -> `31.3 M`."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n:.0f}"
+
+
+def layout_report(
+    run: cfg.RunConfig, mesh: Mesh, chunks: list[StageModel], optimizer: Optimizer, loader
+) -> str:
+    """Both factorisations, what each rank holds, the batch and the schedule. Called by every rank
+    together.
+
+    Raises RuntimeError if the ranks do not hold every expert module exactly edp*etp times over.
+    """
+    layers = [f"{min(map(int, c.layers))}-{max(map(int, c.layers))}" for c in chunks]
+    held = sum(
+        info.local_shape[0]
+        for chunk in chunks
+        for name, _, info in chunk.named_shards()
+        if name.endswith("experts.w2")
+    )
+    mine = {
+        "layers": " ".join(layers),
+        "modules": held,
+        "parameters": sum(p.numel() for c in chunks for p in c.parameters()),
+        "bytes": optimizer.bytes(),
+    }
+    ranks = [mine]
+    if mesh.world.size > 1:
+        ranks = [None] * mesh.world.size
+        dist.all_gather_object(ranks, mine)
+    layout, m, b = mesh.layout, run.model, run.batch
+    modules = m.num_layers * m.num_experts
+    total = sum(r["modules"] for r in ranks)
+    if total != modules * layout.edp * layout.etp:
+        raise RuntimeError(
+            f"the ranks hold {total} expert modules, {modules} x edp {layout.edp} x etp "
+            f"{layout.etp} were expected"
+        )
+    model = cfg.model_config(m)
+    shares = sorted({r["modules"] for r in ranks})
+    each = str(shares[0]) if len(shares) == 1 else f"{shares[0]} to {shares[-1]}"
+    copies = f" x {layout.edp} copies" if layout.edp > 1 else ""
+    parts = f" x {layout.etp} shards" if layout.etp > 1 else ""
+    schedule = assembly.build(
+        run.layout.schedule, layout.pp, b.microbatches * b.accumulation, run.layout.virtual_stages
+    )
+    plan = loader.plan(1)
+    costs = [max(stage[i] for stage in plan.costs) for i in range(schedule.microbatches)]
+    bubble = (
+        Simulator(schedule)
+        .run(lambda _, i, kind: costs[i] * (1 if kind.forward else assembly.BACKWARD_COST))
+        .bubble
+    )
+    lines = [
+        f"model    {count(model.parameters_count())} parameters, "
+        f"{count(model.parameters_count(active=True))} "
+        f"active a token; {m.num_layers} layers x {m.num_experts} experts = {modules} expert "
+        f"modules",
+        layout.describe(),
+        f"modules  {modules}{copies}{parts} / {layout.world} ranks = {each} a rank (checked)",
+        f"data     {loader.describe()}",
+        f"batch    {b.sequences} sequences, about {loader.global_tokens(1)} tokens, in "
+        f"{b.microbatches} micro-batches x "
+        f"{b.accumulation} accumulation steps = one flush of {schedule.microbatches} ({b.policy}, "
+        f"imbalance {plan.imbalance:.3f})",
+        f"schedule {run.layout.schedule}, {100 * sum(bubble) / len(bubble):.1f} % idle if all "
+        f"else were free",
+        f"{'rank':>6}  {'tp':>3} {'dp':>3} {'pp':>3}  {'layers':<12} {'modules':>8} "
+        f"{'parameters':>11} {'memory':>9}",
+    ]
+    for rank, r in enumerate(ranks):
+        stage, inside = divmod(rank, layout.stage_ranks)
+        lines.append(
+            f"{rank:>6}  {inside % layout.tp:>3} {inside // layout.tp:>3} {stage:>3}  "
+            f"{r['layers']:<12} "
+            f"{r['modules']:>8} {count(r['parameters']):>11} {r['bytes'] / 2**20:>5.0f} MiB"
+        )
+    lines.append("         memory: weights, gradients and optimizer state; activations come on top")
+    return "\n".join(lines)
+
+
+def closing(
+    lines: list[dict], first_step: int, seconds: float, entropy: float, path: Path
+) -> list[tuple[str, str]]:
+    """The closing table's rows, from the run's own metrics."""
+    first, last = lines[0], lines[-1]
+    here = [x for x in lines if x["step"] > first_step]
+    steady = sorted(x["tokens_per_s"] for x in here[1:] or here)
+    rows = [
+        ("steps", f"{last['step']}, {duration(seconds)} min for {len(here)} of them"),
+        (
+            "loss",
+            f"{first['loss']:.3f} at step {first['step']} -> {last['loss']:.3f} "
+            f"({last['loss'] - first['loss']:+.3f} nats)",
+        ),
+        ("unigram entropy", f"{entropy:.3f}"),
+        ("tokens", f"{sum(x['tokens'] for x in lines):,}"),
+        ("tokens/s", f"{steady[len(steady) // 2]:,.0f} (median)"),
+        ("load max/mean", f"{last['load_max_over_mean']:.2f}, dead experts {last['dead_experts']}"),
+        ("pipeline idle", f"{100 * last['bubble']:.1f} %"),
+        ("memory", f"{last['memory_gb']:.2f} GB, the most of a rank"),
+        ("written to", str(path)),
+    ]
+    if "eval_loss" in last:
+        rows.insert(2, ("held-out loss", f"{last['eval_loss']:.3f}"))
+    if "mfu" in last:
+        rows.insert(5, ("MFU", f"{100 * last['mfu']:.1f} %"))
+    return rows

@@ -1,0 +1,103 @@
+"""The command line from outside: exit codes and the one line that a mistake costs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moekernels.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(capsys, *argv):
+    code = main(list(argv))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["train", "--stps", "3"], ["--stps", "--steps"]),
+        (["train", "--lr", "fast"], ["--lr", "'fast'"]),
+        (["train", "--lr", "-1"], ["--lr", "greater than 0"]),
+        (["train", "--steps", "2.5"], ["--steps", "whole number"]),
+        (["train", "--preset", "tny"], ["tny", "tiny"]),
+        (["train", "--dtype", "fp8"], ["--dtype", "'fp8'"]),
+        (["train", "--config", "no/such.toml"], ["no/such.toml", "no such file"]),
+        (["train", "--tp", "3"], ["tp 3", "4"]),
+        (["train", "--pp", "3"], ["pp 3", "16 layers", "4"]),
+        (["train", "--dp", "7", "--ep", "7"], ["ep 7", "64 experts", "8"]),
+        (["train", "--dp", "2", "--ep", "4"], ["ep 1 or 2"]),
+        (["train", "--layers-per-stage", "4,4,4,5"], ["4,4,4,5", "16"]),
+        (["train", "--layers-per-stage", "four"], ["four"]),
+        (["train", "--checkpoint-layers", "2-99"], ["2-99", "16"]),
+        (["train", "--data", "/no/such/text"], ["/no/such/text", "missing"]),
+        (["train", "--out", "/proc/run"], ["/proc/run"]),
+        (["train", "--resume", "--out", "/tmp/moekernels-never-there"], ["no checkpoint"]),
+        (["verify", "--tp", "3"], ["tp 3"]),
+        (["verify", "--experts", "6", "--dp", "4", "--ep", "4"], ["ep 4", "6 experts"]),
+        (["verify", "--dtype", "bf16"], ["bf16", "fp32"]),
+        (["verify", "--schedule", "1f1d"], ["1f1d", "1f1b"]),
+        (["trian"], ["trian", "train"]),
+        ([], ["command"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_mistake_costs_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, argv, parts):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith("moekernels: ") and "Traceback" not in err
+    for part in parts:
+        assert part in err
+    assert not list(tmp_path.rglob("*")), "nothing is left behind"
+
+
+def test_info_says_what_is_here(capsys):
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    for name in ("moekernels", "backends", "torch", "python", "cpu", "memory", "gpu"):
+        assert f"\n{name}" in "\n" + out
+
+
+def test_help_shows_every_key(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["train", "--help"])
+    assert done.value.code == 0
+    out = capsys.readouterr().out
+    for flag in (
+        "--tp",
+        "--experts",
+        "--top-k",
+        "--lengths",
+        "--optimizer-state",
+        "--save-every",
+        "--no-gated",
+    ):
+        assert flag in out
+
+
+def test_bench_elsewhere_than_in_a_checkout(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("moekernels.cli.__file__", str(tmp_path / "moekernels" / "cli.py"))
+    code, _, err = run(capsys, "bench")
+    assert code == 2 and "source checkout" in err
+
+
+def test_module_and_script_are_the_same_program():
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "moekernels", "train", "--preset", "x"],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("moekernels: unknown preset 'x'")
+        and not done.stdout
+    )
+    assert '"moekernels.cli:main"' in (ROOT / "pyproject.toml").read_text()
