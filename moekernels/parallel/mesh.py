@@ -173,14 +173,18 @@ class Mesh:
             layout.validate(world=dist.get_world_size())
             rank = dist.get_rank() if rank is None else rank
         self.rank = rank
-        size = layout.stage_ranks
-        self.pp_index, s = divmod(rank, size)
+        self._made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        self._place()
+
+    def _place(self) -> None:
+        """This rank's indices and groups. Every rank walks through every group in the same order,
+        as new_group demands.
+        """
+        layout = self.layout
+        self.pp_index, s = divmod(self.rank, layout.stage_ranks)
         self.dp_index, self.tp_index = divmod(s, layout.tp)
         self.edp_index, folded = divmod(s, layout.exchange)
         self.ep_index, self.etp_index = divmod(folded, layout.etp)
-
-        self._made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
-        # Every rank walks through every group in the same order, as new_group demands.
         self.world = self._groups(lambda stage, s: 0)
         self.stage = self._groups(lambda stage, s: stage)
         self.tp = self._groups(lambda stage, s: (stage, s // layout.tp))
@@ -188,9 +192,7 @@ class Mesh:
         self.pp = self._groups(lambda stage, s: s)
         self.exchange = self._groups(lambda stage, s: (stage, s // layout.exchange))
         self.edp = self._groups(lambda stage, s: (stage, s % layout.exchange))
-        self.expert_copies = self._groups(
-            lambda stage, s: (stage, s % layout.exchange // layout.etp)
-        )
+        self.expert_copies = self._groups(lambda stage, s: (stage, s // layout.etp % layout.ep))
 
     def _groups(self, key: Callable[[int, int], object]) -> Group:
         """Make the groups of ranks that share a key(stage, rank in the stage); return this
