@@ -42,6 +42,8 @@ class OpSpec:
     exact: bool = False
     # Bad calls, and the exact text that each raises.
     messages: Callable[[], Iterable[tuple[Callable[[], Any], str]]] = tuple
+    # Inputs large enough for several threads.
+    large: Callable[[torch.dtype], dict[str, Any]] | None = None
     # The most bytes that may be kept for backward, given the inputs.
     saved: Callable[[dict[str, Any]], int] | None = None
     dtypes: tuple[torch.dtype, ...] = FLOATS
@@ -107,3 +109,7 @@ def routing_cases(alignment: int = 1) -> Iterator[tuple[str, Tensor, int, refere
     ids = random_ids(31, 5, 2, seed=5)
     yield "capacity", ids, 5, reference.route(ids, 5, capacity=7)
     yield "alignment", ids, 5, reference.route(ids, 5, alignment=8)
+
+
+def large_routing(tokens: int = 1024, experts: int = 16, top_k: int = 4) -> reference.Routing:
+    return reference.route(random_ids(tokens, experts, top_k), experts)

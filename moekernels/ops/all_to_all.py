@@ -164,6 +164,23 @@ def _ungroup_cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
         yield _spec.Case(name, {**inputs, "weights": weights}, compile=name == "ordinary")
 
 
+def _pack_large(dtype: torch.dtype) -> dict:
+    routing = _spec.large_routing()
+    x = _spec.randn(dtype, routing.row_of.shape[0], 130)
+    weights = _spec.randn(_spec.wide(dtype), *routing.row_of.shape, seed=1)
+    return {"x": x, "weights": weights, "slot_of": routing.slot_of, "top_k": weights.shape[1]}
+
+
+def _regroup_large(dtype: torch.dtype) -> dict:
+    counts = torch.arange(32).view(8, 4) * 8
+    return {"message": _message(dtype, counts, 130, True), "counts": counts, "width": 130}
+
+
+def _ungroup_large(dtype: torch.dtype) -> dict:
+    counts = torch.arange(32).view(8, 4) * 8
+    return {"rows": _spec.randn(dtype, int(counts.sum()), 130), "counts": counts}
+
+
 def _pack_messages():
     x, slot_of = torch.zeros(3, 4), torch.zeros(6, dtype=torch.int32)
     yield (
@@ -210,10 +227,10 @@ def _ungroup_messages():
     )
 
 
-for _fn, _reference, _cases, _messages in (
-    (pack, reference.pack, _pack_cases, _pack_messages),
-    (regroup, reference.regroup, _regroup_cases, _regroup_messages),
-    (ungroup, reference.ungroup, _ungroup_cases, _ungroup_messages),
+for _fn, _reference, _cases, _large, _messages in (
+    (pack, reference.pack, _pack_cases, _pack_large, _pack_messages),
+    (regroup, reference.regroup, _regroup_cases, _regroup_large, _regroup_messages),
+    (ungroup, reference.ungroup, _ungroup_cases, _ungroup_large, _ungroup_messages),
 ):
     _spec.register(
         _spec.OpSpec(
@@ -223,5 +240,6 @@ for _fn, _reference, _cases, _messages in (
             cases=_cases,
             exact=True,
             messages=_messages,
+            large=_large,
         )
     )

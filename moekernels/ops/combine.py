@@ -101,6 +101,16 @@ def _cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
             yield _spec.Case(label, inputs, compile=name == "ordinary")
 
 
+def _large(dtype: torch.dtype) -> dict:
+    routing = _spec.large_routing()
+    return {
+        "rows": _spec.randn(dtype, routing.token_of.shape[0], 130),
+        "row_of": routing.row_of,
+        "token_of": routing.token_of,
+        "weights": _spec.randn(_spec.wide(dtype), *routing.row_of.shape, seed=1),
+    }
+
+
 def _messages():
     rows, row_of = torch.zeros(6, 4), torch.zeros(3, 2, dtype=torch.int32)
     token_of, weights = torch.zeros(6, dtype=torch.int32), torch.zeros(3, 2)
@@ -141,6 +151,7 @@ _spec.register(
         cases=_cases,
         differentiable=("rows", "weights"),
         messages=_messages,
+        large=_large,
         saved=_saved,
     )
 )

@@ -197,8 +197,13 @@ def _cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
     yield _spec.Case("one_expert", {"logits": x[:9, :1], "top_k": 1, "renormalize": True})
     nobody = {"valid": torch.zeros(9, dtype=torch.bool)}
     yield _spec.Case("none_valid", {"logits": x[:9], "top_k": 2, **nobody})
-    yield _spec.Case("all_tie", {"logits": torch.zeros(5, 40, dtype=dtype), "top_k": 7})
+    yield _spec.Case("all_tie", {"logits": torch.zeros(5, 40, dtype=dtype), "top_k": 7}, False)
     yield _spec.Case("far", {"logits": _logits(dtype, 7, 24, seed=2) * 8, "top_k": 3}, False)
+
+
+def _large(dtype: torch.dtype) -> dict:
+    segments = torch.tensor([0, 300, 301, 1024])
+    return {"logits": _logits(dtype, 1024, 40, seed=4), "top_k": 6, "segments": segments}
 
 
 def _messages():
@@ -256,6 +261,7 @@ _spec.register(
         cases=_cases,
         differentiable=("logits",),
         messages=_messages,
+        large=_large,
         saved=_saved,
     )
 )

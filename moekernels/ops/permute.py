@@ -72,6 +72,12 @@ def _cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
         yield _spec.Case(name, inputs, compile=name == "ordinary")
 
 
+def _large(dtype: torch.dtype) -> dict:
+    routing = _spec.large_routing()
+    x = _spec.randn(dtype, routing.row_of.shape[0], 130)
+    return {"x": x, "token_of": routing.token_of, "row_of": routing.row_of}
+
+
 def _messages():
     x, token_of = torch.zeros(3, 4), torch.zeros(6, dtype=torch.int32)
     row_of = torch.zeros(3, 2, dtype=torch.int32)
@@ -101,6 +107,7 @@ _spec.register(
         cases=_cases,
         differentiable=("x",),
         messages=_messages,
+        large=_large,
         saved=lambda i: _spec.nbytes(i["token_of"], i["row_of"]),
     )
 )

@@ -93,6 +93,11 @@ def _cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
     yield _spec.Case("capacity_zero", {**plain, "capacity": 0})
 
 
+def _large(dtype: torch.dtype) -> dict:
+    ids = _spec.random_ids(12000, 16, 4)  # past the slots that one thread takes
+    return {"ids": ids, "num_experts": 16, "capacity": 2900, "alignment": 4}
+
+
 def _messages():
     ids = torch.zeros(3, 2, dtype=torch.int32)
     yield (
@@ -126,5 +131,6 @@ _spec.register(
         cases=_cases,
         exact=True,
         messages=_messages,
+        large=_large,
     )
 )

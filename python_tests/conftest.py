@@ -1,0 +1,26 @@
+"""What every test has: a seed from its own name, few threads, and the device it runs on."""
+
+from __future__ import annotations
+
+import zlib
+
+import pytest
+import torch
+
+THREADS = 2  # what the suite is budgeted for; more only makes ranks fight
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_threads(request):
+    """The same numbers in every run and order of tests, and no setting that leaks into the next."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return request.param
