@@ -1,0 +1,271 @@
+"""`load` makes a Module of CUDA source or PTX, `Module.launch` runs one of its kernels."""
+
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .barriers import BlockBarriers
+from .copies import Copies
+from .errors import OutOfBounds, PtxError
+from .global_races import GlobalRaces, GlobalShadow
+from .machine import GLOBAL_BASE, Machine
+from .mbarriers import MBarriers
+from .memory import GlobalMemory, Memory, Uninitialized
+from .parse import Kernel, parse
+from .races import SharedRaces
+from .schedule import Scheduler
+from .tensor_map import TensorMap
+from .types import DTYPES, size_of
+from .warp import WarpWaits
+from .wgmma import WarpgroupProducts
+
+_LANES_AT_ONCE = 1 << 16
+_REGISTER_BYTES = 256 << 20
+_ASYNC_OPS = ("cp", "wgmma")
+MAX_SHARED = 227 * 1024
+
+
+def nvcc() -> str | None:
+    """The path of nvcc, or None."""
+    return shutil.which("nvcc")
+
+
+def compile_ptx(source: Path, arch: str = "80", defines=(), include=()) -> str:
+    """CUDA source -> PTX text, remembered on disk by the content of source and headers."""
+    compiler = nvcc()
+    if compiler is None:
+        raise PtxError("nvcc is not on PATH")
+    source = Path(source)
+    flags = ["-ptx", "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=compute_{arch}"]
+    flags += [f"-D{d}" for d in defines] + [f"-I{i}" for i in include]
+    digest = hashlib.sha256(repr((compiler, flags)).encode() + source.read_bytes())
+    for folder in (source.parent, *map(Path, include)):
+        for header in sorted([*folder.rglob("*.h"), *folder.rglob("*.cuh")]):
+            digest.update(header.read_bytes())
+    cache = Path(tempfile.gettempdir()) / f"moekernels-ptx-{os.getuid()}"
+    cache.mkdir(exist_ok=True)
+    result = cache / f"{source.stem}-{digest.hexdigest()[:24]}.ptx"
+    if not result.exists():
+        part = result.with_suffix(f".{os.getpid()}")
+        command = [compiler, *flags, str(source), "-o", str(part)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise PtxError(f"nvcc failed on {source}:\n{done.stderr}")
+        part.rename(result)
+    return result.read_text()
+
+
+def load(source: str | Path, arch: str = "80", defines=(), include=()) -> "Module":
+    """A module of a .cu file (compiled for `arch`), a .ptx file, or PTX text."""
+    if isinstance(source, str) and "\n" in source:
+        return Module(source)
+    path = Path(source)
+    if path.suffix == ".ptx":
+        return Module(path.read_text())
+    return Module(compile_ptx(path, arch, defines, include))
+
+
+@dataclass
+class Stats:
+    """What a launch executed: instructions are counted once for every thread."""
+
+    steps: int = 0
+    instructions: int = 0
+    by_op: Counter = field(default_factory=Counter)
+
+
+class Module:
+    """The kernels of one PTX text."""
+
+    def __init__(self, text: str):
+        self.parsed = parse(text)
+        self.kernels = self.parsed.kernels
+
+    def kernel(self, name: str) -> Kernel:
+        """The kernel of this name, or the only one whose mangled name contains it."""
+        if name in self.kernels:
+            return self.kernels[name]
+        found = [k for k in self.kernels if name in k]
+        if len(found) != 1:
+            raise PtxError(f"{len(found)} kernels match {name!r}: {', '.join(self.kernels)}")
+        return self.kernels[found[0]]
+
+    def launch(
+        self,
+        kernel: str | Kernel,
+        grid: int | tuple[int, ...],
+        block: int | tuple[int, ...],
+        args: list,
+        shared_bytes: int = 0,
+        *,
+        schedule: int | None = None,
+        lazy: bool = False,
+        races: bool = True,
+        max_steps: int = 3_000_000,
+    ) -> Stats:
+        """Run a kernel; arrays among `args` are written in place.
+
+        args: arrays (pointers with exact bounds), `Uninitialized(array)`, None (a null pointer),
+            numbers, bytes (a struct by value) and `TensorMap`s.
+        shared_bytes: dynamic shared memory a block.
+        schedule: a seed perturbs the order in which warps run and delays asynchronous copies.
+        lazy: asynchronous work takes effect as late as it may, not when it is issued.
+        races: False switches off the tracking of races and of unwritten shared memory.
+        """
+        if not isinstance(kernel, Kernel):
+            kernel = self.kernel(kernel)
+        launch = _Launch(self, kernel, _three(grid), _three(block), args, shared_bytes)
+        with np.errstate(all="ignore"):
+            return launch.run(schedule, lazy, races, max_steps)
+
+
+def _three(shape: int | tuple[int, ...]) -> tuple[int, int, int]:
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    return tuple(int(v) for v in shape + (1,) * (3 - len(shape)))
+
+
+class _Launch:
+    def __init__(self, module: Module, kernel: Kernel, grid, block, args, shared_bytes: int):
+        self.kernel, self.grid, self.block, self.dynamic = kernel, grid, block, shared_bytes
+        threads = int(np.prod(block))
+        if not 0 < threads <= min(kernel.max_threads or 1024, 1024):
+            limit = kernel.max_threads or 1024
+            raise PtxError(f"{kernel.name}: {threads} threads a block, allowed are 1 to {limit}")
+        if kernel.sizes["shared"] + shared_bytes > MAX_SHARED:
+            raise OutOfBounds(f"{kernel.name}: more than {MAX_SHARED} bytes of shared memory")
+        if len(args) != len(kernel.params):
+            raise PtxError(f"{kernel.name} takes {len(kernel.params)} arguments, got {len(args)}")
+        self.memory = GlobalMemory()
+        self.symbols = self._place_variables(module)
+        self.maps: dict[int, TensorMap] = {}
+        self.params = self._place_arguments(args)
+        for name, variable in module.parsed.variables.items():
+            if variable.initial:
+                start = self.symbols[name] - GLOBAL_BASE
+                data = np.frombuffer(variable.initial, np.uint8)
+                self.memory.data[start : start + len(data)] = data
+
+    def _place_variables(self, module: Module) -> dict[str, int]:
+        """Module variables live in global memory; dynamic shared memory follows the static."""
+        symbols = {
+            v.name: GLOBAL_BASE + self.memory.reserve(v.size, v.name)
+            for v in module.parsed.variables.values()
+            if v.space in ("global", "const")
+        }
+        dynamic = -(-self.kernel.sizes["shared"] // 1024) * 1024
+        return symbols | dict.fromkeys(self.kernel.dynamic_shared, dynamic)
+
+    def _place_arguments(self, args: list) -> np.ndarray:
+        arrays = []
+        for i, arg in enumerate(args):
+            array = arg.array if isinstance(arg, Uninitialized | TensorMap) else arg
+            if isinstance(array, np.ndarray):
+                if not array.flags.c_contiguous:
+                    raise PtxError(f"argument {i} of {self.kernel.name} is not contiguous")
+                arrays.append((f"argument {i}", array, isinstance(arg, Uninitialized)))
+        addresses = self.memory.add(arrays)
+        self.memory.seal()
+        params = np.zeros(-(-max(self.kernel.sizes["param"], 1) // 64) * 64, np.uint8)
+        for arg, (variable, type_name) in zip(args, self.kernel.params):
+            here = slice(variable.offset, variable.offset + variable.size)
+            if isinstance(arg, TensorMap):
+                self.maps[variable.offset] = arg.at(addresses[id(arg.array)])
+                continue
+            if isinstance(arg, Uninitialized):
+                arg = arg.array
+            if isinstance(arg, np.ndarray):
+                value = np.uint64(addresses[id(arg)]).tobytes()
+            elif isinstance(arg, bytes):
+                value = arg
+            else:
+                value = self._number(arg, type_name)
+            if len(value) != variable.size:
+                raise PtxError(f"{variable.name} has {variable.size} bytes, got {len(value)}")
+            params[here] = np.frombuffer(value, np.uint8)
+        return params
+
+    @staticmethod
+    def _number(value, type_name: str) -> bytes:
+        dtype = DTYPES[type_name]
+        if value is None:
+            value = 0
+        if isinstance(value, float) and dtype.kind == "u":  # untyped bits that hold a float
+            return np.array(value, f"f{dtype.itemsize}").tobytes()
+        if dtype.kind == "f":
+            return np.array(value, dtype).tobytes()
+        bits = int(value) & ((1 << 8 * dtype.itemsize) - 1)
+        return bits.to_bytes(dtype.itemsize, "little")
+
+    def _grain(self, space: str) -> int:
+        """The smallest access to a space that the kernel has: no two lanes share a smaller cell."""
+        sizes = [16]
+        for ins in self.kernel.code:
+            where = ins.state_space()
+            if ins.op in ("ld", "st", "atom", "red", "ldu") and where in (space, "generic"):
+                sizes.append(size_of(ins.type))
+            elif ins.op == "cp":
+                sizes.append(8 if "bulk" in ins.mods else 4)
+        for tensor_map in self.maps.values() if space == "global" else ():
+            sizes.append(math.gcd(16, tensor_map.shape[-1] * tensor_map.item))
+        return min(sizes)
+
+    def run(self, seed: int | None, lazy: bool, races: bool, max_steps: int) -> Stats:
+        stats, blocks = Stats(), int(np.prod(self.grid))
+        shadow = None
+        if races:
+            shadow = GlobalShadow(len(self.memory.data), self._grain("global"), blocks)
+        threads = int(np.prod(self.block))
+        per_lane = max(sum(size_of(t) for t in self.kernel.registers.values()), 1)
+        at_once = max(1, min(_LANES_AT_ONCE, _REGISTER_BYTES // per_lane) // threads)
+        clock = 0
+        try:
+            for first in range(0, blocks, at_once):
+                some = np.arange(first, min(first + at_once, blocks))
+                machine = self._machine(some, lazy, shadow, seed, max_steps)
+                machine.clock_base = clock
+                machine.scheduler.run()
+                clock += machine.now + 1
+                for ins, count in zip(self.kernel.code, machine.scheduler.counts):
+                    stats.by_op[ins.op] += count
+        finally:
+            self.memory.copy_back()
+        stats.steps, stats.instructions = clock, sum(stats.by_op.values())
+        return stats
+
+    def _machine(self, blocks, lazy: bool, shadow, seed, max_steps: int) -> Machine:
+        """A machine for some blocks, with all its parts."""
+        machine = Machine(self.kernel, self.grid, self.block, blocks, self.symbols)
+        machine.memory = memory = Memory(machine, self.memory, self.params, self.dynamic)
+        machine.scheduler = scheduler = Scheduler(machine, seed, max_steps)
+        machine.warp_waits = WarpWaits(machine)
+        machine.barriers = BlockBarriers(machine)
+        machine.mbarriers = MBarriers(machine)
+        machine.copies = Copies(machine, self.maps, lazy)
+        machine.products = WarpgroupProducts(machine, lazy)
+        scheduler.waits = [
+            machine.warp_waits,
+            machine.barriers,
+            machine.mbarriers,
+            machine.copies,
+            machine.products,
+        ]
+        scheduler.idle = [machine.copies.deliver, machine.mbarriers.refuse_some]
+        scheduler.check_in_flight = machine.products.refuse_touch
+        if shadow is not None:
+            asynchronous = any(i.op in _ASYNC_OPS for i in self.kernel.code)
+            memory.shared_races = SharedRaces(
+                machine, len(memory.shared), memory.stride, self._grain("shared"), asynchronous
+            )
+            memory.global_races = GlobalRaces(machine, shadow, self.memory)
+        return machine
+
+
+__all__ = ["Module", "Stats", "compile_ptx", "load", "nvcc"]
