@@ -1,7 +1,8 @@
 """Every op against its contract: walks `all_specs()`, so that a new op is held to all of it.
 
-Tolerance: the largest error against the reference in fp64 is at most twice that of plain torch in the
-same dtype, or one unit in the last place of the largest value where plain torch was luckier.
+Tolerance: the error against the reference in fp64 is at most twice that of plain torch in the same
+dtype, as a root mean square (with the spread that so few numbers have), and nowhere four times
+plain torch's worst. Where plain torch happens to be exact, one unit in the last place is allowed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moekernels import ops, reference
+from moekernels import ops
 from moekernels.ops._library import raw
 from moekernels.ops._spec import Case, OpSpec, all_specs, randn
 
@@ -80,14 +81,11 @@ def evaluate(fn, spec: OpSpec, inputs: dict, *, gaps: bool = False):
     roots = [t for t in outputs if t.requires_grad]
     gradients = {}
     if roots:
-        cotangents = [
-            randn(torch.float32, *t.shape, seed=i).to(t.dtype) for i, t in enumerate(roots)
-        ]
+        cotangents = [randn(torch.float32, *t.shape, seed=7).to(t.dtype) for t in roots]
         if gaps:
             cotangents = [strided(c) for c in cotangents]
-        found = torch.autograd.grad(
-            roots, [inputs[n] for n in wanted], cotangents, allow_unused=True
-        )
+        leaves = [inputs[n] for n in wanted]
+        found = torch.autograd.grad(roots, leaves, cotangents, allow_unused=True)
         gradients = dict(zip(wanted, found))
     return [t.detach() for t in outputs], gradients
 
@@ -114,12 +112,22 @@ def assert_close(label: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None
         return
     if ours.numel() == 0:
         return
-    error = (ours.double() - exact).abs().max().item()
-    torchs = (plain.double() - exact).abs().max().item()
-    floor = torch.finfo(ours.dtype).eps * exact.abs().max().item() + 1e-13
+    unit = torch.finfo(ours.dtype).eps
     if ours.dtype == torch.float64:
-        floor *= 16  # plain torch in fp64 is the reference itself
-    assert error <= max(2 * torchs, floor), f"{label}: error {error:.3g}, plain torch {torchs:.3g}"
+        unit *= 16  # plain torch in fp64 is the reference itself
+    spread = 1 + 4 / ours.numel() ** 0.5
+
+    def rms(t: Tensor) -> float:
+        return t.double().square().mean().sqrt().item()
+
+    def worst(t: Tensor) -> float:
+        return t.double().abs().max().item()
+
+    for measure, factor in (rms, 2 * spread), (worst, 4):
+        error, torchs = measure(ours.double() - exact), measure(plain.double() - exact)
+        allowed = max(factor * torchs, factor / 2 * unit * measure(exact), 1e-13)
+        text = f"{label}: {measure.__name__} of the error {error:.3g}, plain torch {torchs:.3g}"
+        assert error <= allowed, text
 
 
 @each()
@@ -201,7 +209,7 @@ def raw_calls(spec: OpSpec, case: Case) -> list:
 
 @each(dtypes=(torch.float32,))
 def test_opcheck(spec, dtype, case):
-    """Schema and fake of every raw op, forward and backward; its traced form in the compiled cases."""
+    """Schema and fake of every raw op, forward and backward; the compiled cases also traced."""
     checks = ["test_schema", "test_faketensor"]
     if case.compile:
         checks += ["test_aot_dispatch_dynamic"]
@@ -232,7 +240,6 @@ def moe_layer(x, w_gate, w1, w2, top_k):
     return ops.combine(rows, routing.row_of, routing.token_of), loss
 
 
-@pytest.mark.skipif(ops.experts is reference.experts, reason="experts has no kernel yet")
 def test_inductor_compiles_a_whole_layer():
     torch._dynamo.reset()
     tokens, hidden, experts, ffn = 33, 16, 6, 24
@@ -286,9 +293,8 @@ def test_saved_for_backward(spec, dtype, case):
 
 def test_every_public_op_has_a_spec():
     helpers = {"load_balancing_loss", "permute_weights"}  # plain torch, and a view of permute
-    functions = {name for name in ops.__all__ if name.islower()} - helpers
-    named = {name for name in functions if getattr(ops, name) is not getattr(reference, name)}
-    assert {spec.name for spec in SPECS} == named
+    functions = {name for name in ops.__all__ if name.islower()}
+    assert {spec.name for spec in SPECS} == functions - helpers
 
 
 def test_isa_is_the_one_asked_for():
@@ -304,7 +310,7 @@ def test_isa_level(level):
         pytest.skip("this machine has no other level")
     files = [f"python_tests/test_{stem}.py" for stem in ("contract", "combine", "gate")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
-    command += ["-k", "values or threads or isa_is"]
+    command += ["-k", "isa_is or threads or values and not float64"]
     done = subprocess.run(
         command,
         cwd=ROOT,

@@ -64,7 +64,7 @@ def test_values_where_scores_underflow():
 
 
 def test_values_equal_a_deepseek_v3_router():
-    """Sigmoid scores, bias and groups for the choice only, renormalised and scaled (technical report, 2.1.2)."""
+    """Sigmoid scores; bias and groups move the choice only; renormalised and scaled."""
     tokens, experts, groups, kept, k = 50, 32, 8, 3, 6
     logits, bias = torch.randn(tokens, experts), torch.randn(experts) * 0.1
     scores = logits.sigmoid()

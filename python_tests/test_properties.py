@@ -1,9 +1,9 @@
-"""Shapes and routings drawn by Hypothesis: the ops against the reference, and against each other."""
+"""Shapes and routings drawn by Hypothesis: ops against the reference and each other."""
 
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moekernels import ops, reference
@@ -45,6 +45,7 @@ def test_route(drawn):
 def test_permute_and_combine(drawn, hidden, dtype, weighted, seed):
     ids, experts, options = drawn
     routing = reference.route(ids, experts, **options)
+    assume(len(routing.token_of))  # without rows the reference has nothing to differentiate
     x = randn(dtype, len(ids), hidden, seed=seed)
     rows = ops.permute(x, routing.token_of, routing.row_of)
     assert torch.equal(rows, reference.permute(x, routing.token_of, routing.row_of))
