@@ -73,9 +73,7 @@ class RankPool:
             self._connections.append(here)
 
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
-        """Call `fn(rank, *args)` on every rank; the results in rank order. `fn` must be picklable
-        (a module's own).
-        """
+        """Call `fn(rank, *args)`, `fn` a module's own, on every rank; the results in rank order."""
         message = pickle.dumps((fn, args))
         for rank, connection in enumerate(self._connections):
             try:
@@ -91,26 +89,26 @@ class RankPool:
     def _collect(self) -> list[Any]:
         pending = {connection: rank for rank, connection in enumerate(self._connections)}
         results: list[Any] = [None] * self.world
-        failures: list[tuple[float, int, str]] = []
+        failures: list[tuple[bool, float, int, str]] = []  # (raised rather than died, when, ...)
         deadline = time.monotonic() + self.timeout
         while pending and time.monotonic() < deadline:
             for connection in wait(list(pending), timeout=max(0.0, deadline - time.monotonic())):
                 rank = pending.pop(connection)
+                raised = True
                 try:
                     ok, when, value = pickle.loads(connection.recv_bytes())
                 except (EOFError, ConnectionError):
                     ok, when, value = False, time.monotonic(), self._obituary(rank)
+                    raised = False
                 if ok:
                     results[rank] = value
                 else:
-                    if (
-                        not failures
-                    ):  # others that wait for this rank never will: do not wait for them
+                    if not failures:  # do not wait for others that may wait for this rank
                         deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-                    failures.append((when, rank, value))
+                    failures.append((raised, when, rank, value))
         if failures:
             self.close(kill=True)
-            _, rank, text = min(failures)
+            _, _, rank, text = min(failures)  # a death is the cause of lost connections elsewhere
             raise RankError(rank, f"rank {rank} of {self.world} failed:\n{text}")
         if pending:
             stacks = "\n".join(self._stack(rank) for rank in sorted(pending.values()))

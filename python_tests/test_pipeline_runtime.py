@@ -1,6 +1,7 @@
 """The pipeline over real ranks computes, bit for bit, what the unsplit model computes."""
 
 import os
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -278,10 +279,14 @@ def test_a_stage_that_raises_is_named():
 def test_a_peer_that_is_gone_is_named(tmp_path):
     def work(rank):
         def die(batch, x):
+            while not (tmp_path / "started").exists():
+                time.sleep(0.01)
             os._exit(3)
 
         wrap = (lambda chunk: die) if rank == 0 else None
         runtime, _ = make_runtime(rank, "1f1b", 2, 4, 1, wrap=wrap)
+        if rank == 1:
+            (tmp_path / "started").touch()
         try:
             runtime.step(make_batches(4))
         except RuntimeError as error:
@@ -292,7 +297,7 @@ def test_a_peer_that_is_gone_is_named(tmp_path):
         run_ranks(2, work)
     assert (tmp_path / "notes").read_text() == (
         "in pipeline stage 1 of 2: RECV_F of chunk 0, microbatch 0 (virtual stage 1 of 2), "
-        "waiting for stage 0"
+        "with stage 0 at the other end"
     )
 
 

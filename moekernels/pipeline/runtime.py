@@ -250,8 +250,7 @@ class _Step:
         try:
             work.wait()
         except Exception as error:
-            peer = self.schedule.peer(self.rank, action)
-            error.add_note(f"in {self._where(action)}, waiting for stage {peer}")
+            error.add_note(f"in {self._where(action)}")
             raise
 
     def _check_planned(self, result: Tensor, batch: Any) -> None:
@@ -264,10 +263,13 @@ class _Step:
 
     def _where(self, action: Action) -> str:
         stage = self.schedule.virtual_stage(self.rank, action.chunk)
-        return (
+        where = (
             f"pipeline stage {self.rank} of {self.schedule.stages}: {action} "
             f"(virtual stage {stage} of {self.schedule.depth})"
         )
+        if action.kind.computes:
+            return where
+        return f"{where}, with stage {self.schedule.peer(self.rank, action)} at the other end"
 
 
 @functools.lru_cache(maxsize=16)
