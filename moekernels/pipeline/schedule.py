@@ -174,9 +174,9 @@ def build(name: str, stages: int, microbatches: int, virtual_stages: int = 1) ->
         backward = [(virtual_stages - 1 - c, m) for c, m in forward]
         orders.append(_one_forward_one_backward(forward, backward, ahead))
         limits.append(min(ahead + 1, total))
-    # One buffer in use and one ahead. A chunk's results come back to the first rank for the next
-    # chunk; in groups larger than the pipeline they come before it has started the whole group.
-    receive_limit = 2 if virtual_stages == 1 else 3 + 2 * max(0, max(groups) - stages)
+    # One buffer in use and one ahead. With virtual stages, what comes round to the first rank for
+    # its next chunk may come before that starts: at most a group, however many microbatches.
+    receive_limit = 2 if virtual_stages == 1 else 2 + max(groups)
     bare = Schedule(name, stages, microbatches, virtual_stages, (), tuple(limits), receive_limit)
     made = _production_order(bare, orders)
     actions = tuple(
