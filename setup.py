@@ -1,4 +1,5 @@
-"""A shim over CMake: it builds the two libraries into the package. Everything else is in pyproject.toml and CMakeLists.txt."""
+"""A shim over CMake: it builds the two libraries into the package. Everything else is in
+pyproject.toml and CMakeLists.txt."""
 
 import os
 import subprocess
@@ -16,14 +17,15 @@ RIGHT_COMMAND = (
 
 
 def require_environment() -> None:
-    """Stop with one line where the build would go wrong, above all in an isolated build environment."""
+    """Stop with one line where the build would go wrong, above all in an isolated build
+    environment."""
     try:
         import pybind11  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
         sys.exit(
-            f"moekernels builds against the torch you have, but {error.name} is not importable here "
-            f"(an isolated build environment hides it). Run: {RIGHT_COMMAND}"
+            f"moekernels builds against the torch you have, but {error.name} is not importable "
+            f"here (an isolated build environment hides it). Run: {RIGHT_COMMAND}"
         )
 
 

@@ -1,7 +1,9 @@
 """Every op in plain torch: obvious, any device, any float dtype, differentiable by autograd.
 
-These functions say what an op means. The kernels of `moekernels.ops` are held to them (in fp64) by the contract test,
-and nothing here is tuned. Legend: T tokens, H hidden, F expert hidden, E experts, e local experts, K top-k, R routed rows,
+These functions say what an op means. The kernels of `moekernels.ops` are held to them (in fp64)
+by the contract test,
+and nothing here is tuned. Legend: T tokens, H hidden, F expert hidden, E experts, e local
+experts, K top-k, R routed rows,
 P peers, S segments.
 """
 
@@ -48,7 +50,8 @@ def gate(
     segments: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> GateOutput:
-    """logits [T, E] -> weights and ids [T, K], and the sums that the auxiliary losses are made of."""
+    """logits [T, E] -> weights and ids [T, K], and the sums that the auxiliary losses are made
+    of."""
     x = _wide(logits)
     tokens, experts = x.shape
     if score == "softmax":
@@ -70,7 +73,9 @@ def gate(
         else:
             rank = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
         kept = torch.zeros_like(rank, dtype=torch.bool)
-        kept.scatter_(1, rank.sort(dim=-1, descending=True, stable=True).indices[:, :groups_kept], True)
+        kept.scatter_(
+            1, rank.sort(dim=-1, descending=True, stable=True).indices[:, :groups_kept], True
+        )
         choice = grouped.masked_fill(~kept[:, :, None], -torch.inf).view(tokens, experts)
     ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]  # ties: smaller id
 
@@ -100,7 +105,8 @@ def gate(
 def load_balancing_loss(score_sum: Tensor, counts: Tensor, top_k: int) -> Tensor:
     """Switch-style loss, E/(K T^2) sum_e counts_e score_sum_e, segments weighted by their tokens.
 
-    score_sum, counts [S, E] -> scalar; 1 where the load is even (Fedus et al. 2021, eq. 4, for K choices).
+    score_sum, counts [S, E] -> scalar; 1 where the load is even (Fedus et al. 2021, eq. 4, for K
+    choices).
     """
     tokens = counts.sum(-1, keepdim=True).to(score_sum.dtype) / top_k  # [S, 1]
     per_segment = (counts * score_sum).sum(-1, keepdim=True) / tokens.clamp_min(1)
@@ -158,7 +164,8 @@ def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
 def combine(
     rows: Tensor, row_of: Tensor, token_of: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """rows [R, H] -> [T, H]: the sum over k of (weights[t, k] *) rows[row_of[t, k]], in the order of k."""
+    """rows [R, H] -> [T, H]: the sum over k of (weights[t, k] *) rows[row_of[t, k]], in the order
+    of k."""
     tokens, top_k = row_of.shape
     total = _wide(rows).new_zeros(tokens, rows.shape[1])
     if rows.shape[0] == 0:
@@ -179,7 +186,8 @@ def permute_weights(weights: Tensor, routing: Routing) -> Tensor:
 
 
 def grouped_gemm(rows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool = False) -> Tensor:
-    """rows [R, I] x w [E, O, I] (transposed: [E, I, O]) -> [R, O]; rows past offsets[E] give zeros."""
+    """rows [R, I] x w [E, O, I] (transposed: [E, I, O]) -> [R, O]; rows past offsets[E] give
+    zeros."""
     out = [
         rows[begin:end] @ (w[e] if transposed else w[e].T)
         for e, (begin, end) in enumerate(zip(offsets.tolist()[:-1], offsets.tolist()[1:]))
@@ -204,7 +212,8 @@ def grouped_gemm_wgrad(
     transposed: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of `grouped_gemm` for w: rows [R, I], drows [R, O] -> [E, O, I] (transposed: [E, I, O]).
+    """Gradient of `grouped_gemm` for w: rows [R, I], drows [R, O] -> [E, O, I] (transposed: [E,
+    I, O]).
 
     With `out` (the fp32 main gradient) the products are added to it and it is returned.
     """
@@ -218,9 +227,15 @@ GATED = ("swiglu", "geglu", "reglu", "swiglu_oai", "swiglu_clamped")
 
 
 def activate(
-    h: Tensor, activation: str, *, alpha: float = 1.702, limit: float = 7.0, interleaved: bool = False
+    h: Tensor,
+    activation: str,
+    *,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    interleaved: bool = False,
 ) -> Tensor:
-    """The expert's nonlinearity: h [R, 2F] = [gate, up] (interleaved: gate and up alternate), or [R, F] ungated."""
+    """The expert's nonlinearity: h [R, 2F] = [gate, up] (interleaved: gate and up alternate), or
+    [R, F] ungated."""
     if activation == "relu2":
         return F.relu(h).square()
     if activation == "silu":
@@ -262,7 +277,8 @@ def experts(
 ) -> Tensor:
     """The whole expert FFN: x [R, H] (or [T, H] seen through token_of [R]) -> weighted rows [R, H].
 
-    w1 [E, 2F, H] (ungated [E, F, H]), w2 [E, H, F]; `transposed`: [E, H, 2F] and [E, F, H]; b1 [E, 2F], b2 [E, H].
+    w1 [E, 2F, H] (ungated [E, F, H]), w2 [E, H, F]; `transposed`: [E, H, 2F] and [E, F, H]; b1
+    [E, 2F], b2 [E, H].
     """
     rows = x if token_of is None else permute(x, token_of, row_of)
     of_row = torch.repeat_interleave(
@@ -290,7 +306,8 @@ def _weight_elements(dtype: torch.dtype) -> int:
 
 
 def pack(x: Tensor, weights: Tensor | None, slot_of: Tensor, top_k: int) -> Tensor:
-    """x [T, H], weights [T, K] -> message [R, H + w]: rows in routing order, the bits of each row's weight behind it."""
+    """x [T, H], weights [T, K] -> message [R, H + w]: rows in routing order, the bits of each
+    row's weight behind it."""
     used = (slot_of >= 0)[:, None]
     slot = slot_of.clamp_min(0).long()
     rows = torch.where(used, x[slot // top_k], 0) if len(x) else x.new_zeros(len(slot), x.shape[1])
@@ -313,7 +330,8 @@ def _local_order(counts: Tensor) -> Tensor:
 
 
 def regroup(message: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """message [R', H + w] by source, then expert; counts [P, e] -> rows [R', H] by expert, weights [R'], offsets [e+1]."""
+    """message [R', H + w] by source, then expert; counts [P, e] -> rows [R', H] by expert,
+    weights [R'], offsets [e+1]."""
     order = _local_order(counts.cpu()).to(message.device)
     rows = message[order]
     offsets = F.pad(counts.sum(0).cumsum(0), (1, 0)).to(message.device)
@@ -325,7 +343,8 @@ def regroup(message: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor
 
 
 def ungroup(rows: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The inverse of `regroup`: rows [R', H] (and weights [R']) by expert -> message [R', H + w] by source."""
+    """The inverse of `regroup`: rows [R', H] (and weights [R']) by expert -> message [R', H + w]
+    by source."""
     order = _local_order(counts.cpu()).to(rows.device)
     if weights is not None:
         wide = weights.to(torch.promote_types(torch.float32, rows.dtype)).reshape(-1, 1)

@@ -1,4 +1,5 @@
-"""Loads the kernels. Importing this registers the raw, private ops as `torch.ops.moekernels._<name>`."""
+"""Loads the kernels. Importing this registers the raw, private ops as
+`torch.ops.moekernels._<name>`."""
 
 from __future__ import annotations
 
