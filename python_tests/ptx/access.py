@@ -72,6 +72,8 @@ def _load_target(machine: Machine, item, ins: Instruction):
 
 @instruction("st")
 def _bind_store(machine: Machine, ins: Instruction):
+    if ins.state_space() == "param":  # arguments of a call, and calls only ever trap
+        return lambda lanes: None
     value = ins.operands[1]
     items = value.items if isinstance(value, Vector) else (value,)
     if DTYPES[ins.type].fields:

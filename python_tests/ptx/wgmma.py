@@ -41,6 +41,12 @@ def operand_chunks(descriptor: int, extent: int, mn_major: bool, item: int) -> n
     return swizzle(start + row // 8 * stride + row % 8 * span + chunk * 16, span)
 
 
+@functools.lru_cache(1024)
+def _overlaps(descriptor: int, extent: int, mn_major: bool, item: int) -> bool:
+    chunks = operand_chunks(descriptor, extent, mn_major, item)
+    return len(np.unique(chunks)) < chunks.size
+
+
 @dataclass
 class _Product:
     """One wgmma of one warpgroup, issued and perhaps not yet computed."""
@@ -192,6 +198,9 @@ def _bind_product(machine: Machine, ins: Instruction):
     def chunks_of(source, lanes, extent, mn_major):
         descriptor = _uniform(machine, source[lanes.at], lanes, ins)
         chunks = operand_chunks(descriptor, extent, mn_major, item)
+        if _overlaps(descriptor, extent, mn_major, item):
+            what = f"the strides of the wgmma descriptor {descriptor:#018x} make its rows overlap"
+            machine.fail(DescriptorError, what, lanes.ids[0], ins)
         if int(chunks.max()) + 16 > machine.memory.limit:
             what = f"a wgmma operand reaches shared byte {int(chunks.max()) + 16}"
             machine.fail(OutOfBounds, what, lanes.ids[0], ins)
