@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moekernels.balance import dead_experts, max_over_mean, update_selection_biases
 from moekernels.errors import UsageError
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import shard
@@ -233,19 +234,28 @@ class Trainer:
         loss, balance, z, bubble, *memory = everything[: len(scalars)].tolist()
         if step > self.run.train.steps * (1 - HEAT_SHARE) or step == self.run.train.steps:
             self.heat += loads
-        mean = loads.mean(dim=1)
+        if model.bias_update_rate > 0:
+            self.move_selection_biases(loads)
         return {
             "step": step,
             "loss": loss,
             "aux": balance / model.num_layers,
             "z": z / model.num_layers,
-            "load_max_over_mean": (loads.amax(dim=1) / mean.clamp_min(1e-9)).max().item(),
-            "dead_experts": int((loads == 0).sum()),
+            "load_max_over_mean": max_over_mean(loads).max().item(),
+            "dead_experts": int(dead_experts(loads).sum()),
             "dropped": self.loader.global_tokens(step) * model.top_k * model.num_layers
             - int(loads.sum()),
             "bubble": bubble,
             "memory_gb": max(memory) / 1e9,
         }
+
+    def move_selection_biases(self, loads: torch.Tensor) -> None:
+        """loads [L, E] of the whole step and model, the same on every rank."""
+        for chunk in self.chunks:
+            of_chunk = loads[[int(layer) - 1 for layer in chunk.layers]].to(self.env.device)
+            update_selection_biases(
+                chunk.selection_biases, of_chunk, self.run.model.bias_update_rate
+            )
 
     def flops_per_token(self, batches) -> float:
         """Of a forward and backward pass, recomputation not counted."""

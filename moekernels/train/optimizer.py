@@ -219,5 +219,6 @@ class Optimizer:
 
 
 def _into_main_grad(parameter: Tensor) -> None:
-    parameter.main_grad.add_(parameter.grad)
-    parameter.grad = None
+    if parameter.grad is not None:  # None where a kernel has written to main_grad itself
+        parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None
