@@ -1,4 +1,4 @@
-"""Kernels from nvcc in the emulator: right ones agree with numpy, planted bugs are caught by name."""
+"""Kernels from nvcc in the emulator: right ones agree with numpy, planted bugs have names."""
 
 from pathlib import Path
 

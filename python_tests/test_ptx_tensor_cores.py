@@ -1,4 +1,4 @@
-"""Tensor-core kernels in the emulator: sm_80 (cp.async, ldmatrix, mma.sync) and sm_90a (TMA, wgmma)."""
+"""Tensor-core kernels in the emulator: sm_80 (cp.async, mma.sync) and sm_90a (TMA, wgmma)."""
 
 from pathlib import Path
 

@@ -41,7 +41,7 @@ Not modelled; what is met of it raises Unsupported unless said otherwise:
   128-bit items.
 """
 
-from . import access, arithmetic, bits, matrix, types  # noqa: F401
+from . import access, arithmetic, bits, copy_ops, matrix, types  # noqa: F401
 from .errors import *  # noqa: F403
 from .launch import Module, Stats, compile_ptx, load, nvcc  # noqa: F401
 from .memory import Uninitialized  # noqa: F401

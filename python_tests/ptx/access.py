@@ -4,7 +4,7 @@ import numpy as np
 
 from .errors import GlobalRace, SharedRace, Unsupported
 from .machine import Lanes, Machine, instruction
-from .parse import Instruction, Sink, Vector
+from .syntax import Instruction, Sink, Vector
 from .types import DTYPES, SIGNED, UNSIGNED, from_double, is_signed, to_float
 
 _STRONG = ("volatile", "relaxed", "acquire", "release", "acq_rel", "mmio")

@@ -4,7 +4,7 @@ import numpy as np
 
 from .errors import Unsupported
 from .machine import Machine, instruction
-from .parse import Instruction, Pair
+from .syntax import Instruction, Pair
 from .types import DTYPES, SIGNED, UNSIGNED, from_double, to_float
 
 _HALF = ("f16", "bf16", "f16x2", "bf16x2")

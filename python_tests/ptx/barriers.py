@@ -6,8 +6,8 @@ import numpy as np
 
 from .errors import DivergentBarrier, Unsupported
 from .machine import Lanes, Machine, instruction
-from .parse import Instruction
 from .schedule import Waits
+from .syntax import Instruction
 from .warp import bind_warp_sync
 
 

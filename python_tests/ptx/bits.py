@@ -11,7 +11,7 @@ from .machine import (
     Machine,
     instruction,
 )
-from .parse import Instruction, Sink, Vector
+from .syntax import Instruction, Sink, Vector
 from .types import (
     DTYPES,
     UNSIGNED,

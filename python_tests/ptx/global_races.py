@@ -9,7 +9,7 @@ import numpy as np
 
 from .errors import GlobalRace
 from .machine import Lanes, Machine
-from .parse import Instruction
+from .syntax import Instruction
 
 _THREAD, _WARP, _BLOCK, _GRID = range(4)
 

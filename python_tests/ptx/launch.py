@@ -19,9 +19,10 @@ from .global_races import GlobalRaces, GlobalShadow
 from .machine import GLOBAL_BASE, Machine
 from .mbarriers import MBarriers
 from .memory import GlobalMemory, Memory, Uninitialized
-from .parse import Kernel, parse
+from .parse import parse
 from .races import SharedRaces
 from .schedule import Scheduler
+from .syntax import Kernel
 from .tensor_map import TensorMap
 from .types import DTYPES, size_of
 from .warp import WarpWaits

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .errors import PtxError, Unsupported
-from .parse import Address, Imm, Instruction, Kernel, Not, Reg, Sink, Special, Symbol
+from .syntax import Address, Imm, Instruction, Kernel, Not, Reg, Sink, Special, Symbol
 from .types import DTYPES, SIGNED, UNSIGNED, is_signed
 
 # Where the state spaces lie among generic addresses.

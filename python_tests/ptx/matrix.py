@@ -6,7 +6,7 @@ import numpy as np
 
 from .errors import Unsupported
 from .machine import Machine, instruction
-from .parse import Instruction, Vector
+from .syntax import Instruction, Vector
 from .types import bf16_to_f32
 from .warp import full_warps
 

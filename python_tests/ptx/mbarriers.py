@@ -6,8 +6,8 @@ import numpy as np
 
 from .errors import MBarrierError, Unsupported
 from .machine import Lanes, Machine, instruction
-from .parse import Address, Instruction
 from .schedule import Waits
+from .syntax import Address, Instruction
 
 
 @dataclass

@@ -4,7 +4,7 @@ import numpy as np
 
 from .errors import Misaligned, OutOfBounds, UninitializedRead
 from .machine import GLOBAL_BASE, LOCAL_BASE, PARAM_BASE, SHARED_BASE, Lanes, Machine
-from .parse import Instruction
+from .syntax import Instruction
 from .types import UNSIGNED
 
 _PAGE = 256  # arrays start on pages of their own, with one empty page between them

@@ -9,7 +9,7 @@ import numpy as np
 
 from .errors import AsyncHazard, ProxyFenceMissing, SharedRace, UninitializedRead
 from .machine import Lanes, Machine
-from .parse import Instruction
+from .syntax import Instruction
 
 IN_FLIGHT = np.int32(1 << 30)  # the epoch of a write that nobody can have waited for yet
 _LOADS = 8

@@ -6,8 +6,8 @@ import numpy as np
 
 from .errors import MaskError, Unsupported
 from .machine import Lanes, Machine, instruction
-from .parse import Imm, Instruction, Pair
 from .schedule import Waits
+from .syntax import Imm, Instruction, Pair
 
 _LANES = np.arange(32)
 _BITS = (np.uint32(1) << np.arange(32, dtype=np.uint32)).astype(np.uint32)

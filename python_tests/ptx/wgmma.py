@@ -9,8 +9,8 @@ import numpy as np
 from .errors import AsyncHazard, DescriptorError, OutOfBounds, Unsupported
 from .machine import Lanes, Machine, instruction
 from .matrix import fragment, unpack_floats
-from .parse import Instruction, Vector
 from .schedule import Waits
+from .syntax import Instruction, Vector
 from .tensor_map import swizzle
 
 _SPANS = {0: 0, 1: 128, 2: 64, 3: 32}
