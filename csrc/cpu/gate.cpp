@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 
+#include "topk.h"
 #include "vmath.h"
 
 namespace moekernels::cpu::MOEKERNELS_ISA {
@@ -23,7 +24,7 @@ struct Buffers {
 
   Buffers(int64_t experts, int64_t top_k, int64_t groups) {
     padded = (experts + kLanes<W> - 1) / kLanes<W> * kLanes<W>;
-    const int64_t values = 5 * padded + 2 * top_k + groups;
+    const int64_t values = 5 * padded + 2 * top_k + groups + kLanes<W>;
     memory = static_cast<char*>(std::calloc(values + top_k + groups, 8));
     W* next = reinterpret_cast<W*>(memory + (top_k + groups) * 8);
     order = reinterpret_cast<int64_t*>(memory);
@@ -51,9 +52,7 @@ W widen(const T* logits, W* x, int64_t experts) {
     store(x + e, v);
     top = v > top ? v : top;
   }
-  W best = top[0];
-  for (int i = 1; i < lanes; ++i) best = top[i] > best ? top[i] : best;
-  return best;
+  return max_lanes<W>(top);
 }
 
 // softmax of x; returns logsumexp.
@@ -86,23 +85,6 @@ W score(const W* x, bool is_sigmoid, W* scores, int64_t experts, int64_t padded)
   return sum < W(kTiny) ? W(kTiny) : sum;
 }
 
-// The `count` largest keys in descending order, the smaller index where keys tie. Always fills `order`.
-template <class W>
-void largest(const W* keys, int64_t n, int64_t count, W* best, int64_t* order) {
-  int64_t found = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const W key = keys[i];
-    if (found == count && !(key > best[count - 1])) continue;
-    int64_t at = found < count ? found++ : count - 1;
-    for (; at > 0 && key > best[at - 1]; --at) {
-      best[at] = best[at - 1];
-      order[at] = order[at - 1];
-    }
-    best[at] = key;
-    order[at] = i;
-  }
-}
-
 // Leaves keys only in the groups that rank highest; the others get -infinity.
 template <class W>
 void keep_groups(const GateArgs& args, const Buffers<W>& b) {
@@ -118,7 +100,8 @@ void keep_groups(const GateArgs& args, const Buffers<W>& b) {
         second = key;
       }
     }
-    b.ranks[g] = args.sum_two && size > 1 ? first + second : first;
+    const W rank = args.sum_two && size > 1 ? first + second : first;
+    b.ranks[g] = rank == rank ? rank : W(INFINITY);
   }
   // `largest` writes groups_kept <= num_groups entries behind the K of the experts' order.
   int64_t* kept = b.order + args.top_k;

@@ -10,7 +10,9 @@
 #include "moekernels/common.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 headers (PR 105593)
+// GCC 12 warns about its own AVX-512 headers (PR 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -126,15 +128,25 @@ inline void store_tail(T* p, Vec<Wide<T>> v, int64_t n) {
   std::memcpy(p, some, n * sizeof(T));
 }
 
-// Lanes are added in one fixed order.
+// join(low half, high half) until one lane is left: always in the same order.
+template <class W, int bytes = kVectorBytes, class Join>
+inline W fold_lanes(const typename VecOf<W, bytes>::type& v, const Join& join) {
+  if constexpr (bytes == 2 * sizeof(W)) {
+    return join(v[0], v[1]);
+  } else {
+    typename VecOf<W, bytes / 2>::type low, high;
+    std::memcpy(&low, &v, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    return fold_lanes<W, bytes / 2>(join(low, high), join);
+  }
+}
 template <class W>
 inline W sum_lanes(const Vec<W>& v) {
-  W some[kLanes<W>];
-  std::memcpy(some, &v, sizeof(v));
-  for (int step = kLanes<W> / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) some[i] += some[i + step];
-  }
-  return some[0];
+  return fold_lanes<W>(v, [](auto a, auto b) { return a + b; });
+}
+template <class W>
+inline W max_lanes(const Vec<W>& v) {
+  return fold_lanes<W>(v, [](auto a, auto b) { return b > a ? b : a; });
 }
 
 // Calls f with a null pointer of the type that `dtype` names.

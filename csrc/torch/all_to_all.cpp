@@ -23,7 +23,7 @@ Tensor pack(const Tensor& x, const std::optional<Tensor>& weights, const Tensor&
     check_tensor("pack", "weights", *weights, {wide(dtype)}, {{"T", tokens}, {"K", top_k}}, &x);
   }
   const int64_t extra = weights ? weight_elements(dtype) : 0, size = size_of(dtype_of(x));
-  Tensor message = empty({rows, hidden + extra}, dtype, x);
+  Tensor message = empty_large({rows, hidden + extra}, dtype, x);
   const PackArgs args{
       .x = x.const_data_ptr(),
       .weights = weights ? weights->const_data_ptr() : nullptr,
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> regroup(const Tensor& message, const Tensor& 
         shape_of(message), " must hold width=", width, " elements a row, or ",
         width + weight_elements(dtype), " with weights");
   const int64_t num_offsets = static_cast<int64_t>(table.offsets.size());
-  Tensor out = empty({rows, width}, dtype, message);
+  Tensor out = empty_large({rows, width}, dtype, message);
   Tensor weights = empty({extra ? rows : 0}, wide(dtype), message);
   Tensor offsets = empty({num_offsets}, ScalarType::Long, message);
   std::copy(table.offsets.begin(), table.offsets.end(), offsets.mutable_data_ptr<int64_t>());
@@ -105,7 +105,7 @@ Tensor ungroup(const Tensor& rows, const Tensor& counts, const std::optional<Ten
     check_tensor("ungroup", "weights", *weights, {wide(dtype)}, {{"R", num_rows}}, &rows);
   }
   const int64_t extra = weights ? weight_elements(dtype) : 0;
-  Tensor message = empty({num_rows, hidden + extra}, dtype, rows);
+  Tensor message = empty_large({num_rows, hidden + extra}, dtype, rows);
   const UngroupArgs args{
       .rows = rows.const_data_ptr(),
       .weights = weights ? weights->const_data_ptr() : nullptr,

@@ -13,7 +13,7 @@ Tensor combine(const Tensor& rows, const Tensor& row_of, const std::optional<Ten
   if (weights) {
     check_tensor("combine", "weights", *weights, {wide_dtype}, {{"T", tokens}, {"K", top_k}}, &rows);
   }
-  Tensor out = empty({tokens, hidden}, rows.scalar_type(), rows);
+  Tensor out = empty_large({tokens, hidden}, rows.scalar_type(), rows);
   const CombineArgs args{
       .rows = rows.const_data_ptr(),
       .row_of = row_of.const_data_ptr<int32_t>(),
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& dout, const Tensor& ro
   check_tensor("combine_backward", "token_of", token_of, kInt32, {{"R", num_rows}}, &rows);
   check_tensor("combine_backward", "weights", weights, {wide_dtype},
                {{"T", tokens}, {"K", top_k}}, &rows);
-  Tensor drows = empty({num_rows, hidden}, dtype, rows);
+  Tensor drows = empty_large({num_rows, hidden}, dtype, rows);
   Tensor dweights = empty({tokens, top_k}, wide_dtype, rows);
   const CombineBackwardArgs args{
       .dout = dout.const_data_ptr(),

@@ -1,4 +1,4 @@
-// What the bindings of grouped_gemm and experts share: their workers, offsets, and large outputs.
+// What the bindings of grouped_gemm and experts share: their workers, and offsets.
 #pragma once
 
 #include "tensor.h"
@@ -7,9 +7,6 @@ namespace moekernels::binding {
 
 // offsets [E+1] int64, ascending from 0 to at most `rows`. Read here on the CPU only.
 void check_offsets(const char* op, const Tensor& offsets, int64_t experts, int64_t rows, const Tensor& like);
-
-// An uninitialised tensor; a large one asks for huge pages, which halves the cost of touching it first.
-Tensor empty_large(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like);
 
 // Runs f(worker, workers) on torch's threads, on the caller's alone where there are too few products to share.
 template <class F>

@@ -9,7 +9,7 @@ Tensor permute(const Tensor& x, const Tensor& token_of) {
   check_tensor("permute", "x", x, kFloats, {{"T"}, {"H"}});
   check_tensor("permute", "token_of", token_of, kInt32, {{"R"}}, &x);
   const int64_t rows = token_of.size(0);
-  Tensor out = empty({rows, x.size(1)}, x.scalar_type(), x);
+  Tensor out = empty_large({rows, x.size(1)}, x.scalar_type(), x);
   const PermuteArgs args{
       .x = x.const_data_ptr(),
       .token_of = token_of.const_data_ptr<int32_t>(),
