@@ -206,6 +206,7 @@ def test_blocks_of_three_dimensions():
     body = """mov.u32 %r1, %ctaid.y; mov.u32 %r2, %ctaid.x; mov.u32 %r3, %tid.z;
         mov.u32 %r4, %tid.y; mov.u32 %r5, %tid.x;
         mad.lo.u32 %r6, %r1, 3, %r2; mad.lo.u32 %r6, %r6, 4, %r3; mad.lo.u32 %r6, %r6, 2, %r4;
-        mad.lo.u32 %r6, %r6, 5, %r5; mad.wide.u32 %rd10, %r6, 4, %rd0; st.global.u32 [%rd10], %r6;"""
+        mad.lo.u32 %r6, %r6, 5, %r5; mad.wide.u32 %rd10, %r6, 4, %rd0;
+        st.global.u32 [%rd10], %r6;"""
     kernel(body, 1).launch("k", (3, 2), (5, 2, 4), [y])
     np.testing.assert_array_equal(y.reshape(-1), np.arange(y.size))
