@@ -189,6 +189,35 @@ def test_float_reductions():
         assert (total == x.sum()).all()
 
 
+# ---- what accesses would cost
+@pytest.mark.parametrize(
+    "width, stride, wavefronts, sectors",
+    [
+        (4, 4, 1, 4),
+        (4, 8, 2, 8),
+        (4, 128, 32, 32),
+        (4, 132, 1, 32),
+        (4, 0, 1, 1),
+        (8, 8, 2, 8),
+        (16, 16, 4, 16),
+        (16, 144, 4, 32),
+        (16, 128, 32, 32),
+    ],
+)
+def test_bank_conflicts_and_sectors(width, stride, wavefronts, sectors):
+    """One warp whose lanes read `width` bytes, `stride` bytes apart."""
+    t = {4: "u32", 8: "v2.u32", 16: "v4.u32"}[width]
+    names = "{" + ", ".join(f"%r{10 + i}" for i in range(width // 4)) + "}" if width > 4 else "%r10"
+    body = f"""mov.u64 %rd10, buffer; mad.wide.u32 %rd10, %r0, {stride}, %rd10;
+        mad.wide.u32 %rd11, %r0, {stride}, %rd0;
+        ld.shared.{t} {names}, [%rd10]; ld.global.{t} {names}, [%rd11];"""
+    shared = ".shared .align 16 .b8 buffer[8192];"
+    options = dict(block=32, races=False, profile=True)
+    traffic = launch(body, [np.zeros(8192, np.uint8)], shared=shared, **options).traffic
+    assert (traffic.shared_requests, traffic.shared_wavefronts) == (max(1, width // 4), wavefronts)
+    assert (traffic.global_requests, traffic.global_sectors) == (1, sectors)
+
+
 # ---- bounds and initialisation
 def test_exact_ends_and_neighbours():
     """One byte beyond an array is caught although another array follows it."""

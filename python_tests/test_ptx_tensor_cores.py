@@ -106,6 +106,7 @@ def test_grouped_gemm(sm90, schedule, lazy):
     [
         ("stage_freed_early", ptx.AsyncHazard, "wgmma"),
         ("wrong_stride", ptx.DescriptorError, "overlap"),
+        ("wrong_swizzle", ptx.DescriptorError, "64 bytes reads what TMA wrote with one of 128"),
         ("no_last_wait", ptx.AsyncHazard, "wgmma"),
         ("too_many_bytes", ptx.Deadlock, "16 bytes that no copy brings"),
         # the phase ends before the second copy: seen at its end, or by whoever reads too early

@@ -23,9 +23,10 @@ rank with 0/32/64/128-byte swizzle; wgmma m64nNk16/k8 (bf16, f16, tf32 into f32;
 registers).
 
 Not modelled; what is met of it raises Unsupported unless said otherwise:
-* Timing, occupancy, bank conflicts, caches, register budgets (setmaxnreg is ignored), clock values.
+* Timing, occupancy, caches, register budgets (setmaxnreg is ignored), clock values; bank conflicts
+  and sectors are counted with `profile=True`.
 * Weak memory ordering: every store is visible at once. Fences order blocks coarsely for GlobalRace,
-  and fence.proxy.async is required; fence.mbarrier_init, wgmma.fence and tensormap fences are
+  and fence.proxy.async is required, behind cp.async as well; fence.mbarrier_init, wgmma.fence and tensormap fences are
   ignored.
 * Between blocks only atomics and fences order accesses, whatever address they use; blocks beyond a
   batch (65536 threads) run after it, so a grid-wide barrier deadlocks when the grid is larger.

@@ -133,6 +133,8 @@ def _bind_tensor_load(machine: Machine, ins: Instruction):
             thread_id = int(lanes.ids[i])
             chunk, offsets, inside = tile.cut(coordinates)
             shared = _tile_in_shared(machine, tile, chunk, places[i], thread_id, ins, True)
+            if memory.tile_swizzle is not None:
+                memory.tile_swizzle[shared >> 4] = tile.swizzle_span
             values = np.zeros((len(offsets), chunk), np.uint8)
             if inside.any():
                 offsets = offsets[inside]

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ from .machine import GLOBAL_BASE, Machine
 from .mbarriers import MBarriers
 from .memory import GlobalMemory, Memory, Uninitialized
 from .parse import parse
+from .profile import Traffic
 from .races import SharedRaces
 from .schedule import Scheduler
 from .syntax import Kernel
@@ -81,6 +83,7 @@ class Stats:
     steps: int = 0
     instructions: int = 0
     by_op: Counter = field(default_factory=Counter)
+    traffic: Traffic | None = None
 
 
 class Module:
@@ -91,10 +94,10 @@ class Module:
         self.kernels = self.parsed.kernels
 
     def kernel(self, name: str) -> Kernel:
-        """The kernel of this name, or the only one whose mangled name contains it."""
+        """The kernel of this name, or the only one in whose mangled name the pattern is found."""
         if name in self.kernels:
             return self.kernels[name]
-        found = [k for k in self.kernels if name in k]
+        found = [k for k in self.kernels if re.search(name, k)]
         if len(found) != 1:
             raise PtxError(f"{len(found)} kernels match {name!r}: {', '.join(self.kernels)}")
         return self.kernels[found[0]]
@@ -110,6 +113,7 @@ class Module:
         schedule: int | None = None,
         lazy: bool = False,
         races: bool = True,
+        profile: bool = False,
         max_steps: int = 3_000_000,
     ) -> Stats:
         """Run a kernel; arrays among `args` are written in place.
@@ -120,11 +124,14 @@ class Module:
         schedule: a seed perturbs the order in which warps run and delays asynchronous copies.
         lazy: asynchronous work takes effect as late as it may, not when it is issued.
         races: False switches off the tracking of races and of unwritten shared memory.
+        profile: count bank conflicts and sectors, in `Stats.traffic`.
+        max_steps: how long groups may run on without waiting before NoProgress is raised.
         """
         if not isinstance(kernel, Kernel):
             kernel = self.kernel(kernel)
         launch = _Launch(self, kernel, _three(grid), _three(block), args, shared_bytes)
         with np.errstate(all="ignore"):
+            launch.traffic = Traffic() if profile else None
             return launch.run(schedule, lazy, races, max_steps)
 
 
@@ -219,7 +226,7 @@ class _Launch:
         return min(sizes)
 
     def run(self, seed: int | None, lazy: bool, races: bool, max_steps: int) -> Stats:
-        stats, blocks = Stats(), int(np.prod(self.grid))
+        stats, blocks = Stats(traffic=self.traffic), int(np.prod(self.grid))
         shadow = None
         if races:
             shadow = GlobalShadow(len(self.memory.data), self._grain("global"), blocks)
@@ -245,6 +252,7 @@ class _Launch:
         """A machine for some blocks, with all its parts."""
         machine = Machine(self.kernel, self.grid, self.block, blocks, self.symbols)
         machine.memory = memory = Memory(machine, self.memory, self.params, self.dynamic)
+        memory.traffic = self.traffic
         machine.scheduler = scheduler = Scheduler(machine, seed, max_steps)
         machine.warp_waits = WarpWaits(machine)
         machine.barriers = BlockBarriers(machine)

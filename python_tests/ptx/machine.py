@@ -177,7 +177,7 @@ class Machine:
                 scalar = np.array(bits, UNSIGNED[dtype.itemsize]).view(dtype)
             else:
                 scalar = np.array(value, dtype)
-            array = self._constants[key] = np.full(self.size, scalar, dtype)
+            array = self._constants[key] = np.broadcast_to(scalar, self.size)
         return array
 
     def symbol(self, name: str, ins: Instruction) -> int:

@@ -7,6 +7,7 @@ from .machine import GLOBAL_BASE, LOCAL_BASE, PARAM_BASE, SHARED_BASE, Lanes, Ma
 from .syntax import Instruction
 from .types import UNSIGNED
 
+NO_TILE = 255
 _PAGE = 256  # arrays start on pages of their own, with one empty page between them
 
 
@@ -129,7 +130,11 @@ class Memory:
         self.shared_views = {n: self.shared.view(dtype) for n, dtype in UNSIGNED.items()}
         self.param_views = {n: params.view(dtype) for n, dtype in UNSIGNED.items()}
         self.block_base = machine.block_of.astype(np.int64) * self.stride
-        self.shared_races = self.global_races = None
+        self.shared_races = self.global_races = self.traffic = None
+        # The swizzle with which TMA wrote every 16 bytes, for wgmma to read them with the same.
+        self.tile_swizzle = None
+        if any(ins.op == "wgmma" for ins in kernel.code):
+            self.tile_swizzle = np.full(len(self.shared) // 16, NO_TILE, np.uint8)
 
     def locate(self, space: str, address, nbytes, lanes: Lanes, ins, write=False, atomic=False):
         """Checked byte offsets of one access a lane: (flat views by item size, offsets)."""
@@ -141,10 +146,14 @@ class Memory:
                 lanes.ids[i],
                 ins,
             )
+        if self.traffic is not None:
+            self.traffic.count(self.machine, space, address, nbytes, lanes)
         if space == "global" or space == "const":
             return self._locate_global(address, nbytes, lanes, ins, write, atomic, space)
         if space == "shared":
             offsets = self.shared_offsets(address, nbytes, lanes, ins, write)
+            if write and self.tile_swizzle is not None:
+                self.tile_swizzle[offsets >> 4] = NO_TILE
             if self.shared_races is not None:
                 self.shared_races.access(lanes, offsets, nbytes, ins, write, atomic)
             return self.shared_views, offsets

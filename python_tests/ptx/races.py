@@ -168,9 +168,6 @@ class SharedRaces:
             what = f"read of shared byte {self._address(cell)}, which nothing has written"
             self.machine.fail(UninitializedRead, what, ids[0], ins)
         seen = self.seen[rows].min(axis=0)
-        if len(rows) == 1 and writer.max() < self.warps:
-            seen = seen.copy()
-            seen[rows[0] % self.warps] += 1  # the warp's own stores, if it is one that reads
         bad = epoch > seen[writer]
         if bad.any():
             i = int(np.flatnonzero(bad)[0])

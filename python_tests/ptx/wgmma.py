@@ -9,6 +9,7 @@ import numpy as np
 from .errors import AsyncHazard, DescriptorError, OutOfBounds, Unsupported
 from .machine import Lanes, Machine, instruction
 from .matrix import fragment, unpack_floats
+from .memory import NO_TILE
 from .schedule import Waits
 from .syntax import Instruction, Vector
 from .tensor_map import swizzle
@@ -204,7 +205,16 @@ def _bind_product(machine: Machine, ins: Instruction):
         if int(chunks.max()) + 16 > machine.memory.limit:
             what = f"a wgmma operand reaches shared byte {int(chunks.max()) + 16}"
             machine.fail(OutOfBounds, what, lanes.ids[0], ins)
-        return chunks + machine.memory.block_base[lanes.ids[0]]
+        chunks = chunks + machine.memory.block_base[lanes.ids[0]]
+        written = machine.memory.tile_swizzle[chunks >> 4]
+        other = (written != NO_TILE) & (written != _SPANS[descriptor >> 62])
+        if other.any():
+            what = (
+                f"a wgmma descriptor with a swizzle of {_SPANS[descriptor >> 62]} bytes reads what "
+                f"TMA wrote with one of {written[other][0]}"
+            )
+            machine.fail(DescriptorError, what, lanes.ids[0], ins)
+        return chunks
 
     def fetch(chunks, mn_major):
         """-> float32 [extent, k]"""

@@ -4,7 +4,7 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
-enum Bug { kNone, kFreedEarly, kWrongStride, kNoLastWait, kTooManyBytes, kTooFewBytes };
+enum Bug { kNone, kFreedEarly, kWrongStride, kWrongSwizzle, kNoLastWait, kTooManyBytes, kTooFewBytes };
 constexpr int kM = 128, kN = 64, kK = 64, kStages = 3;  // a tile; 64 rows for each of two warpgroups
 constexpr int kTileBytes = (kM + kN) * kK * 2;
 
@@ -46,9 +46,10 @@ __device__ void load(void* to, const CUtensorMap* map, int x, int y, int z, uint
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
-__device__ uint64_t descriptor(const void* p, int stride_bytes) {  // 128-byte swizzle
+// swizzle: 1 is 128 bytes, 2 is 64
+__device__ uint64_t descriptor(const void* p, int stride_bytes, int swizzle = 1) {
   return (shared_address(p) & 0x3FFFF) >> 4 | uint64_t(1) << 16 |
-         uint64_t(stride_bytes >> 4) << 32 | uint64_t(1) << 62;
+         uint64_t(stride_bytes >> 4) << 32 | uint64_t(swizzle) << 62;
 }
 // Both operands along K (kTransposed 0) or along M and N (1).
 template <int kTransposed>
@@ -120,7 +121,9 @@ __device__ void run(const CUtensorMap* rows, const CUtensorMap* weights, const i
       fence_products();
 #pragma unroll
       for (int k = 0; k < kK; k += 16)
-        multiply<0>(d, descriptor(&ring.a[stage][group * 64 * kK + k], stride),
+        multiply<0>(d,
+                    descriptor(&ring.a[stage][group * 64 * kK + k], stride,
+                               kBug == kWrongSwizzle ? 2 : 1),
                     descriptor(&ring.b[stage][k], 1024), step + k > 0);
       commit_products();
       wait_products<1>();  // all but the products just issued
@@ -152,6 +155,7 @@ __device__ void run(const CUtensorMap* rows, const CUtensorMap* weights, const i
 GROUPED_GEMM(grouped_gemm, kNone)
 GROUPED_GEMM(stage_freed_early, kFreedEarly)
 GROUPED_GEMM(wrong_stride, kWrongStride)
+GROUPED_GEMM(wrong_swizzle, kWrongSwizzle)
 GROUPED_GEMM(no_last_wait, kNoLastWait)
 GROUPED_GEMM(too_many_bytes, kTooManyBytes)
 GROUPED_GEMM(too_few_bytes, kTooFewBytes)
