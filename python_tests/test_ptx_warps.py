@@ -178,6 +178,17 @@ def test_barriers_of_many_blocks(schedule):
     np.testing.assert_array_equal(result, (x + 1) * 44)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_cluster_barriers_of_a_single_block(schedule):
+    body = """mov.u64 %rd12, buffer; mad.wide.u32 %rd13, %r0, 4, %rd12; st.shared.u32 [%rd13], %r1;
+        barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
+        cvt.u32.u64 %r3, %rd12; mapa.shared::cluster.u32 %r3, %r3, 0;
+        sub.u32 %r4, 95, %r0; mad.lo.u32 %r3, %r4, 4, %r3; ld.shared::cluster.u32 %r2, [%r3];"""
+    x = RANDOM.integers(0, 1 << 32, 96)
+    shared = ".shared .align 4 .b8 buffer[384];\n"
+    np.testing.assert_array_equal(per_thread(shared + body, x, schedule=schedule), x[::-1])
+
+
 def test_partial_warps_may_not_multiply():
     body = """setp.gt.u32 %p1, %r43, 3;
         @%p1 bra end; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1];

@@ -6,8 +6,8 @@
 Threads at the same instruction run as one group over all blocks of a batch; groups split at
 divergent branches and merge again (`schedule`). Arrays are copied into an arena where a kernel sees
 exactly their bytes (`memory`). `schedule=seed` lets warps run far ahead of one another, differently
-for every seed, and delays bulk copies; `lazy=True` makes cp.async, bulk copies and wgmma take
-effect as late as they may.
+for every seed, and delays some asynchronous work; `lazy=True` makes cp.async, bulk copies and wgmma
+take effect as late as they may.
 
 Errors, each with kernel, block, thread, instruction and address (`errors`): OutOfBounds and
 Misaligned in every space, MaskError, DivergentBarrier, Deadlock (who waits for what), NoProgress,
@@ -26,8 +26,8 @@ Not modelled; what is met of it raises Unsupported unless said otherwise:
 * Timing, occupancy, caches, register budgets (setmaxnreg is ignored), clock values; bank conflicts
   and sectors are counted with `profile=True`.
 * Weak memory ordering: every store is visible at once. Fences order blocks coarsely for GlobalRace,
-  and fence.proxy.async is required, behind cp.async as well; fence.mbarrier_init, wgmma.fence and tensormap fences are
-  ignored.
+  and fence.proxy.async is required, behind cp.async as well; fence.mbarrier_init,
+  wgmma.fence and tensormap fences are ignored.
 * Between blocks only atomics and fences order accesses, whatever address they use; blocks beyond a
   batch (65536 threads) run after it, so a grid-wide barrier deadlocks when the grid is larger.
 * Lock-free protocols over plain shared-memory loads and stores: SharedRace accuses them.

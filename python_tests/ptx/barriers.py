@@ -10,6 +10,8 @@ from .schedule import Waits
 from .syntax import Instruction
 from .warp import bind_warp_sync
 
+_CLUSTER = 16  # behind the barriers that a kernel can name
+
 
 @dataclass
 class _Arrival:
@@ -30,6 +32,10 @@ class BlockBarriers(Waits):
     def arrive(self, number: int, arrival: _Arrival) -> None:
         self.arrivals.setdefault(number, []).append(arrival)
         self.release_complete(number)
+
+    def wait_for_all(self, number: int, lanes: Lanes) -> None:
+        """All threads of the block wait for one another."""
+        self.arrive(number, _Arrival(self.machine.pc, lanes.ids, True, None))
 
     def release_complete(self, number: int) -> None:
         """Let the blocks go in which everyone has arrived."""
@@ -141,8 +147,10 @@ def _bind_barrier(machine: Machine, ins: Instruction):
     if "warp" in ins.mods:
         return bind_warp_sync(machine, ins)
     if "cluster" in ins.mods:
-        # One block a cluster: arrive does nothing, wait is a barrier of the block's own arrivals.
-        return lambda lanes: lanes
+        # Clusters have one block, so this is a barrier of that block; nobody waits at arrive.
+        if "arrive" in ins.mods:
+            return lambda lanes: lanes
+        return lambda lanes: machine.barriers.wait_for_all(_CLUSTER, lanes)
     kind = next((m for m in ins.mods if m in ("sync", "arrive", "red")), None)
     operands, reduce, target, vote = list(ins.operands), None, None, None
     if kind is None:

@@ -21,6 +21,7 @@ class ThreadCopy:
     size: int
     valid: np.ndarray
     ins: Instruction
+    late: bool = False
 
 
 @dataclass
@@ -49,6 +50,7 @@ class BulkStore:
     target: np.ndarray
     epoch: int
     ins: Instruction
+    late: bool = False
 
 
 class Copies(Waits):
@@ -68,7 +70,8 @@ class Copies(Waits):
         if races is not None:
             cells, count = races.cells(copy.shared, copy.size)
             races.begin_write(cells, np.repeat(copy.ids, count), copy.ins)
-        if not self.lazy:
+        copy.late = self.lazy or self.machine.scheduler.delays()
+        if not copy.late:
             self._move(copy)
         self.thread_copies.append(copy)
 
@@ -99,7 +102,7 @@ class Copies(Waits):
 
     def _finish(self, copy: ThreadCopy) -> None:
         machine = self.machine
-        if self.lazy:
+        if copy.late:
             self._move(copy)
         races = machine.memory.shared_races
         if races is not None:
@@ -150,7 +153,8 @@ class Copies(Waits):
             cells, _ = races.cells(store.shared, store.chunk)
             row = self.machine.warp[[store.thread_id]]
             store.epoch = races.async_read(cells, row, [store.thread_id], store.ins)
-        if not self.lazy:
+        store.late = self.lazy or self.machine.scheduler.delays()
+        if not store.late:
             self._write_out(store)
         self.open_stores.setdefault(store.thread_id, []).append(store)
 
@@ -170,7 +174,7 @@ class Copies(Waits):
             groups = self.store_groups.get(thread_id, [])
             while len(groups) > groups_left:
                 for store in groups.pop(0):
-                    if self.lazy:
+                    if store.late:
                         self._write_out(store)
                     if races is not None:
                         row = self.machine.warp[[thread_id]]
@@ -191,4 +195,4 @@ class Copies(Waits):
 def _select(copy: ThreadCopy, chosen: np.ndarray) -> ThreadCopy:
     parts = (copy.ids, copy.group, copy.shared, copy.source)
     parts = [p[chosen] for p in parts]
-    return ThreadCopy(*parts, copy.size, copy.valid[chosen], copy.ins)
+    return ThreadCopy(*parts, copy.size, copy.valid[chosen], copy.ins, copy.late)

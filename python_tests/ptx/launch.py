@@ -15,7 +15,7 @@ import numpy as np
 
 from .barriers import BlockBarriers
 from .copies import Copies
-from .errors import OutOfBounds, PtxError
+from .errors import OutOfBounds, PtxError, Unsupported
 from .global_races import GlobalRaces, GlobalShadow
 from .machine import GLOBAL_BASE, Machine
 from .mbarriers import MBarriers
@@ -121,7 +121,7 @@ class Module:
         args: arrays (pointers with exact bounds), `Uninitialized(array)`, None (a null pointer),
             numbers, bytes (a struct by value) and `TensorMap`s.
         shared_bytes: dynamic shared memory a block.
-        schedule: a seed perturbs the order in which warps run and delays asynchronous copies.
+        schedule: a seed perturbs the order in which warps run and delays some asynchronous work.
         lazy: asynchronous work takes effect as late as it may, not when it is issued.
         races: False switches off the tracking of races and of unwritten shared memory.
         profile: count bank conflicts and sectors, in `Stats.traffic`.
@@ -147,6 +147,8 @@ class _Launch:
         if not 0 < threads <= min(kernel.max_threads or 1024, 1024):
             limit = kernel.max_threads or 1024
             raise PtxError(f"{kernel.name}: {threads} threads a block, allowed are 1 to {limit}")
+        if kernel.cluster > 1:
+            raise Unsupported(f"{kernel.name} wants clusters of {kernel.cluster} blocks")
         if kernel.sizes["shared"] + shared_bytes > MAX_SHARED:
             raise OutOfBounds(f"{kernel.name}: more than {MAX_SHARED} bytes of shared memory")
         if len(args) != len(kernel.params):

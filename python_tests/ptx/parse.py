@@ -278,6 +278,9 @@ def parse(text: str) -> ParsedModule:
         limit = re.search(r"\.maxntid\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?", first[3])
         if limit:
             kernel.max_threads = int(np.prod([int(v or 1) for v in limit.groups()]))
+        cluster = re.search(r"\.reqnctapercluster\s+([\d, ]+)", first[3])
+        if cluster:
+            kernel.cluster = int(np.prod([int(v) for v in cluster[1].split(",")]))
         position = _Body(kernel, text, first.end()).run()
         kernels[kernel.name] = kernel
         first = _ENTRY.search(text, position)

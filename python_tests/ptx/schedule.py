@@ -41,6 +41,10 @@ class Scheduler:
         self.in_flight: dict[str, object] = {}  # registers that asynchronous operations hold
         self.check_in_flight = None
 
+    def delays(self) -> bool:
+        """Whether asynchronous work that could happen now is put off: only with a seed."""
+        return self.random is not None and bool(self.random.random() < 0.5)
+
     # ---- groups
     def push(self, pc: int, ids: np.ndarray, base: int | None = None) -> None:
         """Make threads runnable at `pc`."""

@@ -110,3 +110,4 @@ class Kernel:
     sizes: dict[str, int] = field(default_factory=lambda: {"shared": 0, "local": 0, "param": 0})
     dynamic_shared: set[str] = field(default_factory=set)
     max_threads: int | None = None
+    cluster: int = 1

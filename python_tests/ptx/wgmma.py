@@ -63,6 +63,7 @@ class _Product:
 class _Warpgroup:
     open: list = field(default_factory=list)
     groups: list = field(default_factory=list)
+    late: bool = False
 
 
 class WarpgroupProducts(Waits):
@@ -73,9 +74,12 @@ class WarpgroupProducts(Waits):
         self.pending: dict[int, _Warpgroup] = {}
 
     def issue(self, row: int, product: _Product) -> None:
-        if not self.lazy:
+        group = self.pending.setdefault(row, _Warpgroup())
+        if not group.open and not any(group.groups):  # products add up in order: all or none late
+            group.late = self.lazy or self.machine.scheduler.delays()
+        if not group.late:
             product.compute()
-        self.pending.setdefault(row, _Warpgroup()).open.append(product)
+        group.open.append(product)
         in_flight = self.machine.scheduler.in_flight
         for name in product.registers:
             in_flight[name] = in_flight.get(name, 0) + 1
@@ -87,11 +91,12 @@ class WarpgroupProducts(Waits):
 
     def wait(self, row: int, groups_left: int) -> None:
         machine = self.machine
-        groups = self.pending.setdefault(row, _Warpgroup()).groups
+        group = self.pending.setdefault(row, _Warpgroup())
+        groups, late = group.groups, group.late
         in_flight, races = machine.scheduler.in_flight, machine.memory.shared_races
         while len(groups) > groups_left:
             for product in groups.pop(0):
-                if self.lazy:
+                if late:
                     product.compute()
                 for name in product.registers:
                     in_flight[name] -= 1
