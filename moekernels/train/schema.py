@@ -159,7 +159,20 @@ class HardwareSection:
     gpus_per_node: int = _key(8, "cards of a node", low=1)
     tflops: float = _key(400.0, "dense bf16 TFLOP/s of a card", above=0)
     memory_gb: float = _key(64.0, "memory of a card, 1e9 bytes", above=0)
-    bandwidth_gbps: float = _key(1800.0, "memory or link bandwidth of a card, 1e9 bytes/s", above=0)
+    bandwidth_gbps: float = _key(1800.0, "memory bandwidth of a card, 1e9 bytes/s", above=0)
+    link_gbps: float = _key(
+        450.0, "bandwidth between cards of a node, a direction, 1e9 bytes/s", above=0
+    )
+    network_gbps: float = _key(
+        50.0, "bandwidth of a card between nodes, a direction, 1e9 bytes/s", above=0
+    )
+    reserve_gb: float = _key(
+        2.0, "memory of a card that context, collectives and allocator take", low=0
+    )
+    efficiency: float = _key(
+        0.6, "part of its FLOP/s that a card reaches in large products", above=0, high=1
+    )
+    imbalance: float = _key(1.1, "rows of the busiest rank's experts over the mean", low=1)
 
 
 @dataclass
@@ -178,6 +191,10 @@ class ClaimsSection:
         default_factory=list, metadata={"help": "throughput, from, to"}
     )
     memory_gb: float = _key(0.0, "memory in use on a card, 1e9 bytes", low=0)
+    tp: int = _key(0, "tensor-parallel ranks", low=0)
+    pp: int = _key(0, "pipeline stages", low=0)
+    ep: int = _key(0, "ranks that share a layer's experts", low=0)
+    checkpoint_layers: str = _key("", "layers whose activations are computed again")
     mfu: list[float] = field(
         default_factory=list, metadata={"help": "model FLOPs utilisation, from, to"}
     )

@@ -1,0 +1,264 @@
+"""One strategy on one cluster: its batch plan, its schedule under a clock, its memory."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from moekernels.data.batch_plan import BatchPlan, Cost, plan_batch
+from moekernels.nn.config import ModelConfig
+from moekernels.pipeline.schedule import Kind
+from moekernels.pipeline.simulate import Simulator, Timeline
+from moekernels.plan import cost
+from moekernels.plan.memory import StageMemory, cached_schedule, stage_memory
+from moekernels.plan.strategy import Batch, Cluster, Strategy
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be trained, on what."""
+
+    model: ModelConfig
+    batch: Batch
+    cluster: Cluster
+    dtype: str = "bf16"
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Micro-batches by data-parallel rank: tokens and squared lengths [dp, m]."""
+
+    tokens: np.ndarray
+    squares: np.ndarray
+
+    @cached_property
+    def largest(self) -> int:
+        return int(self.tokens.max())
+
+    @cached_property
+    def sums(self) -> tuple[float, float]:
+        """(tokens, squares) of the mean data-parallel rank: a bound from below on the slowest."""
+        return float(self.tokens.sum(1).mean()), float(self.squares.sum(1).mean())
+
+    @cached_property
+    def least(self) -> tuple[float, float]:
+        return float(self.tokens.min()), float(self.squares.min())
+
+
+@lru_cache(maxsize=4096)
+def slots(model: ModelConfig, batch: Batch, dp: int, microbatches: int, align: int) -> Slots:
+    return _slots(batch, _plan(model, batch, dp, microbatches), align)
+
+
+@lru_cache(maxsize=1024)
+def _plan(model: ModelConfig, batch: Batch, dp: int, microbatches: int) -> BatchPlan:
+    return plan_batch(
+        batch.lengths, microbatches, dp=dp, policy=batch.policy, cost=sequence_cost(model)
+    )
+
+
+def _slots(batch: Batch, plan: BatchPlan, align: int) -> Slots:
+    tokens, squares = np.array(plan.rows, dtype=float), []
+    for groups, pads in zip(plan.groups, plan.pad_to):
+        squares.append(
+            [
+                float(sum((pad or batch.lengths[i]) ** 2 for i in group))
+                for group, pad in zip(groups, pads)
+            ]
+        )
+    return Slots(-(-tokens // align) * align, np.array(squares))
+
+
+def sequence_cost(model: ModelConfig) -> Cost:
+    """As the loader weighs sequences."""
+    return Cost.of_transformer(
+        model.parameters_count(active=True), model.num_layers, model.num_heads * model.head_dim
+    )
+
+
+@lru_cache(maxsize=256)
+def simulator(name: str, stages: int, microbatches: int, virtual_stages: int) -> Simulator:
+    return Simulator(cached_schedule(name, stages, microbatches, virtual_stages))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A strategy, with what it takes and reaches. Seconds and bytes."""
+
+    strategy: Strategy
+    flush: float
+    parts: dict[str, float]  # of the step, by the slowest stage's reckoning; they add up to it
+    stages: tuple[StageMemory, ...]
+    layer_seconds: float  # one layer's forward over the mean micro-batch
+    mean_tokens: float
+    largest_tokens: int
+    bubble: float
+    sequences: int
+    tokens: int
+    model_flops: float  # of the step, a card
+    hardware_flops: float
+    peak_flops: float
+
+    @property
+    def step(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def memory(self) -> float:
+        return max(stage.total for stage in self.stages)
+
+    @property
+    def gpus(self) -> int:
+        return self.strategy.layout.world
+
+    @property
+    def sequences_per_second(self) -> float:
+        return self.sequences / self.step
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step
+
+    @property
+    def mfu(self) -> float:
+        return self.model_flops / self.step / self.peak_flops
+
+    @property
+    def hfu(self) -> float:
+        return self.hardware_flops / self.step / self.peak_flops
+
+
+def memory_of(problem: Problem, s: Strategy, rank: int, tokens: int) -> StageMemory:
+    c = problem.cluster
+    stage = stage_memory(problem.model, s, rank, tokens, imbalance=c.imbalance, device=c.device)
+    copy = cost.reduction_bytes(problem.model, s, stage.parameters)
+    if copy > stage.activations + stage.working + stage.messages:  # the gradients' sum comes after
+        stage = StageMemory(
+            stage.weights, stage.gradients, stage.optimizer, 0.0, copy, 0.0, stage.parameters
+        )
+    return stage
+
+
+def flush_costs(problem: Problem, s: Strategy, sl: Slots):
+    """{(virtual stage, Kind): seconds [m]} and the layer's costs behind them."""
+    layer = cost.layer_cost(problem.model, problem.cluster, s)
+    ahead, back, again = (
+        layer.total(part)(sl.tokens, sl.squares).max(0)
+        for part in (layer.forward, layer.backward, layer.again)
+    )
+    loss = cost.loss_cost(problem.model, problem.cluster, s)(sl.tokens, sl.squares).max(0)
+    costs = {}
+    for v, (count, redone) in enumerate(zip(s.layers, s.checkpointed)):
+        costs[v, Kind.F] = count * ahead + (loss if v == s.depth - 1 else 0.0)
+        costs[v, Kind.B] = count * back + redone * again
+    return costs, layer
+
+
+def play(problem: Problem, s: Strategy, sl: Slots) -> tuple[Timeline | float, dict]:
+    """The makespan of the flush on the schedule that the runtime would run."""
+    costs, _ = flush_costs(problem, s, sl)
+    run = simulator(s.schedule, s.layout.pp, s.microbatches, s.virtual_stages)
+    run.latency = cost.message_seconds(problem.model, problem.cluster, s, float(sl.tokens.mean()))
+    lists = {key: values.tolist() for key, values in costs.items()}
+    return run.run(lambda stage, microbatch, kind: lists[stage, kind][microbatch]), costs
+
+
+def lower_bound(problem: Problem, s: Strategy, sl: Slots) -> float:
+    """A flush of `s` takes no less, whatever is checkpointed: a stage's own work, behind and
+    before the shortest micro-batch of the stages in front of it."""
+    layer = cost.layer_cost(problem.model, problem.cluster, s)
+    ahead, back = layer.total(layer.forward), layer.total(layer.backward)
+    tokens, squares = sl.sums
+    m = s.microbatches
+
+    def whole(a: cost.Affine) -> float:
+        return a.fixed * m + a.per_token * tokens + a.per_square * squares
+
+    both, shortest = whole(ahead) + whole(back), ahead(*sl.least) + back(*sl.least)
+    loss = whole(cost.loss_cost(problem.model, problem.cluster, s))
+    best = 0.0
+    for rank in range(s.layout.pp):
+        layers = sum(s.layers[rank :: s.layout.pp])
+        own = layers * both + (loss if rank == s.layout.pp - 1 else 0.0)
+        best = max(best, own + sum(s.layers[:rank]) * shortest)
+    return best
+
+
+def evaluate(problem: Problem, s: Strategy, *, exact_order: bool = False) -> Plan:
+    """The whole plan. `exact_order`: micro-batches in the order that the loader would choose."""
+    return _evaluate(problem, s, exact_order)[0]
+
+
+def timeline(problem: Problem, s: Strategy) -> Timeline:
+    """The flush's actions, as the loader would order its micro-batches."""
+    return _evaluate(problem, s, True)[1]
+
+
+def _evaluate(problem: Problem, s: Strategy, exact_order: bool) -> tuple[Plan, Timeline]:
+    model, c, layout = problem.model, problem.cluster, s.layout
+    sl = slots(model, problem.batch, layout.dp, s.microbatches, layout.tp)
+    if exact_order:
+        run = simulator(s.schedule, layout.pp, s.microbatches, s.virtual_stages)
+        ordered = plan_batch(
+            problem.batch.lengths,
+            s.microbatches,
+            dp=layout.dp,
+            align=layout.tp,
+            policy=problem.batch.policy,
+            cost=sequence_cost(model),
+            makespan=lambda costs: run.makespan(costs, [2.0 * x for x in costs]),
+        )
+        sl = _slots(problem.batch, ordered, layout.tp)
+    played, costs = play(problem, s, sl)
+    layer = cost.layer_cost(model, c, s)
+
+    # The busiest rank's time by part; what remains of the makespan is idle.
+    rank = int(np.argmax(played.busy))
+    parts: dict[str, float] = {}
+    for v in range(rank, s.depth, layout.pp):
+        for name in layer.forward:
+            time = s.layers[v] * (
+                layer.forward[name](sl.tokens, sl.squares)
+                + layer.backward[name](sl.tokens, sl.squares)
+            )
+            parts[name] = parts.get(name, 0.0) + float(time.mean(0).sum())
+            redone = s.checkpointed[v] * layer.again[name](sl.tokens, sl.squares)
+            parts["recomputation"] = parts.get("recomputation", 0.0) + float(redone.mean(0).sum())
+        if v == s.depth - 1:
+            loss = cost.loss_cost(model, c, s)(sl.tokens, sl.squares)
+            parts["head and loss"] = float(loss.mean(0).sum())
+    parts["waiting"] = max(0.0, played.makespan - sum(parts.values()))
+    parts |= cost.update_seconds(model, c, s)
+
+    tokens, squares = float(sl.tokens.sum()), float(sl.squares.sum())
+    lengths = problem.batch.lengths
+    useful = 3.0 * cost.forward_flops(model, sum(lengths), sum(n * n for n in lengths))
+    redone = sum(s.checkpointed) * cost.layer_flops(model, tokens, squares)
+    done = 3.0 * cost.forward_flops(model, tokens, squares) + redone
+    stages = tuple(memory_of(problem, s, r, sl.largest) for r in range(layout.pp))
+    mean = float(sl.tokens.mean())
+    plan = Plan(
+        strategy=s,
+        flush=played.makespan,
+        parts=parts,
+        stages=stages,
+        layer_seconds=float(layer.total(layer.forward)(sl.tokens, sl.squares).mean()),
+        mean_tokens=mean,
+        largest_tokens=sl.largest,
+        bubble=float(np.mean(played.bubble)),
+        sequences=len(lengths),
+        tokens=sum(lengths),
+        model_flops=useful / layout.world,
+        hardware_flops=done / layout.world,
+        peak_flops=c.flops,
+    )
+    return plan, played
+
+
+def chunk_ranges(layers: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Numbers, from 1, of each virtual stage's first and last layer."""
+    ends = list(itertools.accumulate(layers))
+    return [(end - count + 1, end) for end, count in zip(ends, layers)]

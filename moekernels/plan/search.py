@@ -1,0 +1,291 @@
+"""The best strategy, and why not the others.
+
+For every number of cards that divides the cluster, branch and bound over (tp, ep, etp, dp, pp,
+schedule, virtual stages, micro-batches, layers per stage, dispatcher, optimiser state): a bound
+from below on each candidate's step orders them, and they are played on their schedules until no
+bound is below the best. A stage checkpoints as few layers as fit: more never make it faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from moekernels.errors import UsageError
+from moekernels.parallel.mesh import Layout, divisors
+from moekernels.plan import cost
+from moekernels.plan.evaluate import Plan, Problem, evaluate, lower_bound, memory_of, slots
+from moekernels.plan.strategy import Strategy
+
+FORMATS = ("fp32", "bf16")  # of the moments; the first is taken where it is no slower
+
+
+@dataclass(frozen=True)
+class Space:
+    """What the search may vary; None: anything. `schedule` names, degrees as numbers."""
+
+    tp: int | None = None
+    dp: int | None = None
+    pp: int | None = None
+    ep: int | None = None
+    etp: int | None = None
+    schedule: str | None = None
+    microbatches: int | None = None
+    dispatcher: str | None = None
+    optimizer_state: str | None = None
+    gpus: int | None = None
+
+    def allows(self, name: str, value) -> bool:
+        wanted = getattr(self, name)
+        return wanted is None or wanted == value
+
+
+@dataclass
+class Rejection:
+    """Why a class of candidates is not the recommended one."""
+
+    what: str
+    reason: str
+
+
+@dataclass
+class Result:
+    best: Plan
+    pareto: list[Plan]
+    rejected: list[Rejection]
+    considered: int = 0
+    played: int = 0
+    classes: dict[str, tuple[float, str]] = field(default_factory=dict)
+
+
+def layouts(problem: Problem, world: int, space: Space) -> Iterator[Layout]:
+    model, c = problem.model, problem.cluster
+    sequences = len(problem.batch.lengths)
+    for tp in divisors(world):
+        if tp > c.gpus_per_node or model.num_heads % tp or model.num_kv_heads % tp:
+            continue
+        if not space.allows("tp", tp):
+            continue
+        for pp in divisors(world // tp):
+            dp = world // tp // pp
+            if pp > model.num_layers or dp > sequences or (pp > 1 and model.tie_embeddings):
+                continue
+            if not (space.allows("pp", pp) and space.allows("dp", dp)):
+                continue
+            for etp in divisors(tp):
+                if model.expert.d_ff % etp or not space.allows("etp", etp):
+                    continue
+                for ep in divisors(tp * dp // etp):
+                    if model.num_experts % ep == 0 and space.allows("ep", ep):
+                        yield Layout(tp, dp, pp, ep, etp)
+
+
+@lru_cache(maxsize=256)
+def splits(layers: int, depth: int, heavy_loss: bool) -> tuple[tuple[int, ...], ...]:
+    """Layers of each virtual stage: as even as can be, the odd ones in the middle, away from the
+    first stage's activations and the last one's head; and, for a heavy head, one less in the
+    last."""
+    base, rest = divmod(layers, depth)
+    middle = sorted(range(depth), key=lambda v: (abs(v - (depth - 1) / 2), v))
+    even = [base + (v in middle[:rest]) for v in range(depth)]
+    found = [tuple(even)]
+    if heavy_loss and depth > 1 and even[-1] > 1:
+        light = [*even]
+        light[-1] -= 1
+        target = min(range(depth - 1), key=lambda v: (light[v], abs(v - (depth - 1) / 2)))
+        light[target] += 1
+        found.append(tuple(light))
+    return tuple(found)
+
+
+def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]:
+    """Every strategy on `world` cards; nothing is checkpointed yet."""
+    model = problem.model
+    sequences = len(problem.batch.lengths)
+    vocabulary = 3 * model.vocab_size * model.d_model
+    heavy = vocabulary > cost.layer_flops(model, 1.0, 0.0)
+    for layout in layouts(problem, world, space):
+        ways = ["all_to_all"]
+        if layout.exchange > 1 and model.top_k >= layout.ep:
+            ways.append("all_gather")
+        most = sequences // layout.dp
+        counts = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
+        if space.microbatches is not None:
+            counts = [space.microbatches] if space.microbatches <= most else []
+        for virtual in [1, 2, 4] if layout.pp > 1 else [1]:
+            name = "1f1b" if virtual == 1 else "interleaved"
+            if layout.pp * virtual > model.num_layers or not space.allows("schedule", name):
+                continue
+            for layers in splits(model.num_layers, layout.pp * virtual, heavy):
+                for microbatches in counts:
+                    if microbatches < layout.pp and microbatches < most:
+                        continue  # a pipeline that never fills: more micro-batches are better
+                    for way in ways:
+                        if not space.allows("dispatcher", way):
+                            continue
+                        yield Strategy(
+                            layout, layers, (0,) * len(layers), microbatches, name, virtual, way,
+                            problem.dtype,
+                        )  # fmt: skip
+
+
+def fit(problem: Problem, s: Strategy, *, everything: bool = False) -> Strategy | float:
+    """`s` with as few checkpointed layers as its stages need, or the bytes by which it is over."""
+    c = problem.cluster
+    room = c.memory - c.reserve
+    largest = slots(problem.model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp).largest
+    chosen = list(s.layers) if everything else [0] * s.depth
+    over = 0.0
+    for rank in range(s.layout.pp):
+        mine = range(rank, s.depth, s.layout.pp)
+        total = sum(s.layers[v] for v in mine)
+
+        def needs(count: int, mine=mine, rank=rank, total=total) -> float:
+            spread = list(chosen)
+            for v in mine:  # the first chunks keep theirs longest
+                spread[v] = min(count, s.layers[v])
+                count -= spread[v]
+            trial = replace(s, checkpointed=tuple(spread))
+            chosen[:] = spread
+            return memory_of(problem, trial, rank, largest).total
+
+        if everything:
+            over = max(over, needs(total) - room)
+            continue
+        if needs(0) <= room:
+            continue
+        low, high = 0, total
+        if (most := needs(total)) > room:
+            over = max(over, most - room)
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if needs(middle) <= room else (middle, high)
+        needs(high)
+    return over if over > 0 else replace(s, checkpointed=tuple(chosen))
+
+
+def search(problem: Problem, space: Space | None = None) -> Result:
+    """The fastest plan, the Pareto list of (step, memory, cards), and why not the others."""
+    space = space or Space()
+    result = Result(None, [], [])
+    found: list[Plan] = []
+    least: tuple[float, str] | None = None
+    worlds = divisors(problem.cluster.gpus) if space.gpus is None else [space.gpus]
+    for world in sorted(worlds, reverse=True):
+        best = _best_of(problem, world, space, result)
+        if isinstance(best, Plan):
+            found.append(best)
+            lean = _leanest_of(problem, best)
+            if lean is not None:
+                found.append(lean)
+        elif best is not None and (least is None or best[0] < least[0]):
+            least = best
+    if not found:
+        raise UsageError(_infeasible(problem, least))
+    result.best = min(found, key=lambda p: (p.step, p.gpus, p.memory))
+    result.pareto = pareto(found)
+    result.rejected = _reasons(problem, result)
+    return result
+
+
+def _best_of(problem: Problem, world: int, space: Space, result: Result):
+    """The fastest plan on `world` cards; or (bytes over, what) of what comes nearest to fitting;
+    None where no layout exists."""
+    bounded = []
+    for s in candidates(problem, world, space):
+        sl = slots(problem.model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp)
+        bounded.append((lower_bound(problem, s, sl), len(bounded), s))
+    result.considered += len(bounded)
+    bounded.sort(key=lambda entry: entry[:2])
+    best: Plan | None = None
+    nearest: tuple[float, str] | None = None
+    for bound, _, s in bounded:
+        key = f"{world}: {_class(s)}"
+        if best is not None and bound >= best.step:
+            result.classes.setdefault(key, (bound, "slower"))
+            continue
+        for state in FORMATS:
+            if not space.allows("optimizer_state", state):
+                continue
+            fitted = fit(problem, replace(s, optimizer_state=state))
+            if isinstance(fitted, float):
+                if nearest is None or fitted < nearest[0]:
+                    nearest = (fitted, _class(s))
+                if result.classes.get(key, (0, ""))[1] != "slower":
+                    known = result.classes.get(key, (float("inf"), "memory"))[0]
+                    result.classes[key] = (min(known, fitted), "memory")
+                continue
+            plan = evaluate(problem, fitted)
+            result.played += 1
+            known = result.classes.get(key)
+            if known is None or known[1] == "memory" or plan.step < known[0]:
+                result.classes[key] = (plan.step, "slower")
+            if best is None or plan.step < best.step:
+                best = plan
+            if not any(fitted.checkpointed):
+                break  # narrower moments would free nothing that is needed
+    return best or nearest
+
+
+def _leanest_of(problem: Problem, best: Plan) -> Plan | None:
+    """The same layout with everything checkpointed and the narrow moments."""
+    s = replace(best.strategy, optimizer_state="bf16")
+    fitted = fit(problem, s, everything=True)
+    return evaluate(problem, fitted) if isinstance(fitted, Strategy) else None
+
+
+def pareto(plans: list[Plan]) -> list[Plan]:
+    """Those that no other beats in step, memory and cards alike, fastest first."""
+
+    def key(p: Plan) -> tuple[float, float, int]:
+        return p.step, p.memory, p.gpus
+
+    kept = [
+        p
+        for p in plans
+        if not any(all(a <= b for a, b in zip(key(q), key(p))) and key(q) != key(p) for q in plans)
+    ]
+    return sorted(kept, key=key)
+
+
+def _class(s: Strategy) -> str:
+    layout = s.layout
+    return f"TP{layout.tp} DP{layout.dp} PP{layout.pp} EP{layout.ep}" + (
+        f" ETP{layout.etp}" if layout.etp > 1 else ""
+    )
+
+
+def _reasons(problem: Problem, result: Result) -> list[Rejection]:
+    best, rejected = result.best, []
+    own = f"{best.gpus}: {_class(best.strategy)}"
+    prefix = f"{best.gpus}: "
+    for key, (value, kind) in result.classes.items():
+        if key == own or not key.startswith(prefix):
+            continue
+        what = key.removeprefix(prefix)
+        if kind == "memory":
+            reason = f"{value / 1e9:.1f} GB over a card's memory with every layer checkpointed"
+            rejected.append((float("inf"), Rejection(what, reason)))
+        else:
+            rejected.append((value, Rejection(what, f"{value / best.step:.2f}x the step or more")))
+    rejected.sort(key=lambda entry: entry[0])
+    return [entry[1] for entry in rejected]
+
+
+def _infeasible(problem: Problem, nearest: tuple[float, str] | None) -> str:
+    c = problem.cluster
+    if nearest is None:
+        return (
+            f"plan: no layout of {c.gpus} cards divides the model's {problem.model.num_heads} "
+            f"heads, {problem.model.num_layers} layers and {problem.model.num_experts} experts; "
+            "fewer constraints, or a power of two of cards, would do"
+        )
+    over, what = nearest
+    return (
+        f"plan: nothing fits {c.gpus} cards of {c.memory / 1e9:g} GB ({c.reserve / 1e9:g} GB "
+        f"reserved): memory binds, and the nearest, {what} with every layer checkpointed and bf16 "
+        f"moments, is over by {over / 1e9:.1f} GB; cards of {(c.memory + over) / 1e9:.1f} GB, or "
+        "more of them, would do"
+    )

@@ -1,0 +1,106 @@
+"""One way to train a model on a cluster, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from moekernels.parallel.mesh import Layout
+
+# bytes of (weight, gradient, master, both moments) a parameter, by (dtype, optimizer_state)
+STATE_BYTES = {
+    ("fp32", "fp32"): (4, 4, 0, 8),
+    ("fp32", "bf16"): (4, 4, 0, 4),
+    ("bf16", "fp32"): (2, 4, 4, 8),
+    ("bf16", "bf16"): (2, 4, 4, 4),
+    ("fp64", "fp32"): (8, 8, 0, 16),
+    ("fp64", "bf16"): (8, 8, 0, 16),
+}
+WIDTH = {"fp64": 8, "fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """`layers` and `checkpointed` count layers per virtual stage; those checkpointed come first."""
+
+    layout: Layout
+    layers: tuple[int, ...]
+    checkpointed: tuple[int, ...]
+    microbatches: int  # of the whole flush, per data-parallel rank
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
+    dispatcher: str = "all_to_all"
+    dtype: str = "bf16"
+    optimizer_state: str = "fp32"
+    sequence_parallel: bool = True
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    @cached_property
+    def checkpoint_layers(self) -> tuple[int, ...]:
+        """Numbers, from 1, of the layers computed again."""
+        chosen, first = [], 1
+        for count, again in zip(self.layers, self.checkpointed):
+            chosen += range(first, first + again)
+            first += count
+        return tuple(chosen)
+
+    @property
+    def gathers(self) -> bool:
+        return self.dispatcher == "all_gather" and self.layout.exchange > 1
+
+
+def ranges_text(numbers: tuple[int, ...]) -> str:
+    """(1, 2, 3, 7) -> `1-3,7`; `none` where there are none."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][1] == n - 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs) or "none"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step reads: the lengths of its sequences, and how they are packed."""
+
+    lengths: tuple[int, ...]
+    policy: str = "packed"
+    assumed: str = field(default="", compare=False)  # what was taken for granted about them
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Cards and links; bytes and FLOPs a second are of one card."""
+
+    gpus: int
+    gpus_per_node: int
+    flops: float
+    memory: float
+    memory_bandwidth: float
+    link_bandwidth: float  # within a node, a direction
+    network_bandwidth: float  # between nodes, a direction
+    reserve: float = 2e9  # of a card's memory: context, collectives, allocator
+    gemm_efficiency: float = 0.70  # of a large dense product
+    grouped_efficiency: float = 0.55  # of the experts' grouped products
+    half_rows: float = 96.0  # rows at which a product reaches half of its efficiency
+    bandwidth_efficiency: float = 0.75
+    latency: float = 15e-6  # of a collective's every hop
+    overhead: float = 1.2e-3  # of an action that no roofline sees: launches, host syncs, a layer
+    imbalance: float = 1.10  # rows of the busiest rank over the mean
+    overlap: float = 0.0  # of the exchange, hidden behind computation
+    device: str = "cuda"
+    calibrated: str = ""  # when and where the constants were measured
+
+    def bandwidth(self, ranks: int, stride: int = 1) -> float:
+        """Of a collective over `ranks` ranks that lie `stride` apart."""
+        inside = ranks * stride <= self.gpus_per_node
+        link = self.link_bandwidth if inside else self.network_bandwidth
+        return link * self.bandwidth_efficiency
