@@ -40,7 +40,7 @@ def run(capsys, *argv):
         (["train", "--resume", "--out", "/tmp/moekernels-never-there"], ["no checkpoint"]),
         (["verify", "--tp", "3"], ["tp 3"]),
         (["verify", "--experts", "6", "--dp", "4", "--ep", "4"], ["ep 4", "6 experts"]),
-        (["verify", "--dtype", "bf16"], ["bf16", "fp32"]),
+        (["verify", "--dtype", "bf16"], ["bf16", "did you mean fp"]),
         (["verify", "--schedule", "1f1d"], ["1f1d", "1f1b"]),
         (["trian"], ["trian", "train"]),
         ([], ["command"]),

@@ -114,6 +114,8 @@ class Trainer:
         self.env, self.job, self.run = env, job, run
         self.mesh = mesh = Mesh(assembly.layout_of(run), device=env.device)
         self.chunks = assembly.build_chunks(run, mesh)
+        numbers = [sorted(map(int, chunk.layers)) for chunk in self.chunks]
+        self.rows = [slice(n[0] - 1, n[-1]) for n in numbers]  # of [all layers, experts]
         self.runtime = assembly.build_runtime(run, mesh, self.chunks)
         self.loader = assembly.build_loader(run, job.corpus, mesh.dp_index)
         self.shards = [shard for chunk in self.chunks for shard in chunk.named_shards()]
@@ -218,10 +220,9 @@ class Trainer:
             model.num_layers, model.num_experts, dtype=torch.float64, device=self.env.device
         )
         scalars = torch.zeros(4 + self.env.world, dtype=torch.float64, device=self.env.device)
-        for chunk in self.chunks:
+        for chunk, layers in zip(self.chunks, self.rows):
             counts, losses = chunk.take_statistics()
-            first = min(map(int, chunk.layers)) - 1
-            loads[first : first + len(counts)] = counts
+            loads[layers] = counts.double()
             if mesh.tp.rank == 0:
                 scalars[1:3] += losses
         if result.losses and mesh.tp.rank == 0:
@@ -234,8 +235,10 @@ class Trainer:
         loss, balance, z, bubble, *memory = everything[: len(scalars)].tolist()
         if step > self.run.train.steps * (1 - HEAT_SHARE) or step == self.run.train.steps:
             self.heat += loads
-        if model.bias_update_rate > 0:
-            self.move_selection_biases(loads)
+        if rate := model.bias_update_rate:
+            for chunk, layers in zip(self.chunks, self.rows):
+                biases = chunk.selection_biases
+                update_selection_biases(biases, loads[layers].to(self.env.device), rate)
         return {
             "step": step,
             "loss": loss,
@@ -248,14 +251,6 @@ class Trainer:
             "bubble": bubble,
             "memory_gb": max(memory) / 1e9,
         }
-
-    def move_selection_biases(self, loads: torch.Tensor) -> None:
-        """loads [L, E] of the whole step and model, the same on every rank."""
-        for chunk in self.chunks:
-            of_chunk = loads[[int(layer) - 1 for layer in chunk.layers]].to(self.env.device)
-            update_selection_biases(
-                chunk.selection_biases, of_chunk, self.run.model.bias_update_rate
-            )
 
     def flops_per_token(self, batches) -> float:
         """Of a forward and backward pass, recomputation not counted."""

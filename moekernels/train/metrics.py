@@ -132,8 +132,10 @@ class Progress:
             self.task = self.bar.add_task("train", total=steps, completed=first, text="")
 
     def show(self, line: dict) -> None:
-        text = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s  load "
-        f"{line['load_max_over_mean']:.2f}x"
+        text = (
+            f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s  "
+            f"load {line['load_max_over_mean']:.2f}x"
+        )
         if "eval_loss" in line:
             text += f"  held out {line['eval_loss']:.4f}"
         step = line["step"]

@@ -32,7 +32,7 @@ from moekernels.train.schema import LayoutSection
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}  # of max|a-b| / max|b|
 TIE = {"fp64": 1e-12, "fp32": 1e-5}  # scores this close are a tie
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
-MICROBATCHES = 8
+MICROBATCHES = 8  # of a step, but at least two on each data-parallel rank
 VOCABULARY = 131  # a prime: no tensor-parallel size divides it
 
 LAYOUTS = (  # what the project promises
@@ -166,8 +166,9 @@ def _configure(
     m.vocab_size, m.d_model, m.head_dim, m.num_heads = VOCABULARY, 32, 4, 8
     m.num_kv_heads = 4 if 4 % lay.tp == 0 else 8
     m.num_experts, m.top_k = variant.experts, variant.top_k
-    m.expert_d_in, m.expert_d_ff, m.renormalize, m.init_std = 48, 32, False, 0.2
-    run.batch.microbatches, run.batch.accumulation, run.batch.context = MICROBATCHES, 1, 40
+    m.expert_d_in, m.expert_d_ff, m.renormalize, m.init_std = 48, 32, False, 0.1
+    run.batch.microbatches = max(2, MICROBATCHES // lay.dp)
+    run.batch.accumulation, run.batch.context = 1, 40
     run.train.dtype = dtype
     cfg.check(run, world)
     return run
@@ -179,9 +180,10 @@ def draw_batches(run: cfg.RunConfig, step: int) -> list[list[MicroBatch]]:
 
     random = np.random.default_rng(step)
     dp, tp = run.layout.dp, run.layout.tp
-    lengths = random.integers(1, run.batch.context + 1, 3 * MICROBATCHES * dp).tolist()
+    count = run.batch.microbatches
+    lengths = random.integers(1, run.batch.context + 1, 3 * count * dp).tolist()
     texts = [torch.from_numpy(random.integers(0, VOCABULARY, n + 1)) for n in lengths]
-    plan = plan_batch(lengths, MICROBATCHES, dp=dp, align=tp, cost=Cost(1.0, 0.01))
+    plan = plan_batch(lengths, count, dp=dp, align=tp, cost=Cost(1.0, 0.01))
     return [
         [
             MicroBatch.pack(

@@ -1,0 +1,234 @@
+"""The main job at a small size: its folder, its numbers, its ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from moekernels.cli import main
+from moekernels.train.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = (
+    "--layers 4 --experts 8 --d-model 32 --heads 4 --head-dim 8 --expert-d-in 48 --expert-d-ff 32 "
+    "--vocab-size 300 --sequences 16 --context 48 --microbatches 4 --accumulation 1 --warmup 2 "
+    "--device cpu --eval-sequences 16"
+).split()
+LAYOUT = ["--tp", "2", "--pp", "2"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A small text of its own, and a cache that leaves the user's alone."""
+    folder = tmp_path_factory.mktemp("text")
+    lines = [f"line {i}: {'spam and eggs ' * (i % 5)}{i * i}" for i in range(3000)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def cache(text, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(text / "cache"))
+
+
+def argv(text, out, *more):
+    return ["train", *SMALL, "--data", str(text / "text.txt"), "--out", str(out), *more]
+
+
+def environment(text):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(text / "cache")}
+
+
+def run_command(text, *command):
+    return subprocess.Popen(
+        [sys.executable, "-m", "moekernels", *command],
+        env=environment(text),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start(text, out, *more):
+    return run_command(text, *argv(text, out, *more))
+
+
+def losses(out):
+    return [line["loss"] for line in read_metrics(out)]
+
+
+def wait_for_steps(out, steps, process, seconds=90):
+    deadline = time.monotonic() + seconds
+    while len(read_metrics(out)) < steps and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    assert len(read_metrics(out)) >= steps
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """A run of 8 steps that nothing disturbed, under TP2 x PP2."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    more = (*LAYOUT, "--steps", "8", "--save-every", "3", "--eval-every", "4", "--lr", "1e-2")
+    process = start(text, out, *more)
+    stdout, stderr = process.communicate(timeout=180)
+    assert process.returncode == 0 and not stderr, stderr
+    return out, stdout, more
+
+
+def test_folder_of_a_run(whole):
+    out, stdout, _ = whole
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == [
+        "checkpoints",
+        "config.toml",
+        "experts.png",
+        "loss.png",
+        "metrics.jsonl",
+        "trace.json",
+        "trace_planned.json",
+    ]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    for line in lines:
+        assert line["tokens_per_s"] > 0 and line["grad_norm"] > 0 and line["dropped"] == 0
+        assert line["load_max_over_mean"] >= 1 and 0 <= line["bubble"] < 1 and line["lr"] > 0
+        assert line["aux"] > 0.9 and line["z"] > 0 and "mfu" not in line
+    assert ["eval_loss" in line for line in lines] == [False, False, False, True] * 2
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
+    for name in ("loss.png", "experts.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    config = tomllib.loads((out / "config.toml").read_text())
+    assert config["train"]["steps"] == 8 and config["layout"] == {**config["layout"], "ep": 2}
+
+
+def test_traces_hold_every_pass_of_every_stage(whole):
+    for name in ("trace.json", "trace_planned.json"):
+        events = json.loads((whole[0] / name).read_text())["traceEvents"]
+        passes = [(e["pid"], e["name"]) for e in events if e["ph"] == "X" and e["tid"] == 0]
+        assert sorted(passes) == sorted(
+            (stage, f"{kind}{m}") for stage in (0, 1) for kind in "FB" for m in range(4)
+        )
+        assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in events if e["ph"] == "X")
+
+
+def test_the_layout_comes_first_and_a_table_last(whole):
+    out = whole[1]
+    first, last = out.index("dense    4 ranks = tp 2 x dp 1 x pp 2"), out.index("unigram entropy")
+    assert "experts  4 ranks = etp 1 x ep 2 x edp 1 x pp 2" in out
+    assert "32 / 4 ranks = 8 a rank (checked)" in out
+    assert first < out.index("step 1/8") < last
+
+
+def test_killed_at_any_moment_and_resumed_has_the_same_losses(text, whole, tmp_path):
+    """SIGKILL to the parent alone, twice; ranks must go by themselves. Bit for bit."""
+    expected, out = losses(whole[0]), tmp_path / "killed"
+    process = start(text, out, *whole[2])
+    wait_for_steps(out, 4, process)
+    process.kill()
+    process.communicate()
+    process = start(text, out, *whole[2], "--resume")
+    wait_for_steps(out, 7, process)
+    process.kill()
+    process.communicate()
+    # Whatever the kill left half done must not be taken for whole.
+    (out / "checkpoints" / ".partial-step-0000099").mkdir()
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+    assert process.returncode == -signal.SIGKILL
+    process = run_command(text, "train", "--resume", "--out", str(out))  # its own config.toml
+    stdout, stderr = process.communicate(timeout=180)
+    assert process.returncode == 0, stderr
+    assert losses(out) == expected
+    assert "from step 6" in stdout
+
+
+def test_another_layout_resumes(text, whole, tmp_path, cache, capfd):
+    """The checkpoint of TP2 x PP2 goes on in one process: the same losses to rounding."""
+    import shutil
+
+    out = tmp_path / "moved"
+    shutil.copytree(whole[0], out)
+    shutil.rmtree(out / "checkpoints" / "step-0000008")
+    more = ("--tp", "1", "--steps", "8", "--lr", "1e-2", "--eval-every", "4", "--resume")
+    assert main(argv(text, out, *more)) == 0
+    assert "from step 6" in capfd.readouterr().out
+    got, expected = losses(out), losses(whole[0])
+    assert got[:6] == expected[:6]
+    assert got[6:] == pytest.approx(expected[6:], rel=1e-4)
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "more, parts",
+    [
+        ((), ["already holds a run", "--resume"]),
+        (("--resume", "--steps", "9", "--d-model", "64"), ["model.d_model = 32", "64"]),
+        (("--resume", "--steps", "9", "--seed", "1"), ["seed"]),
+        (("--resume",), ["step 8", "--steps"]),
+    ],
+)
+def test_a_used_folder_is_not_touched(text, whole, cache, capsys, more, parts):
+    before = contents(whole[0])
+    flags = [x for x in (*whole[2], *more)]
+    assert main(argv(text, whole[0], *flags)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+    assert contents(whole[0]) == before
+
+
+def test_a_live_run_locks_its_folder(text, tmp_path, cache, capsys):
+    out = tmp_path / "live"
+    process = start(text, out, *LAYOUT, "--steps", "500")
+    try:
+        wait_for_steps(out, 1, process)
+        assert main(argv(text, out, "--resume", *LAYOUT)) == 2
+        assert main(argv(text, out, *LAYOUT)) == 2
+        assert "another run is writing" in capsys.readouterr().err
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=10)
+        assert process.returncode == 130 and stderr == "moekernels: interrupted\n"
+    finally:
+        process.kill()
+
+
+def test_a_rank_that_dies_ends_the_run_under_its_name(text, tmp_path):
+    out = tmp_path / "dies"
+    process = start(text, out, *LAYOUT, "--steps", "500")
+    wait_for_steps(out, 1, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[3]), signal.SIGKILL)
+    begin = time.monotonic()
+    _, stderr = process.communicate(timeout=15)
+    assert process.returncode == 1 and time.monotonic() - begin < 10
+    assert stderr.strip().endswith("rank 3 (tp 1, pp 1): killed by SIGKILL")
+
+
+def test_one_process_and_variations(text, tmp_path, cache, capfd):
+    """bf16 with bf16 moments, selection bias, recomputed layers, drawn lengths, a padded policy."""
+    more = "--tp 1 --dtype bf16 --optimizer-state bf16 --bias-update-rate 0.01 --balance-coef 0 "
+    more += "--checkpoint-layers 2-3 --lengths 8:48 --policy buckets --steps 3 --recompute-experts"
+    assert main(argv(text, tmp_path / "one", *more.split())) == 0
+    lines = read_metrics(tmp_path / "one")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_under_torchrun(text, tmp_path):
+    env = {**environment(text), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += ["2", "-m", "moekernels", *argv(text, tmp_path / "run", "--steps", "2")]
+    command += ["--pp", "2", "--schedule", "interleaved", "--virtual-stages", "2"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+    assert done.stdout.count("dense    2 ranks") == 1
