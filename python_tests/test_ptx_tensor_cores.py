@@ -111,6 +111,12 @@ def test_grouped_gemm(sm90, schedule, lazy):
         ("too_many_bytes", ptx.Deadlock, "16 bytes that no copy brings"),
         # the phase ends before the second copy: seen at its end, or by whoever reads too early
         ("too_few_bytes", (ptx.MBarrierError, ptx.UninitializedRead), "too few|wgmma"),
+        ("no_full_wait", (ptx.AsyncHazard, ptx.UninitializedRead), "wgmma"),
+        # the producer overruns the consumers, or its own announcement of the stage's last round
+        ("no_empty_wait", (ptx.AsyncHazard, ptx.MBarrierError), "asynchronous|expects 0 more"),
+        # the other consumer still reads, or arrives once more than the barrier expects
+        ("one_consumer_frees", (ptx.AsyncHazard, ptx.MBarrierError), "wgmma|2 arrivals"),
+        ("shared_accumulators", ptx.AsyncHazard, "touched while"),
     ],
 )
 def test_planted_pipeline_bugs(sm90, schedule, lazy, name, errors, words):

@@ -4,7 +4,19 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
-enum Bug { kNone, kFreedEarly, kWrongStride, kWrongSwizzle, kNoLastWait, kTooManyBytes, kTooFewBytes };
+enum Bug {
+  kNone,
+  kFreedEarly,
+  kWrongStride,
+  kWrongSwizzle,
+  kNoLastWait,
+  kTooManyBytes,
+  kTooFewBytes,
+  kNoFullWait,
+  kNoEmptyWait,
+  kOneConsumerFrees,
+  kSharedAccumulators,
+};
 constexpr int kM = 128, kN = 64, kK = 64, kStages = 3;  // a tile; 64 rows for each of two warpgroups
 constexpr int kTileBytes = (kM + kN) * kK * 2;
 
@@ -93,7 +105,7 @@ __device__ void run(const CUtensorMap* rows, const CUtensorMap* weights, const i
   Ring& ring = *reinterpret_cast<Ring*>(dynamic);
   const int group = threadIdx.x / 128, t = threadIdx.x % 128, steps = K / kK;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) init(&ring.full[s], 1), init(&ring.empty[s], 2);
+    for (int s = 0; s < kStages; ++s) init(&ring.full[s], 1), init(&ring.empty[s], kBug == kOneConsumerFrees ? 1 : 2);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -103,7 +115,7 @@ __device__ void run(const CUtensorMap* rows, const CUtensorMap* weights, const i
     if (t != 0) return;
     for (int i = blockIdx.x; find_tile(i, offsets, E, N / kN, tile); i += gridDim.x)
       for (int k = 0; k < K; k += kK) {
-        wait(&ring.empty[stage], phase);
+        if (kBug != kNoEmptyWait) wait(&ring.empty[stage], phase);
         const int wrong = kBug == kTooManyBytes ? 16 : kBug == kTooFewBytes ? -kN * kK * 2 : 0;
         expect(&ring.full[stage], kTileBytes + wrong);
         load(ring.a[stage], rows, k, tile.row, &ring.full[stage]);
@@ -116,7 +128,7 @@ __device__ void run(const CUtensorMap* rows, const CUtensorMap* weights, const i
     float d[32];
     int previous = -1;
     for (int step = 0; step < steps; ++step) {
-      wait(&ring.full[stage], phase);
+      if (kBug != kNoFullWait) wait(&ring.full[stage], phase);
       const int stride = kBug == kWrongStride ? 512 : 1024;
       fence_products();
 #pragma unroll
@@ -129,6 +141,7 @@ __device__ void run(const CUtensorMap* rows, const CUtensorMap* weights, const i
       wait_products<1>();  // all but the products just issued
       if (kBug == kFreedEarly) previous = stage;
       if (previous >= 0 && t == 0) arrive(&ring.empty[previous]);
+      if (kBug == kSharedAccumulators) d[0] *= 2;  // while the last products still add to them
       previous = stage;
       if (++stage == kStages) stage = 0, phase ^= 1;
     }
@@ -159,6 +172,10 @@ GROUPED_GEMM(wrong_swizzle, kWrongSwizzle)
 GROUPED_GEMM(no_last_wait, kNoLastWait)
 GROUPED_GEMM(too_many_bytes, kTooManyBytes)
 GROUPED_GEMM(too_few_bytes, kTooFewBytes)
+GROUPED_GEMM(no_full_wait, kNoFullWait)
+GROUPED_GEMM(no_empty_wait, kNoEmptyWait)
+GROUPED_GEMM(one_consumer_frees, kOneConsumerFrees)
+GROUPED_GEMM(shared_accumulators, kSharedAccumulators)
 
 // C = A^T B with A [R, 64] and B [R, 64], R a multiple of 64; C leaves by stmatrix and TMA.
 enum StoreBug { kRight, kNoProxyFence, kNoStoreWait, kNoBarrierBeforeStore };
