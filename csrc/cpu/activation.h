@@ -3,38 +3,15 @@
 
 #include "moekernels/experts.h"
 #include "simd.h"
+#include "vmath.h"
 
 namespace moekernels::cpu::MOEKERNELS_ISA {
 
-// exp, within 1.5 ulp for floats; 0 below -87, infinity above 88.7.
-inline Vec<float> vec_exp(Vec<float> x) {
-  using F = Vec<float>;
-  using I = Vec<int32_t>;
-  const F clamped = x < -87.0f ? splat(-87.0f) : (x > 88.7f ? splat(88.7f) : x);
-  const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const F n = (clamped * 1.44269504f + magic) - magic;
-  F r = clamped - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  // 2^n in two factors, since n = 128 has none of its own.
-  const I whole = __builtin_convertvector(n, I);
-  const I half = whole >> 1;
-  const F low = reinterpret_cast<F>((half + 127) << 23), high = reinterpret_cast<F>((whole - half + 127) << 23);
-  const F value = p * low * high;
-  const F small = x < -87.0f ? F{} : value;
-  const F large = x > 88.7f ? splat(__builtin_inff()) : small;
-  return x != x ? x : large;
-}
-
-inline Vec<float> vec_erf(Vec<float> x) {
+// Within 1 ulp.
+inline Vec<float> erf(Vec<float> x) {
   using F = Vec<float>;
   const F t = x < 0.0f ? -x : x, s = x * x;
-  // Above 0.9277: 1 - exp(polynomial); below: x + x polynomial(x^2). Both within 1 ulp.
+  // Above 0.9277: 1 - exp(polynomial); below: x + x polynomial(x^2).
   F r = t * -1.72853470e-5f + 3.83197126e-4f;
   const F u = t * -3.88396438e-3f + 2.42546219e-2f;
   r = r * s + u;
@@ -42,7 +19,7 @@ inline Vec<float> vec_erf(Vec<float> x) {
   r = r * t - 6.34846687e-1f;
   r = r * t - 1.28717512e-1f;
   r = r * t - t;
-  r = 1.0f - vec_exp(r);
+  r = 1.0f - exp(r);
   const F large = x < 0.0f ? -r : r;
   F q = s * -5.96761703e-4f + 4.99119423e-3f;
   q = q * s - 2.67681349e-2f;
@@ -53,22 +30,14 @@ inline Vec<float> vec_erf(Vec<float> x) {
   return t > 0.927734375f ? large : q;
 }
 
-inline Vec<double> vec_exp(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
-  return x;
-}
-inline Vec<double> vec_erf(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::erf(x[i]);
+inline Vec<double> erf(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::erf(x[i]);
   return x;
 }
 
 template <class S>
-inline Vec<S> sigmoid(Vec<S> x) {
-  return S(1) / (S(1) + vec_exp(-x));
-}
-template <class S>
 inline Vec<S> normal_cdf(Vec<S> x) {
-  return S(0.5) * (S(1) + vec_erf(x * S(0.70710678118654752440)));
+  return S(0.5) * (S(1) + erf(x * S(0.70710678118654752440)));
 }
 template <class S>
 inline Vec<S> at_most(Vec<S> x, S limit) {
@@ -93,7 +62,7 @@ inline Curve<S> silu_curve(Vec<S> g, S alpha) {
 template <class S>
 inline Curve<S> gelu_curve(Vec<S> g) {
   const Vec<S> cdf = normal_cdf<S>(g);
-  const Vec<S> pdf = S(0.39894228040143267794) * vec_exp(S(-0.5) * g * g);
+  const Vec<S> pdf = S(0.39894228040143267794) * exp(S(-0.5) * g * g);
   return {g * cdf, cdf + g * pdf};
 }
 template <class S>

@@ -34,9 +34,15 @@ struct Engine {
   // c [rows, cols] (=|+=) a b over the units.
   void (*tile)(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows, int64_t cols,
                bool add);
+  // Around a run of tiles, where the unit has a state to set up.
+  void (*enter)() = nullptr;
+  void (*leave)() = nullptr;
 };
 
 const Engine& engine_for(DType dtype);
+#if defined(MOEKERNELS_ISA_avx512)
+const Engine& bf16_engine(Bf16Unit unit);
+#endif
 
 // A block of C: rows [m0, m1), columns [n0, n1) of A B. `c` is where (m0, n0) goes.
 struct Block {

@@ -1,4 +1,9 @@
 // Chooses the ISA level once, when the library is loaded.
+#if defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 
@@ -26,7 +31,32 @@ Isa detect() {
   return best;
 }
 
+Bf16Unit detect_bf16_unit() {
+  Bf16Unit best = Bf16Unit::none;
+#if defined(__x86_64__)
+  if (isa() != Isa::avx512) return best;
+  if (__builtin_cpu_supports("avx512bf16")) best = Bf16Unit::dot;
+  // The kernel grants a process its tile registers on request; a sandbox may refuse.
+  constexpr long kRequestState = 0x1023, kTileData = 18;
+  if (__builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequestState, kTileData) == 0) {
+    best = Bf16Unit::tiles;
+  }
+#endif
+  if (const char* wanted = std::getenv("MOEKERNELS_ISA")) {
+    Bf16Unit limit = !std::strcmp(wanted, "avx512")        ? Bf16Unit::none
+                     : !std::strcmp(wanted, "avx512_bf16") ? Bf16Unit::dot
+                                                           : Bf16Unit::tiles;
+    if (limit < best) best = limit;
+  }
+  return best;
+}
+
 }  // namespace
+
+Bf16Unit bf16_unit() {
+  static const Bf16Unit chosen = detect_bf16_unit();
+  return chosen;
+}
 
 Isa isa() {
   static const Isa chosen = detect();
@@ -35,7 +65,12 @@ Isa isa() {
 
 const char* isa_name() {
   switch (isa()) {
-    case Isa::avx512: return "avx512";
+    case Isa::avx512:
+      switch (bf16_unit()) {
+        case Bf16Unit::tiles: return "amx";
+        case Bf16Unit::dot: return "avx512_bf16";
+        default: return "avx512";
+      }
     case Isa::avx2: return "avx2";
     default: return "generic";
   }

@@ -19,8 +19,14 @@ namespace cpu {
 
 enum class Isa : int { generic, avx2, avx512 };
 
-// The best level that this machine and this build have; MOEKERNELS_ISA=generic|avx2|avx512 lowers it (for tests).
+// The best level that this machine and this build have; MOEKERNELS_ISA=generic|avx2|avx512|avx512_bf16|amx lowers it (for
+// tests).
 Isa isa();
+
+// What the avx512 level has for bf16 products: nothing, dot products of pairs (avx512_bf16), or tiles (AMX).
+enum class Bf16Unit : int { none, dot, tiles };
+Bf16Unit bf16_unit();
+
 const char* isa_name();
 
 template <class F>

@@ -1,0 +1,180 @@
+// The engines of bf16's own instructions: dot products of pairs (avx512_bf16) and tiles (AMX). Only the avx512 level has
+// them; the instructions are written out, so that the file needs no more than that level's flags.
+#include "gemm.h"
+
+#if defined(MOEKERNELS_ISA_avx512)
+
+#include "gemm_pack.h"
+#include "gemm_tile.h"
+
+namespace moekernels::cpu::MOEKERNELS_ISA {
+namespace {
+
+struct PairDot {
+  using Unit = Pair;
+  using Acc = float;
+  static Vec<float> multiply_add(Vec<float> sum, Pair a, Vec<Pair> b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(splat(a)), "v"(b));
+    return sum;
+  }
+};
+
+// ---- AMX: C tile [16, 16] fp32 += A tile [16, 32 k] B tile [16 pairs, 16]. A block is 2 x 2 tiles of C.
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileBytes = 64;        // of a tile's row
+constexpr int64_t kTileK = 32;            // bf16 along k
+constexpr int64_t kColumns = 2 * kTileRows;
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Tiles 0-3 hold C, 4-5 A, 6-7 B.
+template <int tile>
+inline void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(tile));
+}
+template <int tile>
+inline void tile_load(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
+}
+template <int tile>
+inline void tile_store(void* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(tile) : "memory");
+}
+template <int c, int a, int b>
+inline void tile_dot() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+}
+
+void enter_tiles() {
+  static const TileConfig config;
+  asm volatile("ldtilecfg %0" ::"m"(config));
+}
+void leave_tiles() { asm volatile("tilerelease"); }
+
+// C [16 * row_tiles, 16 * column_tiles] to `to`.
+template <int row_tiles, int column_tiles>
+inline void store_tiles(float* to, int64_t ld) {
+  const int64_t stride = ld * sizeof(float);
+  tile_store<0>(to, stride);
+  if constexpr (column_tiles == 2) tile_store<1>(to + 16, stride);
+  if constexpr (row_tiles == 2) tile_store<2>(to + 16 * ld, stride);
+  if constexpr (row_tiles == 2 && column_tiles == 2) tile_store<3>(to + 16 * ld + 16, stride);
+}
+
+template <int row_tiles, int column_tiles>
+void amx_block(int64_t units, const char* a, const char* b, float* c, int64_t ldc, int64_t rows, int64_t cols,
+               bool add) {
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+  for (int64_t u = 0; u < units; ++u) {
+    tile_load<6>(b, kColumns * sizeof(Pair));
+    tile_load<4>(a, kTileBytes);
+    tile_dot<0, 4, 6>();
+    if constexpr (column_tiles == 2) {
+      tile_load<7>(b + kTileBytes, kColumns * sizeof(Pair));
+      tile_dot<1, 4, 7>();
+    }
+    if constexpr (row_tiles == 2) {
+      tile_load<5>(a + kTileRows * kTileBytes, kTileBytes);
+      tile_dot<2, 5, 6>();
+      if constexpr (column_tiles == 2) tile_dot<3, 5, 7>();
+    }
+    a += row_tiles * kTileRows * kTileBytes;
+    b += kTileRows * kColumns * sizeof(Pair);
+  }
+  if (!add && rows == row_tiles * kTileRows && cols == column_tiles * kTileRows) {
+    store_tiles<row_tiles, column_tiles>(c, ldc);
+    return;
+  }
+  alignas(64) float whole[2 * kTileRows][kColumns];
+  store_tiles<row_tiles, column_tiles>(&whole[0][0], kColumns);
+  for (int64_t r = 0; r < rows; ++r) {
+    for_vectors<float>(cols, [&](int64_t j, auto n) {
+      const Vec<float> sum = load(&whole[r][j]);
+      store(c + r * ldc + j, add ? load(c + r * ldc + j, n) + sum : sum, n);
+    });
+  }
+}
+
+void amx_tile(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows, int64_t cols, bool add) {
+  using Block = void(int64_t, const char*, const char*, float*, int64_t, int64_t, int64_t, bool);
+  static constexpr Block* blocks[2][2] = {{amx_block<1, 1>, amx_block<1, 2>}, {amx_block<2, 1>, amx_block<2, 2>}};
+  blocks[rows > kTileRows][cols > kTileRows](units, static_cast<const char*>(a), static_cast<const char*>(b),
+                                             static_cast<float*>(c), ldc, rows, cols, add);
+}
+
+// to [units][width rows][32 k].
+void pack_amx_a(void* to, const Operand& from, int64_t i0, int64_t ni, int64_t width, int64_t k0, int64_t nk) {
+  char* out = static_cast<char*>(to);
+  if (from.k_contiguous) {
+    for (int64_t i = 0; i < width; ++i) {
+      const char* row = i < ni ? stored_row(from, i0 + i, from.ld * sizeof(bf16)) : nullptr;
+      for (int64_t k = 0; k < nk; k += kTileK) {
+        char* at = out + (k / kTileK * width + i) * kTileBytes;
+        Vec<Pair> x{};
+        if (row) x = units_along_k<Pair>(reinterpret_cast<const bf16*>(row) + k0 + k, nk - k);
+        store_unaligned(at, x);
+      }
+    }
+    return;
+  }
+  // Rows run along i: zip pairs of them, then turn squares of pairs.
+  for (int64_t k = 0; k < nk; k += kTileK) {
+    for (int64_t i = 0; i < width; i += kTileRows, out += kTileRows * kTileBytes) {
+      Vec<Pair> x[kTileRows];
+      Pair zipped[kTileRows * kTileRows] = {};
+      pack_copied<Pair, bf16>(zipped, from, i0 + i, std::max<int64_t>(ni - i, 0), kTileRows, k0 + k,
+                              std::min(kTileK, nk - k));
+      for (int64_t p = 0; p < kTileRows; ++p) x[p] = load_unaligned<Vec<Pair>>(zipped + p * kTileRows);
+      transpose<Pair>(x);
+      for (int64_t r = 0; r < kTileRows; ++r) store_unaligned(out + r * kTileBytes, x[r]);
+    }
+  }
+}
+
+// to [units][16 pairs][width columns].
+void pack_amx_b(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k, int64_t nk) {
+  Pair* out = static_cast<Pair*>(to);
+  pack<Pair, bf16>(out, from, i, ni, width, k, nk);
+  const int64_t pairs = ceil_div(nk, 2), padded = ceil_div(nk, kTileK) * kTileRows;
+  std::memset(out + pairs * width, 0, (padded - pairs) * width * sizeof(Pair));
+}
+
+}  // namespace
+
+const Engine& bf16_engine(Bf16Unit unit) {
+  static constexpr Engine dot{.mr = kRows,
+                              .nr = kVectors * kLanes<float>,
+                              .row_granule = 1,
+                              .k_unit = 2,
+                              .k_block = 512,
+                              .unit_bytes = sizeof(Pair),
+                              .acc_bytes = sizeof(float),
+                              .pack_a = &pack<Pair, bf16>,
+                              .pack_b = &pack<Pair, bf16>,
+                              .tile = &tile<PairDot>};
+  static constexpr Engine tiles{.mr = 2 * kTileRows,
+                                .nr = kColumns,
+                                .row_granule = kTileRows,
+                                .k_unit = kTileK,
+                                .k_block = 1024,
+                                .unit_bytes = kTileBytes,
+                                .acc_bytes = sizeof(float),
+                                .pack_a = &pack_amx_a,
+                                .pack_b = &pack_amx_b,
+                                .tile = &amx_tile,
+                                .enter = &enter_tiles,
+                                .leave = &leave_tiles};
+  return unit == Bf16Unit::tiles ? tiles : dot;
+}
+
+}  // namespace moekernels::cpu::MOEKERNELS_ISA
+
+#endif
