@@ -7,14 +7,21 @@
 
 namespace moekernels::cpu::MOEKERNELS_ISA {
 
-// out [rows, columns] = C, rounded to dtype.
-inline void write_block(DType dtype, const void* c, int64_t rows, int64_t columns, void* out, int64_t ld) {
+// out [rows, columns] = C, rounded to dtype, past the caches where it will not be read again soon.
+inline void write_block(DType dtype, const void* c, int64_t rows, int64_t columns, void* out, int64_t ld, bool past_caches) {
   with_storage(dtype, [&]<class T>(T) {
     using S = Wide<T>;
     for (int64_t r = 0; r < rows; ++r) {
       const S* from = static_cast<const S*>(c) + r * columns;
       T* to = static_cast<T*>(out) + r * ld;
-      for_vectors<S>(columns, [&](int64_t j, auto n) { store(to + j, load(from + j, n), n); });
+      const bool aligned = reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
+      for_vectors<S>(columns, [&](int64_t j, auto n) {
+        if (past_caches && aligned && n == kLanes<S>) {
+          stream(to + j, load(from + j));
+        } else {
+          store(to + j, load(from + j, n), n);
+        }
+      });
     }
   });
 }

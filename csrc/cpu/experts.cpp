@@ -89,7 +89,7 @@ void up(const ExpertsUpArgs& args, int64_t worker, int64_t workers) {
     const Operand b = weights_of(of, of.w1, e, shape.width, of.hidden, true);
     const bool apart = shape.gates == 2 && !of.interleaved;  // gate and up columns lie F apart
     const auto product = [&](int64_t n0, int64_t count, S* to) {
-      workspace.multiply(engine, a, b, {block.m0, block.m1, n0, n0 + count}, of.hidden, to, ldc, false);
+      workspace.multiply(engine, a, b, {block.m0, block.m1, n0, n0 + count}, of.hidden, to, ldc, Store::set);
     };
     if (apart) {
       product(block.n0, columns, c);
@@ -147,7 +147,7 @@ void down(const ExpertsDownArgs& args, int64_t worker, int64_t workers) {
     const int64_t first = of.offsets[e], rows = block.m1 - block.m0, columns = block.n1 - block.n0;
     S* c = static_cast<S*>(workspace.block(engine, rows * columns));
     const Operand a = rows_of(of, args.a, first, of.ffn, false);
-    workspace.multiply(engine, a, weights_of(of, of.w2, e, of.hidden, of.ffn, true), block, of.ffn, c, columns, false);
+    workspace.multiply(engine, a, weights_of(of, of.w2, e, of.hidden, of.ffn, true), block, of.ffn, c, columns, Store::set);
     const T* bias = of.b2 ? row_at<T>(of.b2, e, of.hidden) + block.n0 : nullptr;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = first + block.m0 + r;
@@ -181,7 +181,7 @@ void dact(const ExpertsDActArgs& args, int64_t worker, int64_t workers) {
     S* c = static_cast<S*>(workspace.block(engine, rows * columns));
     const Operand a = rows_of(of, args.dy, first, of.hidden, false);
     workspace.multiply(engine, a, weights_of(of, of.w2, e, of.hidden, of.ffn, false), block, of.hidden, c, columns,
-                       false);
+                       Store::set);
     const bool interleaved = shape.gates == 2 && of.interleaved;
     with_activation(of.activation, [&](auto kind) {
       Halves<S> in{}, out{};

@@ -27,7 +27,7 @@ struct PlainDouble {
 template <class Math, class T>
 constexpr Engine plain_engine() {
   using Unit = typename Math::Unit;
-  return {.mr = kRows,
+  Engine engine{.mr = kRows,
           .nr = kVectors * kLanes<Unit>,
           .row_granule = 1,
           .k_unit = 1,
@@ -37,6 +37,12 @@ constexpr Engine plain_engine() {
           .pack_a = &pack<Unit, T>,
           .pack_b = &pack<Unit, T>,
           .tile = &tile<Math>};
+  if constexpr (std::is_same_v<T, float>) {
+    engine.direct_rows = kDirectVectors * kLanes<float>;
+    engine.direct_granule = kLanes<float>;
+    engine.direct = &direct<Math, 256>;
+  }
+  return engine;
 }
 
 }  // namespace
@@ -81,9 +87,53 @@ Workspace::~Workspace() {
   for (void* memory : memory_) std::free(memory);
 }
 
-void Workspace::multiply(const Engine& engine, const Operand& a, const Operand& b, const Block& block,
-                         int64_t depth, void* c, int64_t ldc, bool add) {
+// c [rows, columns] = ct [columns, width] turned.
+void transpose_block(const float* ct, int64_t width, int64_t rows, int64_t columns, float* c, int64_t ldc, bool add) {
+  constexpr int lanes = kLanes<float>;
+  for (int64_t j = 0; j < columns; j += lanes) {
+    for (int64_t i = 0; i < rows; i += lanes) {
+      Vec<float> x[lanes];
+      for (int64_t l = 0; l < lanes; ++l) x[l] = j + l < columns ? load(ct + (j + l) * width + i) : Vec<float>{};
+      transpose<float>(x);
+      const int64_t count = std::min<int64_t>(lanes, columns - j);
+      for (int64_t l = 0; l < lanes && i + l < rows; ++l) {
+        float* at = c + (i + l) * ldc + j;
+        if (count == lanes) {
+          store(at, add ? load(at) + x[l] : x[l]);
+        } else {
+          store_tail(at, add ? load_tail(at, count) + x[l] : x[l], count);
+        }
+      }
+    }
+  }
+}
+
+void Workspace::multiply_directly(const Engine& engine, const Operand& a, const Operand& b, const Block& block,
+                                  int64_t depth, float* c, int64_t ldc, Store mode) {
   const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
+  const int64_t width = ceil_div(rows, engine.direct_granule) * engine.direct_granule;
+  const int64_t units = depth / engine.k_unit;
+  const int64_t unit_bytes = engine.unit_bytes;
+  char* panel = static_cast<char*>(room(0, units * width * unit_bytes));
+  const Packed wanted{a.data, block.m0, block.m1, a.token_of, true};
+  if (packed_ != wanted) engine.pack_b(panel, a, block.m0, rows, width, 0, depth);
+  packed_ = wanted;
+  float* ct = static_cast<float*>(room(3, columns * width * sizeof(float)));
+  // A unit of B holds k_unit elements, so its leading dimension counts ld / k_unit of them.
+  const int64_t element = unit_bytes / engine.k_unit;
+  const char* first = static_cast<const char*>(b.data) + block.n0 * b.ld * element;
+  if (engine.enter != nullptr) engine.enter();
+  engine.direct(units, first, b.ld / engine.k_unit, columns, panel, width, ct);
+  if (engine.leave != nullptr) engine.leave();
+  transpose_block(ct, width, rows, columns, c, ldc, mode == Store::add);
+}
+
+void Workspace::multiply(const Engine& engine, const Operand& a, const Operand& b, const Block& block,
+                         int64_t depth, void* c, int64_t ldc, Store mode) {
+  const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
+  if (rows <= engine.direct_rows && columns >= engine.direct_cols && b.k_contiguous && depth % engine.direct_k == 0 && b.ld % engine.direct_k == 0) {
+    return multiply_directly(engine, a, b, block, depth, static_cast<float*>(c), ldc, mode);
+  }
   const int64_t granule = engine.row_granule;
   const int64_t padded = ceil_div(rows, granule) * granule;
   // Row tiles of nearly equal height, in whole granules.
@@ -91,9 +141,13 @@ void Workspace::multiply(const Engine& engine, const Operand& a, const Operand& 
   const auto tile_begin = [&](int64_t i) { return std::min(rows, padded / granule * i / tiles * granule); };
   const int64_t all_units = ceil_div(depth, engine.k_unit);
   const int64_t block_units = engine.k_block / engine.k_unit;
+  if (mode == Store::stream) {
+    const bool aligned = reinterpret_cast<uintptr_t>(c) % 64 == 0 && ldc * engine.acc_bytes % 64 == 0;
+    if (!aligned || all_units > block_units) mode = Store::set;
+  }
 
   char* a_panels = static_cast<char*>(room(0, all_units * padded * engine.unit_bytes));
-  const Packed wanted{a.data, block.m0, block.m1, a.token_of};
+  const Packed wanted{a.data, block.m0, block.m1, a.token_of, false};
   const bool packed = packed_ == wanted;
   char* b_panel = static_cast<char*>(room(1, block_units * engine.nr * engine.unit_bytes));
 
@@ -115,7 +169,7 @@ void Workspace::multiply(const Engine& engine, const Operand& a, const Operand& 
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t m = tile_begin(i), height = tile_begin(i + 1) - m;
         engine.tile(units, a_block + m * units * engine.unit_bytes, b_panel,
-                    static_cast<char*>(c) + (m * ldc + n) * engine.acc_bytes, ldc, height, width, add || u > 0);
+                    static_cast<char*>(c) + (m * ldc + n) * engine.acc_bytes, ldc, height, width, u > 0 ? Store::add : mode);
       }
     }
   }

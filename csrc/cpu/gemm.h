@@ -21,6 +21,9 @@ struct Operand {
   bool gather = false;
 };
 
+// What becomes of a tile: written, added to what is there, or written past the caches (aligned, not read again soon).
+enum class Store { set, add, stream };
+
 // A register tile and its panels, for one dtype on this machine.
 struct Engine {
   int64_t mr, nr;       // the largest tile
@@ -31,9 +34,14 @@ struct Engine {
   int64_t acc_bytes;    // of an element of C: float, double for f64
   void (*pack_a)(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k, int64_t nk);
   void (*pack_b)(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k, int64_t nk);
-  // c [rows, cols] (=|+=) a b over the units.
+  // c [rows, cols] = or += a b over the units.
   void (*tile)(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows, int64_t cols,
-               bool add);
+               Store mode);
+  // For few rows of A against a B that runs along k: packing B would cost as much as its products. So A is packed as
+  // columns and B is read as it lies, each element once: ct [cols, width] = B rows [cols] times panels of A
+  // [units][width]. For at most `direct_rows` rows, at least `direct_cols` columns, a depth that direct_k divides.
+  int64_t direct_rows = 0, direct_granule = 1, direct_k = 1, direct_cols = 1;
+  void (*direct)(int64_t units, const void* b, int64_t ldb, int64_t cols, const void* a, int64_t width, float* ct) = nullptr;
   // Around a run of tiles, where the unit has a state to set up.
   void (*enter)() = nullptr;
   void (*leave)() = nullptr;
@@ -61,18 +69,21 @@ class Workspace {
   // Room for `count` accumulators of C.
   void* block(const Engine& engine, int64_t count) { return room(2, count * engine.acc_bytes); }
   void multiply(const Engine& engine, const Operand& a, const Operand& b, const Block& block, int64_t depth, void* c,
-                int64_t ldc, bool add);
+                int64_t ldc, Store mode);
 
  private:
   struct Packed {
     const void* data = nullptr;
     int64_t m0 = 0, m1 = 0;
     const int32_t* token_of = nullptr;
+    bool direct = false;
     bool operator==(const Packed&) const = default;
   };
   void* room(int slot, int64_t bytes);
-  void* memory_[3] = {};
-  int64_t bytes_[3] = {};
+  void multiply_directly(const Engine& engine, const Operand& a, const Operand& b, const Block& block, int64_t depth,
+                         float* c, int64_t ldc, Store mode);
+  void* memory_[4] = {};
+  int64_t bytes_[4] = {};
   Packed packed_;
 };
 

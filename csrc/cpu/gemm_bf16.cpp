@@ -68,7 +68,7 @@ inline void store_tiles(float* to, int64_t ld) {
 
 template <int row_tiles, int column_tiles>
 void amx_block(int64_t units, const char* a, const char* b, float* c, int64_t ldc, int64_t rows, int64_t cols,
-               bool add) {
+               Store mode) {
   tile_zero<0>();
   tile_zero<1>();
   tile_zero<2>();
@@ -89,7 +89,7 @@ void amx_block(int64_t units, const char* a, const char* b, float* c, int64_t ld
     a += row_tiles * kTileRows * kTileBytes;
     b += kTileRows * kColumns * sizeof(Pair);
   }
-  if (!add && rows == row_tiles * kTileRows && cols == column_tiles * kTileRows) {
+  if (mode != Store::add && rows == row_tiles * kTileRows && cols == column_tiles * kTileRows) {
     store_tiles<row_tiles, column_tiles>(c, ldc);
     return;
   }
@@ -98,16 +98,16 @@ void amx_block(int64_t units, const char* a, const char* b, float* c, int64_t ld
   for (int64_t r = 0; r < rows; ++r) {
     for_vectors<float>(cols, [&](int64_t j, auto n) {
       const Vec<float> sum = load(&whole[r][j]);
-      store(c + r * ldc + j, add ? load(c + r * ldc + j, n) + sum : sum, n);
+      store(c + r * ldc + j, mode == Store::add ? load(c + r * ldc + j, n) + sum : sum, n);
     });
   }
 }
 
-void amx_tile(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows, int64_t cols, bool add) {
-  using Block = void(int64_t, const char*, const char*, float*, int64_t, int64_t, int64_t, bool);
+void amx_tile(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows, int64_t cols, Store mode) {
+  using Block = void(int64_t, const char*, const char*, float*, int64_t, int64_t, int64_t, Store);
   static constexpr Block* blocks[2][2] = {{amx_block<1, 1>, amx_block<1, 2>}, {amx_block<2, 1>, amx_block<2, 2>}};
   blocks[rows > kTileRows][cols > kTileRows](units, static_cast<const char*>(a), static_cast<const char*>(b),
-                                             static_cast<float*>(c), ldc, rows, cols, add);
+                                             static_cast<float*>(c), ldc, rows, cols, mode);
 }
 
 // to [units][width rows][32 k].
@@ -147,6 +147,60 @@ void pack_amx_b(void* to, const Operand& from, int64_t i, int64_t ni, int64_t wi
   std::memset(out + pairs * width, 0, (padded - pairs) * width * sizeof(Pair));
 }
 
+// ct [16, 16 tiles] = 16 rows of B, read as they lie, times `tiles` column tiles of packed A.
+template <int tiles>
+void amx_direct_rows(int64_t units, const char* b, int64_t ldb, int64_t rows_left, const char* a, int64_t width,
+                     float* ct) {
+  const int64_t pair_row = width * sizeof(Pair), row_bytes = ldb * kTileBytes;
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+  for (int64_t u = 0; u < units; ++u) {
+    tile_load<4>(b + u * kTileBytes, row_bytes);
+    const char* panel = a + u * kTileRows * pair_row;
+    tile_load<6>(panel, pair_row);
+    tile_dot<0, 4, 6>();
+    if constexpr (tiles > 1) {
+      tile_load<7>(panel + kTileBytes, pair_row);
+      tile_dot<1, 4, 7>();
+    }
+    if constexpr (tiles > 2) {
+      tile_load<5>(panel + 2 * kTileBytes, pair_row);
+      tile_dot<2, 4, 5>();
+    }
+    if constexpr (tiles > 3) {
+      tile_load<6>(panel + 3 * kTileBytes, pair_row);
+      tile_dot<3, 4, 6>();
+    }
+    if (rows_left >= 2 * kTileRows) {
+      const char* ahead = b + kTileRows * row_bytes + u * kTileBytes;
+      for (int64_t r = 0; r < kTileRows; ++r) __builtin_prefetch(ahead + r * row_bytes, 0, 2);
+    }
+  }
+  const int64_t stride = width * sizeof(float);
+  tile_store<0>(ct, stride);
+  if constexpr (tiles > 1) tile_store<1>(ct + 16, stride);
+  if constexpr (tiles > 2) tile_store<2>(ct + 32, stride);
+  if constexpr (tiles > 3) tile_store<3>(ct + 48, stride);
+}
+
+void amx_direct(int64_t units, const void* b, int64_t ldb, int64_t cols, const void* a, int64_t width, float* ct) {
+  using Rows = void(int64_t, const char*, int64_t, int64_t, const char*, int64_t, float*);
+  static constexpr Rows* of[] = {amx_direct_rows<1>, amx_direct_rows<2>, amx_direct_rows<3>, amx_direct_rows<4>};
+  const int64_t all = width / kTileRows, groups = ceil_div(all, 4);
+  // Whole tiles of B's rows: the last one reaches back over rows already done.
+  for (int64_t j0 = 0; j0 < cols; j0 += kTileRows) {
+    const int64_t j = std::min(j0, cols - kTileRows);
+    const char* rows = static_cast<const char*>(b) + j * ldb * kTileBytes;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t t0 = all * g / groups, t1 = all * (g + 1) / groups;
+      of[t1 - t0 - 1](units, rows, ldb, cols - j, static_cast<const char*>(a) + t0 * kTileBytes, width,
+                      ct + j * width + t0 * kTileRows);
+    }
+  }
+}
+
 }  // namespace
 
 const Engine& bf16_engine(Bf16Unit unit) {
@@ -159,7 +213,11 @@ const Engine& bf16_engine(Bf16Unit unit) {
                               .acc_bytes = sizeof(float),
                               .pack_a = &pack<Pair, bf16>,
                               .pack_b = &pack<Pair, bf16>,
-                              .tile = &tile<PairDot>};
+                              .tile = &tile<PairDot>,
+                              .direct_rows = kDirectVectors * kLanes<float>,
+                              .direct_granule = kLanes<float>,
+                              .direct_k = 2,
+                              .direct = &direct<PairDot, 256>};
   static constexpr Engine tiles{.mr = 2 * kTileRows,
                                 .nr = kColumns,
                                 .row_granule = kTileRows,
@@ -170,6 +228,11 @@ const Engine& bf16_engine(Bf16Unit unit) {
                                 .pack_a = &pack_amx_a,
                                 .pack_b = &pack_amx_b,
                                 .tile = &amx_tile,
+                                .direct_rows = 8 * kTileRows,
+                                .direct_granule = kTileRows,
+                                .direct_k = kTileK,
+                                .direct_cols = kTileRows,
+                                .direct = &amx_direct,
                                 .enter = &enter_tiles,
                                 .leave = &leave_tiles};
   return unit == Bf16Unit::tiles ? tiles : dot;

@@ -41,11 +41,11 @@ void grouped_gemm(const GroupedGemmArgs& args, int64_t worker, int64_t workers) 
         std::memset(at(static_cast<void*>(out), r * args.out_width, args.dtype), 0, columns * size_of(args.dtype));
       }
     } else if (direct) {
-      workspace.multiply(engine, a, b, block, args.in, out, args.out_width, false);
+      workspace.multiply(engine, a, b, block, args.in, out, args.out_width, Store::set);
     } else {
       void* c = workspace.block(engine, rows * columns);
-      workspace.multiply(engine, a, b, block, args.in, c, columns, false);
-      write_block(args.dtype, c, rows, columns, out, args.out_width);
+      workspace.multiply(engine, a, b, block, args.in, c, columns, Store::set);
+      write_block(args.dtype, c, rows, columns, out, args.out_width, false);
     }
   });
   zero_tail(args.out, args.out_width * size_of(args.dtype), args.offsets[args.experts], args.num_rows, worker,
@@ -84,13 +84,14 @@ void grouped_wgrad(const GroupedWgradArgs& args, int64_t worker, int64_t workers
     }
     const Operand a = operand(args.a, args.m, args.gather_a), b = operand(args.b, args.n, args.gather_b);
     if (direct) {
-      workspace.multiply(engine, a, b, block, depth, dw, args.n, args.accumulate);
+      workspace.multiply(engine, a, b, block, depth, dw, args.n, args.accumulate ? Store::add : Store::stream);
     } else {
       void* c = workspace.block(engine, rows * columns);
-      workspace.multiply(engine, a, b, block, depth, c, columns, false);
-      write_block(args.dtype, c, rows, columns, dw, args.n);
+      workspace.multiply(engine, a, b, block, depth, c, columns, Store::set);
+      write_block(args.dtype, c, rows, columns, dw, args.n, true);
     }
   });
+  drain();
 }
 
 }  // namespace moekernels::cpu::MOEKERNELS_ISA

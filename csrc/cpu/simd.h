@@ -3,6 +3,10 @@
 
 #include "vec.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace moekernels::cpu::MOEKERNELS_ISA {
 
 template <class S>
@@ -20,6 +24,38 @@ template <class T>
 inline void store_unaligned(void* p, T x) {
   std::memcpy(p, &x, sizeof x);
 }
+
+// Stores that pass the caches by, to memory aligned to the vector; `drain` before another thread may read.
+#if defined(__x86_64__)
+inline void stream(float* p, Vec<float> x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)x);
+#else
+  _mm_stream_ps(p, (__m128)x);
+#endif
+}
+template <class T>
+inline void stream(T* p, Vec<Wide<T>> x) {
+  T some[kLanes<Wide<T>>];
+  store(some, x);
+  if constexpr (std::is_same_v<T, double>) {
+    stream(reinterpret_cast<float*>(p), load_unaligned<Vec<float>>(some));
+  } else {
+    for (int i = 0; i < kVectorBytes / 2; i += 8) {
+      _mm_stream_si64(reinterpret_cast<long long*>(p) + i / 8, load_unaligned<long long>(some + i / 2));
+    }
+  }
+}
+inline void drain() { _mm_sfence(); }
+#else
+template <class T>
+inline void stream(T* p, Vec<Wide<T>> x) {
+  store(p, x);
+}
+inline void drain() {}
+#endif
 
 // The first n lanes only: the others read as zero and are not written. n is a number, or WholeVector.
 template <class T>

@@ -1,7 +1,5 @@
 #include "tensor.h"
 
-#include <sys/mman.h>
-
 namespace moekernels::binding {
 
 const char* name_of(ScalarType dtype) {
@@ -77,21 +75,6 @@ DType dtype_of(const Tensor& t) {
 
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) {
   return torch::stable::new_empty(like, shape, dtype);
-}
-
-Tensor empty_large(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) {
-  Tensor out = empty(shape, dtype, like);
-  if (!out.is_cpu()) return out;
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const int64_t bytes = out.numel() * out.element_size();
-  if (bytes >= static_cast<int64_t>(2 * kHugePage)) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-    const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
-    // Advice only: where it is refused the memory is as good as before.
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
-  return out;
 }
 
 }  // namespace moekernels::binding

@@ -60,7 +60,7 @@ inline ScalarType wide(ScalarType dtype) {
 
 // Uninitialised.
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like);
-// The same; a large one on the CPU asks for huge pages, which halves the cost of touching it first.
+// The same; a large one on the CPU takes the memory of one that was freed, so that it need not be touched first.
 Tensor empty_large(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like);
 
 // Runs f(begin, end) over [0, n) on torch's own threads; a small n stays on the caller's thread.
