@@ -38,6 +38,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from moekernels.parallel.host import share_cores
+
 GRACE_SECONDS = 0.3  # after a first failure: how long others may report an earlier one
 PR_SET_PDEATHSIG = 1
 
@@ -188,6 +190,7 @@ def _serve(
     )  # the ranks of a killed test do not linger
     with open(Path(directory, f"stack{rank}"), "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
+        share_cores()
         torch.set_num_threads(1)  # a forked child has none of its parent's OpenMP threads
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         try:

@@ -1,8 +1,8 @@
-"""The conjugate functions: what they compute, and that each one's backward is the other's forward.
-"""
+"""The conjugate functions: what they compute, and that each one's backward is the other's forward."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -140,3 +140,12 @@ def test_seeded_tensors_depend_on_seed_and_name_alone() -> None:
     assert torch.equal(a, seeded_normal((5, 5), 0.1, 7, "w"))
     assert not torch.equal(a, seeded_normal((5, 5), 0.1, 8, "w"))
     assert not torch.equal(a, seeded_normal((5, 5), 0.1, 7, "v"))
+
+
+def _policy(rank: int) -> int:
+    return os.sched_getscheduler(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux's")
+def test_ranks_share_cores_without_preempting_one_another(three: RankPool) -> None:
+    assert three.run(_policy) == [os.SCHED_BATCH] * WORLD

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from moekernels.errors import UsageError
+from moekernels.parallel.host import share_cores
 
 PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 0.3  # after a first failure, how long the others may report an earlier one
@@ -227,6 +228,7 @@ def _serve(rank, world, device, store, parent, pipe, target, args) -> None:
 
 def _join(rank: int, world: int, local_rank: int, device: str, store: str | None) -> RankEnv:
     if device == "cpu":
+        share_cores()
         torch.set_num_threads(1)
         if store is not None and sys.platform == "linux":
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
