@@ -160,6 +160,13 @@ def test_out_of_bounds(planted):
     caught(planted, ptx.OutOfBounds, "global_index", 1, 64, [x, y[:60], 0], "write", "thread 60")
 
 
+def test_messages_name_the_source_line(planted):
+    source = (KERNELS / "planted.cu").read_text().splitlines()
+    line = 1 + next(i for i, text in enumerate(source) if "x[threadIdx.x + shift]" in text)
+    args = [np.zeros(64, np.int32), np.zeros(64, np.int32), 1]
+    caught(planted, ptx.OutOfBounds, "global_index", 1, 64, args, f"(planted.cu:{line})")
+
+
 def test_misaligned(planted):
     x, y = np.arange(68, dtype=np.float32), np.zeros(16, np.float32)
     planted.launch("vector_load", 1, 16, [x, y, 4])

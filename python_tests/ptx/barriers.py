@@ -89,7 +89,7 @@ class BlockBarriers(Waits):
                 machine.fail(
                     DivergentBarrier,
                     f"barrier {number}: threads of one warp arrive from another instruction, "
-                    f"`{other.text}`",
+                    f"{machine.quote(other)}",
                     ids[apart][0],
                     machine.kernel.code[entry.pc],
                 )

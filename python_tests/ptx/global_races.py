@@ -134,10 +134,10 @@ class GlobalRaces:
         i = int(np.flatnonzero(bad)[0])
         where = self.memory.describe(int(cells[i]) * self.shadow.grain)
         thread = int(other[i])
-        text = self.machine.kernel.code[int(pcs[cells[i]])].text
+        other_ins = self.machine.kernel.code[int(pcs[cells[i]])]
         what = (
             f"global-memory race: this {'write' if write else 'read'} of {where} is not ordered "
             f"after the {did} by block {thread // self.per_block} thread "
-            f"{thread % self.per_block}, `{text}`"
+            f"{thread % self.per_block}, {self.machine.quote(other_ins)}"
         )
         self.machine.fail(GlobalRace, what, ids[i], ins)

@@ -42,17 +42,24 @@ def nvcc() -> str | None:
 
 
 def compile_ptx(source: Path, arch: str = "80", defines=(), include=()) -> str:
-    """CUDA source -> PTX text, remembered on disk by the content of source and headers."""
+    """CUDA source -> PTX text, remembered on disk until source or headers change."""
     compiler = nvcc()
     if compiler is None:
         raise PtxError("nvcc is not on PATH")
     source = Path(source)
-    flags = ["-ptx", "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=compute_{arch}"]
+    flags = [
+        "-ptx",
+        "-lineinfo",
+        "-std=c++17",
+        "-O3",
+        f"-gencode=arch=compute_{arch},code=compute_{arch}",
+    ]
     flags += [f"-D{d}" for d in defines] + [f"-I{i}" for i in include]
     digest = hashlib.sha256(repr((compiler, flags)).encode() + source.read_bytes())
     for folder in (source.parent, *map(Path, include)):
-        for header in sorted([*folder.rglob("*.h"), *folder.rglob("*.cuh")]):
-            digest.update(header.read_bytes())
+        for header in sorted(h for end in ("h", "cuh", "hpp") for h in folder.rglob(f"*.{end}")):
+            about = header.stat()
+            digest.update(repr((str(header), about.st_size, about.st_mtime_ns)).encode())
     cache = Path(tempfile.gettempdir()) / f"moekernels-ptx-{os.getuid()}"
     cache.mkdir(exist_ok=True)
     result = cache / f"{source.stem}-{digest.hexdigest()[:24]}.ptx"

@@ -108,8 +108,16 @@ class Machine:
         return f"block {block} thread {thread}"
 
     def where(self, thread_id: int, ins: Instruction) -> str:
-        text = ins.text if len(ins.text) < 160 else ins.text[:150] + " ..."
-        return f"{self.kernel.name}: {self.describe_thread(thread_id)}: `{text}`"
+        return f"{self.kernel.name}: {self.describe_thread(thread_id)}: {self.quote(ins)}"
+
+    def quote(self, ins: Instruction) -> str:
+        """An instruction's text and source line."""
+        text = ins.text if len(ins.text) < 130 else ins.text[:120] + " ..."
+        line = ""
+        if ins.location is not None:
+            name = self.kernel.files.get(ins.location[0], "?").rpartition("/")[2]
+            line = f" ({name}:{ins.location[1]})"
+        return f"`{text}`{line}"
 
     def fail(self, error: type[PtxError], what: str, thread_id: int, ins: Instruction):
         raise error(f"{what}\n  in {self.where(int(thread_id), ins)}")

@@ -30,6 +30,7 @@ _VARIABLE = re.compile(
     re.S,
 )
 _LABEL = re.compile(r"([$\w]+)\s*:(?!:)")
+_LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)[^\n]*")
 _OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 _NUMBER = re.compile(r"-?(0[xX][0-9a-fA-F]+|\d+)U?$")
 
@@ -89,7 +90,8 @@ class _Body:
         self.scoped_registers: dict[tuple[int, str], str] = {}
         self.labels: dict[tuple[int, str], int] = {}
         self.tables: dict[str, list[str]] = {}
-        self.pending: list[tuple[str, tuple[int, ...]]] = []
+        self.pending: list[tuple[str, tuple[int, ...], tuple[int, int] | None]] = []
+        self.location: tuple[int, int] | None = None
 
     def run(self) -> int:
         """Returns the position behind the closing brace."""
@@ -108,6 +110,11 @@ class _Body:
                 if not self.scopes:
                     break
                 continue
+            location = _LOCATION.match(text, i)
+            if location:
+                self.location = (int(location[1]), int(location[2]))
+                self.position = location.end()
+                continue
             label = _LABEL.match(text, i)
             if label:
                 self._label(label)
@@ -115,7 +122,10 @@ class _Body:
             end = text.index(";", i)
             self._statement(" ".join(text[i:end].split()))
             self.position = end + 1
-        self.kernel.code = [self._instruction(t, scopes) for t, scopes in self.pending]
+        for statement, scopes, location in self.pending:
+            ins = self._instruction(statement, scopes)
+            ins.location = location
+            self.kernel.code.append(ins)
         return self.position
 
     def _label(self, match: re.Match) -> None:
@@ -136,10 +146,10 @@ class _Body:
             variable, _ = _declare(text, self.kernel.sizes)
             self.kernel.variables[variable.name] = variable
         elif text.startswith("."):
-            if not text.startswith((".pragma", ".loc", ".param")):
+            if not text.startswith((".pragma", ".param")):
                 raise ParseError(f"unknown directive `{text}` in {self.kernel.name}")
         elif text:
-            self.pending.append((text, tuple(self.scopes)))
+            self.pending.append((text, tuple(self.scopes), self.location))
 
     def _register(self, name: str, type_name: str) -> None:
         block = re.match(r"(%?[\w$]+?)<(\d+)>$", name)
@@ -294,7 +304,9 @@ def parse(text: str) -> ParsedModule:
             continue
         variable, _ = _declare(body, sizes)
         variables[variable.name] = variable
+    files = {int(n): name for n, name in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', outside)}
     for kernel in kernels.values():
+        kernel.files = files
         kernel.dynamic_shared = dynamic
         _module_shared(kernel, variables)
     return ParsedModule(kernels, variables, target[1] if target else "")

@@ -106,17 +106,16 @@ class SharedRaces:
     def _report(self, cell: int, actor: int, did: str, thread_id, ins, write: bool) -> None:
         cell = int(cell)
         pc = int((self.write_pc if did == "write" else self.read_pc)[cell])
-        other = self.machine.kernel.code[pc].text
-        other = other if len(other) < 120 else other[:110] + " ..."
+        other = self.machine.quote(self.machine.kernel.code[pc])
         mine = "write" if write else "read"
         flying = did == "write" and self.write_epoch[cell] == IN_FLIGHT
         if actor < self.warps:
             lane = int(self.write_lane[cell] if did == "write" else self.read_lane[cell, actor])
             who = f"lane {lane}" if lane >= 0 else "several lanes"
-            text = f"the {did} by warp {actor} {who}, `{other}`"
+            text = f"the {did} by warp {actor} {who}, {other}"
             error = SharedRace
         else:
-            text = f"the asynchronous {did} of `{other}`"
+            text = f"the asynchronous {did} of {other}"
             error = AsyncHazard
         how = "comes before the end of" if flying else "is not ordered after"
         what = f"shared-memory race: this {mine} of byte {self._address(cell)} {how} {text}"
@@ -178,9 +177,9 @@ class SharedRaces:
         bare = plain & (epoch > known)
         if bare.any():
             cell = int(cells[np.flatnonzero(bare)[0]])
-            store = self.machine.kernel.code[int(self.write_pc[cell])].text
+            store = self.machine.quote(self.machine.kernel.code[int(self.write_pc[cell])])
             what = (
-                f"byte {self._address(cell)} was stored by `{store}` and is read here without a "
+                f"byte {self._address(cell)} was stored by {store} and is read here without a "
                 "fence.proxy.async in between"
             )
             self.machine.fail(ProxyFenceMissing, what, ids[0], ins)

@@ -9,9 +9,8 @@ import sys
 
 import numpy as np
 
-from . import machine as _machine
-from .errors import Deadlock, DivergentBarrier, NoProgress, Trap, Unsupported
-from .machine import BINDERS, BLOCKING, Lanes, Machine
+from .errors import Deadlock, NoProgress, Trap, Unsupported
+from .machine import BINDERS, BLOCKING, Lanes, Machine, instruction
 
 _TURN = 1 << 32  # a group's key is rank * _TURN + pc
 _CLASSES = 4
@@ -210,16 +209,13 @@ class Waits:
         """All threads have exited: complain of what was left undone."""
 
 
-@_machine.instruction("trap", "brkpt")
+@instruction("trap", "brkpt")
 def _bind_trap(machine: Machine, ins):
     return lambda lanes: machine.fail(Trap, "trap", lanes.ids[0], ins)
 
 
-@_machine.instruction("call")
+@instruction("call")
 def _bind_call(machine: Machine, ins):
     if "__assertfail" in ins.text:
         return lambda lanes: machine.fail(Trap, "a device assert failed", lanes.ids[0], ins)
     raise Unsupported(f"a call of a function that is not inlined: `{ins.text}`")
-
-
-__all__ = ["Scheduler", "Waits", "DivergentBarrier"]

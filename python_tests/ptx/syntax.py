@@ -75,6 +75,7 @@ class Instruction:
     text: str
     target: int | tuple | None = None
     registers: frozenset[str] = frozenset()
+    location: tuple[int, int] | None = None  # file number and line in the source
 
     @property
     def type(self) -> str:
@@ -111,3 +112,4 @@ class Kernel:
     dynamic_shared: set[str] = field(default_factory=set)
     max_threads: int | None = None
     cluster: int = 1
+    files: dict[int, str] = field(default_factory=dict)

@@ -116,7 +116,8 @@ class WarpgroupProducts(Waits):
             for product in (p for g in [group.open, *group.groups] for p in g) if group else ():
                 touched = product.registers & ins.registers
                 if touched:
-                    what = f"{min(touched)} is touched while `{product.ins.text[:60]}` holds it"
+                    holder = self.machine.quote(product.ins)
+                    what = f"{min(touched)} is touched while {holder} holds it"
                     self.machine.fail(AsyncHazard, what, lanes.ids[0], ins)
 
     def _first_warp(self, rows: np.ndarray) -> np.ndarray:
