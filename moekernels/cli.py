@@ -159,6 +159,34 @@ def build_parser() -> Parser:
     verify.add_argument("--device", default="auto", help="auto, cpu or cuda")
     verify.set_defaults(run=_verify)
 
+    plan = commands.add_parser(
+        "plan",
+        help="find the layout that fits a cluster, how fast it is, and which claims cannot be true",
+        usage="%(prog)s [--preset NAME] [--config FILE] [--gpus N] [--json] [--html FILE] [flags "
+        "of the configuration]",
+        description="Searches all strategies for the cluster in [hardware] and judges [claims]. "
+        "Flags of the layout, and --microbatches and --optimizer-state, fix that part of the "
+        "search. Needs no GPU and runs nothing.",
+        allow_abbrev=False,
+    )
+    for name, kind, text in (
+        ("gpus", int, "cards"),
+        ("gpus_per_node", int, "cards of a node"),
+        ("memory_gb", float, "memory of a card, 1e9 bytes"),
+        ("tflops", float, "dense bf16 TFLOP/s of a card"),
+    ):
+        flag = "--" + name.replace("_", "-")
+        plan.add_argument(flag, type=_number(kind), metavar=kind.__name__.upper(), help=text)
+    plan.add_argument(
+        "--lengths-from", type=Path, metavar="FILE", help="lengths of a step's sequences"
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots")
+    plan.add_argument("--trace", type=Path, metavar="FILE", help="write the flush as Chrome trace")
+    plan.add_argument("--all", action="store_true", help="every table, every rejected layout")
+    add_config_flags(plan)
+    plan.set_defaults(run=_plan)
+
     bench = commands.add_parser(
         "bench", help="run the benches of a source checkout", add_help=False
     )
@@ -190,6 +218,26 @@ def _verify(args) -> int:
         steps=args.steps,
         dtype=args.dtype,
         device=args.device,
+    )
+
+
+def _plan(args) -> int:
+    try:
+        from moekernels.plan.command import plan
+    except ImportError as error:
+        raise UsageError(f"plan needs {error.name}: pip install 'moekernels[train]'") from None
+
+    names = ("gpus", "gpus_per_node", "memory_gb", "tflops")
+    return plan(
+        args.preset,
+        args.config,
+        args.flags,
+        hardware={n: getattr(args, n) for n in names if getattr(args, n) is not None},
+        lengths_from=args.lengths_from,
+        as_json=args.json,
+        html=args.html,
+        trace=args.trace,
+        everything=args.all,
     )
 
 

@@ -1,0 +1,101 @@
+"""`moekernels plan`: from flags to a report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+from moekernels.errors import UsageError
+from moekernels.plan import problem as asked
+from moekernels.train import config as cfg
+
+
+def check_claims(where: str, claims) -> None:  # noqa: ANN001
+    """Claims whose size gives away that they are in another unit, or that are no range."""
+
+    def wrong(name: str, text: str) -> UsageError:
+        return UsageError(f"{where}: claims.{name} = {getattr(claims, name)!r} {text}")
+
+    if 0 < claims.parameters < 1e5:
+        raise wrong(
+            "parameters", f"is a number of parameters; {claims.parameters:g}e9 would be billions"
+        )
+    if claims.memory_gb > 1e5:
+        raise wrong("memory_gb", f"is in GB; {claims.memory_gb / 1e9:g} would be that many bytes")
+    for name in ("layer_ms", "sequences_per_second", "mfu"):
+        value = getattr(claims, name)
+        if value and (len(value) != 2 or not 0 < value[0] <= value[1]):
+            raise wrong(name, "must be [from, to], both above 0; a single number would be twice it")
+    if claims.mfu and claims.mfu[1] > 1:
+        low, high = claims.mfu
+        raise wrong("mfu", f"is a part of 1; [{low / 100:g}, {high / 100:g}] would be per cent")
+    if claims.checkpoint_layers:
+        run = cfg.RunConfig()
+        run.model.num_layers = 10**6
+        run.layout.checkpoint_layers = claims.checkpoint_layers
+        from moekernels.train import assembly
+
+        try:
+            assembly.checkpointed(run)
+        except UsageError:
+            raise wrong("checkpoint_layers", "must be as in 2-15 or 1,3-5") from None
+
+
+def plan(
+    preset: str | None,
+    file: Path | None,
+    flags: dict,
+    *,
+    hardware: dict[str, float] | None = None,
+    lengths_from: Path | None = None,
+    as_json: bool = False,
+    html: Path | None = None,
+    trace: Path | None = None,
+    everything: bool = False,
+) -> int:
+    """Plan and print; the exit code."""
+    given_layout = {k: v for k, v in flags.items() if k[0] == "layout"}
+    own_flags = {k: v for k, v in flags.items() if k[0] != "layout"}
+    run = cfg.resolve(preset, file, own_flags, default="spec-30b")
+    for key, value in (hardware or {}).items():
+        flag = "--" + key.replace("_", "-")
+        setattr(run.hardware, key, cfg.check_value(flag, cfg.SECTIONS["hardware"], key, value))
+    name = file.stem if file else preset or "spec-30b"
+    check_claims(str(file or f"preset {name}"), run.claims)
+    lengths = asked.read_lengths(lengths_from) if lengths_from else None
+    problem = asked.problem_of(run, lengths)
+
+    source = [f"--config {shlex.quote(str(file))}"] if file else []
+    if preset or not file:
+        source.insert(0, f"--preset {preset or 'spec-30b'}")
+    for (section, key), value in own_flags.items():
+        if section == "model":
+            source.append(f"--{cfg.flag_of(cfg.SECTIONS[section], key)} {value}")
+
+    from moekernels.plan import report as reports
+
+    report = reports.make(run, problem, asked.space_of({**own_flags, **given_layout}), source, name)
+    _write(html, trace, report)
+    if as_json:
+        print(json.dumps(reports.as_dict(report), indent=2))
+        return 0
+    from moekernels.plan.screen import show
+
+    show(report, everything=everything)
+    return 0
+
+
+def _write(html: Path | None, trace: Path | None, report) -> None:  # noqa: ANN001
+    try:
+        if html is not None:
+            from moekernels.plan.page import page
+
+            html.write_text(page(report), encoding="utf-8")
+        if trace is not None:
+            from moekernels.pipeline.trace import write_trace
+            from moekernels.plan.report import trace as entries
+
+            write_trace(trace, entries(report))
+    except OSError as error:
+        raise UsageError(f"{error.filename}: cannot be written: {error.strerror}") from None
