@@ -33,6 +33,9 @@ struct Chunks {
   int64_t size() const { return static_cast<int64_t>(segment.size()); }
 };
 
+// Chunks that are worth a thread: about 16384 logits.
+int64_t chunks_of_a_thread(int64_t experts) { return 16384 / (kGateChunk * experts) + 1; }
+
 int64_t check_segments(const char* op, const std::optional<Tensor>& segments, const Tensor& like) {
   if (!segments) return 1;
   check_tensor(op, "segments", *segments, kInt64, {{"S+1"}}, &like);
@@ -94,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(
       .sum_two = sum_two,
       .renormalize = renormalize,
   };
-  parallel(chunks.size(), 1, [&](int64_t begin, int64_t end) { cpu::gate(args, begin, end); });
+  parallel(chunks.size(), chunks_of_a_thread(experts), [&](int64_t begin, int64_t end) { cpu::gate(args, begin, end); });
   cpu::gate_reduce(args);
   return {weights, ids, score_sum, counts, z_sum};
 }
@@ -139,7 +142,7 @@ Tensor gate_backward(const Tensor& logits, const Tensor& ids, const std::optiona
       .score = static_cast<GateScore>(score),
       .renormalize = renormalize,
   };
-  parallel(chunks.size(), 1,
+  parallel(chunks.size(), chunks_of_a_thread(experts),
            [&](int64_t begin, int64_t end) { cpu::gate_backward(args, begin, end); });
   return dlogits;
 }

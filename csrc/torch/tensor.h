@@ -74,9 +74,10 @@ void parallel(int64_t n, int64_t grain, const F& f) {
   }
 }
 
-// How many rows of `row_bytes` make a piece of work worth a thread (about 32 KiB of traffic).
+// How many rows of `row_bytes` make a piece of work worth a thread: 128 KiB of traffic takes longer than waking one.
 inline int64_t grain_of(int64_t row_bytes) {
-  return row_bytes > 32768 ? 1 : 32768 / (row_bytes > 0 ? row_bytes : 1);
+  constexpr int64_t kWorthAThread = 131072;
+  return row_bytes > kWorthAThread ? 1 : kWorthAThread / (row_bytes > 0 ? row_bytes : 1);
 }
 
 }  // namespace moekernels::binding
