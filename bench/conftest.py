@@ -73,8 +73,10 @@ def backward_of(fn: Callable[..., torch.Tensor], *leaves: torch.Tensor) -> Calla
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
-    """How many times longer than ours each other implementation took, by the best round: what others
-    do on the machine only ever adds."""
+    """How many times longer than ours each other implementation took.
+
+    By the best round: whatever else the machine does only ever adds.
+    """
     session = getattr(config, "_benchmarksession", None)
     groups: dict[str, dict[str, float]] = {}
     for bench in session.benchmarks if session else []:

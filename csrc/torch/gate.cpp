@@ -97,7 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(
       .sum_two = sum_two,
       .renormalize = renormalize,
   };
-  parallel(chunks.size(), chunks_of_a_thread(experts), [&](int64_t begin, int64_t end) { cpu::gate(args, begin, end); });
+  parallel(chunks.size(), chunks_of_a_thread(experts),
+           [&](int64_t begin, int64_t end) { cpu::gate(args, begin, end); });
   cpu::gate_reduce(args);
   return {weights, ids, score_sum, counts, z_sum};
 }
