@@ -31,8 +31,7 @@ def _statistics(logits: Tensor, labels: Tensor, group: Group) -> tuple[Tensor, T
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, first, group, split):  # noqa: ANN001, ANN205
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(ctx, hidden, weight, labels, first, group, split, needs_grad):  # noqa: ANN001, ANN205
         x = all_gather(hidden, group) if split else hidden
         wide = torch.promote_types(x.dtype, torch.float32)
         labels = torch.where(labels == NO_LABEL, -1, labels)
@@ -71,7 +70,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
         dx, dweight = ctx.saved_tensors
         dx = (dx * grad).to(dx.dtype)
-        return dx, (dweight * grad).to(ctx.weight_dtype), None, None, None, None
+        return dx, (dweight * grad).to(ctx.weight_dtype), None, None, None, None, None
 
 
 def cross_entropy(
@@ -83,4 +82,6 @@ def cross_entropy(
     `first`; labels [T]. Without `split` the gradient of hidden is this rank's part: enter through
     `copy_to`.
     """
-    return _CrossEntropy.apply(hidden, weight, labels, first, group, split)
+    # Asked here: inside a function's forward gradients look disabled, and needed even under no_grad.
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _CrossEntropy.apply(hidden, weight, labels, first, group, split, needs_grad)
