@@ -1,4 +1,4 @@
-"""The conjugate functions: what they compute, and that each one's backward is the other's forward."""
+"""The conjugate functions: what they compute, and that one's backward is the other's forward."""
 
 from __future__ import annotations
 

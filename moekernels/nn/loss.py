@@ -82,6 +82,7 @@ def cross_entropy(
     `first`; labels [T]. Without `split` the gradient of hidden is this rank's part: enter through
     `copy_to`.
     """
-    # Asked here: inside a function's forward gradients look disabled, and needed even under no_grad.
+    # Asked here: inside a function's forward inputs look as if they needed gradients even under
+    # no_grad.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _CrossEntropy.apply(hidden, weight, labels, first, group, split, needs_grad)
