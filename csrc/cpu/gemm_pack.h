@@ -71,7 +71,7 @@ void pack_transposed(Unit* to, const Operand& from, int64_t i0, int64_t ni, int6
                      int64_t nk) {
   constexpr int lanes = kLanes<Unit>;
   constexpr int per_unit = std::is_same_v<Unit, Pair> ? 2 : 1;
-  constexpr int max_squares = 6;  // a panel is never wider than that
+  constexpr int max_squares = 8;  // a panel is never wider: 128 rows of AMX, read directly
   const T* rows[max_squares * lanes];
   const int64_t squares = (width + lanes - 1) / lanes;
   for (int64_t i = 0; i < squares * lanes; ++i) {
