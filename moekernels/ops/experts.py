@@ -292,6 +292,11 @@ def _cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
     yield _spec.Case("gpt_oss", inputs, gradcheck=False)
 
 
+def _large(dtype: torch.dtype) -> dict:
+    routing = _spec.large_routing(tokens=300, experts=6, top_k=2)
+    return _case(dtype, routing, 300, num_experts=6, hidden=64, ffn=40, bias=True)
+
+
 def _messages():
     x, weights, offsets = torch.zeros(6, 4), torch.zeros(6), torch.tensor([0, 2, 6])
     w1, w2 = torch.zeros(2, 10, 4), torch.zeros(2, 4, 5)
@@ -338,6 +343,7 @@ _spec.register(
         cases=_cases,
         differentiable=("x", "weights", "w1", "w2", "b1", "b2"),
         messages=_messages,
+        large=_large,
         saved=_saved,
     )
 )

@@ -156,6 +156,12 @@ def _cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
             yield _spec.Case(name, inputs, compile=name == "ordinary")
 
 
+def _large(dtype: torch.dtype) -> dict:
+    routing = _spec.large_routing(tokens=300, experts=6, top_k=2)
+    rows, w = _spec.randn(dtype, 600, 64), _spec.randn(dtype, 6, 72, 64, seed=1)
+    return {"rows": rows, "w": w, "offsets": routing.offsets}
+
+
 def _dgrad_cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
     for transposed in (False, True):
         for name, rows, w, offsets in _inputs(dtype, transposed, 9, 13):
@@ -213,6 +219,7 @@ _spec.register(
         cases=_cases,
         differentiable=("rows", "w"),
         messages=_messages,
+        large=_large,
         saved=lambda i: _spec.nbytes(i["rows"], i["w"], i["offsets"]),
     )
 )
