@@ -183,6 +183,15 @@ def build_parser() -> Parser:
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots")
     plan.add_argument("--trace", type=Path, metavar="FILE", help="write the flush as Chrome trace")
+    plan.add_argument(
+        "--calibrate", action="store_true", help="measure this machine's constants and store them"
+    )
+    plan.add_argument(
+        "--here", type=_number(int), metavar="RANKS", help="plan for ranks of this machine"
+    )
+    plan.add_argument(
+        "--against", type=Path, metavar="RUN", help="a run's measured times beside the prediction"
+    )
     plan.add_argument("--all", action="store_true", help="every table, every rejected layout")
     add_config_flags(plan)
     plan.set_defaults(run=_plan)
@@ -223,10 +232,14 @@ def _verify(args) -> int:
 
 def _plan(args) -> int:
     try:
-        from moekernels.plan.command import plan
+        from moekernels.plan.command import against, calibrate, plan
     except ImportError as error:
         raise UsageError(f"plan needs {error.name}: pip install 'moekernels[train]'") from None
 
+    if args.calibrate:
+        return calibrate()
+    if args.against is not None:
+        return against(args.against, as_json=args.json)
     names = ("gpus", "gpus_per_node", "memory_gb", "tflops")
     return plan(
         args.preset,
@@ -238,6 +251,7 @@ def _plan(args) -> int:
         html=args.html,
         trace=args.trace,
         everything=args.all,
+        here=args.here,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from moekernels.errors import UsageError
@@ -53,8 +54,9 @@ def plan(
     html: Path | None = None,
     trace: Path | None = None,
     everything: bool = False,
+    here: int | None = None,
 ) -> int:
-    """Plan and print; the exit code."""
+    """Plan and print; the exit code. `here`: for so many ranks of this machine, as calibrated."""
     given_layout = {k: v for k, v in flags.items() if k[0] == "layout"}
     own_flags = {k: v for k, v in flags.items() if k[0] != "layout"}
     run = cfg.resolve(preset, file, own_flags, default="spec-30b")
@@ -65,6 +67,12 @@ def plan(
     check_claims(str(file or f"preset {name}"), run.claims)
     lengths = asked.read_lengths(lengths_from) if lengths_from else None
     problem = asked.problem_of(run, lengths)
+    if here is not None:
+        if here < 1:
+            raise UsageError(f"--here must be at least 1, got {here}")
+        from moekernels.plan import calibrate
+
+        problem = replace(problem, cluster=calibrate.here(calibrate.stored(), here))
 
     source = [f"--config {shlex.quote(str(file))}"] if file else []
     if preset or not file:
@@ -99,3 +107,39 @@ def _write(html: Path | None, trace: Path | None, report) -> None:  # noqa: ANN0
             write_trace(trace, entries(report))
     except OSError as error:
         raise UsageError(f"{error.filename}: cannot be written: {error.strerror}") from None
+
+
+def calibrate() -> int:
+    """Measure this machine and say what came out."""
+    from moekernels.plan import calibrate as measured
+
+    found = measured.calibrate()
+    for name, unit in (("dense", "GFLOP/s"), ("grouped", "GFLOP/s"), ("bytes", "GB/s")):
+        rate = f"{1e-9 / found[name]:.1f} {unit}" if found[name] else "too fast to see"
+        print(f"{name:<10}{rate}")
+    print(f"{'a layer':<10}{1e3 * found['layers']:.2f} ms besides")
+    print(
+        f"error     median {100 * found['median_error']:.0f} %, 90 % within "
+        f"{100 * found['error_band']:.0f} % ({found['measurements']} measurements)"
+    )
+    print(f"stored    {measured.store()}; moekernels plan --here RANKS uses it")
+    return 0
+
+
+def against(folder: Path, *, as_json: bool) -> int:
+    """A run's measured times beside the prediction."""
+    from moekernels.plan import calibrate as measured
+
+    found = measured.against(folder, measured.stored())
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return 0
+    step = found["step"]
+    print(found["calibrated"])
+    print(f"{'':<16}{'predicted':>12}{'measured':>12}{'ratio':>8}")
+    rows = [("step", step["predicted"], step["measured"])]
+    for a in found["actions"]:
+        rows.append((f"stage {a['stage']} {a['action']}", a["predicted"], a["measured"]))
+    for name, predicted, took in rows:
+        print(f"{name:<16}{predicted:>10.4f} s{took:>10.4f} s{predicted / took:>8.2f}")
+    return 0

@@ -76,9 +76,16 @@ def show(report: Report, console: Console | None = None, *, everything: bool = F
         console.print(table)
     if everything:
         _details(report, console)
-    shown = report.result.rejected if everything else report.result.rejected[:4]
+    slower = [r for r in report.result.rejected if not r.reason.endswith("checkpointed")]
+    over = [r for r in report.result.rejected if r.reason.endswith("checkpointed")]
+    shown = slower if everything else slower[:4]
     if shown:
         console.print("[bold]not[/] " + "; ".join(f"{r.what}: {r.reason}" for r in shown))
+    if over:
+        nearest = min(over, key=lambda r: float(r.reason.split()[0]))
+        console.print(
+            f"[bold]too large[/] {len(over)} layouts; nearest {nearest.what}: {nearest.reason}"
+        )
     console.print(f"[bold]run[/] {report.launch}", soft_wrap=True)
 
 

@@ -1,0 +1,177 @@
+"""The planner held to time: to published runs, to runs on this machine, and to the clock.
+
+    python bench/bench_plan.py published        # predicted over reported, no machine needed
+    python bench/bench_plan.py measured         # calibrates, trains a dozen variants, compares
+    pytest bench/bench_plan.py                  # how long a search takes
+
+`measured` runs no more ranks than cores. Its median error and Kendall's tau want a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from moekernels.nn.config import ExpertSpec, ModelConfig
+from moekernels.parallel.mesh import Layout
+from moekernels.plan import calibrate
+from moekernels.plan.evaluate import Problem, evaluate
+from moekernels.plan.problem import problem_of
+from moekernels.plan.search import search
+from moekernels.plan.strategy import Batch, Cluster, Strategy
+from moekernels.train import config as cfg
+
+QWEN3_30B = ModelConfig(
+    vocab_size=151936,
+    d_model=2048,
+    num_layers=48,
+    num_heads=32,
+    num_kv_heads=4,
+    head_dim=128,
+    num_experts=128,
+    top_k=8,
+    expert=ExpertSpec(2048, 2048, 768),
+    qk_norm=True,
+)
+MEDIAN_ERROR, TAU = 0.10, 0.8
+
+
+@dataclass(frozen=True)
+class Published:
+    """A reported row; tokens/s of one card, sequences of 4,096 tokens, balanced by force."""
+
+    name: str
+    source: str
+    strategy: Strategy
+    sequences: int
+    tokens_per_second: float
+    note: str
+
+
+PUBLISHED = (
+    Published(
+        "Qwen3-30B-A3B, 8 H100, EP8",
+        "NeMo AutoModel, docs/performance-summary.md",
+        Strategy(Layout(dp=8, ep=8), (48,), (0,), 64),
+        512,
+        12040,
+        "weights sharded over data-parallel ranks",
+    ),
+    Published(
+        "Qwen3-30B-A3B, 16 H100, PP2 VP24 EP8",
+        "Megatron-Bridge 25.11, docs/performance-summary.md",
+        Strategy(Layout(dp=8, pp=2, ep=8), (1,) * 48, (0,) * 48, 64, "interleaved", 24),
+        512,
+        5275,
+        "ran in fp8, planned in bf16",
+    ),
+)
+
+
+def published(efficiency: float) -> list[tuple[Published, float]]:
+    """(row, predicted tokens/s of a card)."""
+    rows = []
+    for row in PUBLISHED:
+        h100 = Cluster(
+            row.strategy.layout.world, 8, 989e12, 80e9, 3.35e12, 450e9, 50e9,
+            gemm_efficiency=efficiency, grouped_efficiency=efficiency, imbalance=1.0,
+        )  # fmt: skip
+        batch = Batch((4096,) * row.sequences)
+        plan = evaluate(Problem(QWEN3_30B, batch, h100), row.strategy)
+        rows.append((row, plan.tokens_per_second / plan.gpus))
+    return rows
+
+
+VARIANTS = [
+    ["--d-model", str(width), "--microbatches", str(micro), "--accumulation", "1", *layout]
+    for width in (64, 128)
+    for layout, counts in (
+        (["--tp", "1"], (2, 8)),
+        (["--tp", "2"], (2, 8)),
+        (["--pp", "2"], (2, 8)),
+        (["--pp", "2", "--schedule", "interleaved", "--virtual-stages", "2"], (4,)),
+    )
+    for micro in counts
+]
+
+
+def measured(steps: int) -> dict:
+    """Train every variant for some steps; predicted and measured seconds of each."""
+    found = calibrate.calibrate()
+    rows = []
+    for flags in VARIANTS:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "run"
+            common = [
+                "--layers",
+                "8",
+                "--experts",
+                "16",
+                "--sequences",
+                "32",
+                "--eval-sequences",
+                "8",
+            ]
+            subprocess.run(
+                [sys.executable, "-m", "moekernels", "train", "--preset", "tiny", "--steps",
+                 str(steps), "--out", str(out), *common, *flags],
+                check=True, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+            step = calibrate.against(out, found)["step"]
+        rows.append({"flags": " ".join(flags), **step})
+    off = [abs(r["predicted"] / r["measured"] - 1) for r in rows]
+    return {"rows": rows, "median_error": statistics.median(off), "tau": kendall(rows)}
+
+
+def kendall(rows: list[dict]) -> float:
+    pairs = [
+        (a["predicted"] - b["predicted"]) * (a["measured"] - b["measured"])
+        for a, b in combinations(rows, 2)
+    ]
+    return sum((p > 0) - (p < 0) for p in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("gpus", [8, 64, 4096])
+def test_search(benchmark, gpus):
+    asked = problem_of(cfg.resolve("spec-30b", None, {}))
+    asked = replace(asked, cluster=replace(asked.cluster, gpus=gpus))
+    benchmark.group = "plan"
+    result = benchmark.pedantic(search, (asked,), rounds=1)
+    assert result.best.memory <= asked.cluster.memory
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("published", "measured"))
+    parser.add_argument("--efficiency", type=float, default=0.6)
+    parser.add_argument("--steps", type=int, default=6)
+    args = parser.parse_args()
+    if args.what == "published":
+        for row, said in published(args.efficiency):
+            print(
+                f"{row.name:<38} reported {row.tokens_per_second:>6.0f}  predicted {said:>6.0f} "
+                f"tokens/s a card  ratio {said / row.tokens_per_second:.2f}  ({row.note}; "
+                f"{row.source})"
+            )
+        return 0
+    start = time.perf_counter()
+    found = measured(args.steps)
+    for r in found["rows"]:
+        print(f"{r['predicted']:8.3f} s {r['measured']:8.3f} s  {r['flags']}")
+    print(json.dumps({k: found[k] for k in ("median_error", "tau")}))
+    print(f"{len(found['rows'])} variants in {time.perf_counter() - start:.0f} s")
+    return 0 if found["median_error"] <= MEDIAN_ERROR and found["tau"] >= TAU else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
