@@ -1,8 +1,6 @@
 #include "moekernels/all_to_all.h"
 
-#include <algorithm>
-
-#include "tensor.h"
+#include "device.h"
 
 namespace moekernels::binding {
 namespace {
@@ -34,39 +32,89 @@ Tensor pack(const Tensor& x, const std::optional<Tensor>& weights, const Tensor&
       .row_bytes = hidden * size,
       .weight_bytes = extra * size,
   };
-  parallel(rows, grain_of(2 * args.row_bytes),
-           [&](int64_t begin, int64_t end) { cpu::pack(args, begin, end); });
+  run(
+      x, [&](auto stream) { cuda::pack(args, rows, stream); },
+      [&] {
+        parallel(rows, grain_of(2 * args.row_bytes),
+                 [&](int64_t begin, int64_t end) { cpu::pack(args, begin, end); });
+      });
   return message;
 }
 
-// The runs that counts [P, e] describe, empty ones left out.
+// The runs that counts [P, e] describe, by expert, then by peer, and where each expert's rows begin.
 struct RunTable {
-  std::vector<int64_t> begin{0}, source, offsets{0};
+  Tensor begin, source, offsets;
+  int64_t size;
 
-  RunTable(const char* op, const Tensor& counts, const Tensor& rows) {
+  // Counts on the CPU must add up to the rows. Those on a device are not read here, which would wait for it: rows that
+  // they do not reach are left zero, and what they count too much is not moved.
+  RunTable(const char* op, const Tensor& counts, const Tensor& rows)
+      : begin(rows), source(rows), offsets(rows), size(0) {
     check_tensor(op, "counts", counts, kInt64, {{"P"}, {"e"}});
-    check(counts.is_cpu(), op, ": counts must be on the CPU");
     const int64_t peers = counts.size(0), experts = counts.size(1);
+    size = peers * experts;
+    begin = empty({size + 1}, ScalarType::Long, rows);
+    source = empty({size}, ScalarType::Long, rows);
+    offsets = empty({experts + 1}, ScalarType::Long, rows);
+    if (counts.is_cpu()) check_total(op, counts, rows);
+    run(
+        rows, [&](auto stream) { make(counts, rows, stream); },
+        [&] {
+          check(counts.is_cpu(), op, ": counts must be on the CPU for rows on the CPU");
+          make(counts);
+        });
+  }
+
+  static void check_total(const char* op, const Tensor& counts, const Tensor& rows) {
     const int64_t* count = counts.const_data_ptr<int64_t>();
-    std::vector<int64_t> starts(peers * experts);
     int64_t total = 0;
-    for (int64_t i = 0; i < peers * experts; ++i) {
+    for (int64_t i = 0; i < counts.numel(); ++i) {
       check(count[i] >= 0, op, ": counts must not be negative, got ", count[i]);
-      starts[i] = total;
       total += count[i];
     }
     check(total == rows.size(0), op, ": counts add up to ", total, " rows, got ", shape_of(rows));
-    for (int64_t e = 0; e < experts; ++e) {
-      for (int64_t p = 0; p < peers; ++p) {
-        const int64_t i = p * experts + e;
-        if (count[i] == 0) continue;
-        source.push_back(starts[i]);
-        begin.push_back(begin.back() + count[i]);
-      }
-      offsets.push_back(begin.back());
-    }
   }
-  Runs runs() const { return {begin.data(), source.data(), static_cast<int64_t>(source.size())}; }
+
+  template <class S>
+  void make(const Tensor& counts, const Tensor& rows, S stream) {
+    const bool there = !counts.is_cpu() || rows.is_cpu();
+    const Tensor on_device = there ? counts : torch::stable::to(counts, rows.device());
+    cuda::make_runs({.counts = on_device.template const_data_ptr<int64_t>(),
+                     .begin = begin.template mutable_data_ptr<int64_t>(),
+                     .source = source.template mutable_data_ptr<int64_t>(),
+                     .offsets = offsets.template mutable_data_ptr<int64_t>(),
+                     .peers = counts.size(0),
+                     .experts = counts.size(1)},
+                    stream);
+  }
+
+  void make(const Tensor& counts) {
+    const int64_t peers = counts.size(0), experts = counts.size(1);
+    const int64_t* count = counts.const_data_ptr<int64_t>();
+    int64_t* begins = begin.mutable_data_ptr<int64_t>();
+    int64_t* sources = source.mutable_data_ptr<int64_t>();
+    int64_t* starts = offsets.mutable_data_ptr<int64_t>();
+    int64_t row = 0;
+    for (int64_t p = 0; p < peers; ++p) {
+      for (int64_t e = 0; e < experts; ++e) {
+        sources[e * peers + p] = row;
+        row += count[p * experts + e];
+      }
+    }
+    row = 0;
+    for (int64_t e = 0; e < experts; ++e) {
+      starts[e] = row;
+      for (int64_t p = 0; p < peers; ++p) {
+        begins[e * peers + p] = row;
+        row += count[p * experts + e];
+      }
+    }
+    begins[size] = starts[experts] = row;
+  }
+
+  Runs runs() const {
+    return {begin.const_data_ptr<int64_t>(), source.const_data_ptr<int64_t>(), size};
+  }
 };
 
 std::tuple<Tensor, Tensor, Tensor> regroup(const Tensor& message, const Tensor& counts,
@@ -78,22 +126,24 @@ std::tuple<Tensor, Tensor, Tensor> regroup(const Tensor& message, const Tensor& 
   check(width >= 0 && (extra == 0 || extra == weight_elements(dtype)), "regroup: message ",
         shape_of(message), " must hold width=", width, " elements a row, or ",
         width + weight_elements(dtype), " with weights");
-  const int64_t num_offsets = static_cast<int64_t>(table.offsets.size());
   Tensor out = empty_large({rows, width}, dtype, message);
   Tensor weights = empty({extra ? rows : 0}, wide(dtype), message);
-  Tensor offsets = empty({num_offsets}, ScalarType::Long, message);
-  std::copy(table.offsets.begin(), table.offsets.end(), offsets.mutable_data_ptr<int64_t>());
   const RegroupArgs args{
       .message = message.const_data_ptr(),
       .rows = out.mutable_data_ptr(),
       .weights = extra ? weights.mutable_data_ptr() : nullptr,
       .row_bytes = width * size,
       .weight_bytes = extra * size,
+      .num_rows = rows,
       .runs = table.runs(),
   };
-  parallel(rows, grain_of(2 * args.row_bytes),
-           [&](int64_t begin, int64_t end) { cpu::regroup(args, begin, end); });
-  return {out, weights, offsets};
+  run(
+      message, [&](auto stream) { cuda::regroup(args, stream); },
+      [&] {
+        parallel(rows, grain_of(2 * args.row_bytes),
+                 [&](int64_t begin, int64_t end) { cpu::regroup(args, begin, end); });
+      });
+  return {out, weights, table.offsets};
 }
 
 Tensor ungroup(const Tensor& rows, const Tensor& counts, const std::optional<Tensor>& weights) {
@@ -112,22 +162,27 @@ Tensor ungroup(const Tensor& rows, const Tensor& counts, const std::optional<Ten
       .message = message.mutable_data_ptr(),
       .row_bytes = hidden * size,
       .weight_bytes = extra * size,
+      .num_rows = num_rows,
       .runs = table.runs(),
   };
-  parallel(num_rows, grain_of(2 * args.row_bytes),
-           [&](int64_t begin, int64_t end) { cpu::ungroup(args, begin, end); });
+  run(
+      rows, [&](auto stream) { cuda::ungroup(args, stream); },
+      [&] {
+        parallel(num_rows, grain_of(2 * args.row_bytes),
+                 [&](int64_t begin, int64_t end) { cpu::ungroup(args, begin, end); });
+      });
   return message;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def("_pack(Tensor x, Tensor? weights, Tensor slot_of, int top_k) -> Tensor");
   m.def("_regroup(Tensor message, Tensor counts, int width) -> (Tensor, Tensor, Tensor)");
   m.def("_ungroup(Tensor rows, Tensor counts, Tensor? weights) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) {
+MOEKERNELS_IMPL(m) {
   m.impl("_pack", TORCH_BOX(&pack));
   m.impl("_regroup", TORCH_BOX(&regroup));
   m.impl("_ungroup", TORCH_BOX(&ungroup));

@@ -1,6 +1,6 @@
 #include "moekernels/combine.h"
 
-#include "tensor.h"
+#include "device.h"
 
 namespace moekernels::binding {
 namespace {
@@ -25,8 +25,12 @@ Tensor combine(const Tensor& rows, const Tensor& row_of, const std::optional<Ten
       .hidden = hidden,
       .dtype = dtype_of(rows),
   };
-  parallel(tokens, grain_of((top_k + 1) * hidden * size_of(args.dtype)),
-           [&](int64_t begin, int64_t end) { cpu::combine(args, begin, end); });
+  run(
+      rows, [&](auto stream) { cuda::combine(args, stream); },
+      [&] {
+        parallel(tokens, grain_of((top_k + 1) * hidden * size_of(args.dtype)),
+                 [&](int64_t begin, int64_t end) { cpu::combine(args, begin, end); });
+      });
   return out;
 }
 
@@ -58,23 +62,27 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& dout, const Tensor& ro
       .hidden = hidden,
       .dtype = dtype_of(rows),
   };
-  parallel(tokens, grain_of(2 * top_k * hidden * size_of(args.dtype)),
-           [&](int64_t begin, int64_t end) { cpu::combine_backward(args, begin, end); });
-  parallel(num_rows, 4096,
-           [&](int64_t begin, int64_t end) { cpu::combine_clear(args, begin, end); });
+  run(
+      rows, [&](auto stream) { cuda::combine_backward(args, stream); },
+      [&] {
+        parallel(tokens, grain_of(2 * top_k * hidden * size_of(args.dtype)),
+                 [&](int64_t begin, int64_t end) { cpu::combine_backward(args, begin, end); });
+        parallel(num_rows, 4096,
+                 [&](int64_t begin, int64_t end) { cpu::combine_clear(args, begin, end); });
+      });
   return {drows, dweights};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def("_combine(Tensor rows, Tensor row_of, Tensor? weights) -> Tensor");
   m.def(
       "_combine_backward(Tensor dout, Tensor rows, Tensor row_of, Tensor token_of, Tensor weights)"
       " -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) {
+MOEKERNELS_IMPL(m) {
   m.impl("_combine", TORCH_BOX(&combine));
   m.impl("_combine_backward", TORCH_BOX(&combine_backward));
 }

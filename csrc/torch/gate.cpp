@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "tensor.h"
+#include "device.h"
 
 namespace moekernels::binding {
 namespace {
@@ -11,7 +11,8 @@ namespace {
 struct Chunks {
   std::vector<int64_t> begin{0}, segment;
 
-  Chunks(int64_t tokens, const std::optional<Tensor>& segments) {
+  Chunks(int64_t tokens, const std::optional<Tensor>& segments, bool device) {
+    if (device) return;  // it cuts the tokens itself: the offsets lie there
     if (!segments) {
       cut(tokens, 0);
       return;
@@ -43,6 +44,13 @@ int64_t check_segments(const char* op, const std::optional<Tensor>& segments, co
   return segments->size(0) - 1;
 }
 
+void check_device_limits(const char* op, const Tensor& logits, int64_t top_k) {
+  if (!on_cuda(logits)) return;
+  check(logits.size(1) <= cuda::kGateMostExperts && top_k <= cuda::kGateMostTopK, op,
+        ": CUDA takes up to E=", cuda::kGateMostExperts, " and top_k=", cuda::kGateMostTopK,
+        ", got logits ", shape_of(logits), " and top_k=", top_k);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(
     const Tensor& logits, int64_t top_k, int64_t score, const std::optional<Tensor>& bias,
     int64_t num_groups, int64_t groups_kept, bool sum_two, bool renormalize, double scale,
@@ -61,8 +69,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(
   if (bias) check_tensor("gate", "bias", *bias, {wide_dtype}, {{"E", experts}}, &logits);
   if (valid) check_tensor("gate", "valid", *valid, {ScalarType::Bool}, {{"T", tokens}}, &logits);
   const int64_t num_segments = check_segments("gate", segments, logits);
+  check_device_limits("gate", logits, top_k);
 
-  const Chunks chunks(tokens, segments);
+  const Chunks chunks(tokens, segments, on_cuda(logits));
   Tensor weights = empty({tokens, top_k}, wide_dtype, logits);
   Tensor ids = empty({tokens, top_k}, ScalarType::Int, logits);
   Tensor score_sum = empty({num_segments, experts}, wide_dtype, logits);
@@ -70,10 +79,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(
   Tensor z_sum = empty({num_segments}, wide_dtype, logits);
   std::vector<double> sums(chunks.size() * (experts + 1));
   std::vector<int64_t> chunk_counts(chunks.size() * experts);
+  int64_t scratch_bytes = 0;
+  if constexpr (kWithCuda) {
+    if (on_cuda(logits)) scratch_bytes = cuda::gate_scratch_bytes(tokens, experts, num_segments);
+  }
+  Tensor scratch = empty({scratch_bytes}, ScalarType::Byte, logits);
   const GateArgs args{
       .logits = logits.const_data_ptr(),
       .bias = bias ? bias->const_data_ptr() : nullptr,
       .valid = valid ? static_cast<const bool*>(valid->const_data_ptr()) : nullptr,
+      .offsets = segments ? segments->const_data_ptr<int64_t>() : nullptr,
       .chunk_begin = chunks.begin.data(),
       .chunk_segment = chunks.segment.data(),
       .weights = weights.mutable_data_ptr(),
@@ -81,6 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(
       .chunk_scores = sums.data(),
       .chunk_z = sums.data() + chunks.size() * experts,
       .chunk_counts = chunk_counts.data(),
+      .scratch = scratch.mutable_data_ptr(),
       .score_sum = score_sum.mutable_data_ptr(),
       .counts = counts.mutable_data_ptr<int64_t>(),
       .z_sum = z_sum.mutable_data_ptr(),
@@ -97,9 +113,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(
       .sum_two = sum_two,
       .renormalize = renormalize,
   };
-  parallel(chunks.size(), chunks_of_a_thread(experts),
-           [&](int64_t begin, int64_t end) { cpu::gate(args, begin, end); });
-  cpu::gate_reduce(args);
+  run(
+      logits, [&](auto stream) { cuda::gate(args, stream); },
+      [&] {
+        parallel(chunks.size(), chunks_of_a_thread(experts),
+                 [&](int64_t begin, int64_t end) { cpu::gate(args, begin, end); });
+        cpu::gate_reduce(args);
+      });
   return {weights, ids, score_sum, counts, z_sum};
 }
 
@@ -116,6 +136,7 @@ Tensor gate_backward(const Tensor& logits, const Tensor& ids, const std::optiona
   check(top_k >= 1 && top_k <= experts, op, ": ids must hold 1 to E=", experts, " columns, got ",
         top_k);
   const int64_t num_segments = check_segments(op, segments, logits);
+  check_device_limits(op, logits, top_k);
   if (dweights) {
     check_tensor(op, "dweights", *dweights, {wide_dtype}, {{"T", tokens}, {"K", top_k}}, &logits);
   }
@@ -125,7 +146,7 @@ Tensor gate_backward(const Tensor& logits, const Tensor& ids, const std::optiona
   }
   if (dz_sum) check_tensor(op, "dz_sum", *dz_sum, {wide_dtype}, {{"S", num_segments}}, &logits);
 
-  const Chunks chunks(tokens, segments);
+  const Chunks chunks(tokens, segments, on_cuda(logits));
   Tensor dlogits = empty({tokens, experts}, logits.scalar_type(), logits);
   const GateBackwardArgs args{
       .logits = logits.const_data_ptr(),
@@ -133,24 +154,31 @@ Tensor gate_backward(const Tensor& logits, const Tensor& ids, const std::optiona
       .dweights = dweights ? dweights->const_data_ptr() : nullptr,
       .dscore_sum = dscore_sum ? dscore_sum->const_data_ptr() : nullptr,
       .dz_sum = dz_sum ? dz_sum->const_data_ptr() : nullptr,
+      .offsets = segments ? segments->const_data_ptr<int64_t>() : nullptr,
       .chunk_begin = chunks.begin.data(),
       .chunk_segment = chunks.segment.data(),
       .dlogits = dlogits.mutable_data_ptr(),
+      .tokens = tokens,
       .experts = experts,
       .top_k = top_k,
+      .segments = num_segments,
       .scale = scale,
       .dtype = dtype_of(logits),
       .score = static_cast<GateScore>(score),
       .renormalize = renormalize,
   };
-  parallel(chunks.size(), chunks_of_a_thread(experts),
-           [&](int64_t begin, int64_t end) { cpu::gate_backward(args, begin, end); });
+  run(
+      logits, [&](auto stream) { cuda::gate_backward(args, stream); },
+      [&] {
+        parallel(chunks.size(), chunks_of_a_thread(experts),
+                 [&](int64_t begin, int64_t end) { cpu::gate_backward(args, begin, end); });
+      });
   return dlogits;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def(
       "_gate(Tensor logits, int top_k, int score, Tensor? bias, int num_groups, int groups_kept,"
       " bool sum_two, bool renormalize, float scale, Tensor? segments, Tensor? valid)"
@@ -160,7 +188,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
       " Tensor? dz_sum, int score, bool renormalize, float scale, Tensor? segments) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) {
+MOEKERNELS_IMPL(m) {
   m.impl("_gate", TORCH_BOX(&gate));
   m.impl("_gate_backward", TORCH_BOX(&gate_backward));
 }

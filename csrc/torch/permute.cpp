@@ -1,6 +1,6 @@
 #include "moekernels/permute.h"
 
-#include "tensor.h"
+#include "device.h"
 
 namespace moekernels::binding {
 namespace {
@@ -18,17 +18,21 @@ Tensor permute(const Tensor& x, const Tensor& token_of) {
       .num_rows = rows,
       .row_bytes = x.size(1) * size_of(dtype_of(x)),
   };
-  parallel(rows, grain_of(args.row_bytes),
-           [&](int64_t begin, int64_t end) { cpu::permute(args, begin, end); });
+  run(
+      x, [&](auto stream) { cuda::permute(args, stream); },
+      [&] {
+        parallel(rows, grain_of(args.row_bytes),
+                 [&](int64_t begin, int64_t end) { cpu::permute(args, begin, end); });
+      });
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def("_permute(Tensor x, Tensor token_of) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) { m.impl("_permute", TORCH_BOX(&permute)); }
+MOEKERNELS_IMPL(m) { m.impl("_permute", TORCH_BOX(&permute)); }
 
 }  // namespace moekernels::binding

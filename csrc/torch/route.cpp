@@ -1,8 +1,9 @@
 #include "moekernels/route.h"
 
+#include <algorithm>
 #include <limits>
 
-#include "tensor.h"
+#include "device.h"
 
 namespace moekernels::binding {
 namespace {
@@ -24,17 +25,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& ids, int6
                  {{"T", tokens}, {"K", top_k}}, &ids);
   }
   const bool by_weight = weights && capacity >= 0;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t wanted = by_weight ? 1 : (slots + kSlotsOfChunk - 1) / kSlotsOfChunk;
-  const int64_t chunks = wanted < 1 ? 1 : wanted > threads ? threads : wanted;
-
+  // The device's scratch comes from torch's allocator, the CPU's from the heap; its size depends on shapes alone.
+  int64_t chunks = 1, chunk_slots = slots;
+  if constexpr (kWithCuda) {
+    if (on_cuda(ids)) {
+      chunk_slots = cuda::route_chunk_slots(slots, experts);
+      chunks = (slots + chunk_slots - 1) / chunk_slots;
+    }
+  }
+  if (!on_cuda(ids) && !by_weight) {
+    const int64_t wanted = (slots + kSlotsOfChunk - 1) / kSlotsOfChunk;
+    chunks = std::clamp<int64_t>(wanted, 1, torch::stable::get_num_threads());
+  }
   Tensor counts = empty({experts}, ScalarType::Long, ids);
   Tensor offsets = empty({experts + 1}, ScalarType::Long, ids);
   Tensor row_of = empty({tokens, top_k}, ScalarType::Int, ids);
   Tensor token_of = empty({rows}, ScalarType::Int, ids);
   Tensor slot_of = empty({rows}, ScalarType::Int, ids);
-  std::vector<int32_t> begins(chunks * experts);
-  std::vector<int32_t> order(by_weight ? slots + 1 : 0);
+  Tensor begins = empty({chunks * experts}, ScalarType::Int, ids);
+  Tensor order = empty({by_weight ? slots + experts + 2 : 0}, ScalarType::Int, ids);
+  int32_t* order_data = order.mutable_data_ptr<int32_t>();
   const RouteArgs args{
       .ids = ids.const_data_ptr(),
       .weights = weights ? weights->const_data_ptr() : nullptr,
@@ -43,32 +53,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& ids, int6
       .row_of = row_of.mutable_data_ptr<int32_t>(),
       .token_of = token_of.mutable_data_ptr<int32_t>(),
       .slot_of = slot_of.mutable_data_ptr<int32_t>(),
-      .begins = begins.data(),
-      .order = by_weight ? order.data() : nullptr,
+      .begins = begins.mutable_data_ptr<int32_t>(),
+      .order = by_weight ? order_data : nullptr,
+      .order_begins = by_weight ? order_data + slots + 1 : nullptr,
       .slots = slots,
       .top_k = top_k,
       .experts = experts,
       .num_rows = rows,
       .chunks = chunks,
       .alignment = alignment,
+      .chunk_slots = chunk_slots,
       .capacity = capacity,
       .wide_ids = ids.scalar_type() == ScalarType::Long,
       .wide_weights = weights && weights->scalar_type() == ScalarType::Double,
   };
-  parallel(chunks, 1, [&](int64_t begin, int64_t end) { cpu::route_count(args, begin, end); });
-  cpu::route_scan(args);
-  parallel(chunks, 1, [&](int64_t begin, int64_t end) { cpu::route_place(args, begin, end); });
+  run(
+      ids, [&](auto stream) { cuda::route(args, stream); },
+      [&] {
+        parallel(chunks, 1, [&](int64_t begin, int64_t end) { cpu::route_count(args, begin, end); });
+        cpu::route_scan(args);
+        parallel(chunks, 1, [&](int64_t begin, int64_t end) { cpu::route_place(args, begin, end); });
+      });
   return {counts, offsets, row_of, token_of, slot_of};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def(
       "_route(Tensor ids, int num_experts, Tensor? weights, int capacity, int alignment)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) { m.impl("_route", TORCH_BOX(&route)); }
+MOEKERNELS_IMPL(m) { m.impl("_route", TORCH_BOX(&route)); }
 
 }  // namespace moekernels::binding

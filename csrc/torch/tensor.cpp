@@ -1,5 +1,9 @@
 #include "tensor.h"
 
+#ifdef MOEKERNELS_EMULATED
+#include "emulated.h"
+#endif
+
 namespace moekernels::binding {
 
 const char* name_of(ScalarType dtype) {
@@ -58,6 +62,8 @@ void check_tensor(const char* op, const char* name, const Tensor& t,
     }
     check(false, op, ": ", name, " must be contiguous, got strides ", strides, "]");
   }
+  check(t.scalar_type() != ScalarType::Double || !on_cuda(t), op, ": ", name,
+        " is float64, which the CPU alone computes; give float32, bfloat16 or float16 on CUDA");
   if (like != nullptr) {
     check(t.is_cpu() == like->is_cpu() && (t.is_cpu() || t.get_device() == like->get_device()), op,
           ": ", name, " must be on the same device as the first argument");
@@ -74,7 +80,11 @@ DType dtype_of(const Tensor& t) {
 }
 
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) {
-  return torch::stable::new_empty(like, shape, dtype);
+  Tensor t = torch::stable::new_empty(like, shape, dtype);
+#ifdef MOEKERNELS_EMULATED
+  emulated::note_array(t.const_data_ptr(), t.numel() * t.element_size());
+#endif
+  return t;
 }
 
 }  // namespace moekernels::binding

@@ -52,6 +52,13 @@ void check_tensor(const char* op, const char* name, const Tensor& t,
                   std::initializer_list<ScalarType> dtypes, std::initializer_list<Axis> shape,
                   const Tensor* like = nullptr);
 
+// Whether the CUDA launchers take this tensor; in the emulated build (tests) they take every one.
+#ifdef MOEKERNELS_EMULATED
+inline bool on_cuda(const Tensor&) { return true; }
+#else
+inline bool on_cuda(const Tensor& t) { return t.is_cuda(); }
+#endif
+
 DType dtype_of(const Tensor& t);
 // The dtype of routing weights and sums beside activations of `dtype`: float64 stays, all else is float32.
 inline ScalarType wide(ScalarType dtype) {

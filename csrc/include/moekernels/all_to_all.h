@@ -22,11 +22,21 @@ struct Runs {
   int64_t runs;
 };
 
+// Makes the runs on the device, from counts that lie there.
+struct RunsArgs {
+  const int64_t* counts;  // [P, e] rows from each peer for each local expert
+  int64_t* begin;         // [P*e+1], by expert, then peer
+  int64_t* source;        // [P*e]
+  int64_t* offsets;       // [e+1] where each expert's rows begin, or null
+  int64_t peers, experts;
+};
+
 struct RegroupArgs {
   const void* message;  // [R', H + w] by source, then expert
   void* rows;           // [R', H] by expert, then source
   void* weights;        // [R'], or null
   int64_t row_bytes, weight_bytes;
+  int64_t num_rows;
   Runs runs;
 };
 
@@ -35,8 +45,16 @@ struct UngroupArgs {
   const void* weights;  // [R'], or null
   void* message;        // [R', H + w]
   int64_t row_bytes, weight_bytes;
+  int64_t num_rows;
   Runs runs;
 };
+
+namespace cuda {
+void pack(const PackArgs& args, int64_t num_rows, Stream stream);
+void make_runs(const RunsArgs& args, Stream stream);
+void regroup(const RegroupArgs& args, Stream stream);
+void ungroup(const UngroupArgs& args, Stream stream);
+}  // namespace cuda
 
 }  // namespace moekernels
 

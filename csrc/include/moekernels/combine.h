@@ -26,6 +26,11 @@ struct CombineBackwardArgs {
   DType dtype;
 };
 
+namespace cuda {
+void combine(const CombineArgs& args, Stream stream);
+void combine_backward(const CombineBackwardArgs& args, Stream stream);
+}
+
 }  // namespace moekernels
 
 MOEKERNELS_CPU_KERNEL(combine, const CombineArgs& args, int64_t token_begin, int64_t token_end)

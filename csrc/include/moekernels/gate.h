@@ -15,6 +15,7 @@ struct GateArgs {
   const void* logits;            // [T, E]
   const void* bias;              // [E] fp32 (fp64 for fp64) or null: moves the choice only
   const bool* valid;             // [T] or null
+  const int64_t* offsets;        // [S+1] tokens or null; read on the device, the CPU reads the chunks
   const int64_t* chunk_begin;    // [C+1] tokens
   const int64_t* chunk_segment;  // [C], -1: tokens of no segment
   void* weights;                 // [T, K] fp32 (fp64 for fp64), as score_sum and z_sum
@@ -22,6 +23,7 @@ struct GateArgs {
   double* chunk_scores;          // [C, E] scratch
   double* chunk_z;               // [C] scratch
   int64_t* chunk_counts;         // [C, E] scratch
+  void* scratch;                 // gate_scratch_bytes() on the device, in place of the three above
   void* score_sum;               // [S, E]
   int64_t* counts;               // [S, E]
   void* z_sum;                   // [S]
@@ -39,15 +41,24 @@ struct GateBackwardArgs {
   const void* dweights;          // [T, K] or null
   const void* dscore_sum;        // [S, E] or null
   const void* dz_sum;            // [S] or null
+  const int64_t* offsets;        // [S+1] tokens or null; read on the device, the CPU reads the chunks
   const int64_t* chunk_begin;    // [C+1]
   const int64_t* chunk_segment;  // [C]
   void* dlogits;                 // [T, E]
-  int64_t experts, top_k;
+  int64_t tokens, experts, top_k, segments;
   double scale;
   DType dtype;
   GateScore score;
   bool renormalize;
 };
+
+namespace cuda {
+// What the device's gate takes.
+inline constexpr int64_t kGateMostExperts = 4096, kGateMostTopK = 32;
+int64_t gate_scratch_bytes(int64_t tokens, int64_t experts, int64_t segments);
+void gate(const GateArgs& args, Stream stream);
+void gate_backward(const GateBackwardArgs& args, Stream stream);
+}  // namespace cuda
 
 }  // namespace moekernels
 

@@ -13,6 +13,10 @@ struct PermuteArgs {
   int64_t row_bytes;        // H * size of an element: permute only moves bytes
 };
 
+namespace cuda {
+void permute(const PermuteArgs& args, Stream stream);
+}
+
 }  // namespace moekernels
 
 MOEKERNELS_CPU_KERNEL(permute, const PermuteArgs& args, int64_t row_begin, int64_t row_end)

@@ -16,11 +16,19 @@ struct RouteArgs {
   int32_t* token_of;    // [R]
   int32_t* slot_of;     // [R]
   int32_t* begins;      // [chunks, E] scratch: how many, then where each chunk's slots of an expert begin
-  int32_t* order;       // [T*K] scratch, only with weights: all slots by expert
+  int32_t* order;         // [T*K] scratch, only with weights: all slots by expert
+  int32_t* order_begins;  // [E+1] scratch beside it, the device's: where an expert's slots begin in `order`
   int64_t slots, top_k, experts, num_rows, chunks, alignment;
-  int64_t capacity;  // rows an expert takes at most, < 0: no limit
+  int64_t chunk_slots;  // slots of a chunk, the device's
+  int64_t capacity;     // rows an expert takes at most, < 0: no limit
   bool wide_ids, wide_weights;
 };
+
+namespace cuda {
+// How many slots a chunk takes; it depends on sizes alone.
+int64_t route_chunk_slots(int64_t slots, int64_t experts);
+void route(const RouteArgs& args, Stream stream);
+}
 
 }  // namespace moekernels
 

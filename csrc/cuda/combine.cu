@@ -1,0 +1,134 @@
+// Bound by memory: every row is read once, a token's sum stays in registers, in the order of k.
+#include "moekernels/combine.h"
+
+#include "detail/launch.cuh"
+#include "detail/vec.cuh"
+#include "detail/warp.cuh"
+
+namespace moekernels::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kRowsAtOnce = 4;  // loads under way before the first is added
+
+// A warp sums one vector a lane; the warps of a token lie side by side.
+template <class T, int N, bool weighted>
+__global__ void __launch_bounds__(kThreads) combine_tokens(const CombineArgs args) {
+  const int64_t vectors = args.hidden / N, warps = (vectors + kWarp - 1) / kWarp;
+  const int64_t warp = warp_of_grid(), t = warps == 1 ? warp : warp / warps;
+  const int64_t i = (warp - t * warps) * kWarp + lane_id();
+  if (t >= args.tokens || i >= vectors) return;
+  using V = Vec<T, N>;
+  const int32_t* row_of = args.row_of + t * args.top_k;
+  const float* weights = static_cast<const float*>(args.weights) + (weighted ? t * args.top_k : 0);
+  float total[N] = {};
+  for (int64_t k = 0; k < args.top_k; k += kRowsAtOnce) {
+    V parts[kRowsAtOnce];
+    bool used[kRowsAtOnce];
+#pragma unroll
+    for (int u = 0; u < kRowsAtOnce; ++u) {
+      const int64_t r = k + u < args.top_k ? row_of[k + u] : -1;
+      used[u] = inside(r, args.num_rows);
+      if (used[u]) parts[u] = reinterpret_cast<const V*>(static_cast<const T*>(args.rows) + r * args.hidden)[i];
+    }
+#pragma unroll
+    for (int u = 0; u < kRowsAtOnce; ++u) {
+      if (!used[u]) continue;
+      const float weight = weighted ? weights[k + u] : 1.0f;
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const float part = to_float(parts[u].at[n]);
+        total[n] = weighted ? fmaf(part, weight, total[n]) : total[n] + part;
+      }
+    }
+  }
+  V out;
+#pragma unroll
+  for (int n = 0; n < N; ++n) out.at[n] = from_float<T>(total[n]);
+  reinterpret_cast<V*>(static_cast<T*>(args.out) + t * args.hidden)[i] = out;
+}
+
+// drow = weight * dout and dweight = <dout, row>, a warp for each choice.
+template <class T, int N>
+__device__ void backward_slot(const CombineBackwardArgs& args, int64_t slot) {
+  using V = Vec<T, N>;
+  const int64_t t = slot / args.top_k, r = args.row_of[slot], vectors = args.hidden / N;
+  float dot = 0;
+  if (inside(r, args.num_rows)) {
+    // One warp writes a row whatever row_of holds: the last choice of the token that the row names.
+    bool owner = args.token_of[r] == t;
+    for (int64_t s = slot + 1; s < (t + 1) * args.top_k; ++s) owner = owner && args.row_of[s] != r;
+    const float weight = static_cast<const float*>(args.weights)[slot];
+    const V* dout = reinterpret_cast<const V*>(static_cast<const T*>(args.dout) + t * args.hidden);
+    const V* row = reinterpret_cast<const V*>(static_cast<const T*>(args.rows) + r * args.hidden);
+    V* drow = reinterpret_cast<V*>(static_cast<T*>(args.drows) + r * args.hidden);
+    for (int64_t i = lane_id(); i < vectors; i += kWarp) {
+      const V d = dout[i], v = row[i];
+      V scaled;
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        dot = fmaf(to_float(d.at[n]), to_float(v.at[n]), dot);
+        scaled.at[n] = from_float<T>(to_float(d.at[n]) * weight);
+      }
+      if (owner) drow[i] = scaled;
+    }
+  }
+  dot = warp_sum(dot);
+  if (lane_id() == 0) static_cast<float*>(args.dweights)[slot] = dot;
+}
+
+// Zeroes a row that no choice of its token claims.
+template <class T, int N>
+__device__ void clear_row(const CombineBackwardArgs& args, int64_t r) {
+  const int64_t t = args.token_of[r];
+  if (inside(t, args.tokens)) {
+    for (int64_t k = 0; k < args.top_k; ++k) {
+      if (args.row_of[t * args.top_k + k] == r) return;
+    }
+  }
+  Vec<T, N> zero;
+#pragma unroll
+  for (int n = 0; n < N; ++n) zero.at[n] = from_float<T>(0.0f);
+  Vec<T, N>* drow = reinterpret_cast<Vec<T, N>*>(static_cast<T*>(args.drows) + r * args.hidden);
+  for (int64_t i = lane_id(); i < args.hidden / N; i += kWarp) drow[i] = zero;
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(kThreads) combine_backward_slots(const CombineBackwardArgs args) {
+  const int64_t warp = warp_of_grid(), slots = args.tokens * args.top_k;
+  if (warp < slots) {
+    backward_slot<T, N>(args, warp);
+  } else if (warp - slots < args.num_rows) {
+    clear_row<T, N>(args, warp - slots);
+  }
+}
+
+}  // namespace
+
+void combine(const CombineArgs& args, Stream stream) {
+  with_type(args.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int N = 16 / sizeof(T);
+    const bool vector = aligned16(args.rows, args.out, args.hidden * sizeof(T));
+    const int64_t vectors = vector ? args.hidden / N : args.hidden;
+    const int64_t blocks = ceil_div(args.tokens * ceil_div(vectors, kWarp), kWarps);
+    auto kernel = args.weights ? vector ? combine_tokens<T, N, true> : combine_tokens<T, 1, true>
+                  : vector     ? combine_tokens<T, N, false>
+                               : combine_tokens<T, 1, false>;
+    launch("combine", kernel, blocks, kThreads, 0, stream, args);
+  });
+}
+
+void combine_backward(const CombineBackwardArgs& args, Stream stream) {
+  with_type(args.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int N = 16 / sizeof(T);
+    const bool vector = aligned16(args.dout, args.rows, args.drows, args.hidden * sizeof(T));
+    const int64_t blocks = ceil_div(args.tokens * args.top_k + args.num_rows, kWarps);
+    launch("combine_backward", vector ? combine_backward_slots<T, N> : combine_backward_slots<T, 1>,
+           blocks, kThreads, 0, stream, args);
+  });
+}
+
+}  // namespace moekernels::cuda

@@ -1,0 +1,46 @@
+// The one way to launch: every kernel takes its op's arguments as one struct, and a failure names the kernel.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "moekernels/common.h"
+
+namespace moekernels::cuda {
+
+constexpr int kWarp = 32;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Throws with the kernel's name where the call before failed; says what this build holds where the device has no kernel.
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::string message = std::string(what) + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    const std::string arch = std::to_string(major) + std::to_string(minor);
+    message = std::string(what) + ": this build holds kernels for " MOEKERNELS_CUDA_ARCHS
+              ", not for sm_" + arch + "; rebuild with MOEKERNELS_CUDA_ARCHS=" + arch + "-real";
+  }
+  throw std::runtime_error(message);
+}
+
+template <class... Args>
+void launch(const char* name, void (*kernel)(Args...), int64_t blocks, int threads,
+            int64_t shared, Stream stream, const Args&... args) {
+  if (blocks <= 0) return;
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error(std::string(name) + ": " + std::to_string(blocks) +
+                             " blocks are more than a grid holds; give fewer tokens at once");
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+  check(cudaGetLastError(), name);
+}
+
+}  // namespace moekernels::cuda

@@ -1,0 +1,94 @@
+// The few entry points of the CUDA runtime that the launchers use. No CUDA header: a kernel is the name it registers.
+#include <cstddef>
+#include <cstdlib>
+#include <map>
+#include <string>
+
+#include "emulated.h"
+
+namespace {
+
+moekernels_launch_fn launch_kernel = nullptr;
+moekernels_array_fn new_array = nullptr;
+int last_error = 0;
+
+struct Dim3 {
+  unsigned x, y, z;
+};
+struct Configuration {
+  Dim3 grid, block;
+  size_t shared;
+  void* stream;
+} pending;
+
+std::map<const void*, std::string>& kernels() {
+  static std::map<const void*, std::string> names;
+  return names;
+}
+
+}  // namespace
+
+namespace moekernels::emulated {
+void note_array(const void* data, int64_t bytes) {
+  if (new_array != nullptr) new_array(data, bytes);
+}
+}  // namespace moekernels::emulated
+
+extern "C" {
+
+void moekernels_emulate(moekernels_launch_fn launch, moekernels_array_fn array) {
+  launch_kernel = launch;
+  new_array = array;
+}
+
+void** __cudaRegisterFatBinary(void*) {
+  static void* handle = nullptr;
+  return &handle;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
+  kernels()[host] = name;
+}
+
+unsigned __cudaPushCallConfiguration(Dim3 grid, Dim3 block, size_t shared, void* stream) {
+  pending = {grid, block, shared, stream};
+  return 0;
+}
+int __cudaPopCallConfiguration(Dim3* grid, Dim3* block, size_t* shared, void* stream) {
+  *grid = pending.grid;
+  *block = pending.block;
+  *shared = pending.shared;
+  *static_cast<void**>(stream) = pending.stream;
+  return 0;
+}
+
+int __cudaGetKernel(void** kernel, const void* host) {
+  *kernel = const_cast<char*>(kernels().at(host).c_str());
+  return 0;
+}
+int __cudaLaunchKernel(void* kernel, Dim3 grid, Dim3 block, void** params, size_t shared, void*) {
+  // 719: cudaErrorLaunchFailure
+  last_error = launch_kernel != nullptr &&
+                       launch_kernel(static_cast<const char*>(kernel), grid.x, block.x, shared, params) == 0
+                   ? 0
+                   : 719;
+  return last_error;
+}
+
+int cudaGetLastError() {
+  const int error = last_error;
+  last_error = 0;
+  return error;
+}
+const char* cudaGetErrorString(int) { return "the emulated kernel failed"; }
+int cudaGetDevice(int* device) {
+  *device = 0;
+  return 0;
+}
+int cudaDeviceGetAttribute(int* value, int, int) {
+  *value = 0;
+  return 0;
+}
+
+}  // extern "C"
