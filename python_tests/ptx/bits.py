@@ -269,7 +269,7 @@ def _bind_convert(machine: Machine, ins: Instruction):
             values = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
         elif from_float and not to_float:
             values = _to_integer(values, dtype)
-        elif "sat" in ins.mods:
+        elif "sat" in ins.mods and not to_float:
             info = np.iinfo(dtype)
             values = np.clip(values, max(info.min, np.iinfo(values.dtype).min), info.max)
         elif to == "f32" and "rz" in ins.mods and source_type == "f64":
