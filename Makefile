@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-SOURCES := CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/cuda/*)
+SOURCES := CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/cuda/* csrc/cuda/*/*)
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
 
-.PHONY: train test verify bench build lint format clean setup
+.PHONY: train test cuda-all verify bench build lint format clean setup
 
 setup: $(STAMP)
 
@@ -23,8 +23,13 @@ train: build
 	$(BIN)/python -m moekernels train $(ARGS)
 
 test: export MOEKERNELS_CUDA_ARCHS := 90a-real
+test: export MOEKERNELS_EMULATED := 1
 test: build
 	$(BIN)/python -m pytest $(ARGS)
+
+# Every architecture that a release holds; needs nvcc.
+cuda-all: export MOEKERNELS_CUDA := 1
+cuda-all: build
 
 verify: build
 	$(BIN)/python -m moekernels verify --all $(ARGS)

@@ -203,6 +203,7 @@ __global__ void __launch_bounds__(kGateThreads<Tm>) gate_tokens(const GateArgs a
       const int64_t at = chunk + segment;
       for (int e = threadIdx.x; e < experts; e += kGateThreads<Tm>) {
         float sum = 0;
+#pragma unroll
         for (int w = 0; w < warps; ++w) sum += part[w * Tm::lanes * Tm::values + e];
         parts.scores[at * experts + e] = sum;
         parts.counts[at * experts + e] = counts[e];

@@ -81,10 +81,11 @@ def local_world() -> int | None:
 
 
 def has_cuda_kernels() -> bool:
-    """Whether the library was built with its CUDA backend."""
+    """Whether the library has a CUDA kernel for every op that a training step calls."""
     import moekernels.ops  # noqa: F401, registers the ops
 
-    return torch._C._dispatch_has_kernel_for_dispatch_key("moekernels::_permute", "CUDA")
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return all(has(f"moekernels::{op}", "CUDA") for op in ("_gate", "_permute", "_experts"))
 
 
 def choose_device(name: str, local_ranks: int) -> str:

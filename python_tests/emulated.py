@@ -1,0 +1,191 @@
+"""The CUDA backend without a GPU: the very launchers and bindings, their kernels' PTX executed on
+the CPU.
+
+`_C_emulated.so` holds the CUDA path of every op over a CUDA runtime of ours that hands each
+launch (kernel, grid, shared memory, argument bytes) to this file, which finds the arrays that the
+arguments point into and runs the PTX that nvcc made. Inside `emulated_cuda()` the raw ops take
+that path for CPU tensors, so `moekernels.ops` runs on it unchanged, autograd and all. Arrays that
+an op allocates count as unwritten until a kernel has written to them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from python_tests import ptx
+from python_tests.ptx.launch import _Launch
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "build" / "cmake" / "_C_emulated.so"
+ARCH = "90a"
+OPS = (
+    "_gate",
+    "_gate_backward",
+    "_route",
+    "_permute",
+    "_combine",
+    "_combine_backward",
+    "_pack",
+    "_regroup",
+    "_ungroup",
+)
+
+# nvcc names internal kernels after the file and a hash of how it was compiled.
+_FILE_HASH = re.compile(r"\d+_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}")
+
+
+def why_not() -> str | None:
+    """Why the CUDA backend cannot be emulated here, or None."""
+    if ptx.nvcc() is None:
+        return "nvcc is not on PATH: there is no PTX to execute"
+    if not LIBRARY.exists():
+        return f"{LIBRARY} is not built: `make test` builds it, MOEKERNELS_EMULATED=1 elsewhere"
+    return None
+
+
+@cache
+def module(stem: str) -> ptx.Module:
+    """The PTX of csrc/cuda/<stem>.cu, its kernels by names without a hash."""
+    text = ptx.compile_ptx(
+        ROOT / "csrc" / "cuda" / f"{stem}.cu",
+        ARCH,
+        defines=['MOEKERNELS_CUDA_ARCHS="PTX"'],
+        include=[ROOT / "csrc" / "include", ROOT / "csrc" / "cuda"],
+    )
+    return ptx.Module(_FILE_HASH.sub(r"\1", text))
+
+
+class _Replay(_Launch):
+    """A launch whose arguments are raw bytes with pointers in them."""
+
+    arrays: list[tuple[str, np.ndarray, bool]]
+
+    def _place_arguments(self, args: list[bytes]) -> np.ndarray:
+        placed = self.memory.add(self.arrays)
+        begins = [(a.__array_interface__["data"][0], a, placed[id(a)]) for _, a, _ in self.arrays]
+        self.memory.seal()
+        params = np.zeros(-(-max(self.kernel.sizes["param"], 1) // 64) * 64, np.uint8)
+        for raw, (variable, _) in zip(args, self.kernel.params):
+            data = np.frombuffer(raw, np.uint8).copy()
+            for at in range(0, len(raw) - 7, 8):
+                value = int.from_bytes(raw[at : at + 8], "little")
+                for begin, array, address in begins:
+                    if begin <= value < begin + array.nbytes:
+                        moved = np.uint64(address + value - begin)
+                        data[at : at + 8] = np.frombuffer(moved.tobytes(), np.uint8)
+            params[variable.offset : variable.offset + variable.size] = data
+        return params
+
+
+class _Device:
+    """Runs the launches of one op call at a time, over the arrays that it was told of."""
+
+    def __init__(self):
+        self.schedule: int | None = None
+        self.launches: list[str] = []
+        self.error: Exception | None = None
+        self.forget()
+        self._launch_fn = ctypes.CFUNCTYPE(
+            ctypes.c_int,
+            ctypes.c_char_p,
+            ctypes.c_uint32,
+            ctypes.c_uint32,
+            ctypes.c_uint64,
+            ctypes.POINTER(ctypes.c_void_p),
+        )(self._launch)
+        self._array_fn = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(self._array)
+        torch.ops.load_library(str(LIBRARY))
+        ctypes.CDLL(str(LIBRARY)).moekernels_emulate(self._launch_fn, self._array_fn)
+
+    def forget(self) -> None:
+        self.spans: dict[int, tuple[int, bool]] = {}  # begin -> bytes, unwritten
+
+    def _array(self, data: int | None, nbytes: int) -> None:
+        if data and nbytes:
+            self.spans[data] = (nbytes, True)
+
+    def know(self, tensor: Tensor) -> None:
+        if tensor.numel():
+            self.spans[tensor.data_ptr()] = (tensor.numel() * tensor.element_size(), False)
+
+    def _launch(self, name, blocks, threads, shared_bytes, params) -> int:
+        try:
+            self._run(_FILE_HASH.sub(r"\1", name.decode()), blocks, threads, shared_bytes, params)
+        except Exception as error:
+            self.error = error
+            return 1
+        return 0
+
+    def _run(self, name: str, blocks: int, threads: int, shared_bytes: int, params) -> None:
+        self.launches.append(name)
+        found = [m for m in map(module, stems()) if name in m.kernels]
+        kernel = found[0].kernels[name]
+        args = [ctypes.string_at(params[i], v.size) for i, (v, _) in enumerate(kernel.params)]
+        begins = sorted(self.spans)
+        used = {}
+        for raw in args:
+            for at in range(0, len(raw) - 7, 8):
+                value = int.from_bytes(raw[at : at + 8], "little")
+                i = bisect.bisect_right(begins, value) - 1
+                if i >= 0 and value < begins[i] + self.spans[begins[i]][0]:
+                    used[begins[i]] = self.spans[begins[i]]
+        arrays = []
+        for begin, (nbytes, unwritten) in used.items():
+            bytes_ = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(begin))
+            arrays.append((f"the array of {nbytes} bytes", bytes_, unwritten))
+            self.spans[begin] = (nbytes, False)
+        _Replay.arrays = arrays
+        with np.errstate(all="ignore"):
+            launch = _Replay(found[0], kernel, (blocks, 1, 1), (threads, 1, 1), args, shared_bytes)
+            launch.run(self.schedule, False, True, 3_000_000)
+
+    def call(self, name: str, *args):
+        self.forget()
+        self.error = None
+        for arg in args:
+            if isinstance(arg, Tensor):
+                self.know(arg)
+        try:
+            return getattr(torch.ops.moekernels_emulated, name).default(*args)
+        except RuntimeError:
+            if self.error is not None:
+                raise self.error from None
+            raise
+
+
+def stems() -> list[str]:
+    return sorted(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+@cache
+def device() -> _Device:
+    return _Device()
+
+
+@contextmanager
+def emulated_cuda(schedule: int | None = None) -> Iterator[_Device]:
+    """The raw ops run their CUDA kernels, emulated; `schedule` perturbs the order of the warps."""
+    emulator = device()
+    emulator.schedule, emulator.launches = schedule, []
+    library = torch.library.Library("moekernels", "IMPL")
+    try:
+        for name in OPS:
+            library.impl(
+                name,
+                lambda *args, name=name: emulator.call(name, *args),
+                "CPU",
+                allow_override=True,
+            )
+        yield emulator
+    finally:
+        library._destroy()
