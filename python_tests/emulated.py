@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from python_tests import ptx
-from python_tests.ptx.launch import _Launch
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "build" / "cmake" / "_C_emulated.so"
@@ -63,28 +62,6 @@ def module(stem: str) -> ptx.Module:
         include=[ROOT / "csrc" / "include", ROOT / "csrc" / "cuda"],
     )
     return ptx.Module(_FILE_HASH.sub(r"\1", text))
-
-
-class _Replay(_Launch):
-    """A launch whose arguments are raw bytes with pointers in them."""
-
-    arrays: list[tuple[str, np.ndarray, bool]]
-
-    def _place_arguments(self, args: list[bytes]) -> np.ndarray:
-        placed = self.memory.add(self.arrays)
-        begins = [(a.__array_interface__["data"][0], a, placed[id(a)]) for _, a, _ in self.arrays]
-        self.memory.seal()
-        params = np.zeros(-(-max(self.kernel.sizes["param"], 1) // 64) * 64, np.uint8)
-        for raw, (variable, _) in zip(args, self.kernel.params):
-            data = np.frombuffer(raw, np.uint8).copy()
-            for at in range(0, len(raw) - 7, 8):
-                value = int.from_bytes(raw[at : at + 8], "little")
-                for begin, array, address in begins:
-                    if begin <= value < begin + array.nbytes:
-                        moved = np.uint64(address + value - begin)
-                        data[at : at + 8] = np.frombuffer(moved.tobytes(), np.uint8)
-            params[variable.offset : variable.offset + variable.size] = data
-        return params
 
 
 class _Device:
@@ -141,13 +118,11 @@ class _Device:
                     used[begins[i]] = self.spans[begins[i]]
         arrays = []
         for begin, (nbytes, unwritten) in used.items():
-            bytes_ = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(begin))
-            arrays.append((f"the array of {nbytes} bytes", bytes_, unwritten))
+            array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(begin))
+            arrays.append(ptx.Uninitialized(array) if unwritten else array)
             self.spans[begin] = (nbytes, False)
-        _Replay.arrays = arrays
-        with np.errstate(all="ignore"):
-            launch = _Replay(found[0], kernel, (blocks, 1, 1), (threads, 1, 1), args, shared_bytes)
-            launch.run(self.schedule, False, True, 3_000_000)
+        packed = [ptx.Packed(raw, arrays) for raw in args]
+        found[0].launch(kernel, blocks, threads, packed, shared_bytes, schedule=self.schedule)
 
     def call(self, name: str, *args):
         self.forget()

@@ -120,12 +120,12 @@ struct RunTable {
 std::tuple<Tensor, Tensor, Tensor> regroup(const Tensor& message, const Tensor& counts,
                                            int64_t width) {
   check_tensor("regroup", "message", message, kFloats, {{"R"}, {"H+w"}});
-  const RunTable table("regroup", counts, message);
   const ScalarType dtype = message.scalar_type();
   const int64_t rows = message.size(0), extra = message.size(1) - width, size = size_of(dtype_of(message));
   check(width >= 0 && (extra == 0 || extra == weight_elements(dtype)), "regroup: message ",
         shape_of(message), " must hold width=", width, " elements a row, or ",
         width + weight_elements(dtype), " with weights");
+  const RunTable table("regroup", counts, message);
   Tensor out = empty_large({rows, width}, dtype, message);
   Tensor weights = empty({extra ? rows : 0}, wide(dtype), message);
   const RegroupArgs args{
@@ -148,12 +148,12 @@ std::tuple<Tensor, Tensor, Tensor> regroup(const Tensor& message, const Tensor& 
 
 Tensor ungroup(const Tensor& rows, const Tensor& counts, const std::optional<Tensor>& weights) {
   check_tensor("ungroup", "rows", rows, kFloats, {{"R"}, {"H"}});
-  const RunTable table("ungroup", counts, rows);
   const ScalarType dtype = rows.scalar_type();
   const int64_t num_rows = rows.size(0), hidden = rows.size(1), size = size_of(dtype_of(rows));
   if (weights) {
     check_tensor("ungroup", "weights", *weights, {wide(dtype)}, {{"R", num_rows}}, &rows);
   }
+  const RunTable table("ungroup", counts, rows);
   const int64_t extra = weights ? weight_elements(dtype) : 0;
   Tensor message = empty_large({num_rows, hidden + extra}, dtype, rows);
   const UngroupArgs args{

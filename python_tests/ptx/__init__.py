@@ -44,6 +44,6 @@ Not modelled; what is met of it raises Unsupported unless said otherwise:
 
 from . import access, arithmetic, bits, copy_ops, matrix, types  # noqa: F401
 from .errors import *  # noqa: F403
-from .launch import Module, Stats, compile_ptx, load, nvcc  # noqa: F401
+from .launch import Module, Packed, Stats, compile_ptx, load, nvcc  # noqa: F401
 from .memory import Uninitialized  # noqa: F401
 from .tensor_map import TensorMap  # noqa: F401

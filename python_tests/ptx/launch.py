@@ -126,7 +126,7 @@ class Module:
         """Run a kernel; arrays among `args` are written in place.
 
         args: arrays (pointers with exact bounds), `Uninitialized(array)`, None (a null pointer),
-            numbers, bytes (a struct by value) and `TensorMap`s.
+            numbers, bytes (a struct by value), `Packed` (one with pointers) and `TensorMap`s.
         shared_bytes: dynamic shared memory a block.
         schedule: a seed perturbs the order in which warps run and delays some asynchronous work.
         lazy: asynchronous work takes effect as late as it may, not when it is issued.
@@ -140,6 +140,32 @@ class Module:
         with np.errstate(all="ignore"):
             launch.traffic = Traffic() if profile else None
             return launch.run(schedule, lazy, races, max_steps)
+
+
+class Packed:
+    """A parameter as a launcher passes it: bytes, with host addresses of arrays among its words."""
+
+    def __init__(self, data: bytes, arrays: list[np.ndarray | Uninitialized]):
+        self.data, self.arrays = data, arrays
+
+    def entries(self) -> list[tuple[str, np.ndarray, bool]]:
+        fresh = [isinstance(a, Uninitialized) for a in self.arrays]
+        plain = [a.array if isinstance(a, Uninitialized) else a for a in self.arrays]
+        return [(f"the array of {a.nbytes} bytes", a, f) for a, f in zip(plain, fresh)]
+
+    def moved(self, addresses: dict[int, int]) -> bytes:
+        """The bytes with every address that lies in an array turned into the kernel's."""
+        words = bytearray(self.data)
+        for at in range(0, len(words) - 7, 8):
+            value = int.from_bytes(words[at : at + 8], "little")
+            for _, array, _ in self.entries():
+                begin = array.__array_interface__["data"][0]
+                if begin <= value < begin + array.nbytes:
+                    words[at : at + 8] = (addresses[id(array)] + value - begin).to_bytes(
+                        8, "little"
+                    )
+                    break
+        return bytes(words)
 
 
 def _three(shape: int | tuple[int, ...]) -> tuple[int, int, int]:
@@ -183,6 +209,9 @@ class _Launch:
     def _place_arguments(self, args: list) -> np.ndarray:
         arrays = []
         for i, arg in enumerate(args):
+            if isinstance(arg, Packed):
+                arrays += arg.entries()
+                continue
             array = arg.array if isinstance(arg, Uninitialized | TensorMap) else arg
             if isinstance(array, np.ndarray):
                 if not array.flags.c_contiguous:
@@ -200,6 +229,8 @@ class _Launch:
                 arg = arg.array
             if isinstance(arg, np.ndarray):
                 value = np.uint64(addresses[id(arg)]).tobytes()
+            elif isinstance(arg, Packed):
+                value = arg.moved(addresses)
             elif isinstance(arg, bytes):
                 value = arg
             else:
@@ -286,4 +317,4 @@ class _Launch:
         return machine
 
 
-__all__ = ["Module", "Stats", "compile_ptx", "load", "nvcc"]
+__all__ = ["Module", "Packed", "Stats", "compile_ptx", "load", "nvcc"]
