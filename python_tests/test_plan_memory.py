@@ -49,6 +49,15 @@ def small(d_in: int = 64, **options) -> ModelConfig:
     )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sizes this small only wait for each other on more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def bare(monkeypatch):
     """Modules of any size cost nothing to make, and exchanges are balanced."""

@@ -16,7 +16,7 @@ from moekernels.nn.config import ModelConfig
 from moekernels.parallel.mesh import Layout, divisors
 from moekernels.plan import cost
 from moekernels.plan.document import readings
-from moekernels.plan.evaluate import Plan, Problem, memory_of
+from moekernels.plan.evaluate import Plan, Problem, evaluate, memory_of
 from moekernels.plan.search import fit
 from moekernels.plan.strategy import Strategy, ranges_text
 
@@ -83,8 +83,16 @@ def check(value: float, claimed) -> bool:  # noqa: ANN001
     return abs(value - claimed) <= NEAR * claimed
 
 
-def verdicts(problem: Problem, claims, own: Plan, best: Plan) -> list[Verdict]:  # noqa: ANN001
-    """Each claim, judged on the document's own strategy `own`; `best` is the recommended plan."""
+def verdicts(
+    problem: Problem,
+    claims,  # noqa: ANN001
+    own: Plan,
+    best: Plan,
+    unfolded: int = 0,
+) -> list[Verdict]:
+    """Each claim, judged on the document's own strategy `own`; `best` is the recommended plan.
+
+    `unfolded`: the micro-batches of one accumulation step, where a flush holds several steps'."""
     model, layout = problem.model, own.strategy.layout
     local = model.num_experts / layout.ep
     values: dict[str, float] = {
@@ -117,6 +125,9 @@ def verdicts(problem: Problem, claims, own: Plan, best: Plan) -> list[Verdict]: 
             instead += f" ({text_of(name, _tidy(recommended[name]))} as recommended)"
         if name == "layer_ms":
             instead += f", forward, micro-batches of {own.mean_tokens / 1e3:.1f} k tokens"
+            if 0 < unfolded < own.strategy.microbatches:
+                coarse = evaluate(problem, replace(own.strategy, microbatches=unfolded))
+                instead += f"; {1e3 * coarse.layer_seconds:.1f} ms at {unfolded} micro-batches"
         found.append(Verdict(name, text_of(name, claimed), "holds" if holds else "fails", instead))
     return found
 

@@ -61,7 +61,7 @@ def make(
     report.own = evaluate(problem, configured(run), exact_order=True)
     s = report.own.strategy
     m = run.batch.microbatches
-    report.verdicts = verdicts(problem, claims, report.own, best)
+    report.verdicts = verdicts(problem, claims, report.own, best, m)
     report.contradictions = contradictions(problem, claims, {m, m * run.batch.accumulation})
     report.readings = readings(problem)
     report.layouts = named_layouts(problem, claims)
