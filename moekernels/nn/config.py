@@ -65,6 +65,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     init_std: float = 0.02
+    embedding_std: float = 0.0  # 0: init_std
     recompute_experts: bool = False  # keep not even the experts' pre-activations for backward
 
     def __post_init__(self) -> None:

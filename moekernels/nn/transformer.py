@@ -124,7 +124,8 @@ class StageModel(nn.Module):
             seed=seed,
             **common,
         )
-        self.embedding = table(name="embedding") if first else None
+        embedding_std = config.embedding_std or config.init_std
+        self.embedding = table(name="embedding", std=embedding_std) if first else None
         self.layers = nn.ModuleDict(
             {
                 str(layer): Block(

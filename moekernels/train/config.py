@@ -218,6 +218,7 @@ def model_config(m: ModelSection):
         norm_eps=m.norm_eps,
         tie_embeddings=m.tie_embeddings,
         init_std=m.init_std,
+        embedding_std=m.embedding_std,
         recompute_experts=m.recompute_experts,
     )
 

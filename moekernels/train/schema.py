@@ -75,6 +75,9 @@ class ModelSection:
     )
     tie_embeddings: bool = _key(False, "one matrix for the embedding and the head")
     init_std: float = _key(0.02, "standard deviation of the initial weights", above=0)
+    embedding_std: float = _key(
+        0.0, "standard deviation of the initial embedding; 0: init_std", low=0
+    )
     recompute_experts: bool = _key(
         False, "experts keep no pre-activation and compute it again in backward"
     )
