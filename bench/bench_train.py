@@ -196,9 +196,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
-    print(
-        f"{'shape':8} {'transformers':>14} {'moekernels':>14} tokens/s {'ratio':>8} (must {MUST})"
-    )
+    print(f"{'tokens/s':24} {'transformers':>12} {'moekernels':>12}   ratio (must {MUST})")
     for name in chosen.shapes:
         pair = Pair(SHAPES[name])
         for _ in range(chosen.rounds + 2):
