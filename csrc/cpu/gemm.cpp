@@ -87,6 +87,9 @@ Workspace::~Workspace() {
   for (void* memory : memory_) std::free(memory);
 }
 
+// Rows of B packed at a time, a whole number of every engine's units.
+constexpr int64_t kStretch = 32;
+
 // c [rows, columns] = ct [columns, width] turned.
 void transpose_block(const float* ct, int64_t width, int64_t rows, int64_t columns, float* c, int64_t ldc, bool add) {
   constexpr int lanes = kLanes<float>;
@@ -131,7 +134,8 @@ void Workspace::multiply_directly(const Engine& engine, const Operand& a, const 
 void Workspace::multiply(const Engine& engine, const Operand& a, const Operand& b, const Block& block,
                          int64_t depth, void* c, int64_t ldc, Store mode) {
   const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
-  if (rows <= engine.direct_rows && columns >= engine.direct_cols && b.k_contiguous && depth % engine.direct_k == 0 && b.ld % engine.direct_k == 0) {
+  if (rows <= engine.direct_rows && columns >= engine.direct_cols && b.k_contiguous &&
+      depth % engine.direct_k == 0 && b.ld % engine.direct_k == 0) {
     return multiply_directly(engine, a, b, block, depth, static_cast<float*>(c), ldc, mode);
   }
   const int64_t granule = engine.row_granule;
@@ -149,7 +153,8 @@ void Workspace::multiply(const Engine& engine, const Operand& a, const Operand& 
   char* a_panels = static_cast<char*>(room(0, all_units * padded * engine.unit_bytes));
   const Packed wanted{a.data, block.m0, block.m1, a.token_of, false};
   const bool packed = packed_ == wanted;
-  char* b_panel = static_cast<char*>(room(1, block_units * engine.nr * engine.unit_bytes));
+  const int64_t panels = ceil_div(columns, engine.nr);
+  char* b_panels = static_cast<char*>(room(1, panels * block_units * engine.nr * engine.unit_bytes));
 
   if (engine.enter != nullptr) engine.enter();
   for (int64_t u = 0; u < all_units; u += block_units) {
@@ -163,13 +168,24 @@ void Workspace::multiply(const Engine& engine, const Operand& a, const Operand& 
                       ceil_div(height, granule) * granule, k, nk);
       }
     }
-    for (int64_t n = 0; n < columns; n += engine.nr) {
-      const int64_t width = std::min(engine.nr, columns - n);
-      engine.pack_b(b_panel, b, block.n0 + n, width, engine.nr, k, nk);
+    // Rows that run along n are packed a few at a time into all panels: memory is read in stretches of a whole row of the
+    // block, where panel after panel would read two lines here and two lines there.
+    const int64_t panel_bytes = units * engine.nr * engine.unit_bytes;
+    const int64_t stretch = b.k_contiguous ? nk : kStretch;
+    for (int64_t k0 = 0; k0 < nk; k0 += stretch) {
+      for (int64_t p = 0; p < panels; ++p) {
+        engine.pack_b(b_panels + p * panel_bytes + k0 / engine.k_unit * engine.nr * engine.unit_bytes, b,
+                      block.n0 + p * engine.nr, std::min(engine.nr, columns - p * engine.nr), engine.nr, k + k0,
+                      std::min(stretch, nk - k0));
+      }
+    }
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t n = p * engine.nr, width = std::min(engine.nr, columns - n);
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t m = tile_begin(i), height = tile_begin(i + 1) - m;
-        engine.tile(units, a_block + m * units * engine.unit_bytes, b_panel,
-                    static_cast<char*>(c) + (m * ldc + n) * engine.acc_bytes, ldc, height, width, u > 0 ? Store::add : mode);
+        engine.tile(units, a_block + m * units * engine.unit_bytes, b_panels + p * panel_bytes,
+                    static_cast<char*>(c) + (m * ldc + n) * engine.acc_bytes, ldc, height, width,
+                    u > 0 ? Store::add : mode);
       }
     }
   }

@@ -222,7 +222,7 @@ const Engine& bf16_engine(Bf16Unit unit) {
                                 .nr = kColumns,
                                 .row_granule = kTileRows,
                                 .k_unit = kTileK,
-                                .k_block = 1024,
+                                .k_block = 512,
                                 .unit_bytes = kTileBytes,
                                 .acc_bytes = sizeof(float),
                                 .pack_a = &pack_amx_a,
