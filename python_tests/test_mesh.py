@@ -121,6 +121,6 @@ def test_describe_shows_both_factorisations() -> None:
         (lambda: Layout(tp=8).validate(vocab_size=5), "tp 5 or less would do"),
     ],
 )
-def test_layouts_that_do_not_divide_say_what_would(make, message: str) -> None:  # noqa: ANN001
+def test_layouts_that_do_not_divide_say_what_would(make, message: str) -> None:
     with pytest.raises(UsageError, match=message.replace("*", r"\*")):
         make()

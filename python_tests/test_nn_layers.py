@@ -20,7 +20,7 @@ ALONE = Group(None, 0, 1, (0,))
 DOUBLE = {"dtype": torch.float64, "device": torch.device("cpu")}
 
 
-def whole_model(config: ModelConfig = TINY, **options) -> StageModel:  # noqa: ANN003
+def whole_model(config: ModelConfig = TINY, **options) -> StageModel:
     layers = range(1, config.num_layers + 1)
     options = {"dtype": torch.float64, **options}
     return StageModel(config, Mesh(Layout()), layers, True, True, **options)
@@ -99,7 +99,7 @@ def test_cross_entropy_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -
     largest, products = 0, 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN202
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest, products
             out = func(*args, **(kwargs or {}))
             products += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
@@ -129,7 +129,7 @@ def test_replayed_choices_give_the_gates_own_weights(score: str) -> None:
         model = whole_model(config)
         if swap:  # the same experts in another order: not equal to the gate's own ids
 
-            def swapped(batch, layer, logits, ids):  # noqa: ANN001, ANN202
+            def swapped(batch, layer, logits, ids):
                 return ids.flip(1)
 
             model.route_hook = swapped
@@ -142,7 +142,7 @@ def test_replayed_choices_give_the_gates_own_weights(score: str) -> None:
 def test_hook_sees_every_layer_and_decides() -> None:
     model, seen = whole_model(), []
 
-    def hook(batch, layer, logits, ids):  # noqa: ANN001, ANN202
+    def hook(batch, layer, logits, ids):
         seen.append((layer, tuple(logits.shape), tuple(ids.shape)))
         return torch.where(ids < 0, -1, torch.tensor([3, 5], dtype=torch.int32))
 

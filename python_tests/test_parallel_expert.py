@@ -104,7 +104,7 @@ def _count_messages(rank: int, kind: str) -> tuple[int, int]:
     calls = 0
     whole = expert.all_to_all
 
-    def counted(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+    def counted(*args, **kwargs):
         nonlocal calls
         calls += 1
         return whole(*args, **kwargs)

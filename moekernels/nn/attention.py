@@ -55,12 +55,12 @@ class _Rotate(torch.autograd.Function):
     """Rotary positions; the backward is the rotation by the opposite angle, so x is not kept."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.angles = cos, sin
         return _rotated(x, cos, sin)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, grad: Tensor):
         cos, sin = ctx.angles
         return _rotated(grad, cos, -sin), None, None
 

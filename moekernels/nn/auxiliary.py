@@ -21,12 +21,12 @@ class _Inject(torch.autograd.Function):
     loss."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:
         ctx.save_for_backward(loss)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, grad: Tensor):
         (loss,) = ctx.saved_tensors
         return grad, torch.ones_like(loss)
 

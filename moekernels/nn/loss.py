@@ -31,7 +31,7 @@ def _statistics(logits: Tensor, labels: Tensor, group: Group) -> tuple[Tensor, T
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, first, group, split, needs_grad):  # noqa: ANN001, ANN205
+    def forward(ctx, hidden, weight, labels, first, group, split, needs_grad):
         x = all_gather(hidden, group) if split else hidden
         wide = torch.promote_types(x.dtype, torch.float32)
         labels = torch.where(labels == NO_LABEL, -1, labels)
@@ -67,7 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, grad: Tensor):
         dx, dweight = ctx.saved_tensors
         dx = (dx * grad).to(dx.dtype)
         return dx, (dweight * grad).to(ctx.weight_dtype), None, None, None, None, None

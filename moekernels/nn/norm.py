@@ -13,7 +13,7 @@ class _RMSNorm(torch.autograd.Function):
     the CPU."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
@@ -21,7 +21,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * rstd).mul_(weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, grad: Tensor):
         x, weight, rstd = ctx.saved_tensors
         if x.dtype not in (torch.float32, torch.float64):
             grad, wide = grad.float(), x.float()

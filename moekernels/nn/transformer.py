@@ -178,7 +178,7 @@ class StageModel(nn.Module):
         return self._loss(batch, x) if self.last else x
 
     @staticmethod
-    def _checkpointed(block: Block, *inputs) -> tuple[Tensor, ...]:  # noqa: ANN002
+    def _checkpointed(block: Block, *inputs) -> tuple[Tensor, ...]:
         """Run a block keeping its input and what the exchange brought; backward computes the rest
         again."""
         kept = Kept()

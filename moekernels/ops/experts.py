@@ -181,14 +181,17 @@ def experts(
         h = x w1 + b1,  a = act(h),  out = weights * (a w2 + b2)
 
     Args:
-        x: [R, H] rows in expert order, fp32, bf16, fp16 or fp64; or [T, H] tokens, seen through `token_of`.
-        weights: [R] fp32 (fp64 for fp64), the routing weight of each row (`permute_weights`); None: all one.
+        x: [R, H] rows in expert order, fp32, bf16, fp16 or fp64; or [T, H] tokens, seen through
+        `token_of`.
+        weights: [R] fp32 (fp64 for fp64), the routing weight of each row (`permute_weights`);
+        None: all one.
         w1: [E, 2F, H], gate and up; ungated activations [E, F, H]. With `transposed` [E, H, 2F].
         w2: [E, H, F]; with `transposed` [E, F, H].
         offsets: [E+1] int64, where each expert's rows begin.
         token_of: [R] int32, the token of each row; rows whose token is outside [0, T) give zeros.
         row_of: [T, K] int32, the rows of each token; needed with `token_of` for x's gradient.
-        activation: swiglu, geglu, reglu, swiglu_oai (clamped by `limit`, sigmoid of `alpha` gate, up + 1),
+        activation: swiglu, geglu, reglu, swiglu_oai (clamped by `limit`, sigmoid of `alpha` gate,
+        up + 1),
             swiglu_clamped (by `limit`); ungated: relu2, silu, gelu.
         b1, b2: [E, 2F], [E, H], biases or None.
         interleaved: gate and up alternate in w1 and b1, rather than one after the other.
@@ -201,8 +204,10 @@ def experts(
         RuntimeError: a wrong dtype, rank, shape or device, with the values in the message.
 
     Notes:
-        Keeps x and h [R, 2F] for the backward, no expert output: the weights' gradient is <da, a>. Sums in fp32 (fp64
-        for fp64). A parameter with an attribute `main_grad` (fp32, its shape) has its gradient added there and none
+        Keeps x and h [R, 2F] for the backward, no expert output: the weights' gradient is <da,
+        a>. Sums in fp32 (fp64
+        for fp64). A parameter with an attribute `main_grad` (fp32, its shape) has its gradient
+        added there and none
         returned. Under autocast all but `weights` are cast. Deterministic on any number of threads.
     """
     main_grads = _MainGrads(*[main_grad_of(p) for p in (w1, w2, b1, b2)])
@@ -302,7 +307,8 @@ def _messages():
     w1, w2 = torch.zeros(2, 10, 4), torch.zeros(2, 4, 5)
     yield (
         lambda: experts(x, weights, w1, w2, offsets, activation="tanh"),
-        "experts: activation must be swiglu|geglu|reglu|swiglu_oai|swiglu_clamped|relu2|silu|gelu, got tanh",
+        "experts: activation must be swiglu|geglu|reglu|swiglu_oai|swiglu_clamped|relu2|silu|gelu, "
+        "got tanh",
     )
     yield (
         lambda: experts(x, weights, w1[:, :9], w2, offsets),

@@ -42,7 +42,8 @@ def wgrad_or_accumulate(
     tokens: int = 0,
     gather: bool = False,
 ) -> Tensor | None:
-    """The gradient for w, or None after adding it to `main_grad`. With `gather`, rows are [T, I] seen through token_of."""
+    """The gradient for w, or None after adding it to `main_grad`. With `gather`, rows are [T, I]
+    seen through token_of."""
     if main_grad is None:
         return _wgrad(rows, drows, offsets, transposed, token_of, tokens, gather)
     _wgrad_(main_grad, rows, drows, offsets, transposed, token_of, tokens, gather)
@@ -50,14 +51,16 @@ def wgrad_or_accumulate(
 
 
 def main_grad_of(w: Tensor | None) -> Tensor | None:
-    """The fp32 buffer that a parameter's gradient is to be added to, if it has one and wants a gradient."""
+    """The fp32 buffer that a parameter's gradient is to be added to, if it has one and wants a
+    gradient."""
     if w is None or not w.requires_grad:
         return None
     return getattr(w, "main_grad", None)
 
 
 def autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the dtype that autocast asks matrix products on `device` to run in; untouched without autocast."""
+    """The tensors in the dtype that autocast asks matrix products on `device` to run in;
+    untouched without autocast."""
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
@@ -100,9 +103,12 @@ def grouped_gemm(rows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool =
         RuntimeError: a wrong dtype, rank, shape or device, with the values in the message.
 
     Notes:
-        Sums in fp32 (fp64 for fp64). If `w` is a parameter with an fp32 attribute `main_grad` of its shape, the backward
-        adds w's gradient to that and returns none for w. Under autocast both run in autocast's dtype. Deterministic:
-        the same input gives the same bits on any number of threads. An expert without rows costs nothing.
+        Sums in fp32 (fp64 for fp64). If `w` is a parameter with an fp32 attribute `main_grad` of
+        its shape, the backward
+        adds w's gradient to that and returns none for w. Under autocast both run in autocast's
+        dtype. Deterministic:
+        the same input gives the same bits on any number of threads. An expert without rows costs
+        nothing.
     """
     main_grad = main_grad_of(w)
     rows, w = autocast(rows.device, rows, w)
@@ -115,9 +121,11 @@ def grouped_gemm(rows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool =
 def grouped_gemm_dgrad(
     drows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool = False
 ) -> Tensor:
-    """The gradient of `grouped_gemm` for its rows: drows [R, O], w [E, O, I] (transposed: [E, I, O]) -> [R, I].
+    """The gradient of `grouped_gemm` for its rows: drows [R, O], w [E, O, I] (transposed: [E, I,
+    O]) -> [R, I].
 
-    Apart from `grouped_gemm_wgrad`, for schedules that run the two at different times. Not differentiable.
+    Apart from `grouped_gemm_wgrad`, for schedules that run the two at different times. Not
+    differentiable.
     """
     return _grouped_gemm(drows.contiguous(), w.contiguous(), offsets, not transposed)
 
@@ -130,9 +138,11 @@ def grouped_gemm_wgrad(
     transposed: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of `grouped_gemm` for w: rows [R, I], drows [R, O] -> [E, O, I] (transposed: [E, I, O]).
+    """The gradient of `grouped_gemm` for w: rows [R, I], drows [R, O] -> [E, O, I] (transposed:
+    [E, I, O]).
 
-    With `out` [E, O, I] fp32 (fp64 for fp64), the main gradient, it is added to that, which is returned; experts
+    With `out` [E, O, I] fp32 (fp64 for fp64), the main gradient, it is added to that, which is
+    returned; experts
     without rows then cost nothing. Not differentiable.
     """
     rows, drows = rows.contiguous(), drows.contiguous()

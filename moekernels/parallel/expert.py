@@ -63,7 +63,6 @@ class ExchangePlan:
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    # noqa: ANN001, ANN205
     def forward(ctx, x: Tensor, weights: Tensor, plan: ExchangePlan, kept: Kept | None):
         ctx.plan, ctx.width = plan, x.shape[1]
 
@@ -78,7 +77,7 @@ class _Dispatch(torch.autograd.Function):
         return rows, row_weights, offsets
 
     @staticmethod
-    def backward(ctx, drows: Tensor, dweights: Tensor, _):  # noqa: ANN001, ANN205
+    def backward(ctx, drows: Tensor, dweights: Tensor, _):
         plan = ctx.plan
         message = ops.ungroup(drows.contiguous(), plan.counts, dweights.contiguous())
         message = all_to_all(message, plan.group, plan.send, plan.receive)
@@ -90,14 +89,14 @@ class _Dispatch(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, plan: ExchangePlan) -> Tensor:  # noqa: ANN001
+    def forward(ctx, rows: Tensor, plan: ExchangePlan) -> Tensor:
         ctx.plan = plan
         message = ops.ungroup(rows, plan.counts)
         message = all_to_all(message, plan.group, plan.send, plan.receive)
         return ops.combine(message, plan.row_of, plan.token_of)
 
     @staticmethod
-    def backward(ctx, dout: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, dout: Tensor):
         plan = ctx.plan
         message = ops.permute(dout.contiguous(), plan.token_of, plan.row_of)
         message = all_to_all(message, plan.group, plan.receive, plan.send)
@@ -199,7 +198,7 @@ def sum_uneven(parts: list[Tensor], sizes: list[int], group: Group) -> list[Tens
 
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, ids, sizes, group, kept):  # noqa: ANN001, ANN205
+    def forward(ctx, x, weights, ids, sizes, group, kept):
         ctx.sizes, ctx.group = sizes, group
 
         def exchange() -> tuple[Tensor, ...]:
@@ -212,19 +211,19 @@ class _GatherTokens(torch.autograd.Function):
         return x, weights, ids
 
     @staticmethod
-    def backward(ctx, dx: Tensor, dweights: Tensor, _):  # noqa: ANN001, ANN205
+    def backward(ctx, dx: Tensor, dweights: Tensor, _):
         dx, dweights = sum_uneven([dx, dweights], ctx.sizes, ctx.group)
         return dx, dweights, None, None, None, None
 
 
 class _SumTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, partial: Tensor, sizes: list[int], group: Group) -> Tensor:  # noqa: ANN001
+    def forward(ctx, partial: Tensor, sizes: list[int], group: Group) -> Tensor:
         ctx.sizes, ctx.group = sizes, group
         return sum_uneven([partial], sizes, group)[0]
 
     @staticmethod
-    def backward(ctx, dout: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, dout: Tensor):
         return gather_uneven(dout.contiguous(), ctx.sizes, ctx.group), None, None
 
 

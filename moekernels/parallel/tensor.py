@@ -119,18 +119,18 @@ def _identity(x: Tensor, group: Group) -> Tensor:
     return x
 
 
-def _conjugate(name: str, forward, backward, doc: str):  # noqa: ANN001, ANN202
+def _conjugate(name: str, forward, backward, doc: str):
     """An autograd function of (x, group) from two raw ones, skipped where the group is one rank."""
 
     class Conjugate(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x: Tensor, group: Group) -> Tensor:  # noqa: ANN001
+        def forward(ctx, x: Tensor, group: Group) -> Tensor:
             ctx.group = group
             out = forward(x, group)
             return x.view_as(x) if out is x else out
 
         @staticmethod
-        def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+        def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
             return backward(grad, ctx.group), None
 
     Conjugate.__name__ = Conjugate.__qualname__ = name

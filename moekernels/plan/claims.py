@@ -54,7 +54,7 @@ UNITS = {
 }
 
 
-def text_of(name: str, value) -> str:  # noqa: ANN001
+def text_of(name: str, value) -> str:
     """A value with its unit: 30 B parameters, 55-65 % MFU, 8 cards."""
     if name == "checkpoint_layers":
         return f"layers {value}"
@@ -72,12 +72,12 @@ def text_of(name: str, value) -> str:  # noqa: ANN001
     return f"{value:.3g} {UNITS[name]}" if isinstance(value, float) else f"{value} {UNITS[name]}"
 
 
-def said(claims) -> dict[str, object]:  # noqa: ANN001
+def said(claims) -> dict[str, object]:
     """The claims that were made, by name."""
     return {name: value for name in UNITS if (value := getattr(claims, name, None))}
 
 
-def check(value: float, claimed) -> bool:  # noqa: ANN001
+def check(value: float, claimed) -> bool:
     if isinstance(claimed, (list, tuple)):
         return claimed[0] <= value <= claimed[1]
     return abs(value - claimed) <= NEAR * claimed
@@ -85,7 +85,7 @@ def check(value: float, claimed) -> bool:  # noqa: ANN001
 
 def verdicts(
     problem: Problem,
-    claims,  # noqa: ANN001
+    claims,
     own: Plan,
     best: Plan,
     unfolded: int = 0,
@@ -157,7 +157,7 @@ class Point:
     values: dict[str, float]
 
 
-def _layouts(claims, model: ModelConfig):  # noqa: ANN001, ANN202
+def _layouts(claims, model: ModelConfig):
     base = claims.gpus or 8
     for world in (base << i for i in range(6)):
         for tp in sorted({1, claims.tp or 1}):
@@ -170,7 +170,7 @@ def _layouts(claims, model: ModelConfig):  # noqa: ANN001, ANN202
                         yield Layout(tp, stage // tp, pp, ep)
 
 
-def points(problem: Problem, claims, microbatches: set[int]) -> list[Point]:  # noqa: ANN001
+def points(problem: Problem, claims, microbatches: set[int]) -> list[Point]:
     """Every reading, layout, number of micro-batches and utilisation that tells claims apart."""
     lengths = problem.batch.lengths
     tokens, squares = sum(lengths), sum(n * n for n in lengths)
@@ -228,7 +228,7 @@ def points(problem: Problem, claims, microbatches: set[int]) -> list[Point]:  # 
     return found
 
 
-def satisfies(point: Point, name: str, claimed) -> bool:  # noqa: ANN001
+def satisfies(point: Point, name: str, claimed) -> bool:
     value = point.values[name]
     if name == "memory_gb":  # the least that training takes: no more than claimed
         return value <= claimed * (1 + NEAR)
@@ -239,7 +239,7 @@ def satisfies(point: Point, name: str, claimed) -> bool:  # noqa: ANN001
     return check(value, claimed)
 
 
-def contradictions(problem: Problem, claims, microbatches: set[int]) -> list[Contradiction]:  # noqa: ANN001
+def contradictions(problem: Problem, claims, microbatches: set[int]) -> list[Contradiction]:
     """The smallest sets of claims that no point satisfies, smallest first, with their repairs."""
     wanted = {n: v for n, v in said(claims).items() if n != "checkpoint_layers"}
     if wanted.get("ep") and wanted.get("experts_per_gpu") == problem.model.num_experts / claims.ep:
@@ -277,7 +277,7 @@ def contradictions(problem: Problem, claims, microbatches: set[int]) -> list[Con
     return found
 
 
-def _nearest(points_: list[Point], name: str, claimed) -> tuple[float, float] | None:  # noqa: ANN001
+def _nearest(points_: list[Point], name: str, claimed) -> tuple[float, float] | None:
     """(how far, value) of the value nearest to the claim, by ratio."""
     bounds = claimed if isinstance(claimed, (list, tuple)) else (claimed, claimed)
     best = None

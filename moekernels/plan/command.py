@@ -12,7 +12,7 @@ from moekernels.plan import problem as asked
 from moekernels.train import config as cfg
 
 
-def check_claims(where: str, claims) -> None:  # noqa: ANN001
+def check_claims(where: str, claims) -> None:
     """Claims whose size gives away that they are in another unit, or that are no range."""
 
     def wrong(name: str, text: str) -> UsageError:
@@ -94,7 +94,7 @@ def plan(
     return 0
 
 
-def _write(html: Path | None, trace: Path | None, report) -> None:  # noqa: ANN001
+def _write(html: Path | None, trace: Path | None, report) -> None:
     try:
         if html is not None:
             from moekernels.plan.page import page

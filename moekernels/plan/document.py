@@ -91,7 +91,7 @@ class NamedLayout:
     why_not: str = ""
 
 
-def named_layouts(problem: Problem, claims) -> list[NamedLayout]:  # noqa: ANN001
+def named_layouts(problem: Problem, claims) -> list[NamedLayout]:
     """R1 to R5, from the claimed cards and degrees."""
     if not (claims.gpus and claims.tp and claims.pp and claims.ep):
         return []
