@@ -60,6 +60,7 @@ def module(stem: str) -> ptx.Module:
         ARCH,
         defines=['MOEKERNELS_CUDA_ARCHS="PTX"'],
         include=[ROOT / "csrc" / "include", ROOT / "csrc" / "cuda"],
+        lines=False,  # of gate.cu nvcc makes them in minutes, not seconds
     )
     return ptx.Module(_FILE_HASH.sub(r"\1", text))
 

@@ -41,15 +41,20 @@ def nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
-def compile_ptx(source: Path, arch: str = "80", defines=(), include=()) -> str:
-    """CUDA source -> PTX text, remembered on disk until source or headers change."""
+def compile_ptx(
+    source: Path, arch: str = "80", defines=(), include=(), *, lines: bool = True
+) -> str:
+    """CUDA source -> PTX text, remembered on disk until source or headers change.
+
+    lines: errors name source lines; of a kernel that inlines much nvcc then takes minutes.
+    """
     compiler = nvcc()
     if compiler is None:
         raise PtxError("nvcc is not on PATH")
     source = Path(source)
     flags = [
         "-ptx",
-        "-lineinfo",
+        *(["-lineinfo"] if lines else []),
         "-std=c++17",
         "-O3",
         f"-gencode=arch=compute_{arch},code=compute_{arch}",
