@@ -83,7 +83,8 @@ class _Device:
         )(self._launch)
         self._array_fn = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(self._array)
         torch.ops.load_library(str(LIBRARY))
-        ctypes.CDLL(str(LIBRARY)).moekernels_emulate(self._launch_fn, self._array_fn)
+        self.library = ctypes.CDLL(str(LIBRARY))
+        self.library.moekernels_emulate(self._launch_fn, self._array_fn)
 
     def forget(self) -> None:
         self.spans: dict[int, tuple[int, bool]] = {}  # begin -> bytes, unwritten
@@ -149,10 +150,12 @@ def device() -> _Device:
 
 
 @contextmanager
-def emulated_cuda(schedule: int | None = None) -> Iterator[_Device]:
-    """The raw ops run their CUDA kernels, emulated; `schedule` perturbs the order of the warps."""
+def emulated_cuda(schedule: int | None = None, capability: int = 80) -> Iterator[_Device]:
+    """The raw ops run their CUDA kernels, emulated, as a device of `capability` is given them;
+    `schedule` perturbs the order of the warps."""
     emulator = device()
     emulator.schedule, emulator.launches = schedule, []
+    emulator.library.moekernels_emulate_capability(capability)
     library = torch.library.Library("moekernels", "IMPL")
     try:
         for name in OPS:

@@ -123,8 +123,8 @@ void up(const ExpertsUpArgs& args, int64_t worker, int64_t workers) {
         T* out = row_at<T>(args.a, row, of.ffn) + block.n0;
         for_vectors<S>(columns, [&](int64_t j, auto n) {
           store(out + j,
-                   activate<S, decltype(kind)::value>(load(halves.gate + j), load(halves.up + j), S(of.alpha),
-                                                      S(of.limit))
+                   activate<decltype(kind)::value, Math<S>>(load(halves.gate + j), load(halves.up + j),
+                                                            S(of.alpha), S(of.limit))
                        .a,
                    n);
         });
@@ -203,7 +203,7 @@ void dact(const ExpertsDActArgs& args, int64_t worker, int64_t workers) {
           Vec<S> u{};
           if (shape.gates == 2) u = interleaved ? load(in.up + j, n) : load(h + of.ffn + j, n);
           const Vec<S> da = load(c + r * columns + j, n);
-          const auto act = activate<S, decltype(kind)::value>(g, u, S(of.alpha), S(of.limit));
+          const auto act = activate<decltype(kind)::value, Math<S>>(g, u, S(of.alpha), S(of.limit));
           dot = dot + da * act.a;
           const Vec<S> dg = da * weight * act.by_gate, du = da * weight * act.by_up;
           if (interleaved) {

@@ -12,6 +12,8 @@ using moekernels_launch_fn = int (*)(const char* kernel, uint32_t blocks, uint32
 using moekernels_array_fn = void (*)(const void* data, int64_t bytes);
 
 __attribute__((visibility("default"))) void moekernels_emulate(moekernels_launch_fn launch, moekernels_array_fn array);
+// 80, 90, ...: what the emulated device says it is.
+__attribute__((visibility("default"))) void moekernels_emulate_capability(int value);
 }
 
 namespace moekernels::emulated {

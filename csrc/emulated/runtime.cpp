@@ -11,6 +11,7 @@ namespace {
 moekernels_launch_fn launch_kernel = nullptr;
 moekernels_array_fn new_array = nullptr;
 int last_error = 0;
+int capability = 80;
 
 struct Dim3 {
   unsigned x, y, z;
@@ -40,6 +41,8 @@ void moekernels_emulate(moekernels_launch_fn launch, moekernels_array_fn array) 
   launch_kernel = launch;
   new_array = array;
 }
+
+void moekernels_emulate_capability(int value) { capability = value; }
 
 void** __cudaRegisterFatBinary(void*) {
   static void* handle = nullptr;
@@ -86,9 +89,14 @@ int cudaGetDevice(int* device) {
   *device = 0;
   return 0;
 }
-int cudaDeviceGetAttribute(int* value, int, int) {
-  *value = 0;
+int cudaDeviceGetAttribute(int* value, int attribute, int) {
+  constexpr int kMajor = 75, kMinor = 76, kMultiprocessors = 16;
+  *value = attribute == kMajor   ? capability / 10
+           : attribute == kMinor ? capability % 10
+           : attribute == kMultiprocessors ? 4
+                                           : 0;
   return 0;
 }
+int cudaFuncSetAttribute(const void*, int, int) { return 0; }
 
 }  // extern "C"

@@ -23,6 +23,7 @@ struct ExpertsArgs {
   const void* b2;           // [E, H] or null
   const int64_t* offsets;   // [E+1]
   int64_t num_rows, tokens, hidden, ffn, experts;
+  bool tf32 = false;  // CUDA: fp32 inputs may be rounded to tf32
 };
 
 // a [R, F] = act(h), h [R, G] = x w1 + b1; either of h and a may be null.
@@ -69,6 +70,19 @@ struct ExpertsDBiasArgs {
 
 // How many parts of <da, a> a row has: fixed by F alone, so that their sum has one order.
 inline int64_t experts_dweights_parts(int64_t ffn) { return (ffn + 255) / 256; }
+
+// On CUDA every 64 columns of F make one part, whatever the tile. x is [R, H] there: the binding has permuted the rows,
+// and token_of only says which of them are used. Rows past offsets[E] of h, y, dh and weighted_a are set to zero.
+namespace cuda {
+constexpr int64_t kDWeightsColumns = 64;
+inline int64_t experts_dweights_parts(int64_t ffn) { return (ffn + kDWeightsColumns - 1) / kDWeightsColumns; }
+
+void experts_up(const ExpertsUpArgs& args, Stream stream);
+void experts_down(const ExpertsDownArgs& args, Stream stream);
+void experts_dact(const ExpertsDActArgs& args, Stream stream);
+void experts_dweights(const ExpertsDWeightsArgs& args, Stream stream);
+void experts_dbias(const ExpertsDBiasArgs& args, Stream stream);
+}
 
 }  // namespace moekernels
 

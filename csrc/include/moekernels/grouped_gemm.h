@@ -14,6 +14,7 @@ struct GroupedGemmArgs {
   void* out;               // [R, O], rows past offsets[E] are set to zero
   int64_t num_rows, in, out_width, experts;
   bool transposed;
+  bool tf32 = false;  // CUDA: fp32 rows and weights may be rounded to tf32
 };
 
 // dw [E, M, N] (=|+=) sum over an expert's rows of a[r, m] b[r, n].
@@ -29,7 +30,15 @@ struct GroupedWgradArgs {
   void* dw;                 // dtype, or fp32 (fp64 for fp64) when accumulating
   bool accumulate;
   int64_t m, n, experts;
+  int64_t num_rows = 0;  // CUDA: R, within which offsets are held
+  bool tf32 = false;
 };
+
+namespace cuda {
+void grouped_gemm(const GroupedGemmArgs& args, Stream stream);
+// Without gather: the binding has permuted the rows. Rows whose token lies outside [0, tokens) still count as zero.
+void grouped_wgrad(const GroupedWgradArgs& args, Stream stream);
+}
 
 }  // namespace moekernels
 

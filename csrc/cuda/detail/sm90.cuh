@@ -1,0 +1,23 @@
+// The launchers of the wgmma kernels (csrc/cuda/*_sm90.cu, built for sm_90a alone), called where choose_gemm gives
+// GemmKernel::wgmma, with the tile and stages that it gives.
+#pragma once
+
+#include "moekernels/experts.h"
+#include "moekernels/gemm_choice.h"
+#include "moekernels/grouped_gemm.h"
+
+namespace moekernels::cuda::sm90 {
+
+#ifdef MOEKERNELS_SM90
+inline constexpr bool kBuilt = true;
+#else
+inline constexpr bool kBuilt = false;
+#endif
+
+void grouped_gemm(const GroupedGemmArgs& args, const GemmChoice& choice, Stream stream);
+void grouped_wgrad(const GroupedWgradArgs& args, const GemmChoice& choice, Stream stream);
+void experts_up(const ExpertsUpArgs& args, const GemmChoice& choice, Stream stream);
+void experts_down(const ExpertsDownArgs& args, const GemmChoice& choice, Stream stream);
+void experts_dact(const ExpertsDActArgs& args, const GemmChoice& choice, Stream stream);
+
+}  // namespace moekernels::cuda::sm90

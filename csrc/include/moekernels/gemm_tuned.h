@@ -1,0 +1,32 @@
+// The tuned tiles, first fit wins. Predicted from the H200's arithmetic (132 SMs, 227 KiB of shared memory, 64-row
+// groups of 4 warps for wgmma), not measured: no GPU has run them yet. A measurement replaces a line and its reason.
+#pragma once
+
+#include <cstdint>
+
+namespace moekernels {
+
+// forward: grouped_gemm; up, down: the halves of the FFN; dgrad: grouped_gemm with the orientation turned; dact: down's
+// dgrad with the activation's derivative; wgrad: the weights' gradient.
+enum class GemmOp : int { forward, up, down, dgrad, dact, wgrad };
+
+// mma: mma.sync of 16-bit inputs (sm_80 and later); fma: fp32 inputs by fma or tf32 mma; wgmma: sm_90a with TMA.
+enum class GemmKernel : int { mma, fma, wgmma };
+
+constexpr unsigned gemm_op_bit(GemmOp op) { return 1u << static_cast<int>(op); }
+constexpr unsigned kEveryGemm = 63;
+
+struct GemmTuned {
+  GemmKernel kernel;
+  unsigned ops;  // of gemm_op_bit
+  int64_t least_rows_an_expert, least_m, least_n;
+  int tile_m, tile_n, tile_k, stages;
+  const char* reason;
+};
+
+inline constexpr GemmTuned kGemmTuned[] = {
+    {GemmKernel::mma, kEveryGemm, 65, 65, 65, 128, 128, 32, 3, "more than 64 rows an expert: the large tile"},
+    {GemmKernel::mma, kEveryGemm, 0, 0, 0, 64, 64, 32, 3, "few rows an expert: the small tile wastes less"},
+};
+
+}  // namespace moekernels
