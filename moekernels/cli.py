@@ -59,12 +59,15 @@ class _Given(argparse.Action):
         namespace.flags = {**namespace.flags, self.key: values}
 
 
-def _number(kind: type):
+def _number(kind: type, auto: bool = False):
     def parse(text: str):
+        if auto and text == "auto":
+            return text
         try:
             return kind(text)
         except ValueError:
             wanted = "a whole number" if kind is int else "a number"
+            wanted += " or auto" if auto else ""
             raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}") from None
 
     return parse
@@ -95,11 +98,12 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
             if kind is bool:
                 group.add_argument(f"--{flag}", f"--no-{flag}", nargs=0, **common)
             else:
-                parse = str if kind is str else _number(kind)
+                auto = bool(f.metadata.get("auto"))
+                parse = str if kind is str else _number(kind, auto)
                 metavar = (
                     "|".join(f.metadata["choices"])
                     if f.metadata.get("choices")
-                    else kind.__name__.upper()
+                    else kind.__name__.upper() + "|auto" * auto
                 )
                 group.add_argument(f"--{flag}", type=parse, metavar=metavar, **common)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,10 +149,57 @@ def test_killed_at_any_moment_and_resumed_has_the_same_losses(text, whole, tmp_p
     assert "from step 6" in stdout
 
 
+AUTO = (*LAYOUT, "--steps", "10", "--save-every", "4", "--balance-coef", "0", "--lr", "1e-2")
+
+
+def counts(out):
+    return [line["microbatches"] for line in read_metrics(out)]
+
+
+def test_micro_batches_chosen_while_training(text, tmp_path, cache, capfd):
+    """Measured in the first six steps, recorded, resumed bit for bit; the losses are those of any
+    other number of micro-batches."""
+    out, fixed = tmp_path / "auto", tmp_path / "fixed"
+    assert main(argv(text, out, *AUTO, "--microbatches", "auto")) == 0
+    said = capfd.readouterr().out
+    assert "2, then 8 micro-batches for 3 steps each" in said and "m* = " in said
+    chosen = counts(out)[-1]
+    assert counts(out) == [2] * 3 + [8] * 3 + [chosen] * 4 and 1 <= chosen <= 16
+    written = tomllib.loads((out / "config.toml").read_text())["batch"]
+    assert (written["microbatches"], written["accumulation"]) == (chosen, 1)
+    facts = [json.loads(p.read_text()) for p in out.glob("checkpoints/*/checkpoint.json")]
+    assert {f["microbatches"] for f in facts} == {chosen}
+
+    assert main(argv(text, fixed, *AUTO)) == 0
+    assert losses(out) == pytest.approx(losses(fixed), rel=1e-4)
+
+    # From the checkpoint of step 8, asked for `auto` again and with the run's own configuration.
+    expected = losses(out)
+    for resumed in (argv(text, out, *AUTO, "--microbatches", "auto", "--resume"), None):
+        shutil.rmtree(out / "checkpoints" / "step-0000010")
+        assert main(resumed or ["train", "--resume", "--out", str(out)]) == 0
+        assert "micro-batches for 3 steps each" not in capfd.readouterr().out
+        assert losses(out) == expected and counts(out)[-1] == chosen
+
+
+def test_no_checkpoint_before_the_choice(text, tmp_path, cache, capfd):
+    """One that was due before waits: what would go on from it could not choose again alike."""
+    out = tmp_path / "early"
+    early = ("--steps", "7", "--save-every", "1", "--keep", "9", "--microbatches", "auto")
+    assert main(argv(text, out, *LAYOUT, *early)) == 0
+    saved = sorted(int(p.name[5:]) for p in (out / "checkpoints").iterdir())
+    assert saved == [6, 7]
+
+
+def test_one_stage_has_nothing_to_measure(text, tmp_path, cache, capfd):
+    out = tmp_path / "one"
+    assert main(argv(text, out, "--tp", "1", "--steps", "2", "--microbatches", "auto")) == 0
+    assert "one stage waits for nobody" in capfd.readouterr().out
+    assert counts(out) == [1, 1]
+
+
 def test_another_layout_resumes(text, whole, tmp_path, cache, capfd):
     """The checkpoint of TP2 x PP2 goes on in one process: the same losses to rounding."""
-    import shutil
-
     out = tmp_path / "moved"
     shutil.copytree(whole[0], out)
     shutil.rmtree(out / "checkpoints" / "step-0000008")
@@ -226,9 +274,11 @@ def test_one_process_and_variations(text, tmp_path, cache, capfd):
 def test_under_torchrun(text, tmp_path):
     env = {**environment(text), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += ["2", "-m", "moekernels", *argv(text, tmp_path / "run", "--steps", "2")]
+    command += ["2", "-m", "moekernels", *argv(text, tmp_path / "run", "--steps", "7")]
     command += ["--pp", "2", "--schedule", "interleaved", "--virtual-stages", "2"]
+    command += ["--microbatches", "auto"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 8))
     assert done.stdout.count("dense    2 ranks") == 1
+    assert done.stdout.count("m* = ") == 1 and counts(tmp_path / "run")[:6] == [2] * 3 + [8] * 3

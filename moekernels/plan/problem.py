@@ -76,6 +76,7 @@ def space_of(flags: dict[tuple[str, str], object]) -> Space:
     chosen = {key: given[key] for key in PINNED if key in given and given[key] != "auto"}
     state = flags.get(("train", "optimizer_state"))
     micro = flags.get(("batch", "microbatches"))
+    micro = None if micro == "auto" else micro
     if micro is not None:
         micro *= flags.get(("batch", "accumulation"), 1)
     return Space(optimizer_state=state, microbatches=micro, **chosen)

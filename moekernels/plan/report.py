@@ -58,6 +58,10 @@ def make(
     report.formats = formats(problem, best.strategy)
     if not claimed:
         return report
+    if run.batch.microbatches == cfg.AUTO:
+        most = len(problem.batch.lengths) // run.layout.dp
+        run.batch.microbatches = max(1, min(best.strategy.microbatches, most))
+        run.batch.accumulation = 1
     report.own = evaluate(problem, configured(run), exact_order=True)
     s = report.own.strategy
     m = run.batch.microbatches

@@ -10,7 +10,7 @@ from moekernels.errors import UsageError
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Layout, Mesh
 from moekernels.pipeline.runtime import PipelineRuntime
-from moekernels.pipeline.schedule import build
+from moekernels.pipeline.schedule import Schedule, build
 from moekernels.pipeline.simulate import Simulator
 from moekernels.train import config as cfg
 
@@ -36,7 +36,7 @@ def layout_of(run: cfg.RunConfig) -> Layout:
         )
     layer_ranges(run)
     checkpointed(run)
-    build(lay.schedule, lay.pp, run.batch.microbatches * run.batch.accumulation, lay.virtual_stages)
+    build_schedule(run)
     return layout
 
 
@@ -120,12 +120,16 @@ def build_chunks(run: cfg.RunConfig, mesh: Mesh) -> list[StageModel]:
     ]
 
 
+def build_schedule(run: cfg.RunConfig) -> Schedule:
+    """Of a whole flush: all accumulation steps at once."""
+    b, lay = run.batch, run.layout
+    return build(lay.schedule, lay.pp, b.microbatches * b.accumulation, lay.virtual_stages)
+
+
 def build_runtime(run: cfg.RunConfig, mesh: Mesh, chunks: list[StageModel]) -> PipelineRuntime:
-    lay = run.layout
-    split = mesh.tp.size if lay.sequence_parallel else 1
-    microbatches = run.batch.microbatches * run.batch.accumulation
+    split = mesh.tp.size if run.layout.sequence_parallel else 1
     return PipelineRuntime(
-        build(lay.schedule, lay.pp, microbatches, lay.virtual_stages),
+        build_schedule(run),
         chunks,
         mesh.pp,
         lambda batch: (batch.rows // split, run.model.d_model),
@@ -141,9 +145,7 @@ def build_loader(run: cfg.RunConfig, corpus, dp_rank: int = 0):
 
     b, lay, m = run.batch, run.layout, run.model
     model = cfg.model_config(m)
-    simulator = Simulator(
-        build(lay.schedule, lay.pp, b.microbatches * b.accumulation, lay.virtual_stages)
-    )
+    simulator = Simulator(build_schedule(run))
     lengths = cfg.length_range(b.lengths, b.context)
     return BatchLoader(
         corpus,

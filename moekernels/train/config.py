@@ -18,7 +18,14 @@ from pathlib import Path
 
 from moekernels.errors import UsageError
 from moekernels.nn.config import ExpertSpec, ModelConfig, RouterConfig
-from moekernels.train.schema import FLAG_SECTIONS, SECTIONS, LayoutSection, ModelSection, RunConfig
+from moekernels.train.schema import (
+    AUTO,
+    FLAG_SECTIONS,
+    SECTIONS,
+    LayoutSection,
+    ModelSection,
+    RunConfig,
+)
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 DEGREES = ("tp", "dp", "pp", "ep", "etp")
@@ -49,14 +56,17 @@ def check_value(where: str, section: type, name: str, value):
     """The value, converted to its field's type; UsageError `<where> must be ...` where it is none
     of its values."""
     kind = _type_of(section, name)
+    meta = {f.name: f for f in dataclasses.fields(section)}[name].metadata
+    if meta.get("auto") and value == "auto":
+        return AUTO
     if not _fits(value, kind):
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-        raise UsageError(f"{where} must be {wanted.get(kind, 'a list of numbers')}, got {value!r}")
+        text = wanted.get(kind, "a list of numbers") + (" or auto" if meta.get("auto") else "")
+        raise UsageError(f"{where} must be {text}, got {value!r}")
     if kind is float:
         value = float(value)
         if value != value or value in (float("inf"), float("-inf")):
             raise UsageError(f"{where} must be a finite number, got {value}")
-    meta = {f.name: f for f in dataclasses.fields(section)}[name].metadata
     if meta.get("choices") and value not in meta["choices"]:
         raise UsageError(f"{where} is {value!r}: {nearest(value, meta['choices'])}")
     for bound, bad, text in (
@@ -252,6 +262,8 @@ def to_toml(config: RunConfig, sections=FLAG_SECTIONS) -> str:
         lines.append(f"[{name}]")
         for f in dataclasses.fields(SECTIONS[name]):
             value = getattr(getattr(config, name), f.name)
+            if f.metadata.get("auto") and value == AUTO:
+                value = "auto"
             lines.append(f"{f.name} = {json.dumps(value, ensure_ascii=False)}")
         lines.append("")
     return "\n".join(lines)

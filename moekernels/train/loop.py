@@ -22,7 +22,7 @@ from moekernels.parallel.shard import shard
 from moekernels.parallel.tensor import all_reduce
 from moekernels.pipeline.simulate import Simulator
 from moekernels.pipeline.trace import Event, trace_events, write_trace
-from moekernels.train import assembly, checkpoint, launch
+from moekernels.train import assembly, checkpoint, launch, microbatches
 from moekernels.train import config as cfg
 from moekernels.train.metrics import Progress, RunFolder, read_metrics, table
 from moekernels.train.optimizer import AdamWConfig, Optimizer
@@ -41,6 +41,7 @@ class Job:
     corpus: object
     resume_from: Path | None
     facts: dict
+    tune: bool = False  # the number of micro-batches is still to be measured
 
 
 def train(
@@ -65,10 +66,16 @@ def train(
     if resume and preset is None and file is None:
         file = folder.path / "config.toml"  # what the run was started with
     run = cfg.resolve(preset, file, flags, world)
-    layout = assembly.layout_of(run)
     path, facts = found or (None, {})
+    tune = run.batch.microbatches == cfg.AUTO and "microbatches" not in facts
+    if run.batch.microbatches == cfg.AUTO:
+        first = min(run.layout.pp, microbatches.most(run))
+        run = microbatches.with_count(run, facts.get("microbatches", first))
+    layout = assembly.layout_of(run)
     if found:
         checkpoint.check_model(path, facts, asdict(run.model))
+    if tune and run.layout.pp > 1:
+        microbatches.check(run, facts.get("step", 0))
 
     from moekernels.data.corpus import load_corpus
 
@@ -86,7 +93,7 @@ def train(
             )
     if speaks:
         folder.open(resume)
-    job = Job(run, folder, corpus, path, facts)
+    job = Job(run, folder, corpus, path, facts, tune)
     describe = assembly.rank_names(layout)
 
     if world is None:
@@ -113,6 +120,13 @@ class Trainer:
         run = job.run
         self.env, self.job, self.run = env, job, run
         self.mesh = mesh = Mesh(assembly.layout_of(run), device=env.device)
+        self.first_step = job.facts.get("step", 0)
+        self.tuner, self.chosen, tuning = None, job.facts.get("microbatches"), ""
+        if job.tune:
+            began = microbatches.begin(run, job.corpus, mesh, self.first_step)
+            self.tuner, count, tuning = began
+            self.chosen = None if self.tuner else count
+            self.run = run = microbatches.with_count(run, count)
         self.chunks = assembly.build_chunks(run, mesh)
         numbers = [sorted(map(int, chunk.layers)) for chunk in self.chunks]
         self.rows = [slice(n[0] - 1, n[-1]) for n in numbers]  # of [all layers, experts]
@@ -137,10 +151,8 @@ class Trainer:
             ),
         )
         self.checkpoints = checkpoint.Checkpoints(job.folder.path / "checkpoints", mesh, t.keep)
-        self.first_step = 0
         if job.resume_from is not None:
             self.checkpoints.load(job.resume_from, self.state())
-            self.first_step = job.facts["step"]
             self.optimizer.loaded(self.first_step)
         self.heat = torch.zeros(run.model.num_layers, run.model.num_experts, dtype=torch.float64)
         self.peak = peak_flops(env.device)
@@ -152,7 +164,10 @@ class Trainer:
                 + (f", from step {self.first_step}" if self.first_step else "")
             )
             print(report, flush=True)
-            job.folder.begin(run, self.first_step)
+            if tuning:
+                print(tuning, flush=True)
+            known = run if self.tuner is None else microbatches.with_count(run, cfg.AUTO)
+            job.folder.begin(known, self.first_step)
         self.progress = Progress(self.first_step, t.steps, quiet=not env.leader)
 
     def state(self):
@@ -167,15 +182,22 @@ class Trainer:
         t, started = self.run.train, time.perf_counter()
         events: list[Event] = []
         line: dict = {}
+        due = False
         for step in range(self.first_step + 1, t.steps + 1):
+            if self.tuner is not None:
+                self.set_microbatches(self.tuner.count(step))
             line, events = self.step(step)
+            if self.tuner is not None:
+                self.tune(step, events)
             if step == t.steps or (t.eval_every and step % t.eval_every == 0):
                 line["eval_loss"] = self.evaluate()
             if self.env.leader:
                 self.job.folder.write(line)
                 self.progress.show(line)
-            if t.save_every and (step % t.save_every == 0 or step == t.steps):
-                self.save(step)
+            due |= t.save_every > 0 and (step % t.save_every == 0 or step == t.steps)
+            if due and self.tuner is None:  # no checkpoint without the choice: it could not be made
+                self.save(step)  # again in the same way
+                due = False
         self.progress.close()
         self.finish(events, time.perf_counter() - started)
 
@@ -212,6 +234,29 @@ class Trainer:
             )
         return line, result.events
 
+    def set_microbatches(self, count: int) -> None:
+        """As many in every flush from now on; the global batches stay what they are."""
+        if count != self.runtime.schedule.microbatches:
+            self.run = microbatches.with_count(self.run, count)
+            self.loader = assembly.build_loader(self.run, self.job.corpus, self.mesh.dp_index)
+            self.runtime.schedule = assembly.build_schedule(self.run)
+            self.held_out = None
+
+    def tune(self, step: int, events: list[Event]) -> None:
+        """Note how long the busiest stage took; behind the last measured step, choose."""
+        busy = torch.zeros(self.env.world, dtype=torch.float64, device=self.env.device)
+        busy[self.env.rank] = sum(e.end - e.start for e in events if e.kind.computes)
+        busy = all_reduce(busy, self.mesh.world).max().item()
+        if not self.tuner.saw(step, busy, self.loader.global_tokens(step)):
+            return
+        count, text = self.tuner.decide()
+        self.chosen = microbatches.agree(count, self.mesh)
+        self.tuner = None
+        self.set_microbatches(self.chosen)
+        if self.env.leader:
+            self.progress.say(text)
+            self.job.folder.configure(self.run)
+
     def collect(self, step: int, result, flush: float) -> dict:
         """Sums over the ranks, in one message: loss, losses of the router, loads, idle share,
         memory."""
@@ -246,6 +291,7 @@ class Trainer:
             "z": z / model.num_layers,
             "load_max_over_mean": max_over_mean(loads).max().item(),
             "dead_experts": int(dead_experts(loads).sum()),
+            "microbatches": self.runtime.schedule.microbatches,
             "dropped": self.loader.global_tokens(step) * model.top_k * model.num_layers
             - int(loads.sum()),
             "bubble": bubble,
@@ -285,6 +331,8 @@ class Trainer:
         if self.env.leader:
             self.job.folder.sync()
         facts = {"model": asdict(self.run.model), "data": self.loader.state_dict()}
+        if self.chosen is not None:
+            facts["microbatches"] = self.chosen
         self.checkpoints.save(step, self.state(), facts)
 
     def shared_clock(self) -> float | None:

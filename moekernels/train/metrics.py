@@ -62,10 +62,14 @@ class RunFolder:
     def begin(self, config: cfg.RunConfig, step: int) -> None:
         """Write the configuration and cut `metrics.jsonl` behind the step that the run goes on
         from."""
-        _replace(self.path / "config.toml", cfg.to_toml(config))
+        self.configure(config)
         kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
         _replace(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = open(self.path / METRICS, "a", buffering=1)  # noqa: SIM115
+
+    def configure(self, config: cfg.RunConfig) -> None:
+        """Write the effective configuration, which a run may learn only on its way."""
+        _replace(self.path / "config.toml", cfg.to_toml(config))
 
     def write(self, line: dict) -> None:
         """One step's line, whole or not at all for a reader."""

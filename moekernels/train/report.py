@@ -73,9 +73,7 @@ def layout_report(
     each = str(shares[0]) if len(shares) == 1 else f"{shares[0]} to {shares[-1]}"
     copies = f" x {layout.edp} copies" if layout.edp > 1 else ""
     parts = f" x {layout.etp} shards" if layout.etp > 1 else ""
-    schedule = assembly.build(
-        run.layout.schedule, layout.pp, b.microbatches * b.accumulation, run.layout.virtual_stages
-    )
+    schedule = assembly.build_schedule(run)
     plan = loader.plan(1)
     costs = [max(stage[i] for stage in plan.costs) for i in range(schedule.microbatches)]
     bubble = (

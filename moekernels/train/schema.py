@@ -7,10 +7,12 @@ import dataclasses
 import typing
 from dataclasses import dataclass, field
 
+AUTO = 0  # what the word `auto` stands for where a number is wanted
 
-def _key(default, help, *, low=None, high=None, above=None, choices=None, flag=None):
+
+def _key(default, help, *, low=None, high=None, above=None, choices=None, flag=None, auto=False):
     """A field with its help and the values it takes: `low <= value <= high`, `value > above`, or
-    one of `choices`."""
+    one of `choices`; with `auto` also that word."""
     meta = {
         "help": help,
         "low": low,
@@ -18,6 +20,7 @@ def _key(default, help, *, low=None, high=None, above=None, choices=None, flag=N
         "above": above,
         "choices": choices,
         "flag": flag,
+        "auto": auto,
     }
     return field(default=default, metadata=meta)
 
@@ -98,7 +101,11 @@ class BatchSection:
     )
     context: int = _key(10240, "longest sequence", low=2)
     microbatches: int = _key(
-        8, "micro-batches of one accumulation step, per data-parallel rank", low=1
+        8,
+        "micro-batches of one accumulation step, per data-parallel rank; auto: of the whole flush, "
+        "chosen from what the first steps take",
+        low=1,
+        auto=True,
     )
     accumulation: int = _key(4, "accumulation steps, folded into one pipeline flush", low=1)
     policy: str = _key(
