@@ -10,7 +10,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
+import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +26,7 @@ from pathlib import Path
 
 import pytest
 
+from moekernels.cli import main as main_of_package
 from moekernels.nn.config import ExpertSpec, ModelConfig
 from moekernels.parallel.mesh import Layout
 from moekernels.plan import calibrate
@@ -84,7 +89,8 @@ def published(efficiency: float) -> list[tuple[Published, float]]:
     for row in PUBLISHED:
         h100 = Cluster(
             row.strategy.layout.world, 8, 989e12, 80e9, 3.35e12, 450e9, 50e9,
-            gemm_efficiency=efficiency, grouped_efficiency=efficiency, imbalance=1.0,
+            gemm_efficiency=efficiency, attention_efficiency=efficiency,
+            grouped_efficiency=efficiency, imbalance=1.0,
         )  # fmt: skip
         batch = Batch((4096,) * row.sequences)
         plan = evaluate(Problem(QWEN3_30B, batch, h100), row.strategy)
@@ -92,45 +98,57 @@ def published(efficiency: float) -> list[tuple[Published, float]]:
     return rows
 
 
-VARIANTS = [
-    ["--d-model", str(width), "--microbatches", str(micro), "--accumulation", "1", *layout]
-    for width in (64, 128)
-    for layout, counts in (
-        (["--tp", "1"], (2, 8)),
-        (["--tp", "2"], (2, 8)),
-        (["--pp", "2"], (2, 8)),
-        (["--pp", "2", "--schedule", "interleaved", "--virtual-stages", "2"], (4,)),
-    )
-    for micro in counts
-]
+SIZES = {
+    "small": "--d-model 64 --heads 4 --layers 4 --sequences 16 --context 128",
+    "middle": "--d-model 128 --heads 8 --layers 8 --sequences 16 --context 256",
+    "large": "--d-model 192 --heads 12 --layers 8 --expert-d-in 192 --expert-d-ff 128 "
+    "--sequences 32 --context 256",
+}
+WAYS = (
+    "--tp 1 --microbatches 4",
+    "--tp 2 --microbatches 2",
+    "--dp 2 --ep 2 --microbatches 4",
+    "--pp 2 --microbatches 2",
+    "--pp 2 --microbatches 8",
+    "--pp 2 --schedule interleaved --virtual-stages 2 --microbatches 4",
+)
+COMMON = "--preset tiny --experts 16 --accumulation 1 --eval-sequences 16 --device cpu"
+VARIANTS = [f"{size} {way}" for size in SIZES.values() for way in WAYS]
 
 
-def measured(steps: int) -> dict:
-    """Train every variant for some steps; predicted and measured seconds of each."""
-    found = calibrate.calibrate()
+def _train(flags: str, folder: Path, steps: int) -> None:
+    """A run in a process of its own, which has imported all before and computed nothing."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        words = f"train {COMMON} {flags} --steps {steps} --out {folder}".split()
+        code = main_of_package(words)
+    sys.exit(code)
+
+
+def measured(steps: int, keep: Path) -> dict:
+    """Calibrate, train every variant for some steps; predicted and measured seconds of each."""
+    fork = multiprocessing.get_context("fork")
+    queue = fork.SimpleQueue()
+    process = fork.Process(target=lambda: queue.put(calibrate.calibrate()))
+    process.start()
+    found = queue.get()
+    process.join()
     rows = []
-    for flags in VARIANTS:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "run"
-            common = [
-                "--layers",
-                "8",
-                "--experts",
-                "16",
-                "--sequences",
-                "32",
-                "--eval-sequences",
-                "8",
-            ]
-            subprocess.run(
-                [sys.executable, "-m", "moekernels", "train", "--preset", "tiny", "--steps",
-                 str(steps), "--out", str(out), *common, *flags],
-                check=True, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
-            step = calibrate.against(out, found)["step"]
-        rows.append({"flags": " ".join(flags), **step})
+    for number, flags in enumerate(VARIANTS):
+        folder = keep / str(number)
+        process = fork.Process(target=_train, args=(flags, folder, steps))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"bench_plan: train {COMMON} {flags} ended with {process.exitcode}")
+        compared = calibrate.against(folder, found)
+        rows.append({"flags": flags, **compared["step"], "actions": compared["actions"]})
     off = [abs(r["predicted"] / r["measured"] - 1) for r in rows]
-    return {"rows": rows, "median_error": statistics.median(off), "tau": kendall(rows)}
+    return {
+        "rows": rows,
+        "median_error": statistics.median(off),
+        "tau": kendall(rows),
+        "calibration": found,
+    }
 
 
 def kendall(rows: list[dict]) -> float:
@@ -154,7 +172,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("published", "measured"))
     parser.add_argument("--efficiency", type=float, default=0.6)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="write what was measured, machine and commit")
+    parser.add_argument("--keep", type=Path, help="a new folder for the runs themselves")
     args = parser.parse_args()
     if args.what == "published":
         for row, said in published(args.efficiency):
@@ -165,12 +185,31 @@ def main() -> int:
             )
         return 0
     start = time.perf_counter()
-    found = measured(args.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        found = measured(args.steps, args.keep or Path(folder))
+    print("predicted  measured   ratio")
     for r in found["rows"]:
-        print(f"{r['predicted']:8.3f} s {r['measured']:8.3f} s  {r['flags']}")
+        ratio = r["predicted"] / r["measured"]
+        print(f"{r['predicted']:8.3f} s {r['measured']:8.3f} s {ratio:6.2f}  {r['flags']}")
     print(json.dumps({k: found[k] for k in ("median_error", "tau")}))
     print(f"{len(found['rows'])} variants in {time.perf_counter() - start:.0f} s")
+    if args.json:
+        args.json.write_text(json.dumps({**where(), **found}, indent=1) + "\n")
     return 0 if found["median_error"] <= MEDIAN_ERROR and found["tau"] >= TAU else 1
+
+
+def where() -> dict:
+    """Machine, date and commit of a measurement."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    cpu = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "machine": f"{cpu}, {os.cpu_count()} cores",
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "when": time.strftime("%Y-%m-%d"),
+    }
 
 
 if __name__ == "__main__":

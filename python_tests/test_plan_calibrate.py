@@ -9,14 +9,21 @@ import pytest
 
 from moekernels.cli import main
 from moekernels.plan import calibrate as cal
-from moekernels.plan.cost import layer_cost
+from moekernels.plan.cost import layer_cost, loss_cost, update_bytes
+from moekernels.plan.measure import Sample, Took, measure, samples
+from moekernels.plan.memory import chunk_parameters
 from moekernels.plan.strategy import Strategy
 from moekernels.train import config as cfg
 
-TRUE = {"dense": 2e-11, "grouped": 3e-11, "bytes": 1e-10, "layers": 4e-4}
+TRUE = {
+    "dense": 2e-11, "attention": 5e-11, "grouped": 3e-11, "weights": 4e-10, "bytes": 1e-10,
+    "layers": 4e-4, "backward_layers": 3e-4, "actions": 2e-4, "latency": 1e-4, "link": 1e-9,
+}  # fmt: skip
+UPDATE = {"update": 5e-11, "steps": 1e-3}
+ALONE = {name: 0.0 if name in ("latency", "link") else value for name, value in TRUE.items()}
 FOUND = {
-    **TRUE, "dtype": "fp32", "device": "cpu", "threads": 2, "when": "then", "measurements": 18,
-    "median_error": 0.03, "error_band": 0.08,
+    "ranks": {"1": {**ALONE, **UPDATE}, "2": {**TRUE, **UPDATE}}, "cores": 2, "dtype": "fp32",
+    "device": "cpu", "when": "then", "measurements": 64, "median_error": 0.03, "error_band": 0.08,
 }  # fmt: skip
 
 
@@ -25,34 +32,38 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def seconds_of(model, tokens, segments):
-    s = Strategy(cal.Layout(), (model.num_layers,), (0,), 1, dtype="fp32")
-    count = cal.counts(model, s, tokens, float(tokens * (tokens // segments)))
-    constants = np.array([TRUE[c] for c in cal.CONSTANTS])
-    return [model.num_layers * float(np.dot(count[way], constants)) for way in count]
-
-
-def test_counts_rebuild_the_cost():
-    """A layer's cost is the sum of constants times counts."""
-    cluster = cal.here(FOUND, 1)
-    model, tokens, segments = cal.shapes()[4]
-    s = Strategy(cal.Layout(), (2,), (0,), 1, dtype="fp32")
-    layer = layer_cost(model, cluster, s)
-    squares = float(tokens * (tokens // segments))
-    ahead, back = seconds_of(model, tokens, segments)
-    slower = FOUND["threads"] / max(1, cal.os.cpu_count() or 1)
-    fixed = 2 * layer.total(layer.forward).fixed
-    measured = 2 * layer.total(layer.forward)(tokens, squares)
-    assert (measured - fixed) / slower == pytest.approx(ahead - fixed, rel=1e-9)
-    assert back > ahead
+def took(sample: Sample) -> Took:
+    """What the sample would take on a machine where TRUE holds."""
+    model, layout = sample.model, sample.layout
+    s = Strategy(layout, (model.num_layers,), (0,), 1, dtype="fp32")
+    c = cal.cluster_of({**TRUE, **UPDATE}, layout.world)
+    layer, size = layer_cost(model, c, s), (sample.tokens, sample.squares)
+    loss = loss_cost(model, c, s)(*size) if sample.last else 0.0
+    held = chunk_parameters(model, layout, model.num_layers, False, sample.last)
+    return Took(
+        model.num_layers * layer.total(layer.forward)(*size) + c.action_overhead + loss,
+        model.num_layers * layer.total(layer.backward)(*size) + c.action_overhead,
+        UPDATE["update"] * sum(held.values()) * update_bytes(s) + UPDATE["steps"],
+    )
 
 
 def test_the_fit_finds_the_constants(monkeypatch):
-    monkeypatch.setattr(cal, "measure", lambda m, t, n, *_: tuple(seconds_of(m, t, n)))
+    """The samples tell all of them apart, and the counts rebuild the cost."""
+    monkeypatch.setattr(cal, "measure", lambda chosen, *_: [took(s) for s in chosen])
+    monkeypatch.setattr(cal, "measured_cores", lambda: 2)
     found = cal.calibrate()
-    assert {c: found[c] for c in TRUE} == pytest.approx(TRUE, rel=1e-6)
+    assert found["ranks"]["2"] == pytest.approx({**TRUE, **UPDATE}, rel=1e-6)
+    assert found["ranks"]["1"] == pytest.approx({**ALONE, **UPDATE}, rel=1e-6)
     assert found["error_band"] < 1e-6
     assert cal.stored() == found
+
+
+def test_ranks_beyond_the_cores_take_turns():
+    two, eight = cal.here(FOUND, 2), cal.here(FOUND, 8)
+    assert two.overhead == TRUE["layers"] and eight.overhead == 4 * TRUE["layers"]
+    assert eight.gemm_efficiency == pytest.approx(two.gemm_efficiency / 4)
+    assert eight.grouped_half_rows == pytest.approx(two.grouped_half_rows)
+    assert cal.here(FOUND, 1).latency == 0.0 and eight.latency == 4 * TRUE["latency"]
 
 
 def test_the_fit_has_no_negative_constant():
@@ -61,10 +72,18 @@ def test_the_fit_has_no_negative_constant():
     assert constants.min() >= 0
 
 
-def test_a_real_measurement():
-    model, tokens, segments = cal.shapes()[0]
-    ahead, back = cal.measure(model, tokens, segments, "fp32", repeats=1)
-    assert 0 < ahead < 60 and 0 < back < 60
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_real_measurement(ranks):
+    smallest = [min(samples(ranks)[::-1], key=lambda s: s.tokens * s.model.num_layers)]
+    (one,) = measure(smallest, "fp32", 0.0)
+    assert 0 < one.forward < 60 and 0 < one.backward < 60 and 0 < one.update < 60
+
+
+def test_a_calibration_of_another_release(capsys):
+    cal.store().parent.mkdir(parents=True)
+    cal.store().write_text('{"dense": 1e-11}')
+    assert main(["plan", "--here", "2"]) == 2
+    assert "of another release" in capsys.readouterr().err
 
 
 def test_planning_for_this_machine(capsys):

@@ -16,20 +16,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from moekernels.data.batch import MicroBatch
 from moekernels.errors import UsageError
-from moekernels.nn.config import ExpertSpec, ModelConfig
-from moekernels.nn.transformer import StageModel
-from moekernels.parallel.mesh import Layout, Mesh
 from moekernels.pipeline.schedule import Kind
-from moekernels.plan.cost import layer_cost
+from moekernels.plan.cost import layer_cost, loss_cost, update_bytes
 from moekernels.plan.evaluate import Problem, evaluate, flush_costs, slots
+from moekernels.plan.measure import Sample, measure, samples
+from moekernels.plan.measure import cores as measured_cores
+from moekernels.plan.memory import chunk_parameters
 from moekernels.plan.strategy import Batch, Cluster, Strategy
 
-CONSTANTS = ("dense", "grouped", "bytes", "layers")
+CONSTANTS = (
+    "dense",  # seconds a FLOP of the projections and the head
+    "attention",  # a FLOP of attention itself
+    "grouped",  # a FLOP of the experts' products
+    "weights",  # a FLOP of one more row of each expert: what its weights cost beside its rows
+    "bytes",  # a byte between the products
+    "layers",  # a layer's forward pass
+    "backward_layers",  # a layer's backward pass
+    "actions",  # a forward or backward pass of a chunk
+    "latency",  # a hop of a collective
+    "link",  # a byte of a collective
+)
 NEVER = 1e30  # FLOPs or bytes a second that cost nothing
+IMBALANCE = 1.1  # of a router that nothing has trained
+SECONDS = 0.6  # a sample
 
 
 def store() -> Path:
@@ -37,115 +48,117 @@ def store() -> Path:
     return Path(base) / "moekernels" / "calibration.json"
 
 
-def unit(constant: str) -> Cluster:
-    """A cluster on which only one constant costs: a second a FLOP, a byte or a layer."""
+def cluster_of(found: dict[str, float], ranks: int = 1, slower: float = 1.0) -> Cluster:
+    """Cards on which the constants hold; one that is 0 costs nothing."""
+
+    def rate(constant: str) -> float:
+        return 1.0 / (found[constant] * slower) if found.get(constant, 0.0) > 0 else NEVER
+
+    grouped = rate("grouped")
     return Cluster(
-        gpus=1,
-        gpus_per_node=1,
-        flops=1.0 if constant in ("dense", "grouped") else NEVER,
+        gpus=ranks,
+        gpus_per_node=max(ranks, 1),
+        flops=1.0,
         memory=NEVER,
-        memory_bandwidth=1.0 if constant == "bytes" else NEVER,
-        link_bandwidth=NEVER,
-        network_bandwidth=NEVER,
-        gemm_efficiency=1.0 if constant != "grouped" else NEVER,
-        grouped_efficiency=1.0 if constant != "dense" else NEVER,
+        memory_bandwidth=rate("bytes"),
+        link_bandwidth=rate("link"),
+        network_bandwidth=rate("link"),
+        reserve=0.2e9,
+        gemm_efficiency=rate("dense"),
+        attention_efficiency=rate("attention"),
+        grouped_efficiency=grouped,
         half_rows=0.0,
+        grouped_half_rows=found.get("weights", 0.0) * slower * grouped,
         bandwidth_efficiency=1.0,
-        latency=0.0,
-        overhead=1.0 if constant == "layers" else 0.0,
-        imbalance=1.0,
+        latency=found.get("latency", 0.0) * slower,
+        overhead=found.get("layers", 0.0) * slower,
+        backward_overhead=found.get("backward_layers", 0.0) * slower,
+        action_overhead=found.get("actions", 0.0) * slower,
+        update_bandwidth=rate("update"),
+        step_overhead=found.get("steps", 0.0) * slower,
+        imbalance=IMBALANCE,
         device="cpu",
     )
 
 
-def counts(model: ModelConfig, s: Strategy, tokens: float, squares: float) -> dict[str, list]:
-    """{forward, backward} of one layer: how much of each constant."""
-    found: dict[str, list] = {"forward": [], "backward": []}
+def counts(sample: Sample, dtype: str) -> dict[str, list[float]]:
+    """{forward, backward} of the sample: how much of each constant."""
+    found: dict[str, list[float]] = {"forward": [], "backward": []}
+    model = sample.model
+    s = Strategy(sample.layout, (model.num_layers,), (0,), 1, dtype=dtype)
+    size = sample.tokens, sample.squares
     for constant in CONSTANTS:
-        layer = layer_cost(model, unit(constant), s)
+        # Of `weights` a grouped product must cost something for its rows to be worth any.
+        c = cluster_of({constant: 1.0, **({"grouped": 1.0} if constant == "weights" else {})})
+        layer = layer_cost(model, c, s)
+        rows = layer_cost(model, replace(c, grouped_half_rows=0.0), s)
+        loss = loss_cost(model, c, s)(*size) if sample.last else 0.0
         for way, row in found.items():
-            row.append(layer.total(getattr(layer, way))(tokens, squares))
+            cost = layer.total(getattr(layer, way))(*size)
+            if constant == "weights":
+                cost -= rows.total(getattr(rows, way))(*size)
+            cost = model.num_layers * cost + c.action_overhead
+            row.append(cost + (loss if way == "forward" else 0.0))
     return found
-
-
-def shapes() -> list[tuple[ModelConfig, int, int]]:
-    """(model, tokens, segments) that tell the constants apart."""
-    found = []
-    for hidden, ffn, experts, top_k in ((64, 128, 16, 2), (128, 256, 16, 2), (256, 512, 8, 4)):
-        for tokens, segments in ((256, 4), (1024, 2), (2048, 16)):
-            model = ModelConfig(
-                vocab_size=512, d_model=hidden, num_layers=2, num_heads=hidden // 32,
-                num_kv_heads=hidden // 32, head_dim=32, num_experts=experts, top_k=top_k,
-                expert=ExpertSpec(hidden, hidden, ffn),
-            )  # fmt: skip
-            found.append((model, tokens, segments))
-    return found
-
-
-def measure(
-    model: ModelConfig, tokens: int, segments: int, dtype: str, repeats: int = 5
-) -> tuple[float, float]:
-    """(forward, backward) seconds of a chunk of the model's layers: the least of some, for what
-    else runs on the machine only adds."""
-    chunk = StageModel(
-        model, Mesh(Layout()), range(1, model.num_layers + 1), False, False,
-        dtype=getattr(torch, {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}[dtype]),
-    )  # fmt: skip
-    for p in chunk.parameters():
-        p.main_grad = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-    one = torch.zeros(tokens // segments, dtype=torch.int64)
-    batch = MicroBatch.pack([(one, one)] * segments, loss_scale=1 / tokens)
-    x = torch.randn(tokens, model.d_model).to(chunk.dtype)
-    ahead, back = [], []
-    for _ in range(repeats + 1):
-        given = x.clone().requires_grad_()
-        start = time.perf_counter()
-        y = chunk(batch, given)
-        middle = time.perf_counter()
-        y.backward(x)
-        ahead.append(middle - start)
-        back.append(time.perf_counter() - middle)
-    return min(ahead[1:]), min(back[1:])  # the first warms up
 
 
 def fit(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Constants at or above 0 with the least relative error: rows [n, 4], seconds [n]."""
+    """Constants at or above 0 with the least relative error: rows [n, constants], seconds [n]."""
     scaled = rows / seconds[:, None]
-    active = list(range(rows.shape[1]))
+    sizes = np.abs(scaled).max(0)
+    active = [i for i in range(rows.shape[1]) if sizes[i] > 1e-9]  # the others were not met
+    constants = np.zeros(rows.shape[1])
     while active:
-        solved, *_ = np.linalg.lstsq(scaled[:, active], np.ones(len(seconds)), rcond=None)
+        solved, *_ = np.linalg.lstsq(
+            scaled[:, active] / sizes[active], np.ones(len(seconds)), rcond=None
+        )
         if solved.min() >= 0:
+            constants[active] = solved / sizes[active]
             break
         active.pop(int(solved.argmin()))
-    constants = np.zeros(rows.shape[1])
-    constants[active] = solved
     return constants
 
 
-def calibrate(dtype: str = "fp32", repeats: int = 5) -> dict:
+def constants_of(ranks: int, dtype: str, seconds: float) -> dict:
+    """Measured on so many ranks: the constants, and how far the samples lie from them."""
+    chosen = samples(ranks)
+    rows, times, sizes, updates = [], [], [], []
+    for sample, took in zip(chosen, measure(chosen, dtype, seconds)):
+        count = counts(sample, dtype)
+        for way in count:
+            rows.append(count[way])
+            times.append(getattr(took, way))
+        s = Strategy(sample.layout, (sample.model.num_layers,), (0,), 1, dtype=dtype)
+        held = chunk_parameters(sample.model, sample.layout, s.layers[0], False, sample.last)
+        sizes.append([sum(held.values()) * update_bytes(s), 1.0])
+        updates.append(took.update)
+    rows, times = np.array(rows), np.array(times)
+    found = fit(rows, times)
+    update, steps = fit(np.array(sizes), np.array(updates))
+    return {
+        **dict(zip(CONSTANTS, found.tolist())),
+        "update": float(update),  # seconds a byte of the optimiser
+        "steps": float(steps),  # a step, whatever its parameters
+        "off": np.abs(rows @ found / times - 1.0).tolist(),
+    }
+
+
+def calibrate(dtype: str = "fp32", seconds: float = SECONDS) -> dict:
     """Measure, fit and store; the constants and their error band."""
-    rows, seconds = [], []
-    for model, tokens, segments in shapes():
-        squares = float(tokens * (tokens // segments))
-        s = Strategy(Layout(), (model.num_layers,), (0,), 1, dtype=dtype)
-        count = counts(model, s, tokens, squares)
-        for way, took in zip(
-            ("forward", "backward"), measure(model, tokens, segments, dtype, repeats)
-        ):
-            rows.append([model.num_layers * c for c in count[way]])
-            seconds.append(took)
-    rows, seconds = np.array(rows), np.array(seconds)
-    constants = fit(rows, seconds)
-    off = np.abs(rows @ constants / seconds - 1.0)
+    ranks = sorted({1, measured_cores()})
+    by_ranks = {}
+    for number in reversed(ranks):  # ranks are forked, best before this process has threads
+        by_ranks[str(number)] = constants_of(number, dtype, seconds)
+    off = [o for one in by_ranks.values() for o in one.pop("off")]
     found = {
         "dtype": dtype,
         "device": "cpu",
-        "threads": torch.get_num_threads(),
+        "cores": measured_cores(),
         "when": time.strftime("%Y-%m-%d %H:%M:%S"),
-        **dict(zip(CONSTANTS, constants.tolist())),
+        "ranks": by_ranks,
         "median_error": float(np.median(off)),
         "error_band": float(np.quantile(off, 0.9)),
-        "measurements": len(seconds),
+        "measurements": len(off),
     }
     path = store()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,40 +167,27 @@ def calibrate(dtype: str = "fp32", repeats: int = 5) -> dict:
 
 
 def stored() -> dict:
+    """What `calibrate` left here."""
+    again = "moekernels plan --calibrate would do it"
     try:
-        return json.loads(store().read_text())
+        found = json.loads(store().read_text())
     except FileNotFoundError:
-        raise UsageError(
-            "plan: this machine is not calibrated; moekernels plan --calibrate would do it"
-        ) from None
+        raise UsageError(f"plan: this machine is not calibrated; {again}") from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{store()}: cannot be read: {error}; --calibrate anew") from None
+        raise UsageError(f"{store()}: cannot be read: {error}; {again} anew") from None
+    if not isinstance(found, dict) or "ranks" not in found:
+        raise UsageError(f"{store()}: of another release; {again} anew")
+    return found
 
 
 def here(found: dict, ranks: int) -> Cluster:
     """This machine as a cluster of `ranks` ranks that share its cores and memory."""
-
-    def rate(constant: str) -> float:
-        return 1.0 / found[constant] if found[constant] > 0 else NEVER
-
-    threads = max(1, (os.cpu_count() or 1) // ranks)
-    slower = found["threads"] / threads  # a rank has its part of the cores that were measured
+    measured = found["ranks"]["1" if ranks == 1 else max(found["ranks"], key=int)]
+    slower = max(1.0, ranks / found["cores"])  # they take turns
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
     return replace(
-        unit("bytes"),
-        gpus=ranks,
-        gpus_per_node=ranks,
-        flops=1.0,
+        cluster_of(measured, ranks, slower),
         memory=memory,
-        memory_bandwidth=rate("bytes") / slower,
-        link_bandwidth=min(rate("bytes"), 2e9),
-        network_bandwidth=min(rate("bytes"), 2e9),
-        reserve=0.2e9,
-        gemm_efficiency=rate("dense") / slower,
-        grouped_efficiency=rate("grouped") / slower,
-        latency=100e-6,
-        overhead=found["layers"],
-        imbalance=1.1 if ranks > 1 else 1.0,
         calibrated=(
             f"calibrated {found['when']}: {found['dtype']}, {found['measurements']} measurements, "
             f"90 % of them within {100 * found['error_band']:.0f} %"
@@ -212,6 +212,7 @@ def against(folder: Path, found: dict) -> dict:
     if not lines:
         raise UsageError(f"{folder}: metrics.jsonl is empty; a run with a step done would do")
     s = configured(run)
+    lines = [x for x in lines if x.get("microbatches", s.microbatches) == s.microbatches] or lines
     tokens = statistics.mean(line["tokens"] for line in lines)
     length = max(1, round(tokens / run.batch.sequences))
     model = cfg.model_config(run.model)
@@ -238,7 +239,7 @@ def against(folder: Path, found: dict) -> dict:
         }
         for (virtual, kind), took in sorted(measured.items())
     ]
-    steps = [line["seconds"] for line in lines]
+    steps = [line["seconds"] for line in lines[2:] or lines]  # the first two warm up
     return {
         "run": str(folder),
         "step": {"predicted": plan.step, "measured": statistics.median(steps), "steps": len(steps)},

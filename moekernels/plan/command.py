@@ -109,20 +109,41 @@ def _write(html: Path | None, trace: Path | None, report) -> None:
         raise UsageError(f"{error.filename}: cannot be written: {error.strerror}") from None
 
 
+SHOWN = (
+    ("dense products", "dense", "GFLOP/s"),
+    ("attention", "attention", "GFLOP/s"),
+    ("experts' products", "grouped", "GFLOP/s"),
+    ("between the products", "bytes", "GB/s"),
+    ("collectives", "link", "GB/s"),
+    ("a collective's hop", "latency", "us"),
+    ("a layer, forward", "layers", "us"),
+    ("a layer, backward", "backward_layers", "us"),
+    ("an action", "actions", "us"),
+    ("optimizer", "update", "GB/s"),
+    ("a step", "steps", "us"),
+)
+
+
 def calibrate() -> int:
     """Measure this machine and say what came out."""
     from moekernels.plan import calibrate as measured
 
     found = measured.calibrate()
-    for name, unit in (("dense", "GFLOP/s"), ("grouped", "GFLOP/s"), ("bytes", "GB/s")):
-        rate = f"{1e-9 / found[name]:.1f} {unit}" if found[name] else "too fast to see"
-        print(f"{name:<10}{rate}")
-    print(f"{'a layer':<10}{1e3 * found['layers']:.2f} ms besides")
+    columns = sorted(found["ranks"], key=int)
+    names = [f"{n} rank{'s' * (n != '1')} of {found['cores']} cores" for n in columns]
+    print(" " * 24 + "".join(f"{name:>20}" for name in names))
+    for label, constant, unit in SHOWN:
+        values = [found["ranks"][n][constant] for n in columns]
+        if unit == "us":
+            cells = [f"{1e6 * v:.0f} us" if v else "-" for v in values]
+        else:
+            cells = [f"{1e-9 / v:.4g} {unit}" if v else "-" for v in values]
+        print(f"{label:<24}" + "".join(f"{cell:>20}" for cell in cells))
     print(
-        f"error     median {100 * found['median_error']:.0f} %, 90 % within "
+        f"median error {100 * found['median_error']:.0f} %, 90 % within "
         f"{100 * found['error_band']:.0f} % ({found['measurements']} measurements)"
     )
-    print(f"stored    {measured.store()}; moekernels plan --here RANKS uses it")
+    print(f"stored in {measured.store()}; moekernels plan --here RANKS uses it")
     return 0
 
 

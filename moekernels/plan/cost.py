@@ -79,8 +79,10 @@ def layer_cost(model: ModelConfig, cluster: Cluster, s: Strategy) -> LayerCost:
 
     heads = 2 * (hq + hk) * hd
     projections = 2.0 * hidden * heads / dense
-    attention = Affine(projections * c.half_rows, projections, 2.0 * hq * hd / dense)
-    router = Affine(0.0, 2.0 * hidden * model.num_experts / tp / (dense / 8))  # it is in fp32
+    pairs = 2.0 * hq * hd / (c.flops * c.attention_efficiency)
+    attention = Affine(projections * c.half_rows, projections, pairs)
+    slower = 8 if b < 4 else 1  # the router's product is in fp32 at least
+    router = Affine(0.0, 2.0 * hidden * model.num_experts / tp / dense * slower)
 
     up = (2 if spec.gated else 1) * spec.d_ff / layout.etp
     f = spec.d_ff / layout.etp
@@ -89,7 +91,7 @@ def layer_cost(model: ModelConfig, cluster: Cluster, s: Strategy) -> LayerCost:
     rows = model.top_k * layout.etp / tp * skew  # a token of the micro-batch
     e = model.num_experts / layout.ep
     product = 2.0 * weights / grouped
-    experts = Affine(product * e * c.half_rows / 4, product * rows)
+    experts = Affine(product * e * c.grouped_half_rows, product * rows)
 
     widths = 8 * hidden + 6 * hidden * 2 + (3 * hq + 4 * hk) * hd * tp + 2 * model.num_experts
     traffic = widths * b / tp + rows * b * (6 * hidden + 2 * (up + f))
@@ -121,7 +123,7 @@ def layer_cost(model: ModelConfig, cluster: Cluster, s: Strategy) -> LayerCost:
         "memory-bound": elementwise * 2.0,
         "tensor exchange": shuffle,
         "expert exchange": exchange,
-        "overhead": overhead * 2.0,
+        "overhead": Affine(c.backward_overhead),
     }
     # What the exchange brought is kept; the results' way back is made again.
     again = {**forward, "expert exchange": exchange * 0.5}
@@ -161,9 +163,9 @@ def message_seconds(model: ModelConfig, cluster: Cluster, s: Strategy, tokens: f
 def update_seconds(model: ModelConfig, cluster: Cluster, s: Strategy) -> dict[str, float]:
     """Behind the flush: gradients summed over copies, then the optimiser; of the slowest rank."""
     layout, c = s.layout, cluster
-    worst = {"gradient sum": 0.0, "optimizer": 0.0}
-    _, _, _, moments = STATE_BYTES[s.dtype, s.optimizer_state]
-    per_parameter = 4 * GRADIENT + GRADIENT + 2 * 4 + 2 * moments + WIDTH[s.dtype]
+    worst = {"gradient sum": 0.0, "optimizer": 0.0, "step overhead": c.step_overhead}
+    bandwidth = c.update_bandwidth or c.memory_bandwidth * c.bandwidth_efficiency
+    per_parameter = update_bytes(s)
     for rank in {0, layout.pp - 1}:
         parts: dict[str, int] = {}
         for v in range(rank, s.depth, layout.pp):
@@ -181,11 +183,17 @@ def update_seconds(model: ModelConfig, cluster: Cluster, s: Strategy) -> dict[st
                     size / (link * c.bandwidth_efficiency) + 2 * c.latency * ranks.bit_length()
                 )
         worst["gradient sum"] = max(worst["gradient sum"], summed)
-        bandwidth = c.memory_bandwidth * c.bandwidth_efficiency
         worst["optimizer"] = max(
             worst["optimizer"], sum(parts.values()) * per_parameter / bandwidth
         )
     return worst
+
+
+def update_bytes(s: Strategy) -> int:
+    """Read and written a parameter: the gradient for its norm, clipping, update and zeroing, the
+    master, the moments, the weight."""
+    moments = STATE_BYTES[s.dtype, s.optimizer_state][3]
+    return 5 * GRADIENT + 2 * 4 + 2 * moments + WIDTH[s.dtype]
 
 
 def _copies(layout: Layout, part: str) -> tuple[int, int]:

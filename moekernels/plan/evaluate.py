@@ -152,8 +152,9 @@ def flush_costs(problem: Problem, s: Strategy, sl: Slots):
     loss = cost.loss_cost(problem.model, problem.cluster, s)(sl.tokens, sl.squares).max(0)
     costs = {}
     for v, (count, redone) in enumerate(zip(s.layers, s.checkpointed)):
-        costs[v, Kind.F] = count * ahead + (loss if v == s.depth - 1 else 0.0)
-        costs[v, Kind.B] = count * back + redone * again
+        action = problem.cluster.action_overhead
+        costs[v, Kind.F] = action + count * ahead + (loss if v == s.depth - 1 else 0.0)
+        costs[v, Kind.B] = action + count * back + redone * again
     return costs, layer
 
 
@@ -219,6 +220,7 @@ def _evaluate(problem: Problem, s: Strategy, exact_order: bool) -> tuple[Plan, T
     rank = int(np.argmax(played.busy))
     parts: dict[str, float] = {}
     for v in range(rank, s.depth, layout.pp):
+        parts["overhead"] = parts.get("overhead", 0.0) + 2 * s.microbatches * c.action_overhead
         for name in layer.forward:
             time = s.layers[v] * (
                 layer.forward[name](sl.tokens, sl.squares)

@@ -59,6 +59,7 @@ def cluster_of(run: cfg.RunConfig) -> Cluster:
         network_bandwidth=h.network_gbps * 1e9,
         reserve=h.reserve_gb * 1e9,
         gemm_efficiency=h.efficiency,
+        attention_efficiency=h.efficiency,
         grouped_efficiency=h.efficiency,
         imbalance=h.imbalance,
     )

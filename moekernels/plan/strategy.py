@@ -89,11 +89,17 @@ class Cluster:
     network_bandwidth: float  # between nodes, a direction
     reserve: float = 2e9  # of a card's memory: context, collectives, allocator
     gemm_efficiency: float = 0.70  # of a large dense product
+    attention_efficiency: float = 0.70  # of attention's own products
     grouped_efficiency: float = 0.55  # of the experts' grouped products
     half_rows: float = 96.0  # rows at which a product reaches half of its efficiency
+    grouped_half_rows: float = 24.0  # the same, of each expert's
     bandwidth_efficiency: float = 0.75
     latency: float = 15e-6  # of a collective's every hop
-    overhead: float = 1.2e-3  # of an action that no roofline sees: launches, host syncs, a layer
+    overhead: float = 1.2e-3  # of a layer that no roofline sees: launches, host syncs
+    backward_overhead: float = 2.4e-3  # the same of its backward
+    action_overhead: float = 0.0  # of an action, whatever its layers
+    update_bandwidth: float = 0.0  # at which the optimiser works; 0: the memory's
+    step_overhead: float = 0.0  # of a step, whatever its flush
     imbalance: float = 1.10  # rows of the busiest rank over the mean
     overlap: float = 0.0  # of the exchange, hidden behind computation
     device: str = "cuda"
