@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import ctypes
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -63,6 +64,30 @@ def module(stem: str) -> ptx.Module:
         lines=False,  # of gate.cu nvcc makes them in minutes, not seconds
     )
     return ptx.Module(_FILE_HASH.sub(r"\1", text))
+
+
+_MAP_MAGIC = 0x70616D726F736E74
+_MAP_TYPES = {6: np.float16, 7: np.float32, 9: np.uint16}  # of CUtensorMapDataType
+_MAP_SWIZZLES = (0, 32, 64, 128)
+
+
+def _tensor_map(raw: bytes, spans: dict[int, tuple[int, bool]]) -> ptx.TensorMap | None:
+    """The tensor map that csrc/emulated/runtime.cpp encoded into these bytes, if it is one."""
+    if len(raw) != 128 or int.from_bytes(raw[:8], "little") != _MAP_MAGIC:
+        return None
+    address, kind, rank, swizzle, *rest = struct.unpack_from("<Q3I5I9Q", raw, 8)
+    box, sizes, strides = rest[:rank], rest[5 : 5 + rank], rest[10 : 9 + rank]
+    dtype = np.dtype(_MAP_TYPES[kind])
+    begin = max(b for b in spans if b <= address)
+    nbytes = begin + spans[begin][0] - address
+    array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address)).view(dtype)
+    return ptx.TensorMap(
+        array,
+        tuple(box[::-1]),
+        _MAP_SWIZZLES[swizzle],
+        shape=tuple(sizes[::-1]),
+        strides=(*strides[::-1], dtype.itemsize),
+    )
 
 
 class _Device:
@@ -123,7 +148,8 @@ class _Device:
             array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(begin))
             arrays.append(ptx.Uninitialized(array) if unwritten else array)
             self.spans[begin] = (nbytes, False)
-        packed = [ptx.Packed(raw, arrays) for raw in args]
+        maps = [_tensor_map(raw, self.spans) for raw in args]
+        packed = [m or ptx.Packed(raw, arrays) for m, raw in zip(maps, args)]
         found[0].launch(kernel, blocks, threads, packed, shared_bytes, schedule=self.schedule)
 
     def call(self, name: str, *args):

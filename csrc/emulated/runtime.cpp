@@ -1,6 +1,7 @@
 // The few entry points of the CUDA runtime that the launchers use. No CUDA header: a kernel is the name it registers.
 #include <cstddef>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <string>
 
@@ -25,6 +26,32 @@ struct Configuration {
 std::map<const void*, std::string>& kernels() {
   static std::map<const void*, std::string> names;
   return names;
+}
+
+// What the driver's encoder leaves in the 128 bytes of a CUtensorMap here, for python_tests/emulated.py to read.
+struct EncodedTensorMap {
+  uint64_t magic, address;
+  uint32_t type, rank, swizzle, box[5];
+  uint64_t sizes[5], strides[4];
+};
+static_assert(sizeof(EncodedTensorMap) <= 128);
+
+int encode_tensor_map(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes, const uint64_t* strides,
+                      const uint32_t* box, const uint32_t*, int, int swizzle, int, int) {
+  constexpr int kInvalidValue = 1;
+  if (rank < 1 || rank > 5 || address == nullptr) return kInvalidValue;
+  EncodedTensorMap encoded{.magic = 0x70616d726f736e74, .address = reinterpret_cast<uint64_t>(address),
+                           .type = static_cast<uint32_t>(type), .rank = rank, .swizzle = static_cast<uint32_t>(swizzle),
+                           .box = {}, .sizes = {}, .strides = {}};
+  for (uint32_t i = 0; i < rank; ++i) {
+    if (sizes[i] == 0) return kInvalidValue;
+    encoded.sizes[i] = sizes[i];
+    encoded.box[i] = box[i];
+    if (i + 1 < rank) encoded.strides[i] = strides[i];
+  }
+  std::memset(map, 0, 128);
+  std::memcpy(map, &encoded, sizeof encoded);
+  return 0;
 }
 
 }  // namespace
@@ -95,6 +122,11 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
            : attribute == kMinor ? capability % 10
            : attribute == kMultiprocessors ? 4
                                            : 0;
+  return 0;
+}
+int cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned, unsigned long long, int* result) {
+  *found = std::strcmp(name, "cuTensorMapEncodeTiled") == 0 ? reinterpret_cast<void*>(&encode_tensor_map) : nullptr;
+  if (result != nullptr) *result = 0;
   return 0;
 }
 int cudaFuncSetAttribute(const void*, int, int) { return 0; }

@@ -79,8 +79,10 @@ def bind_bulk(machine: Machine, ins: Instruction):
     if "wait_group" in mods:
         left = ins.operands[0].value
         return lambda lanes: copies.finish_stores(lanes, left)
-    if any(m.startswith("multicast") for m in mods) or "im2col" in mods or "prefetch" in mods:
+    if any(m.startswith("multicast") for m in mods) or "im2col" in mods:
         raise Unsupported(f"`{ins.text}`")
+    if "prefetch" in mods:
+        return _bind_prefetch(machine, ins)
     if "tensor" in mods:
         if isinstance(ins.operands[0], TensorAddress):
             return _bind_tensor_store(machine, ins)
@@ -88,6 +90,26 @@ def bind_bulk(machine: Machine, ins: Instruction):
     if "bulk_group" in mods:
         return _bind_flat_store(machine, ins)
     return _bind_flat_load(machine, ins)
+
+
+def _bind_prefetch(machine: Machine, ins: Instruction):
+    """Moves nothing that a kernel could see; what it names must exist."""
+    if "tensor" in ins.mods:
+        raise Unsupported(f"`{ins.text}`")
+    origin = machine.address(ins.operands[0], ins)
+    size = machine.source(ins.operands[1], "u32", ins)
+
+    def step(lanes):
+        for i, (at, nbytes) in enumerate(zip(origin(lanes), size[lanes.at].tolist())):
+            if at % 16 or nbytes % 16:
+                what = f"a bulk prefetch of {nbytes} bytes that is not aligned to 16"
+                machine.fail(DescriptorError, what, lanes.ids[i], ins)
+            chunks = np.arange(0, nbytes, 16)
+            many = Lanes.repeated(int(lanes.ids[i]), len(chunks))
+            if machine.memory.globals.outside(at - GLOBAL_BASE + chunks, 16) is not None:
+                machine.memory.locate("global", at + chunks, 16, many, ins)
+
+    return step
 
 
 def _tile(machine: Machine, operand: TensorAddress, ins: Instruction):

@@ -5,6 +5,7 @@
 
 #include "moekernels/common.h"
 #include "moekernels/gemm_tuned.h"
+#include "moekernels/tile_order.h"
 
 namespace moekernels {
 
@@ -36,12 +37,23 @@ int64_t gemm_alignment(const Values&... values) {
   return bits & -bits;
 }
 
+// The wgmma kernels count tiles in 32 bits and keep two numbers an expert in shared memory.
+constexpr int64_t kWgmmaExperts = 4096;
+inline bool wgmma_counts(const GemmProblem& p) {
+  constexpr int64_t kRows = 128, kColumns = 128, kMost = int64_t{1} << 30;
+  if (p.experts > kWgmmaExperts || p.rows() >= int64_t{1} << 31) return false;
+  if (p.op != GemmOp::wgrad) return tile_order_fits(p.m, p.experts, p.n, kRows, kColumns);
+  return p.m <= kMost && p.n <= kMost && p.experts * tile_count(p.m, kRows) <= kMost / tile_count(p.n + 1, kColumns);
+}
+
 // Why the wgmma kernels cannot take a product; null: they can.
 inline const char* why_not_wgmma(const GemmProblem& p) {
   if (p.capability / 10 != 9) return "wgmma is of sm_90 alone";
   if (!p.wgmma) return "this build holds no wgmma kernels";
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "wgmma takes 16-bit inputs";
   if (p.alignment < 16) return "TMA needs rows and addresses of whole 16 bytes";
+  if (p.k == 0) return "there is nothing to sum";
+  if (!wgmma_counts(p)) return "wgmma counts up to 4096 experts and 2^30 tiles";
   return nullptr;
 }
 

@@ -1,0 +1,317 @@
+// The epilogues of the experts' products on sm_90a. A finished tile goes through the warp's staging, so that a lane holds 8
+// neighbouring columns of a row: the activation works on those, and memory sees 16 bytes a lane.
+#pragma once
+
+#include "moekernels/activation.h"
+#include "moekernels/gemm_tiles.h"
+#include "rows_sm90.cuh"
+
+namespace moekernels::cuda::sm90 {
+
+// As exact as 16-bit results can tell, in a third of the instructions.
+struct FastMath {
+  __device__ static float exp(float x) { return __expf(x); }
+  __device__ static float erf(float x) { return ::erff(x); }
+  __device__ static float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+};
+
+struct ExpertStyle {
+  int64_t ffn;
+  Activation activation;
+  float alpha, limit;
+  bool interleaved;
+  __host__ __device__ bool gated() const { return activation <= Activation::swiglu_clamped; }
+  __host__ __device__ bool apart() const { return gated() && !interleaved; }  // gate and up columns lie F apart
+  __host__ __device__ int64_t width() const { return (gated() ? 2 : 1) * ffn; }
+};
+
+// Gate and up of 8 columns of F, from two chunks of 8 elements: one of each, or both alternating.
+template <class T>
+__device__ inline void split_gate(const uint4& first, const uint4& second, bool alternate, float (&g)[8],
+                                  float (&u)[8]) {
+  const uint32_t a[4] = {first.x, first.y, first.z, first.w}, b[4] = {second.x, second.y, second.z, second.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 p = unpack(a[i], T{}), q = unpack(b[i], T{});
+    g[2 * i] = p.x;
+    g[2 * i + 1] = p.y;
+    u[2 * i] = q.x;
+    u[2 * i + 1] = q.y;
+  }
+  if (!alternate) return;
+  const float both[16] = {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7]};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    g[i] = both[2 * i];
+    u[i] = both[2 * i + 1];
+  }
+}
+
+template <class T>
+__device__ inline uint4 pack8(const float (&v)[8]) {
+  return {pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7])};
+}
+
+template <class T>
+__device__ inline void put(T* to, const uint4& value) {
+  *reinterpret_cast<uint4*>(to) = value;
+}
+template <class T>
+__device__ inline uint4 get(const T* from) {
+  return *reinterpret_cast<const uint4*>(from);
+}
+
+// h = C + b1, a = act(h); a tile has 128 columns of F, gate and up, or 256 of an ungated one.
+template <class T>
+struct StoreUp {
+  using Type = T;
+  static constexpr int kColumns = 256;
+  struct Args {
+    T* h;         // [R, G] or null
+    T* a;         // [R, F] or null
+    const T* b1;  // [E, G] or null
+    ExpertStyle style;
+  };
+
+  template <class Tile>
+  static __device__ void prefetch(const Args&, const Tile&, int) {}
+
+  static __device__ TileColumns columns_of(const ExpertStyle& style, int32_t tile) {
+    return style.gated() ? gated_columns(kColumns, tile, style.ffn, style.interleaved)
+                         : plain_columns(kColumns, tile, style.ffn);
+  }
+
+  template <class Tile>
+  static __device__ void clear(const Args& to, const Tile& tile, int64_t row, int lane) {
+    if (to.h == nullptr) return;
+    const TileColumns columns = columns_of(to.style, tile.column_tile);
+    for (int64_t from = 0; from < kColumns; from += columns.split) {
+      const int64_t begin = columns.at(from);
+      clear_rows(to.h, row, tile.row_end, to.style.width(), begin, begin + columns.valid(from, columns.split), lane);
+    }
+  }
+
+  // Columns of the tile that a staged chunk holds: 64 of each half in a part, whether or not the halves differ.
+  static __device__ int column_of(int part, int chunk) { return part * 64 + chunk % 8 * 8 + chunk / 8 * 128; }
+
+  template <int kPart, class Tile>
+  static __device__ void stage(const Args& to, const Tile& tile, const TileColumns& columns, float (&d)[128],
+                               char* staging, int lane) {
+    const T* bias = to.b1 == nullptr ? nullptr : to.b1 + tile.group * to.style.width();
+    stage_rows(staging, lane, [&](int block, int half) {
+      const float* c = d + (kPart * 8 + block % 8 + block / 8 * 16) * 4 + half * 2;
+      float2 add = {0.0f, 0.0f};
+      const int column = column_of(kPart, block) + lane % 4 * 2;
+      if (bias != nullptr && columns.valid(column, 2) == 2) {
+        add = unpack(*reinterpret_cast<const uint32_t*>(bias + columns.at(column)), T{});
+      }
+      return pack<T>(c[0] + add.x, c[1] + add.y);
+    });
+  }
+
+  template <Activation kind, class Tile>
+  static __device__ void activate_part(const Args& to, const Tile& tile, const TileColumns& columns, int part,
+                                       const char* staging, int64_t row, int lane) {
+    constexpr bool kGated = kind <= Activation::swiglu_clamped;
+    constexpr int kItems = kGated ? 8 : 16;  // of a row, 8 columns of F each
+    const ExpertStyle& style = to.style;
+#pragma unroll 1
+    for (int item = lane; item < 16 * kItems; item += 32) {
+      const int r = item / kItems, i = item % kItems;
+      const int first = kGated && style.interleaved ? 2 * i : i, second = style.interleaved ? first + 1 : 8 + i;
+      const int column = column_of(part, first);
+      if (row + r >= tile.row_end || columns.within(column) >= columns.count) continue;
+      const uint4 p = staged_chunk(staging, r, first), q = kGated ? staged_chunk(staging, r, second) : uint4{};
+      if (to.h != nullptr) {
+        T* h = to.h + (row + r) * style.width();
+        put(h + columns.at(column), p);
+        if (kGated) put(h + columns.at(column_of(part, second)), q);
+      }
+      if (to.a == nullptr) continue;
+      float g[8], u[8];
+      split_gate<T>(p, q, kGated && style.interleaved, g, u);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) g[e] = moekernels::activate<kind, FastMath>(g[e], u[e], style.alpha, style.limit).a;
+      const int64_t at = kGated && style.interleaved ? columns.at(column) / 2 : columns.at(column);
+      put(to.a + (row + r) * style.ffn + at, pack8<T>(g));
+    }
+  }
+
+  template <class Tile>
+  static __device__ void store(const Args& to, const Tile& tile, float (&d)[128], char* staging, int64_t row, int lane) {
+    if (row >= tile.row_end) return;
+    const TileColumns columns = columns_of(to.style, tile.column_tile);
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {
+      if (part == 0) {
+        stage<0>(to, tile, columns, d, staging, lane);
+      } else {
+        stage<1>(to, tile, columns, d, staging, lane);
+      }
+      with_activation(to.style.activation, [&](auto kind) {
+        activate_part<decltype(kind)::value>(to, tile, columns, part, staging, row, lane);
+      });
+    }
+  }
+};
+
+// C is da = dy w2 in fp32. dh = weight da act'(h), weighted_a = weight act(h), and <da, act(h)> of every 64 columns.
+template <class T>
+struct StoreDAct {
+  using Type = T;
+  static constexpr int kColumns = 256, kPartColumns = 64;
+  static constexpr int kAtOnce = 4;  // items of a lane: 16 rows of 8 chunks by 32 lanes
+  struct Args {
+    const T* h;     // [R, G]; dh may take its place
+    T* dh;          // [R, G]
+    T* weighted_a;  // [R, F] or null
+    float* dots;    // [R, parts] or null
+    int64_t parts;
+    ExpertStyle style;
+    RowUse use;
+  };
+
+  // The tile's part of h comes to L2 while the product runs.
+  template <class Tile>
+  static __device__ void prefetch(const Args& to, const Tile& tile, int lane) {
+    const ExpertStyle& style = to.style;
+    const int64_t column = int64_t{tile.column_tile} * kColumns;
+    const int64_t count = column + kColumns < style.ffn ? kColumns : style.ffn - column;
+#pragma unroll 1  // the producer has few registers
+    for (int64_t r = tile.row + lane; r < tile.row_end && r < tile.row + 128; r += 32) {
+      const T* h = to.h + r * style.width();
+      if (style.apart()) {
+        prefetch_bytes(h + column, count * sizeof(T));
+        prefetch_bytes(h + style.ffn + column, count * sizeof(T));
+      } else {
+        const int gates = style.gated() ? 2 : 1;
+        prefetch_bytes(h + gates * column, gates * count * sizeof(T));
+      }
+    }
+  }
+
+  template <class Tile>
+  static __device__ void clear(const Args& to, const Tile& tile, int64_t row, int lane) {
+    const ExpertStyle& style = to.style;
+    const int64_t column = int64_t{tile.column_tile} * kColumns;
+    const int64_t end = column + kColumns < style.ffn ? column + kColumns : style.ffn;
+    const int gates = style.gated() ? 2 : 1;
+    if (style.apart()) {
+      clear_rows(to.dh, row, tile.row_end, style.width(), column, end, lane);
+      clear_rows(to.dh, row, tile.row_end, style.width(), style.ffn + column, style.ffn + end, lane);
+    } else {
+      clear_rows(to.dh, row, tile.row_end, style.width(), gates * column, gates * end, lane);
+    }
+    if (to.weighted_a != nullptr) clear_rows(to.weighted_a, row, tile.row_end, style.ffn, column, end, lane);
+  }
+
+  // Rows of 64 fp32 numbers, in pairs of 16-byte chunks permuted by the row.
+  static __device__ uint32_t staged_pair(int row, int pair) { return row * 256 + ((pair ^ (row & 7)) << 5); }
+
+  template <int kPart>
+  static __device__ void stage(float (&d)[128], char* staging, int lane) {
+    __syncwarp();
+#pragma unroll
+    for (int block = 0; block < 8; ++block) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* c = d + (kPart * 8 + block) * 4 + half * 2;
+        const int r = lane / 4 + 8 * half;
+        *reinterpret_cast<float2*>(staging + staged_pair(r, block) + lane % 4 * 8) = {c[0], c[1]};
+      }
+    }
+    __syncwarp();
+  }
+
+  struct Place {
+    int32_t row, column;  // column: of F
+    bool exists;
+  };
+  template <class Tile>
+  static __device__ Place place_of(const Args& to, const Tile& tile, int part, int32_t row, int item) {
+    const int32_t r = row + item / 8, column = tile.column_tile * kColumns + part * kPartColumns + item % 8 * 8;
+    return {r, column, r < tile.row_end && column < to.style.ffn};
+  }
+
+  template <Activation kind, class Tile>
+  static __device__ void activate_part(const Args& to, const Tile& tile, int part, const uint4 (&first)[kAtOnce],
+                                       const uint4 (&second)[kAtOnce], const char* staging, int32_t row, int lane) {
+    constexpr bool kGated = kind <= Activation::swiglu_clamped;
+    const ExpertStyle& style = to.style;
+    const bool alternate = kGated && style.interleaved;
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      const int item = n * 32 + lane;
+      const Place at = place_of(to, tile, part, row, item);
+      float dot = 0.0f;
+      if (at.exists) {
+        const float4* staged = reinterpret_cast<const float4*>(staging + staged_pair(item / 8, item % 8));
+        const float4 low = staged[0], high = staged[1];
+        const float da[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        const bool used = to.use.used(at.row);
+        const float weight = used ? to.use.weight(at.row) : 0.0f;
+        float g[8], u[8], a[8];
+        split_gate<T>(first[n], second[n], alternate, g, u);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const Activated<float> act = moekernels::activate<kind, FastMath>(g[e], u[e], style.alpha, style.limit);
+          const float d = used ? da[e] : 0.0f;
+          dot = fmaf(d, used ? act.a : 0.0f, dot);
+          a[e] = used ? weight * act.a : 0.0f;
+          g[e] = d * weight * act.by_gate;
+          u[e] = d * weight * act.by_up;
+        }
+        T* dh = to.dh + int64_t{at.row} * style.width();
+        if (!kGated) {
+          put(dh + at.column, pack8<T>(g));
+        } else if (!alternate) {
+          put(dh + at.column, pack8<T>(g));
+          put(dh + style.ffn + at.column, pack8<T>(u));
+        } else {
+          put(dh + 2 * at.column, {pack<T>(g[0], u[0]), pack<T>(g[1], u[1]), pack<T>(g[2], u[2]), pack<T>(g[3], u[3])});
+          put(dh + 2 * at.column + 8,
+              {pack<T>(g[4], u[4]), pack<T>(g[5], u[5]), pack<T>(g[6], u[6]), pack<T>(g[7], u[7])});
+        }
+        if (to.weighted_a != nullptr) put(to.weighted_a + int64_t{at.row} * style.ffn + at.column, pack8<T>(a));
+      }
+      // The 8 lanes of a row, in one order whatever else runs.
+#pragma unroll
+      for (int step = 1; step < 8; step *= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
+      if (to.dots != nullptr && at.exists && item % 8 == 0) {
+        to.dots[int64_t{at.row} * to.parts + tile.column_tile * (kColumns / kPartColumns) + part] = dot;
+      }
+    }
+  }
+
+  template <class Tile>
+  static __device__ void store(const Args& to, const Tile& tile, float (&d)[128], char* staging, int32_t row, int lane) {
+    if (row >= tile.row_end) return;
+    const ExpertStyle& style = to.style;
+#pragma unroll 1
+    for (int part = 0; part < kColumns / kPartColumns; ++part) {
+      uint4 first[kAtOnce], second[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const Place at = place_of(to, tile, part, row, n * 32 + lane);
+        first[n] = second[n] = uint4{};
+        if (at.exists) {
+          const T* h = to.h + int64_t{at.row} * style.width();
+          const int64_t column = style.gated() && style.interleaved ? 2 * at.column : at.column;
+          first[n] = get(h + column);
+          if (style.gated()) second[n] = get(h + column + (style.interleaved ? 8 : style.ffn));
+        }
+      }
+      switch (part) {
+        case 0: stage<0>(d, staging, lane); break;
+        case 1: stage<1>(d, staging, lane); break;
+        case 2: stage<2>(d, staging, lane); break;
+        default: stage<3>(d, staging, lane);
+      }
+      with_activation(style.activation, [&](auto kind) {
+        activate_part<decltype(kind)::value>(to, tile, part, first, second, staging, row, lane);
+      });
+    }
+  }
+};
+
+}  // namespace moekernels::cuda::sm90

@@ -1,0 +1,295 @@
+// The grouped product of sm_90a: persistent blocks of one producer (TMA into a ring of stages in shared memory) and two
+// consumer warpgroups (wgmma, 64 rows of the tile each). What happens to a finished tile is the epilogue's.
+//
+// A tile of 128 x 256 reads 48 KiB a step of 64 for 1024 cycles of tensor core: 48 bytes a cycle and SM, near what L2
+// gives; 128 x 128 would read 64. So the large tile is the rule, and its order is chosen for L2 (moekernels/tile_order.h).
+#pragma once
+
+#include "launch.cuh"
+#include "moekernels/tile_order.h"
+#include "ptx_sm90.cuh"
+#include "scan.cuh"
+
+// A bug for the tests to find; they define it.
+#ifndef MOEKERNELS_PLANTED
+#define MOEKERNELS_PLANTED none
+#endif
+
+namespace moekernels::cuda::sm90 {
+
+enum class Planted { none, freed_early, wrong_stride, no_last_wait, wrong_bytes, no_tail_fence };
+constexpr Planted kPlanted = Planted::MOEKERNELS_PLANTED;
+
+constexpr int kConsumers = 2, kWarpgroup = 128, kProductThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp;
+constexpr int kTileRows = 64 * kConsumers, kDepth = 64, kLine = 128;  // a line: 64 elements of 16 bits
+constexpr int kBox = 64 * kLine;                                      // 64 lines
+constexpr int kStagingBytes = 4096;                                   // for every consumer warp, 16 rows of 256 bytes
+constexpr int kMostStages = 8, kMostShared = 227 * 1024;
+
+struct ProductArgs {
+  const int64_t* offsets;   // [E+1]
+  const int32_t* token_of;  // of a product summed over rows: rows whose token lies outside count as zero; or null
+  int64_t rows, tokens;
+  int32_t experts, depth;           // depth: of K, unless it is the rows
+  int32_t row_tiles, column_tiles;  // row_tiles: of a product summed over rows
+  int32_t column_step, second_half;  // columns from tile to tile, and from a tile's first 128 columns to its others
+  int32_t stages;
+  bool skip_empty;  // a product summed over no rows is left alone, not set to zero
+};
+
+// One tile of C: rows [row, row_end) of group `group`, cut at kTileRows.
+struct ProductTile {
+  int32_t group, row, row_end, column_tile;
+};
+
+template <int kColumns>
+constexpr int kStageBytes = (kTileRows + kColumns) * kLine;
+inline int64_t product_shared_bytes(int columns, int stages, int64_t experts) {
+  return int64_t{stages} * (kTileRows + columns) * kLine + kConsumerWarps * kStagingBytes + 2 * kMostStages * 8 +
+         2 * (experts + 2) * 4;
+}
+
+// What a block holds in shared memory, by address.
+struct ProductShared {
+  uint32_t stages, full, empty;
+  char* staging;
+  int32_t* first_row_tile;  // [groups+1]
+  int32_t* row_begin;       // [E+2]
+};
+
+template <int kColumns>
+__device__ ProductShared product_shared(char* shared, const ProductArgs& args) {
+  ProductShared s;
+  s.stages = shared_address(shared);
+  s.staging = shared + args.stages * kStageBytes<kColumns>;
+  char* barriers = s.staging + kConsumerWarps * kStagingBytes;
+  s.full = shared_address(barriers);
+  s.empty = s.full + kMostStages * 8;
+  s.first_row_tile = reinterpret_cast<int32_t*>(barriers + 2 * kMostStages * 8);
+  s.row_begin = s.first_row_tile + args.experts + 2;
+  return s;
+}
+
+// Counts the tiles before each group, once a block; the rows past the last expert are a group of their own where C has
+// rows. Ends with a barrier.
+template <bool kOverRows>
+__device__ TileGrid count_tiles(const ProductShared& s, const ProductArgs& args) {
+  const int32_t groups = args.experts + (kOverRows ? 0 : 1);
+  int64_t before = 0, total = 0;
+  int64_t* scratch = reinterpret_cast<int64_t*>(s.staging);
+  for (int32_t first = 0; first < groups; first += kProductThreads) {
+    const int32_t group = first + static_cast<int32_t>(threadIdx.x);
+    RowRange range{0, 0};
+    int64_t tiles = 0;
+    if (group < groups) {
+      range = rows_of_group(args.offsets, group, args.experts, args.rows);
+      const int64_t rows = range.end - range.begin;
+      tiles = !kOverRows ? tile_count(rows, kTileRows) : rows == 0 && args.skip_empty ? 0 : args.row_tiles;
+    }
+    const int64_t sum = block_exclusive_sum<kProductThreads>(tiles, scratch, &total);
+    if (group < groups) {
+      s.first_row_tile[group] = static_cast<int32_t>(before + sum);
+      s.row_begin[group] = static_cast<int32_t>(range.begin);
+    }
+    before += total;
+  }
+  if (threadIdx.x == 0) {
+    s.first_row_tile[groups] = static_cast<int32_t>(before);
+    s.row_begin[groups] =
+        static_cast<int32_t>(kOverRows ? rows_of_group(args.offsets, args.experts, args.experts, args.rows).begin : args.rows);
+  }
+  __syncthreads();
+  return {s.first_row_tile, groups, args.column_tiles};
+}
+
+// The rows that a group of the offsets has, as count_tiles wrote them.
+__device__ inline RowRange group_rows(const ProductShared& s, int32_t group) {
+  const int32_t begin = s.row_begin[group], end = s.row_begin[group + 1];
+  return {begin, end < begin ? begin : end};
+}
+
+// Where the ring stands; every thread that follows it counts for itself.
+struct Ring {
+  int32_t stages;
+  int32_t stage = 0;
+  uint32_t phase = 0;
+  __device__ void advance() {
+    if (++stage == stages) stage = 0, phase ^= 1;
+  }
+};
+
+// Which of the 64 rows from `row` on count in a sum over rows.
+__device__ inline uint64_t rows_that_count(const ProductArgs& args, int64_t row, int64_t end) {
+  const int64_t left = end - row;
+  const uint64_t inside_group = left >= 64 ? ~uint64_t{0} : (uint64_t{1} << (left > 0 ? left : 0)) - 1;
+  if (args.token_of == nullptr) return inside_group;
+  const auto used = [&](int64_t r) { return r < end && inside(args.token_of[r], args.tokens); };
+  const unsigned low = __ballot_sync(kAllLanes, used(row + lane_id()));
+  const unsigned high = __ballot_sync(kAllLanes, used(row + 32 + lane_id()));
+  return inside_group & (uint64_t{high} << 32 | low);
+}
+
+// Writes zeros over the rows (lines, in every box) that do not count: what they held may be infinite.
+template <int kColumns>
+__device__ inline void clear_rows(uint32_t stage, uint64_t rows_in, int thread) {
+  const int row = thread / 4, quarter = thread % 4;
+  if (!(rows_in >> row & 1)) {
+#pragma unroll
+    for (int box = 0; box < kStageBytes<kColumns> / kBox; ++box) {
+      const uint32_t at = stage + box * kBox + row * kLine + quarter * 32;
+      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\nst.shared.v4.b32 [%0+16], {%1, %1, %1, %1};" ::"r"(at),
+                   "r"(0)
+                   : "memory");
+    }
+  }
+  if (kPlanted != Planted::no_tail_fence) fence_async_proxy();
+  sync_named<kConsumers * kWarpgroup>(1);
+}
+
+template <int kColumns, bool kOverRows, bool kAlongN>
+__device__ inline void load_stage(const CUtensorMap* a_map, const CUtensorMap* b_map, const ProductArgs& args,
+                                  const ProductTile& tile, int32_t first_row, int32_t step, uint32_t stage,
+                                  uint32_t full) {
+  const int32_t k = (kOverRows ? first_row : 0) + step * kDepth;
+  arrive_and_expect(full, kStageBytes<kColumns> + (kPlanted == Planted::wrong_bytes ? 16 : 0));
+  if constexpr (kOverRows) {
+#pragma unroll
+    for (int i = 0; i < kConsumers; ++i) load_tile(stage + i * kBox, a_map, tile.row + 64 * i, k, full);
+  } else {
+    load_tile(stage, a_map, k, tile.row, full);
+  }
+  stage += kTileRows * kLine;
+#pragma unroll
+  for (int half = 0; half < kColumns / 128; ++half) {
+    const int32_t column = tile.column_tile * args.column_step + half * args.second_half;
+    if constexpr (kOverRows) {
+      load_tile(stage, b_map, column, k, full);
+      load_tile(stage + kBox, b_map, column + 64, k, full);
+    } else if constexpr (kAlongN) {
+      load_tile(stage, b_map, column, k, tile.group, full);
+      load_tile(stage + kBox, b_map, column + 64, k, tile.group, full);
+    } else {
+      load_tile(stage, b_map, k, column, tile.group, full);
+    }
+    stage += 2 * kBox;
+  }
+}
+
+// kOverRows: C [M, N] of a group sums over its rows, both operands lie along M and N; otherwise C has the rows, and the
+// weights lie along K or (kAlongN) along N.
+template <class Epilogue, bool kOverRows, bool kAlongN>
+__global__ void __launch_bounds__(kProductThreads, 1)
+    product(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
+            const ProductArgs args, const typename Epilogue::Args to) {
+  using T = typename Epilogue::Type;
+  constexpr int kColumns = Epilogue::kColumns;
+  extern __shared__ __align__(1024) char shared[];
+  const ProductShared s = product_shared<kColumns>(shared, args);
+  const int warpgroup = threadIdx.x / kWarpgroup, warp = threadIdx.x / kWarp % 4, lane = threadIdx.x % kWarp;
+  if (threadIdx.x == 0) {
+    if (s.stages % 1024 != 0) __trap();  // the swizzle counts from there
+    prefetch_map(&a_map);
+    prefetch_map(&b_map);
+    for (int i = 0; i < args.stages; ++i) {
+      init_barrier(s.full + 8 * i, 1);
+      init_barrier(s.empty + 8 * i, kConsumerWarps);
+    }
+    publish_barriers();
+  }
+  const TileGrid grid = count_tiles<kOverRows>(s, args);
+
+  const auto steps_of = [&](const TilePosition& at, ProductTile& tile, int32_t& first_row) {
+    const RowRange rows = group_rows(s, at.group);
+    first_row = static_cast<int32_t>(rows.begin);
+    tile.group = at.group;
+    tile.row = (kOverRows ? 0 : first_row) + at.row_tile * kTileRows;
+    tile.row_end = kOverRows ? INT32_MAX : static_cast<int32_t>(rows.end);
+    tile.column_tile = at.column_tile;
+    return static_cast<int32_t>(tile_count(kOverRows ? rows.end - rows.begin : args.depth, kDepth));
+  };
+  TilePosition at{};
+  ProductTile tile;
+  int32_t first_row;
+  Ring ring{args.stages};
+
+  if (warpgroup == kConsumers) {
+    give_registers<40>();
+    if (warp != 0) return;
+    for (int32_t index = blockIdx.x; find_tile(grid, index, at); index += gridDim.x) {
+      const int32_t steps = steps_of(at, tile, first_row);
+      if (!kOverRows && at.group == args.experts) continue;
+      Epilogue::prefetch(to, tile, lane);
+      if (lane == 0) {
+#pragma unroll 1  // 40 registers
+        for (int32_t step = 0; step < steps; ++step, ring.advance()) {
+          wait(s.empty + 8 * ring.stage, ring.phase ^ 1);
+          load_stage<kColumns, kOverRows, kAlongN>(&a_map, &b_map, args, tile, first_row, step,
+                                                   s.stages + ring.stage * kStageBytes<kColumns>, s.full + 8 * ring.stage);
+        }
+      }
+      __syncwarp();
+    }
+    return;
+  }
+
+  take_registers<232>();
+  char* staging = s.staging + (warpgroup * 4 + warp) * kStagingBytes;
+  const auto release = [&](int stage) {
+    if (lane == 0) arrive(s.empty + 8 * stage);
+  };
+  float d[kColumns / 2];
+  for (int32_t index = blockIdx.x; find_tile(grid, index, at); index += gridDim.x) {
+    const int32_t steps = steps_of(at, tile, first_row);
+    const int32_t row = tile.row + 64 * warpgroup + 16 * warp;  // of this warp's 16
+    if (!kOverRows && at.group == args.experts) {
+      Epilogue::clear(to, tile, row, lane);
+      continue;
+    }
+    if (!kOverRows && tile.row + 64 * warpgroup >= tile.row_end) {  // all of this warpgroup's rows lie past the group
+#pragma unroll 1
+      for (int32_t step = 0; step < steps; ++step, ring.advance()) {
+        wait(s.full + 8 * ring.stage, ring.phase);
+        release(ring.stage);
+      }
+      continue;
+    }
+    const auto counting = [&](int32_t step) {
+      return rows_that_count(args, first_row + int64_t{step} * kDepth, s.row_begin[at.group + 1]);
+    };
+    uint64_t rows_in = kOverRows && steps > 0 ? counting(0) : 0;
+    int previous = 0;
+#pragma unroll 1
+    for (int32_t step = 0; step < steps; ++step) {
+      const uint32_t stage = s.stages + ring.stage * kStageBytes<kColumns>;
+      wait(s.full + 8 * ring.stage, ring.phase);
+      if (kOverRows && rows_in != ~uint64_t{0}) clear_rows<kColumns>(stage, rows_in, threadIdx.x);
+      // Along K, 16 of it are 32 bytes of every line; along M or N they are 16 lines.
+      constexpr int kStepA = (kOverRows ? 16 * kLine : 32) >> 4, kStepB = (kOverRows || kAlongN ? 16 * kLine : 32) >> 4;
+      const uint64_t a = operand(stage + warpgroup * kBox, kBox, kPlanted == Planted::wrong_stride ? 512 : 1024);
+      const uint64_t b = operand(stage + kTileRows * kLine, kBox);
+      fence_products();
+#pragma unroll
+      for (int k = 0; k < kDepth / 16; ++k) {
+        multiply<T, kOverRows, kOverRows || kAlongN>(d, a + k * kStepA, b + k * kStepB, step + k > 0);
+      }
+      commit_products();
+      if (kOverRows) rows_in = counting(step + 1);  // loaded while the tensor cores work
+      if (kPlanted == Planted::freed_early) release(ring.stage);
+      wait_products<1>();
+      if (kPlanted != Planted::freed_early && step > 0) release(previous);
+      previous = ring.stage;
+      ring.advance();
+    }
+    if (kPlanted != Planted::no_last_wait) wait_products<0>();
+    pin(d);
+    if (kPlanted != Planted::freed_early && steps > 0) release(previous);
+    if (kOverRows && steps == 0) {
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) d[i] = 0;
+    }
+    Epilogue::store(to, tile, d, staging, row, lane);
+  }
+}
+
+}  // namespace moekernels::cuda::sm90

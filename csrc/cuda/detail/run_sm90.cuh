@@ -1,0 +1,76 @@
+// Launches the products of sm_90a.
+#pragma once
+
+#include <algorithm>
+
+#include "moekernels/gemm_choice.h"
+#include "product_sm90.cuh"
+#include "rows_sm90.cuh"
+#include "tensor_map.cuh"
+
+namespace moekernels::cuda::sm90 {
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
+// `tiles`: the most there can be. The ring gives up stages where many experts take their room.
+template <class Epilogue, bool kOverRows, bool kAlongN>
+void launch_product(const char* name, const GemmChoice& choice, int64_t tiles, const CUtensorMap& a,
+                    const CUtensorMap& b, ProductArgs args, const typename Epilogue::Args& to, Stream stream) {
+  args.stages = std::min(choice.stages, kMostStages);
+  const auto bytes = [&] { return product_shared_bytes(Epilogue::kColumns, args.stages, args.experts); };
+  while (args.stages > 1 && bytes() > kMostShared) --args.stages;
+  const auto kernel = product<Epilogue, kOverRows, kAlongN>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes())), name);
+  launch(name, kernel, std::min<int64_t>(tiles, multiprocessors()), kProductThreads, bytes(), stream, a, b, args, to);
+}
+
+// rows [R, depth] of each expert times its w: [E, width, depth], or [E, depth, width] when it lies along N.
+struct RowProduct {
+  const void* rows;
+  const void* w;
+  const int64_t* offsets;
+  int64_t num_rows, depth, width, experts;
+  bool along_n;
+  DType dtype;
+
+  // A tile has columns [i column_step, +128) of w, and 128 more from `second_half` on.
+  template <class Epilogue>
+  void run(const char* name, const GemmChoice& choice, int64_t column_tiles, int64_t column_step, int64_t second_half,
+           const typename Epilogue::Args& to, Stream stream) const {
+    const ProductArgs args{
+        .offsets = offsets,
+        .token_of = nullptr,
+        .rows = num_rows,
+        .tokens = 0,
+        .experts = static_cast<int32_t>(experts),
+        .depth = static_cast<int32_t>(depth),
+        .row_tiles = 0,
+        .column_tiles = static_cast<int32_t>(column_tiles),
+        .column_step = static_cast<int32_t>(column_step),
+        .second_half = static_cast<int32_t>(second_half),
+        .stages = 0,
+        .skip_empty = true,
+    };
+    if (num_rows == 0 || width == 0) return;
+    const int64_t tiles = row_tiles_bound(num_rows, experts, kTileRows) * column_tiles;
+    const CUtensorMap a = tensor_map(dtype, rows, {depth, num_rows}, kTileRows);
+    if (along_n) {
+      const CUtensorMap b = tensor_map(dtype, w, {width, depth, experts}, 64);
+      launch_product<Epilogue, false, true>(name, choice, tiles, a, b, args, to, stream);
+    } else {
+      const CUtensorMap b = tensor_map(dtype, w, {depth, width, experts}, 128);
+      launch_product<Epilogue, false, false>(name, choice, tiles, a, b, args, to, stream);
+    }
+  }
+};
+
+// out [R, width] = weight (rows w + bias), where `use` names the weights; grouped_gemm_sm90.cu holds the kernels.
+void store_product(const char* name, const RowProduct& product, const GemmChoice& choice, void* out, const void* bias,
+                   const RowUse& use, Stream stream);
+
+}  // namespace moekernels::cuda::sm90
