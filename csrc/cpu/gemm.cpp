@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
+#include "gemm_dot.h"
 #include "gemm_pack.h"
 #include "gemm_tile.h"
 
@@ -14,14 +16,12 @@ namespace {
 struct PlainFloat {
   using Unit = float;
   using Acc = float;
-  static Vec<float> multiply_add(Vec<float> sum, float a, Vec<float> b) { return sum + splat(a) * b; }
+  static Vec<float> multiply_add(Vec<float> sum, Vec<float> a, Vec<float> b) { return sum + a * b; }
 };
 struct PlainDouble {
   using Unit = double;
   using Acc = double;
-  static Vec<double> multiply_add(Vec<double> sum, double a, Vec<double> b) {
-    return sum + splat(a) * b;
-  }
+  static Vec<double> multiply_add(Vec<double> sum, Vec<double> a, Vec<double> b) { return sum + a * b; }
 };
 
 template <class Math, class T>
@@ -34,9 +34,12 @@ constexpr Engine plain_engine() {
           .k_block = 256,
           .unit_bytes = sizeof(Unit),
           .acc_bytes = sizeof(typename Math::Acc),
+          .element_bytes = sizeof(T),
           .pack_a = &pack<Unit, T>,
           .pack_b = &pack<Unit, T>,
-          .tile = &tile<Math>};
+          .tile = &tile<Math>,
+          .dot_rows = kDotRows,
+          .dot = &dot<Math, T>};
   if constexpr (std::is_same_v<T, float>) {
     engine.direct_rows = kDirectVectors * kLanes<float>;
     engine.direct_granule = kLanes<float>;
@@ -111,20 +114,30 @@ void transpose_block(const float* ct, int64_t width, int64_t rows, int64_t colum
   }
 }
 
+void Workspace::multiply_dots(const Engine& engine, const Operand& a, const Operand& b, const Block& block, int64_t depth,
+                              void* c, int64_t ldc, bool add) {
+  const void* rows[kDotRows];
+  const int64_t count = block.m1 - block.m0, bytes = depth * engine.element_bytes;
+  for (int64_t i = 0; i < count; ++i) {
+    rows[i] = stored_row(a, block.m0 + i, a.ld * engine.element_bytes);
+    if (rows[i] == nullptr) rows[i] = std::memset(room(4, bytes), 0, bytes);
+  }
+  engine.dot(depth, rows, count, static_cast<const char*>(b.data) + block.n0 * b.ld * engine.element_bytes, b.ld,
+             block.n1 - block.n0, c, ldc, add);
+}
+
 void Workspace::multiply_directly(const Engine& engine, const Operand& a, const Operand& b, const Block& block,
                                   int64_t depth, float* c, int64_t ldc, Store mode) {
   const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
   const int64_t width = ceil_div(rows, engine.direct_granule) * engine.direct_granule;
   const int64_t units = depth / engine.k_unit;
-  const int64_t unit_bytes = engine.unit_bytes;
-  char* panel = static_cast<char*>(room(0, units * width * unit_bytes));
+  char* panel = static_cast<char*>(room(0, units * width * engine.unit_bytes));
   const Packed wanted{a.data, block.m0, block.m1, a.token_of, true};
   if (packed_ != wanted) engine.pack_b(panel, a, block.m0, rows, width, 0, depth);
   packed_ = wanted;
   float* ct = static_cast<float*>(room(3, columns * width * sizeof(float)));
   // A unit of B holds k_unit elements, so its leading dimension counts ld / k_unit of them.
-  const int64_t element = unit_bytes / engine.k_unit;
-  const char* first = static_cast<const char*>(b.data) + block.n0 * b.ld * element;
+  const char* first = static_cast<const char*>(b.data) + block.n0 * b.ld * engine.element_bytes;
   if (engine.enter != nullptr) engine.enter();
   engine.direct(units, first, b.ld / engine.k_unit, columns, panel, width, ct);
   if (engine.leave != nullptr) engine.leave();
@@ -134,6 +147,9 @@ void Workspace::multiply_directly(const Engine& engine, const Operand& a, const 
 void Workspace::multiply(const Engine& engine, const Operand& a, const Operand& b, const Block& block,
                          int64_t depth, void* c, int64_t ldc, Store mode) {
   const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
+  if (rows <= engine.dot_rows && a.k_contiguous && b.k_contiguous) {
+    return multiply_dots(engine, a, b, block, depth, c, ldc, mode == Store::add);
+  }
   if (rows <= engine.direct_rows && columns >= engine.direct_cols && b.k_contiguous &&
       depth % engine.direct_k == 0 && b.ld % engine.direct_k == 0) {
     return multiply_directly(engine, a, b, block, depth, static_cast<float*>(c), ldc, mode);

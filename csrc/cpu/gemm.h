@@ -32,6 +32,7 @@ struct Engine {
   int64_t k_block;      // how many k are summed before a tile goes back to memory
   int64_t unit_bytes;   // of a packed unit
   int64_t acc_bytes;    // of an element of C: float, double for f64
+  int64_t element_bytes;  // of A and B as they are stored
   void (*pack_a)(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k, int64_t nk);
   void (*pack_b)(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k, int64_t nk);
   // c [rows, cols] = or += a b over the units.
@@ -42,6 +43,10 @@ struct Engine {
   // [units][width]. For at most `direct_rows` rows, at least `direct_cols` columns, a depth that direct_k divides.
   int64_t direct_rows = 0, direct_granule = 1, direct_k = 1, direct_cols = 1;
   void (*direct)(int64_t units, const void* b, int64_t ldb, int64_t cols, const void* a, int64_t width, float* ct) = nullptr;
+  // For very few rows of A against such a B: neither is packed, c [rows, cols] = or += a b, `a` pointing at A's rows.
+  int64_t dot_rows = 0;
+  void (*dot)(int64_t depth, const void* const* a, int64_t rows, const void* b, int64_t ldb, int64_t cols, void* c, int64_t ldc,
+              bool add) = nullptr;
   // Around a run of tiles, where the unit has a state to set up.
   void (*enter)() = nullptr;
   void (*leave)() = nullptr;
@@ -80,10 +85,12 @@ class Workspace {
     bool operator==(const Packed&) const = default;
   };
   void* room(int slot, int64_t bytes);
+  void multiply_dots(const Engine& engine, const Operand& a, const Operand& b, const Block& block, int64_t depth, void* c,
+                     int64_t ldc, bool add);
   void multiply_directly(const Engine& engine, const Operand& a, const Operand& b, const Block& block, int64_t depth,
                          float* c, int64_t ldc, Store mode);
-  void* memory_[4] = {};
-  int64_t bytes_[4] = {};
+  void* memory_[5] = {};
+  int64_t bytes_[5] = {};
   Packed packed_;
 };
 

@@ -4,6 +4,7 @@
 
 #if defined(MOEKERNELS_ISA_avx512)
 
+#include "gemm_dot.h"
 #include "gemm_pack.h"
 #include "gemm_tile.h"
 
@@ -13,8 +14,8 @@ namespace {
 struct PairDot {
   using Unit = Pair;
   using Acc = float;
-  static Vec<float> multiply_add(Vec<float> sum, Pair a, Vec<Pair> b) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(splat(a)), "v"(b));
+  static Vec<float> multiply_add(Vec<float> sum, Vec<Pair> a, Vec<Pair> b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
   }
 };
@@ -204,20 +205,23 @@ void amx_direct(int64_t units, const void* b, int64_t ldb, int64_t cols, const v
 }  // namespace
 
 const Engine& bf16_engine(Bf16Unit unit) {
-  static constexpr Engine dot{.mr = kRows,
+  static constexpr Engine pairs{.mr = kRows,
                               .nr = kVectors * kLanes<float>,
                               .row_granule = 1,
                               .k_unit = 2,
                               .k_block = 512,
                               .unit_bytes = sizeof(Pair),
                               .acc_bytes = sizeof(float),
+                              .element_bytes = sizeof(bf16),
                               .pack_a = &pack<Pair, bf16>,
                               .pack_b = &pack<Pair, bf16>,
                               .tile = &tile<PairDot>,
                               .direct_rows = kDirectVectors * kLanes<float>,
                               .direct_granule = kLanes<float>,
                               .direct_k = 2,
-                              .direct = &direct<PairDot, 256>};
+                              .direct = &direct<PairDot, 256>,
+                              .dot_rows = kDotRows,
+                              .dot = &dot<PairDot, bf16>};
   static constexpr Engine tiles{.mr = 2 * kTileRows,
                                 .nr = kColumns,
                                 .row_granule = kTileRows,
@@ -225,6 +229,7 @@ const Engine& bf16_engine(Bf16Unit unit) {
                                 .k_block = 512,
                                 .unit_bytes = kTileBytes,
                                 .acc_bytes = sizeof(float),
+                                .element_bytes = sizeof(bf16),
                                 .pack_a = &pack_amx_a,
                                 .pack_b = &pack_amx_b,
                                 .tile = &amx_tile,
@@ -233,9 +238,11 @@ const Engine& bf16_engine(Bf16Unit unit) {
                                 .direct_k = kTileK,
                                 .direct_cols = kTileRows,
                                 .direct = &amx_direct,
+                                .dot_rows = kDotRows,
+                                .dot = &dot<PairDot, bf16>,
                                 .enter = &enter_tiles,
                                 .leave = &leave_tiles};
-  return unit == Bf16Unit::tiles ? tiles : dot;
+  return unit == Bf16Unit::tiles ? tiles : pairs;
 }
 
 }  // namespace moekernels::cpu::MOEKERNELS_ISA

@@ -32,7 +32,7 @@ inline __attribute__((always_inline)) void tile_body(int64_t units, const void* 
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[r][v] = Math::multiply_add(sum[r][v], a[r], bv[v]);
+      for (int v = 0; v < NV; ++v) sum[r][v] = Math::multiply_add(sum[r][v], splat(a[r]), bv[v]);
     }
     a += MR;
     b += NV * lanes;
@@ -121,7 +121,7 @@ inline __attribute__((always_inline)) void direct_rows(int64_t units, int64_t bl
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[r][v] = Math::multiply_add(sum[r][v], b[r * ldb + u], av[v]);
+        for (int v = 0; v < NV; ++v) sum[r][v] = Math::multiply_add(sum[r][v], splat(b[r * ldb + u]), av[v]);
       }
     };
     const int64_t end = u0 + block < units ? u0 + block : units;
