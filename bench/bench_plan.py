@@ -141,7 +141,11 @@ def measured(steps: int, keep: Path) -> dict:
         if process.exitcode:
             raise SystemExit(f"bench_plan: train {COMMON} {flags} ended with {process.exitcode}")
         compared = calibrate.against(folder, found)
-        rows.append({"flags": flags, **compared["step"], "actions": compared["actions"]})
+        actions = {
+            f"{a['stage']}{a['action']}": [round(a["predicted"], 5), round(a["measured"], 5)]
+            for a in compared["actions"]
+        }
+        rows.append({"flags": flags, **compared["step"], "actions": actions})
     off = [abs(r["predicted"] / r["measured"] - 1) for r in rows]
     return {
         "rows": rows,
