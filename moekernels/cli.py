@@ -108,6 +108,18 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
                 group.add_argument(f"--{flag}", type=parse, metavar=metavar, **common)
 
 
+PLAN_FLAGS = {  # flags of `plan` alone: section, key, type, help
+    "gpus": ("hardware", "gpus", int, "cards"),
+    "gpus_per_node": ("hardware", "gpus_per_node", int, "cards of a node"),
+    "memory_gb": ("hardware", "memory_gb", float, "memory of a card, 1e9 bytes"),
+    "tflops": ("hardware", "tflops", float, "dense bf16 TFLOP/s of a card"),
+    "objective": ("objective", "best", str, "throughput, latency, cost, gpus or memory"),
+    "at_least": ("objective", "at_least", float, "sequences/s that the plan must reach"),
+    "zipf": ("workload", "zipf", float, "experts' loads fall with this power of their place"),
+    "loads_from": ("workload", "loads_from", str, "experts' loads: a run's folder, or JSON"),
+}
+
+
 def build_parser() -> Parser:
     parser = Parser(
         prog="moekernels",
@@ -173,14 +185,10 @@ def build_parser() -> Parser:
         "search. Needs no GPU and runs nothing.",
         allow_abbrev=False,
     )
-    for name, kind, text in (
-        ("gpus", int, "cards"),
-        ("gpus_per_node", int, "cards of a node"),
-        ("memory_gb", float, "memory of a card, 1e9 bytes"),
-        ("tflops", float, "dense bf16 TFLOP/s of a card"),
-    ):
-        flag = "--" + name.replace("_", "-")
-        plan.add_argument(flag, type=_number(kind), metavar=kind.__name__.upper(), help=text)
+    for name, (_, _, kind, text) in PLAN_FLAGS.items():
+        parse = str if kind is str else _number(kind)
+        flag, metavar = "--" + name.replace("_", "-"), kind.__name__.upper()
+        plan.add_argument(flag, type=parse, metavar=metavar, help=text)
     plan.add_argument(
         "--lengths-from", type=Path, metavar="FILE", help="lengths of a step's sequences"
     )
@@ -244,12 +252,16 @@ def _plan(args) -> int:
         return calibrate()
     if args.against is not None:
         return against(args.against, as_json=args.json)
-    names = ("gpus", "gpus_per_node", "memory_gb", "tflops")
+    told = {
+        (section, key): getattr(args, name)
+        for name, (section, key, _, _) in PLAN_FLAGS.items()
+        if getattr(args, name) is not None
+    }
     return plan(
         args.preset,
         args.config,
         args.flags,
-        hardware={n: getattr(args, n) for n in names if getattr(args, n) is not None},
+        told=told,
         lengths_from=args.lengths_from,
         as_json=args.json,
         html=args.html,

@@ -89,6 +89,7 @@ def test_folder_of_a_run(whole):
         "checkpoints",
         "config.toml",
         "experts.png",
+        "loads.json",
         "loss.png",
         "metrics.jsonl",
         "trace.json",

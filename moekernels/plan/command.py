@@ -48,7 +48,7 @@ def plan(
     file: Path | None,
     flags: dict,
     *,
-    hardware: dict[str, float] | None = None,
+    told: dict[tuple[str, str], object] | None = None,
     lengths_from: Path | None = None,
     as_json: bool = False,
     html: Path | None = None,
@@ -56,13 +56,15 @@ def plan(
     everything: bool = False,
     here: int | None = None,
 ) -> int:
-    """Plan and print; the exit code. `here`: for so many ranks of this machine, as calibrated."""
+    """Plan and print; the exit code. `told`: {(section, key): value} of [hardware] and the like;
+    `here`: for so many ranks of this machine, as calibrated."""
     given_layout = {k: v for k, v in flags.items() if k[0] == "layout"}
     own_flags = {k: v for k, v in flags.items() if k[0] != "layout"}
     run = cfg.resolve(preset, file, own_flags, default="spec-30b")
-    for key, value in (hardware or {}).items():
-        flag = "--" + key.replace("_", "-")
-        setattr(run.hardware, key, cfg.check_value(flag, cfg.SECTIONS["hardware"], key, value))
+    for (section, key), value in (told or {}).items():
+        flag = "--objective" if key == "best" else "--" + key.replace("_", "-")
+        value = cfg.check_value(flag, cfg.SECTIONS[section], key, value)
+        setattr(getattr(run, section), key, value)
     name = file.stem if file else preset or "spec-30b"
     check_claims(str(file or f"preset {name}"), run.claims)
     lengths = asked.read_lengths(lengths_from) if lengths_from else None
@@ -72,7 +74,8 @@ def plan(
             raise UsageError(f"--here must be at least 1, got {here}")
         from moekernels.plan import calibrate
 
-        problem = replace(problem, cluster=calibrate.here(calibrate.stored(), here))
+        machine = calibrate.here(calibrate.stored(), here)
+        problem = replace(problem, cluster=replace(machine, loads=problem.cluster.loads))
 
     source = [f"--config {shlex.quote(str(file))}"] if file else []
     if preset or not file:

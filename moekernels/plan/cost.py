@@ -87,7 +87,7 @@ def layer_cost(model: ModelConfig, cluster: Cluster, s: Strategy) -> LayerCost:
     up = (2 if spec.gated else 1) * spec.d_ff / layout.etp
     f = spec.d_ff / layout.etp
     weights = (up + f) * spec.d_in + (2 * hidden * spec.d_in if spec.lifted else 0)
-    skew = c.imbalance if p > 1 else 1.0
+    skew = c.skew(layout)
     rows = model.top_k * layout.etp / tp * skew  # a token of the micro-batch
     e = model.num_experts / layout.ep
     product = 2.0 * weights / grouped

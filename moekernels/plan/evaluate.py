@@ -14,7 +14,7 @@ from moekernels.pipeline.schedule import Kind
 from moekernels.pipeline.simulate import Simulator, Timeline
 from moekernels.plan import cost
 from moekernels.plan.memory import StageMemory, cached_schedule, stage_memory
-from moekernels.plan.strategy import Batch, Cluster, Strategy
+from moekernels.plan.strategy import Batch, Cluster, Objective, Strategy
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Problem:
     batch: Batch
     cluster: Cluster
     dtype: str = "bf16"
+    objective: Objective = Objective()
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ class Plan:
 
 def memory_of(problem: Problem, s: Strategy, rank: int, tokens: int) -> StageMemory:
     c = problem.cluster
-    stage = stage_memory(problem.model, s, rank, tokens, imbalance=c.imbalance, device=c.device)
+    skew = c.skew(s.layout)
+    stage = stage_memory(problem.model, s, rank, tokens, imbalance=skew, device=c.device)
     copy = cost.reduction_bytes(problem.model, s, stage.parameters)
     if copy > stage.activations + stage.working + stage.messages:  # the gradients' sum comes after
         stage = StageMemory(

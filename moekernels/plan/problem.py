@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from moekernels.errors import UsageError
 from moekernels.plan.evaluate import Problem
 from moekernels.plan.search import Space
-from moekernels.plan.strategy import Batch, Cluster, Strategy
+from moekernels.plan.strategy import Batch, Cluster, Objective, Strategy
 from moekernels.train import config as cfg
 
 PINNED = ("tp", "dp", "pp", "ep", "etp", "schedule", "dispatcher")
@@ -34,8 +35,59 @@ def read_lengths(path: Path) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
+def read_loads(path: Path) -> object:
+    """A list of numbers, or one a layer: JSON, or what a run has left in its folder."""
+    file = path / "loads.json" if path.is_dir() else path
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"loads_from {path}: cannot be read: {error}") from None
+    except ValueError as error:
+        raise UsageError(
+            f"loads_from {path}: not JSON: {error}; [rows of expert 1, ...], or such a list a "
+            "layer, would do"
+        ) from None
+
+
+def loads_of(run: cfg.RunConfig) -> tuple[tuple[float, ...], ...]:
+    """[L, E] rows of each expert, from the one source that [workload] names; none: ()."""
+    w, experts = run.workload, run.model.num_experts
+    named = [n for n in ("zipf", "loads", "loads_from") if getattr(w, n)]
+    if len(named) > 1:
+        raise UsageError(f"workload: {' and '.join(named)} both say how rows lie; one would do")
+    if not named:
+        return ()
+    if w.zipf:
+        # The busy ones lie anywhere: in the order of the bits read backwards, however many ranks
+        # there are, they are dealt out in turn.
+        width = (experts - 1).bit_length()
+        order = sorted(range(experts), key=lambda n: f"{n:0{width}b}"[::-1])
+        return (tuple((n + 1.0) ** -w.zipf for n in order),)
+    given = read_loads(Path(w.loads_from)) if w.loads_from else w.loads
+    layers = given if given and isinstance(given[0], list) else [given]
+    where = f"workload.{named[0]}"
+    for number, layer in enumerate(layers, 1):
+        if not isinstance(layer, list) or len(layer) != experts:
+            size = len(layer) if isinstance(layer, list) else layer
+            raise UsageError(
+                f"{where}: layer {number} has {size} loads; one for each of {experts} experts "
+                "would do"
+            )
+        if not all(isinstance(x, (int, float)) and 0 <= x < float("inf") for x in layer):
+            raise UsageError(f"{where}: layer {number} has a load that is no number from 0")
+        if not sum(layer):
+            raise UsageError(f"{where}: layer {number} has no row at all; one above 0 would do")
+    return tuple(tuple(map(float, layer)) for layer in layers)
+
+
 def batch_of(run: cfg.RunConfig, lengths: tuple[int, ...] | None = None) -> Batch:
-    b = run.batch
+    b, w = run.batch, run.workload
+    if lengths is None and w.lengths_from:
+        lengths = read_lengths(Path(w.lengths_from))
+    if lengths is None and w.lengths:
+        if min(w.lengths) < 1:
+            raise UsageError(f"workload.lengths has {min(w.lengths)}; from 1 would do")
+        lengths = tuple(w.lengths)
     if lengths is not None:
         return Batch(lengths, b.policy, f"{len(lengths)} lengths as given")
     bounds = cfg.length_range(b.lengths, b.context)
@@ -62,12 +114,17 @@ def cluster_of(run: cfg.RunConfig) -> Cluster:
         attention_efficiency=h.efficiency,
         grouped_efficiency=h.efficiency,
         imbalance=h.imbalance,
+        loads=loads_of(run),
     )
 
 
 def problem_of(run: cfg.RunConfig, lengths: tuple[int, ...] | None = None) -> Problem:
     return Problem(
-        cfg.model_config(run.model), batch_of(run, lengths), cluster_of(run), run.train.dtype
+        cfg.model_config(run.model),
+        batch_of(run, lengths),
+        cluster_of(run),
+        run.train.dtype,
+        Objective(run.objective.best, run.objective.at_least),
     )
 
 

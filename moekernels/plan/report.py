@@ -157,6 +157,7 @@ def as_dict(report: Report) -> dict:
             "tokens": report.problem.batch.tokens,
             "lengths": report.problem.batch.assumed,
         },
+        "objective": asdict(report.problem.objective),
         "hardware": asdict(report.problem.cluster),
         "calibrated": bool(report.problem.cluster.calibrated),
         "recommended": plan_dict(result.best),

@@ -18,7 +18,9 @@ from moekernels.plan import cost
 from moekernels.plan.evaluate import Plan, Problem, evaluate, lower_bound, memory_of, slots
 from moekernels.plan.strategy import Strategy
 
-FORMATS = ("fp32", "bf16")  # of the moments; the first is taken where it is no slower
+# Of the moments. Narrow ones are tried where the wide ones do not fit without recomputation, and
+# taken where that is faster; that they are a few per cent less traffic is no reason alone.
+FORMATS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,20 @@ def search(problem: Problem, space: Space | None = None) -> Result:
             least = best
     if not found:
         raise UsageError(_infeasible(problem, least))
-    result.best = min(found, key=lambda p: (p.step, p.gpus, p.memory))
-    result.pareto = pareto(found)
+    objective = problem.objective
+    if objective.best in ("memory", "latency"):
+        if (special := _best_by(problem, sorted(worlds, reverse=True), space)) is not None:
+            found.append(special)
+    enough = [p for p in found if p.sequences_per_second >= objective.at_least]
+    if not enough:
+        fastest = max(p.sequences_per_second for p in found)
+        raise UsageError(
+            f"plan: nothing on {problem.cluster.gpus} cards reaches {objective.at_least:g} "
+            f"sequences/s: the fastest plan has {fastest:.1f}; as many at most, or more cards, "
+            "would do"
+        )
+    result.best = min(enough, key=RANKING[objective.best])
+    result.pareto = pareto(found, latency=objective.best == "latency")
     result.rejected = _reasons(problem, result)
     return result
 
@@ -236,11 +250,56 @@ def _leanest_of(problem: Problem, best: Plan) -> Plan | None:
     return evaluate(problem, fitted) if isinstance(fitted, Strategy) else None
 
 
-def pareto(plans: list[Plan]) -> list[Plan]:
-    """Those that no other beats in step, memory and cards alike, fastest first."""
+def _best_by(problem: Problem, worlds: list[int], space: Space) -> Plan | None:
+    """The plan with the least memory or the shortest layer that is fast enough; candidates in the
+    order of a bound from below, until none can be better."""
+    objective, memory = problem.objective, problem.objective.best == "memory"
+    state = "bf16" if memory and space.allows("optimizer_state", "bf16") else FORMATS[0]
+    bounded = []
+    for world in worlds:
+        for s in candidates(problem, world, space):
+            s = replace(s, optimizer_state=space.optimizer_state or state)
+            sl = slots(problem.model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp)
+            if memory:
+                s = replace(s, checkpointed=s.layers)
+                bound = memory_of(problem, s, 0, sl.largest).total
+            else:
+                layer = cost.layer_cost(problem.model, problem.cluster, s)
+                bound = float(layer.total(layer.forward)(sl.tokens, sl.squares).mean())
+            bounded.append((bound, len(bounded), s))
+    best: Plan | None = None
+    for bound, _, s in sorted(bounded, key=lambda entry: entry[:2]):
+        if best is not None and bound >= (best.memory if memory else best.layer_seconds):
+            break
+        for state in FORMATS if not memory else (s.optimizer_state,):
+            if not space.allows("optimizer_state", state):
+                continue
+            fitted = fit(problem, replace(s, optimizer_state=state), everything=memory)
+            if isinstance(fitted, float):
+                continue
+            plan = evaluate(problem, fitted)
+            if plan.sequences_per_second >= objective.at_least and (
+                best is None or RANKING[objective.best](plan) < RANKING[objective.best](best)
+            ):
+                best = plan
+    return best
 
-    def key(p: Plan) -> tuple[float, float, int]:
-        return p.step, p.memory, p.gpus
+
+RANKING = {
+    "throughput": lambda p: (p.step, p.gpus, p.memory),
+    "latency": lambda p: (p.layer_seconds, p.step, p.gpus),
+    "cost": lambda p: (p.step * p.gpus, p.step, p.memory),
+    "gpus": lambda p: (p.gpus, p.step, p.memory),
+    "memory": lambda p: (p.memory, p.step, p.gpus),
+}
+
+
+def pareto(plans: list[Plan], *, latency: bool = False) -> list[Plan]:
+    """Those that no other beats in step, memory and cards alike (and, with `latency`, the time of a
+    layer), fastest first."""
+
+    def key(p: Plan) -> tuple[float, ...]:
+        return p.step, p.memory, p.gpus, *([p.layer_seconds] if latency else [])
 
     kept = [
         p

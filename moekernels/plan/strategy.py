@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from moekernels.parallel.mesh import Layout
 
@@ -64,6 +64,26 @@ def ranges_text(numbers: tuple[int, ...]) -> str:
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What the recommended plan is best at, among those that reach `at_least` sequences/s."""
+
+    best: str = "throughput"  # latency | cost | gpus | memory
+    at_least: float = 0.0
+
+
+@lru_cache(maxsize=256)
+def busiest(loads: tuple[tuple[float, ...], ...], ranks: int) -> float:
+    """Rows of the busiest of `ranks` over their mean, in the mean over layers [L, E]: in each, all
+    wait for it. A rank holds neighbouring experts."""
+    total = 0.0
+    for layer in loads:
+        share = len(layer) // ranks
+        sums = [sum(layer[r * share : (r + 1) * share]) for r in range(ranks)]
+        total += max(sums) * ranks / sum(sums)
+    return total / len(loads)
+
+
+@dataclass(frozen=True)
 class Batch:
     """What a step reads: the lengths of its sequences, and how they are packed."""
 
@@ -100,10 +120,17 @@ class Cluster:
     action_overhead: float = 0.0  # of an action, whatever its layers
     update_bandwidth: float = 0.0  # at which the optimiser works; 0: the memory's
     step_overhead: float = 0.0  # of a step, whatever its flush
-    imbalance: float = 1.10  # rows of the busiest rank over the mean
+    imbalance: float = 1.10  # rows of the busiest rank over the mean, where `loads` is not known
+    loads: tuple[tuple[float, ...], ...] = ()  # [L, E] rows of each expert, to any scale
     overlap: float = 0.0  # of the exchange, hidden behind computation
     device: str = "cuda"
     calibrated: str = ""  # when and where the constants were measured
+
+    def skew(self, layout: Layout) -> float:
+        """Rows of the busiest rank over the mean: 1 where every rank has all experts whole."""
+        if layout.exchange == 1:
+            return 1.0
+        return busiest(self.loads, layout.ep) if self.loads else self.imbalance
 
     def bandwidth(self, ranks: int, stride: int = 1) -> float:
         """Of a collective over `ranks` ranks that lie `stride` apart."""

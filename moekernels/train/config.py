@@ -1,7 +1,7 @@
 """The run's configuration: one dataclass a TOML section, then files, then flags.
 
-`[model] [batch] [layout] [train]` drive a run; `[hardware] [claims]` describe a machine and what a
-specification says of it, and a run ignores them. Every value is checked when it arrives, so a
+`[model] [batch] [layout] [train]` drive a run; `[hardware] [workload] [objective] [claims]` are for
+`moekernels plan`, and a run ignores them. Every value is checked when it arrives, so a
 mistake is one line that names the file (or flag), the key, the value and the nearest name that
 exists.
 """

@@ -5,6 +5,7 @@ Every rank runs `_work`; rank 0 also writes the run's folder and speaks to the u
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import sys
@@ -361,6 +362,7 @@ class Trainer:
         lines = read_metrics(path)
         entropy = self.job.corpus.stats.unigram_entropy
         plot_loss(path / "loss.png", lines, entropy)
+        (path / "loads.json").write_text(json.dumps(self.heat.tolist()) + "\n")
         plot_experts(
             path / "experts.png", self.heat.numpy(), "load of each expert over its layer's mean"
         )

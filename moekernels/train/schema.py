@@ -186,6 +186,35 @@ class HardwareSection:
 
 
 @dataclass
+class WorkloadSection:
+    """[workload]: what a plan is told of the sequences and of the routing; a run finds out."""
+
+    lengths: list[int] = field(
+        default_factory=list, metadata={"help": "the lengths of a step's sequences"}
+    )
+    lengths_from: str = _key("", "a file of them")
+    zipf: float = _key(
+        0.0, "the expert in place n gets n^-zipf of the rows; 0: as [hardware] imbalance", low=0
+    )
+    loads: list[float] = field(
+        default_factory=list, metadata={"help": "rows of each expert of a layer, to any scale"}
+    )
+    loads_from: str = _key("", "a file of them, a list a layer, or the folder of a run")
+
+
+@dataclass
+class ObjectiveSection:
+    """[objective]: what the recommended plan is best at."""
+
+    best: str = _key(
+        "throughput",
+        "shortest step; shortest layer; most sequences/s a card; fewest cards; least memory a card",
+        choices=("throughput", "latency", "cost", "gpus", "memory"),
+    )
+    at_least: float = _key(0.0, "sequences/s that it must reach", low=0)
+
+
+@dataclass
 class ClaimsSection:
     """[claims]: what a specification says it reaches; a run ignores it. 0 or empty: nothing
     said."""
@@ -219,6 +248,8 @@ class RunConfig:
     layout: LayoutSection = field(default_factory=LayoutSection)
     train: TrainSection = field(default_factory=TrainSection)
     hardware: HardwareSection = field(default_factory=HardwareSection)
+    workload: WorkloadSection = field(default_factory=WorkloadSection)
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     claims: ClaimsSection = field(default_factory=ClaimsSection)
 
 
