@@ -17,6 +17,7 @@ from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Group, Layout, Mesh
 
 ALONE = Group(None, 0, 1, (0,))
+MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm_.default)
 DOUBLE = {"dtype": torch.float64, "device": torch.device("cpu")}
 
 
@@ -78,7 +79,7 @@ def test_attention_sees_its_own_segment_and_the_past(lengths: list[int], kv_head
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_cross_entropy_in_chunks_is_torchs(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk * 11)
+    monkeypatch.setattr(loss_module, "chunk_tokens", lambda vocabulary: chunk)
     hidden = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
     head = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 11, (10,))
@@ -86,23 +87,34 @@ def test_cross_entropy_in_chunks_is_torchs(chunk: int, monkeypatch: pytest.Monke
     mine = cross_entropy(hidden, head, labels, 0, ALONE, split=True)
     wanted = F.cross_entropy(hidden @ head.T, labels, reduction="sum")
     torch.testing.assert_close(mine, wanted)
-    for a, b in zip(*(torch.autograd.grad(3 * x, (hidden, head)) for x in (mine, wanted))):
+    scaled, inputs = 3 * mine, (hidden, head)
+    gradients = torch.autograd.grad(scaled, inputs, retain_graph=True)
+    for a, b in zip(gradients, torch.autograd.grad(3 * wanted, inputs)):
         torch.testing.assert_close(a, b)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(scaled, inputs)
     with torch.no_grad():
         torch.testing.assert_close(
             cross_entropy(hidden, head, labels, 0, ALONE, split=True), wanted
         )
 
 
+def test_logits_held_at_a_time() -> None:
+    """A few megabytes for a small vocabulary, tokens enough for a product, 32 MiB at the most."""
+    assert loss_module.chunk_tokens(1024) == 2048
+    assert loss_module.chunk_tokens(32000) == 128
+    assert loss_module.chunk_tokens(1 << 20) == 8 and loss_module.chunk_tokens(1 << 24) == 1
+
+
 def test_cross_entropy_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 8 * 64)
+    monkeypatch.setattr(loss_module, "chunk_tokens", lambda vocabulary: 8)
     largest, products = 0, 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest, products
             out = func(*args, **(kwargs or {}))
-            products += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+            products += func in MATRIX_PRODUCTS
             if isinstance(out, torch.Tensor):
                 largest = max(largest, out.numel())
             return out

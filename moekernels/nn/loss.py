@@ -14,19 +14,27 @@ from moekernels.parallel.mesh import Group
 from moekernels.parallel.tensor import all_gather, reduce_scatter
 
 NO_LABEL = -100
-CHUNK_ELEMENTS = 1 << 23  # logits held at a time: 32 MiB of fp32
+CACHED = 1 << 21  # logits held at a time, where that many fit a cache: 8 MiB of fp32
+MOST = 1 << 23  # and at the most, where the vocabulary is large
+FEW = 128  # tokens: with fewer the products with the head slow down
 
 
-def _statistics(logits: Tensor, labels: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose logits of a vocabulary's shard are held at a time."""
+    return max(1, CACHED // vocabulary, min(FEW, MOST // vocabulary))
+
+
+def _exponentials_(logits: Tensor, labels: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """logits [C, V/P], labels [C] relative to this shard -> (logsumexp over all of V, logit of the
-    label), both [C]."""
+    label, this shard's largest logit), all [C]; logits become exp(logits - largest)."""
     here = (labels >= 0) & (labels < logits.shape[1])
     target = logits.gather(1, torch.where(here, labels, 0)[:, None])[:, 0] * here
-    lse = torch.logsumexp(logits, dim=1)
-    if group.size == 1:
-        return lse, target
-    both = all_gather(torch.stack([lse, target])[None], group)  # [P, 2, C]
-    return torch.logsumexp(both[:, 0], dim=0), both[:, 1].sum(0)
+    largest = logits.amax(1)
+    lse = logits.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest)
+    if group.size > 1:
+        both = all_gather(torch.stack([lse, target])[None], group)  # [P, 2, C]
+        lse, target = torch.logsumexp(both[:, 0], dim=0), both[:, 1].sum(0)
+    return lse, target, largest
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -38,27 +46,27 @@ class _CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=x.device)
         dx = torch.empty_like(x) if needs_grad else None
         dweight = None
-        chunk = max(1, CHUNK_ELEMENTS // max(1, weight.shape[0]))
+        chunk = chunk_tokens(weight.shape[0])
         for begin in range(0, x.shape[0], chunk):
             part, label = x[begin : begin + chunk], labels[begin : begin + chunk]
             counted, label = label >= 0, label - first
             logits = (part @ weight.T).to(wide)
-            lse, target = _statistics(logits, label, group)
+            lse, target, largest = _exponentials_(logits, label, group)
             total += torch.where(counted, lse - target, 0).sum()
             if not needs_grad:
                 continue
             # softmax minus one at the label, zero where the token has no loss
-            p = logits.sub_(lse[:, None]).exp_()
+            p = logits.mul_((torch.exp(largest - lse) * counted)[:, None])
             here = (label >= 0) & (label < p.shape[1])
             p.scatter_add_(1, torch.where(here, label, 0)[:, None], -here[:, None].to(wide))
-            p.mul_(counted[:, None])
             p = p.to(x.dtype)
             torch.mm(p, weight, out=dx[begin : begin + chunk])
-            product = p.T @ part
             if dweight is None:
-                dweight = product.to(wide)
+                dweight = (p.T @ part).to(wide)
+            elif p.dtype == wide:
+                dweight.addmm_(p.T, part)
             else:
-                dweight += product
+                dweight += p.T @ part
         if needs_grad:
             # Every rank has its columns' part of dx: the sum belongs to hidden's backward.
             dx = reduce_scatter(dx, group) if split else dx
@@ -68,9 +76,9 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        dx, dweight = ctx.saved_tensors
-        dx = (dx * grad).to(dx.dtype)
-        return dx, (dweight * grad).to(ctx.weight_dtype), None, None, None, None, None
+        # In place: both are large. Asked for a second time, autograd refuses what was written to.
+        dx, dweight = (t.mul_(grad) for t in ctx.saved_tensors)
+        return dx, dweight.to(ctx.weight_dtype), None, None, None, None, None
 
 
 def cross_entropy(

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from moekernels.nn.config import ModelConfig
+from moekernels.nn.loss import chunk_tokens
 from moekernels.parallel.mesh import Layout
 from moekernels.pipeline.check import SENDS_IN_FLIGHT, peak_in_flight
 from moekernels.pipeline.schedule import Schedule, build
 from moekernels.plan.strategy import STATE_BYTES, WIDTH, Strategy
-
-CHUNK_ELEMENTS = 1 << 23  # logits that the loss holds at a time (`nn.loss`)
-
 
 # --- parameters
 
@@ -189,10 +187,13 @@ def chunk_bytes(
     vocabulary = -(-model.vocab_size // s.layout.tp)
     kept += residual * (hidden * b + wide)  # the norm's input
     loss = residual * hidden * b + vocabulary * hidden * wide  # both gradients, made in forward
-    # Of a chunk of tokens the logits and their softmax; while the next one's are made, both's.
-    chunk = min(tokens, max(1, CHUNK_ELEMENTS // vocabulary))
-    logits = chunk * vocabulary * (wide + b) * (2 if tokens > chunk else 1)
-    besides = logits + vocabulary * hidden * b + (2 * tokens - residual) * hidden * b
+    # Of a chunk of tokens the logits, and the softmax where it is another tensor; while the next
+    # one's are made, both's. Below fp32 the head's gradient is a product first.
+    chunk, narrow = min(tokens, chunk_tokens(vocabulary)), b < wide
+    logits = chunk * vocabulary * (wide + (b if narrow else 0))
+    product = vocabulary * hidden * b if narrow else 0
+    besides = max(2 * logits if tokens > chunk else 0, logits + product)
+    besides += (2 * tokens - residual) * hidden * b
     return kept, loss, besides
 
 

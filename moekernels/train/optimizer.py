@@ -145,17 +145,15 @@ class Optimizer:
         c = self.config
         self.steps_done += 1
         norm, lr = self.grad_norm(), c.lr_at(self.steps_done)
-        if c.clip:
-            factor = (c.clip / (norm + 1e-6)).clamp(max=1.0)
-            for bucket in self.buckets:
-                bucket.grads.mul_(factor.to(bucket.grads.dtype))
+        divisor = ((norm + 1e-6) / c.clip).clamp(min=1.0).float() if c.clip else None
         for bucket in self.buckets:
-            self._update(bucket, lr)
+            self._update(bucket, lr, divisor)
             if bucket.weights is not None:
                 bucket.weights.copy_(bucket.master)
         return norm, lr
 
-    def _update(self, bucket: Bucket, lr: float) -> None:
+    def _update(self, bucket: Bucket, lr: float, divisor: Tensor | None) -> None:
+        """The update divides the gradients on its way: no pass of their own over them."""
         c, narrow = self.config, bucket.exp_avg.dtype != bucket.master.dtype
         size = bucket.master.numel()
         for begin in range(0, size, CHUNK if narrow else size):
@@ -177,6 +175,7 @@ class Optimizer:
                 weight_decay=c.weight_decay if bucket.decay else 0.0,
                 eps=c.eps,
                 maximize=False,
+                grad_scale=divisor,
             )
             if narrow:
                 for moment, new in zip(moments, wide):
