@@ -19,8 +19,23 @@ import torch
 from torch import Tensor
 
 from moekernels import ops
+from moekernels.parallel import tensor
 from moekernels.parallel.mesh import Group
-from moekernels.parallel.tensor import all_gather, all_to_all
+from moekernels.parallel.stopwatch import Stopwatch
+
+exchange_time = Stopwatch()  # of this process: what its layers wait for rows and their numbers
+
+
+def all_to_all(
+    x: Tensor, group: Group, receive: list[int] | None = None, send: list[int] | None = None
+) -> Tensor:
+    with exchange_time.span(x.device):
+        return tensor.all_to_all(x, group, receive, send)
+
+
+def all_gather(x: Tensor, group: Group) -> Tensor:
+    with exchange_time.span(x.device):
+        return tensor.all_gather(x, group)
 
 
 @dataclass(frozen=True, eq=False)

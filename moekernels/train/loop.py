@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from moekernels.balance import dead_experts, max_over_mean, update_selection_biases
 from moekernels.errors import UsageError
+from moekernels.parallel.expert import exchange_time
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import shard
 from moekernels.parallel.tensor import all_reduce
@@ -157,6 +158,7 @@ class Trainer:
             self.optimizer.loaded(self.first_step)
         self.heat = torch.zeros(run.model.num_layers, run.model.num_experts, dtype=torch.float64)
         self.peak = peak_flops(env.device)
+        exchange_time.running = mesh.exchange.size > 1
         self.held_out = None
         report = layout_report(run, mesh, self.chunks, self.optimizer, self.loader)
         if env.leader:
@@ -208,6 +210,7 @@ class Trainer:
         start = time.perf_counter()
         batches = [b.to(self.env.device) for b in self.loader.batch(step)]
         self.optimizer.zero_grad()
+        exchange_time.take()  # not that of an evaluation
         origin = self.shared_clock() if step == self.run.train.steps else None
         flush = time.perf_counter()
         result = self.runtime.step(batches, origin=origin)
@@ -259,13 +262,13 @@ class Trainer:
             self.job.folder.configure(self.run)
 
     def collect(self, step: int, result, flush: float) -> dict:
-        """Sums over the ranks, in one message: loss, losses of the router, loads, idle share,
-        memory."""
+        """Sums over the ranks, in one message: loss, losses of the router, loads, idle share, share
+        of the exchange, memory."""
         model, mesh = self.run.model, self.mesh
         loads = torch.zeros(
             model.num_layers, model.num_experts, dtype=torch.float64, device=self.env.device
         )
-        scalars = torch.zeros(4 + self.env.world, dtype=torch.float64, device=self.env.device)
+        scalars = torch.zeros(5 + self.env.world, dtype=torch.float64, device=self.env.device)
         for chunk, layers in zip(self.chunks, self.rows):
             counts, losses = chunk.take_statistics()
             loads[layers] = counts.double()
@@ -275,10 +278,11 @@ class Trainer:
             scalars[0] = torch.stack(result.losses).double().sum()
         busy = sum(e.end - e.start for e in result.events if e.kind.computes)
         scalars[3] = (1 - busy / flush) / self.env.world
-        scalars[4 + self.env.rank] = _peak_memory(self.env.device)
+        scalars[4] = exchange_time.take() / flush / self.env.world
+        scalars[5 + self.env.rank] = _peak_memory(self.env.device)
         everything = all_reduce(torch.cat([scalars, loads.flatten()]), mesh.world).cpu()
         loads = everything[len(scalars) :].view(loads.shape)
-        loss, balance, z, bubble, *memory = everything[: len(scalars)].tolist()
+        loss, balance, z, bubble, exchange, *memory = everything[: len(scalars)].tolist()
         if step > self.run.train.steps * (1 - HEAT_SHARE) or step == self.run.train.steps:
             self.heat += loads
         if rate := model.bias_update_rate:
@@ -296,6 +300,8 @@ class Trainer:
             "dropped": self.loader.global_tokens(step) * model.top_k * model.num_layers
             - int(loads.sum()),
             "bubble": bubble,
+            "exchange": exchange,
+            "exchange_hidden": 0.0,  # a layer waits for its rows: nothing runs meanwhile
             "memory_gb": max(memory) / 1e9,
         }
 

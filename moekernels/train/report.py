@@ -115,9 +115,10 @@ def closing(
     """The closing table's rows, from the run's own metrics."""
     first, last = lines[0], lines[-1]
     here = [x for x in lines if x["step"] > first_step]
+    resumed = f", the last {len(here)}" if first_step else ""
     steady = sorted(x["tokens_per_s"] for x in here[1:] or here)
     rows = [
-        ("steps", f"{last['step']}, {duration(seconds)} min for {len(here)} of them"),
+        ("steps", f"{last['step']}{resumed} in {duration(seconds)} min"),
         (
             "loss",
             f"{first['loss']:.3f} at step {first['step']} -> {last['loss']:.3f} "
@@ -131,6 +132,9 @@ def closing(
         ("memory", f"{last['memory_gb']:.2f} GB, the most of a rank"),
         ("written to", str(path)),
     ]
+    if last["exchange"]:
+        text = f"{100 * last['exchange']:.1f} %, waiting for peers included, none of it hidden"
+        rows.insert(7, ("exchange", text))
     if "eval_loss" in last:
         rows.insert(2, ("held-out loss", f"{last['eval_loss']:.3f}"))
     if "mfu" in last:
