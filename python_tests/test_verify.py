@@ -1,5 +1,10 @@
 """Four of the promised layouts compute what one process computes; and a mistake would be seen."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +13,7 @@ from moekernels.train import verify as module
 from moekernels.train.optimizer import Optimizer
 from moekernels.train.verify import LAYOUTS, Variant, variants_of, verify, verify_layout
 
+ROOT = Path(__file__).resolve().parents[1]
 TESTED = [
     {"tp": 2, "pp": 4},
     {"dp": 8, "ep": 8},
@@ -77,6 +83,29 @@ def test_a_mistake_is_seen_and_named(mistake, monkeypatch, capfd):
     assert "FAILED" in out
     expected = {"gradient": "experts.w2", "choice": "differ", "parameter": "on no rank"}
     assert expected.get(mistake, "worst gradient") in out
+
+
+def torchrun(*arguments):
+    """A command under torchrun on four ranks; what it printed, and its exit code."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "4", "-m", "moekernels", "verify", *arguments]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+
+
+def test_under_torchrun():
+    """It takes the ranks it is given, all leave, and rank 0 alone speaks."""
+    done = torchrun("--tp", "2", "--dp", "2", "--ep", "2", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("dense    4 ranks = tp 2 x dp 2 x pp 1") == 1
+    assert done.stdout.count("  ok\n") == 1
+
+
+def test_all_layouts_start_their_own_ranks(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match="leave torchrun out"):
+        verify({}, everything=True)
 
 
 def test_ties_are_told_from_other_choices():

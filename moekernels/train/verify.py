@@ -126,6 +126,8 @@ def verify(
             raise UsageError(f"--{flag} {value!r}: {cfg.nearest(value, known)}")
     if steps < 1:
         raise UsageError(f"--steps must be at least 1, got {steps}")
+    if everything and launch.torchrun_world() is not None:
+        raise UsageError("--all starts the ranks of each layout by itself; leave torchrun out")
     if not everything:
         return verify_layout(degrees, [Variant(schedule, experts, top_k, steps)], dtype, device)
     codes = [verify_layout(d, variants_of(d, steps), dtype, device) for d in LAYOUTS]
