@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,12 @@ class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one line, with the nearest flag that exists."""
 
     def error(self, message: str) -> typing.NoReturn:
+        commands = next((a.choices for a in self._actions if a.dest == "command"), None)
+        if commands and "command" in message:
+            given = re.search(r"invalid choice: '([^']*)'", message)
+            near = difflib.get_close_matches(given[1], commands, n=1, cutoff=0.5) if given else []
+            message = f"unknown command {given[1]}" if given else "no command given"
+            message += f": did you mean {near[0]}?" if near else f"; one of {', '.join(commands)}"
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             wrong = message[len(prefix) :].split()[0]

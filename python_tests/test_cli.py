@@ -42,8 +42,9 @@ def run(capsys, *argv):
         (["verify", "--experts", "6", "--dp", "4", "--ep", "4"], ["ep 4", "6 experts"]),
         (["verify", "--dtype", "bf16"], ["bf16", "did you mean fp"]),
         (["verify", "--schedule", "1f1d"], ["1f1d", "1f1b"]),
-        (["trian"], ["trian", "train"]),
-        ([], ["command"]),
+        (["trian"], ["unknown command trian", "did you mean train?"]),
+        (["x"], ["unknown command x", "train, verify, plan, bench, info"]),
+        ([], ["no command given", "train, verify, plan, bench, info"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
