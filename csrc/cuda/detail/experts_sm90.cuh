@@ -52,15 +52,6 @@ __device__ inline uint4 pack8(const float (&v)[8]) {
   return {pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7])};
 }
 
-template <class T>
-__device__ inline void put(T* to, const uint4& value) {
-  *reinterpret_cast<uint4*>(to) = value;
-}
-template <class T>
-__device__ inline uint4 get(const T* from) {
-  return *reinterpret_cast<const uint4*>(from);
-}
-
 // h = C + b1, a = act(h); a tile has 128 columns of F, gate and up, or 256 of an ungated one.
 template <class T>
 struct StoreUp {
@@ -92,20 +83,13 @@ struct StoreUp {
   }
 
   // Columns of the tile that a staged chunk holds: 64 of each half in a part, whether or not the halves differ.
-  static __device__ int column_of(int part, int chunk) { return part * 64 + chunk % 8 * 8 + chunk / 8 * 128; }
+  static constexpr __device__ int column_of(int part, int chunk) { return part * 64 + chunk % 8 * 8 + chunk / 8 * 128; }
 
-  template <int kPart, class Tile>
-  static __device__ void stage(const Args& to, const Tile& tile, const TileColumns& columns, float (&d)[128],
-                               char* staging, int lane) {
-    const T* bias = to.b1 == nullptr ? nullptr : to.b1 + tile.group * to.style.width();
+  template <int kPart>
+  static __device__ void stage(const float (&d)[128], char* staging, int lane) {
     stage_rows(staging, lane, [&](int block, int half) {
-      const float* c = d + (kPart * 8 + block % 8 + block / 8 * 16) * 4 + half * 2;
-      float2 add = {0.0f, 0.0f};
-      const int column = column_of(kPart, block) + lane % 4 * 2;
-      if (bias != nullptr && columns.valid(column, 2) == 2) {
-        add = unpack(*reinterpret_cast<const uint32_t*>(bias + columns.at(column)), T{});
-      }
-      return pack<T>(c[0] + add.x, c[1] + add.y);
+      const float* c = d + column_of(kPart, block) / 2 + half * 2;
+      return pack<T>(c[0], c[1]);
     });
   }
 
@@ -141,12 +125,17 @@ struct StoreUp {
   static __device__ void store(const Args& to, const Tile& tile, float (&d)[128], char* staging, int64_t row, int lane) {
     if (row >= tile.row_end) return;
     const TileColumns columns = columns_of(to.style, tile.column_tile);
+    if (to.b1 != nullptr) {
+      const bool exists = columns.within(lane * 8) < columns.count;
+      const T* bias = to.b1 + tile.group * to.style.width();
+      add_bias<T>(d, exists ? get(bias + columns.at(lane * 8)) : uint4{}, staging, lane);
+    }
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
       if (part == 0) {
-        stage<0>(to, tile, columns, d, staging, lane);
+        stage<0>(d, staging, lane);
       } else {
-        stage<1>(to, tile, columns, d, staging, lane);
+        stage<1>(d, staging, lane);
       }
       with_activation(to.style.activation, [&](auto kind) {
         activate_part<decltype(kind)::value>(to, tile, columns, part, staging, row, lane);

@@ -12,6 +12,15 @@ namespace moekernels::cuda::sm90 {
 // bank conflicts.
 __device__ inline uint32_t staged_at(int row, int chunk) { return row * 256 + ((chunk ^ (row & 7)) << 4); }
 
+template <class T>
+__device__ inline void put(T* to, const uint4& value) {
+  *reinterpret_cast<uint4*>(to) = value;
+}
+template <class T>
+__device__ inline uint4 get(const T* from) {
+  return *reinterpret_cast<const uint4*>(from);
+}
+
 // Stages 16 blocks of 8 columns; pair(block, half) gives this lane's two elements of row (lane / 4 + 8 half), packed.
 template <class F>
 __device__ inline void stage_rows(char* staging, int lane, const F& pair) {
@@ -22,6 +31,22 @@ __device__ inline void stage_rows(char* staging, int lane, const F& pair) {
     store_matrices(shared_address(staging) + staged_at(lane % 16, 2 * i + lane / 16), m);
   }
   __syncwarp();
+}
+
+// Adds a bias to every row; lane i brings that of columns 8 i to 8 i + 7 of the tile.
+template <class T, int kCount>
+__device__ inline void add_bias(float (&d)[kCount], const uint4& bias, char* staging, int lane) {
+  __syncwarp();
+  reinterpret_cast<uint4*>(staging)[lane] = bias;
+  __syncwarp();
+#pragma unroll
+  for (int block = 0; block < kCount / 4; ++block) {
+    const float2 add = unpack(*reinterpret_cast<const uint32_t*>(staging + block * 16 + lane % 4 * 4), T{});
+    d[4 * block] += add.x;
+    d[4 * block + 1] += add.y;
+    d[4 * block + 2] += add.x;
+    d[4 * block + 3] += add.y;
+  }
 }
 
 __device__ inline uint4 staged_chunk(const char* staging, int row, int chunk) {
@@ -35,7 +60,7 @@ __device__ inline void clear_rows(T* out, int64_t row, int64_t row_end, int64_t 
   const int64_t end = row + 16 < row_end ? row + 16 : row_end;
   for (int64_t r = row; r < end; ++r) {
     for (int64_t c = column + lane * 8; c < column_end; c += 32 * 8) {
-      *reinterpret_cast<uint4*>(out + r * width + c) = uint4{};
+      put(out + r * width + c, uint4{});
     }
   }
 }
@@ -82,24 +107,25 @@ struct StoreRows {
       used[half] = r < tile.row_end && to.use.used(r);
       weight[half] = used[half] ? to.use.weight(r) : 0.0f;
     }
-    const T* bias = to.bias == nullptr ? nullptr : to.bias + tile.group * to.width;
+    if (to.bias != nullptr) {
+      const int64_t column = int64_t{tile.column_tile} * kColumns + lane * 8;
+      const bool exists = column < to.width;
+      add_bias<T>(d, exists ? get(to.bias + tile.group * to.width + column) : uint4{}, staging, lane);
+    }
 #pragma unroll
     for (int part = 0; part < kColumns / 128; ++part) {
       const int64_t column = int64_t{tile.column_tile} * kColumns + part * 128;
       if (column >= to.width) break;
       stage_rows(staging, lane, [&](int block, int half) {
         const float* c = d + (part * 16 + block) * 4 + half * 2;
-        float2 add = {0.0f, 0.0f};
-        const int64_t at = column + block * 8 + lane % 4 * 2;
-        if (bias != nullptr && at < to.width) add = unpack(*reinterpret_cast<const uint32_t*>(bias + at), T{});
-        return used[half] ? pack<T>((c[0] + add.x) * weight[half], (c[1] + add.y) * weight[half]) : 0u;
+        return used[half] ? pack<T>(c[0] * weight[half], c[1] * weight[half]) : 0u;
       });
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int r = i * 2 + lane / 16, chunk = lane % 16;
         const int64_t at = column + chunk * 8;
         if (row + r < tile.row_end && at < to.width) {
-          *reinterpret_cast<uint4*>(to.out + (row + r) * to.width + at) = staged_chunk(staging, r, chunk);
+          put(to.out + (row + r) * to.width + at, staged_chunk(staging, r, chunk));
         }
       }
     }
