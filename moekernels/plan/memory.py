@@ -71,16 +71,25 @@ def chunk_parameters(
 @dataclass(frozen=True)
 class LayerBytes:
     """Of one layer and one micro-batch: kept from forward to backward by part, kept of it when the
-    layer is checkpointed, and the most that its backward and its forward hold besides."""
+    layer is checkpointed, and the most that its backward, its forward and, where it is
+    checkpointed, its second forward within the backward hold besides."""
 
     kept: dict[str, float]
     checkpointed: float
     working: float
     forward: float
+    again: float
 
     @property
     def total(self) -> float:
         return sum(self.kept.values())
+
+    def besides(self, checkpointed: bool) -> float:
+        """Beyond what is kept of all layers, the most at any moment."""
+        if not checkpointed:
+            return max(self.working, self.forward)
+        again = self.total - self.checkpointed
+        return max(self.working + again, self.forward, self.again + again)
 
 
 def routed_rows(model: ModelConfig, s: Strategy, tokens: float, imbalance: float = 1.0) -> float:
@@ -161,13 +170,17 @@ def layer_bytes(
     working = rows * b * (spec.d_in + up + max(f, spec.d_in)) + residual * hidden * b
     if spec.lifted:
         working -= rows * spec.d_in * b
-    forward = 0.0
+    forward = computed_again = 0.0
     if s.gathers:
         # All tokens of the group four times over: what is summed, packed, exchanged and unpacked.
         forward = 4 * gathered * hidden * b + own * hidden * (wide + b)
         working += rows * hidden * b + own * hidden * b
         working = max(working, forward + rows * hidden * b - experts)
-    return LayerBytes(kept, checkpointed, working, forward)
+        # The results' gradient comes from all ranks before the layer is computed again, up to the
+        # sums of all tokens; the gathered tokens are held until then, lifted or not.
+        computed_again = (2 * gathered + rows + 2 * residual) * hidden * b
+        computed_again += arriving if spec.lifted else 0.0
+    return LayerBytes(kept, checkpointed, working, forward, computed_again)
 
 
 def chunk_bytes(
@@ -277,9 +290,8 @@ def stage_memory(
         beside, loss, besides = chunk_bytes(model, s, tokens, v == 0, v == s.depth - 1)
         plain = s.layers[v] - s.checkpointed[v]
         chunks.append(beside + loss + plain * one.total + s.checkpointed[v] * one.checkpointed)
-        # A checkpointed layer is computed again before its backward; the loss's is over by then.
-        again = one.total - one.checkpointed if s.checkpointed[v] else 0.0
-        working = max(working, one.working + again - loss, one.forward - loss, besides)
+        # What the loss keeps is gone by the time a layer works.
+        working = max(working, one.besides(s.checkpointed[v] > 0) - loss, besides)
     # The pairs in flight go round the rank's chunks in turn; the heaviest come first.
     pairs = in_flight(s.schedule, stages, s.microbatches, s.virtual_stages)[rank]
     chunks.sort(reverse=True)
