@@ -14,6 +14,7 @@ from moekernels.data.batch import MicroBatch
 from moekernels.nn import attention, dispatcher, embedding, experts, router
 from moekernels.nn.config import ExpertSpec, ModelConfig
 from moekernels.nn.transformer import StageModel
+from moekernels.ops._spec import all_specs, nbytes
 from moekernels.parallel import expert
 from moekernels.parallel.expert import ExchangePlan
 from moekernels.parallel.mesh import Layout, Mesh
@@ -237,3 +238,72 @@ def test_activations_of_64_ranks(
     print(f"kept {kept} said {said_kept}, peak {peak} said {said_peak}")
     assert said_kept == pytest.approx(kept, rel=2e-2)
     assert said_peak == pytest.approx(peak, rel=2e-2)
+
+
+WAYS = {  # layout, dispatcher
+    "local": (Layout(), "all_to_all"),
+    "exchanged": (Layout(tp=2, dp=2, ep=4), "all_to_all"),
+    "gathered": (Layout(tp=2, dp=2, ep=4), "all_gather"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d_in", [64, 128])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_keep_what_the_ops_save(way, dtype, d_in, recompute):
+    """`OpSpec.saved`, which the contract holds to the autograd functions, of the ops of a layer:
+    each tensor once, parameters elsewhere."""
+    model, tokens = small(d_in, recompute_experts=recompute), 512
+    layout, dispatcher = WAYS[way]
+    s = Strategy(layout, (1,), (0,), 1, dtype=dtype, dispatcher=dispatcher)
+    one = layer_bytes(model, s, tokens, device="cpu")
+    specs = {spec.name: spec.saved for spec in all_specs()}
+    hidden, k, e = model.d_model, model.top_k, model.num_experts // layout.ep
+    own = tokens // layout.tp
+    seen = own * (layout.exchange if s.gathers else 1)  # tokens that are routed here
+    rows = own * layout.exchange * k // layout.ep
+    slots = seen * k  # token_of has room for every choice
+
+    def tensor(*shape, dtype=DTYPES[dtype]):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def saved(name, *elsewhere, **inputs):
+        return specs[name](inputs) - nbytes(*elsewhere)
+
+    logits = tensor(own, model.num_experts, dtype=torch.float32)
+    token_of, slot_of = (tensor(slots, dtype=torch.int32) for _ in range(2))
+    row_of = tensor(seen, k, dtype=torch.int32)
+    offsets = tensor(e + 1, dtype=torch.int64)
+    weights = tensor(rows, dtype=torch.float32)
+    w1, w2 = tensor(e, 2 * model.expert.d_ff, d_in), tensor(e, d_in, model.expert.d_ff)
+    w_in, w_out = tensor(e, d_in, hidden), tensor(e, hidden, d_in)
+    x, arrived = tensor(seen, hidden), tensor(rows, hidden)
+    lifted, view = d_in != hidden, way != "exchanged"
+
+    gate = saved("gate", logits=logits, top_k=k)
+    routing = saved("permute", token_of=slot_of, row_of=row_of) + nbytes(weights)
+    routing += saved("combine", row_of, row_of=row_of, token_of=token_of, weights=None)
+    kept = dict(weights=weights, w1=w1, w2=w2, offsets=offsets, recompute=recompute)
+    if lifted:
+        experts = saved("grouped_gemm", w_in, rows=arrived, w=w_in, offsets=offsets)
+        experts += saved("experts", weights, w1, w2, offsets, x=tensor(rows, d_in), **kept)
+        y = tensor(rows, d_in)
+        experts += saved("grouped_gemm", w_out, offsets, rows=y, w=w_out, offsets=offsets)
+    elif view:
+        part = token_of[:rows]
+        kept |= {"token_of": part, "row_of": row_of}
+        experts = saved("experts", weights, w1, w2, part, row_of, x=x, **kept)
+        if way == "local" and dtype == "fp32":
+            experts -= nbytes(x)  # the gate's input
+    else:
+        experts = saved("experts", weights, w1, w2, x=arrived, **kept)
+
+    copies = own * hidden * 4 + (0 if dtype == "fp32" else model.num_experts * hidden * 4)
+    norm = own * (hidden * DTYPES[dtype].itemsize + 4)
+    assert one.kept["router"] == gate + norm + copies
+    assert one.kept["experts"] == experts
+    if way == "gathered":  # the row weights are part of a storage with room for every choice
+        assert one.kept["routing"] == routing + nbytes(tensor(slots - rows, dtype=torch.float32))
+    else:
+        assert one.kept["routing"] == routing

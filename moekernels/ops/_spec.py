@@ -44,7 +44,7 @@ class OpSpec:
     messages: Callable[[], Iterable[tuple[Callable[[], Any], str]]] = tuple
     # Inputs large enough for several threads.
     large: Callable[[torch.dtype], dict[str, Any]] | None = None
-    # The most bytes that may be kept for backward, given the inputs.
+    # The bytes that are kept for backward, given the inputs.
     saved: Callable[[dict[str, Any]], int] | None = None
     dtypes: tuple[torch.dtype, ...] = FLOATS
 
