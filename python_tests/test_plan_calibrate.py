@@ -61,7 +61,9 @@ def test_the_fit_finds_the_constants(monkeypatch):
 def test_ranks_beyond_the_cores_take_turns():
     two, eight = cal.here(FOUND, 2), cal.here(FOUND, 8)
     assert two.overhead == TRUE["layers"] and eight.overhead == 4 * TRUE["layers"]
-    assert eight.gemm_efficiency == pytest.approx(two.gemm_efficiency / 4)
+    for name in ("gemm_efficiency", "attention_efficiency", "grouped_efficiency"):
+        rates = [c.flops * getattr(c, name) for c in (two, eight)]
+        assert rates[1] == pytest.approx(rates[0] / 4)
     assert eight.grouped_half_rows == pytest.approx(two.grouped_half_rows)
     assert cal.here(FOUND, 1).latency == 0.0 and eight.latency == 4 * TRUE["latency"]
 
@@ -93,10 +95,12 @@ def test_planning_for_this_machine(capsys):
     cal.store().write_text(json.dumps(FOUND))
     assert main(["plan", "--preset", "tiny", "--here", "2", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["calibrated"] is True
+    assert data["calibrated"] is True and data["error_band"] == 0.08
     assert data["recommended"]["gpus"] <= 2
+    assert 0 < data["recommended"]["mfu"] < 1
     assert main(["plan", "--preset", "tiny", "--here", "2"]) == 0
-    assert "90 % of them within 8 %" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "90 % of them within 8 %" in out and "s ± 8 % a step" in out
 
 
 def test_a_run_beside_the_prediction(tmp_path, capsys):

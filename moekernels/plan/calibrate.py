@@ -54,21 +54,22 @@ def cluster_of(found: dict[str, float], ranks: int = 1, slower: float = 1.0) -> 
     def rate(constant: str) -> float:
         return 1.0 / (found[constant] * slower) if found.get(constant, 0.0) > 0 else NEVER
 
-    grouped = rate("grouped")
+    products = {name: rate(name) for name in ("dense", "attention", "grouped")}
+    peak = max([r for r in products.values() if r < NEVER], default=1.0)  # what is met of it
     return Cluster(
         gpus=ranks,
         gpus_per_node=max(ranks, 1),
-        flops=1.0,
+        flops=peak,
         memory=NEVER,
         memory_bandwidth=rate("bytes"),
         link_bandwidth=rate("link"),
         network_bandwidth=rate("link"),
         reserve=0.2e9,
-        gemm_efficiency=rate("dense"),
-        attention_efficiency=rate("attention"),
-        grouped_efficiency=grouped,
+        gemm_efficiency=products["dense"] / peak,
+        attention_efficiency=products["attention"] / peak,
+        grouped_efficiency=products["grouped"] / peak,
         half_rows=0.0,
-        grouped_half_rows=found.get("weights", 0.0) * slower * grouped,
+        grouped_half_rows=found.get("weights", 0.0) * slower * products["grouped"],
         bandwidth_efficiency=1.0,
         latency=found.get("latency", 0.0) * slower,
         overhead=found.get("layers", 0.0) * slower,
@@ -188,6 +189,7 @@ def here(found: dict, ranks: int) -> Cluster:
     return replace(
         cluster_of(measured, ranks, slower),
         memory=memory,
+        error_band=found["error_band"],
         calibrated=(
             f"calibrated {found['when']}: {found['dtype']}, {found['measurements']} measurements, "
             f"90 % of them within {100 * found['error_band']:.0f} %"

@@ -160,6 +160,7 @@ def as_dict(report: Report) -> dict:
         "objective": asdict(report.problem.objective),
         "hardware": asdict(report.problem.cluster),
         "calibrated": bool(report.problem.cluster.calibrated),
+        "error_band": report.problem.cluster.error_band or None,
         "recommended": plan_dict(result.best),
         "pareto": [plan_dict(p) for p in result.pareto],
         "rejected": [asdict(r) for r in result.rejected],

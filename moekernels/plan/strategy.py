@@ -125,6 +125,7 @@ class Cluster:
     overlap: float = 0.0  # of the exchange, hidden behind computation
     device: str = "cuda"
     calibrated: str = ""  # when and where the constants were measured
+    error_band: float = 0.0  # which 90 % of the measurements lie within
 
     def skew(self, layout: Layout) -> float:
         """Rows of the busiest rank over the mean: 1 where every rank has all experts whole."""
