@@ -35,9 +35,8 @@ class Parser(argparse.ArgumentParser):
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             wrong = message[len(prefix) :].split()[0]
-            near = difflib.get_close_matches(
-                wrong.split("=")[0], list(self._option_string_actions), n=1, cutoff=0.5
-            )
+            flags = list(self._option_string_actions) if wrong.startswith("-") else []
+            near = difflib.get_close_matches(wrong.split("=")[0], flags, n=1, cutoff=0.5)
             message = f"unknown argument {wrong}" + (
                 f": did you mean {near[0]}?" if near else f"; see {self.prog} -h"
             )

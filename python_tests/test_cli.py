@@ -22,6 +22,7 @@ def run(capsys, *argv):
     "argv, parts",
     [
         (["train", "--stps", "3"], ["--stps", "--steps"]),
+        (["train", "more"], ["unknown argument more; see moekernels train -h"]),
         (["train", "--lr", "fast"], ["--lr", "'fast'"]),
         (["train", "--lr", "-1"], ["--lr", "greater than 0"]),
         (["train", "--steps", "2.5"], ["--steps", "whole number"]),

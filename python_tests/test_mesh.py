@@ -106,7 +106,8 @@ def test_describe_shows_both_factorisations() -> None:
     [
         (lambda: Layout(tp=0), "tp is 0; an integer of at least 1 would do"),
         (lambda: Layout(tp=4, ep=3), "with etp 1, ep 1, 2 or 4 would"),
-        (lambda: Layout(tp=2, etp=4), "etp 1 or 2 would"),
+        (lambda: Layout(tp=2, etp=4), "with ep 1, etp 1 or 2 would"),
+        (lambda: Layout(dp=2, ep=4, etp=3), "a product of 1 or 2 would"),
         (lambda: Layout(dp=4, ep=4).validate(num_experts=6), "ep 1, 2, 3 or 6 would"),
         (lambda: Layout(pp=4).validate(num_layers=6), "pp 1, 2, 3 or 6 would"),
         (

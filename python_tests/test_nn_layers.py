@@ -184,6 +184,44 @@ def test_stages_in_a_row_are_the_model() -> None:
 
 
 @pytest.mark.parametrize("lifted", [True, False])
+@pytest.mark.parametrize("embedding_std", [0.0, 1.0])
+def test_weights_begin_at_their_deviation(lifted: bool, embedding_std: float) -> None:
+    """What ends in the residual stream begins narrower by the root of twice the layers."""
+    config = variant(
+        num_layers=8,
+        d_model=64,
+        vocab_size=512,
+        qk_norm=True,
+        init_std=0.05,
+        embedding_std=embedding_std,
+        expert=ExpertSpec(64, 96 if lifted else 64, 48),
+    )
+    narrow = 0.05 / (2 * config.num_layers) ** 0.5
+    wanted = {
+        "embedding.weight": embedding_std or 0.05,
+        "head.weight": 0.05,
+        "attention.qkv": 0.05,
+        "attention.out": narrow,
+        "router.weight": 0.05,
+        "experts.w1": 0.05,
+        "experts.w2": 0.05 if lifted else narrow,
+        "experts.w_in": 0.05,
+        "experts.w_out": narrow,
+    }
+    seen = set()
+    for name, parameter, _ in whole_model(config).named_shards():
+        if "norm" in name:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+            continue
+        kind = next(kind for kind in wanted if name.endswith(kind))
+        spread = 5 / (2 * parameter.numel()) ** 0.5  # of a deviation found in so many numbers
+        assert parameter.std().item() == pytest.approx(wanted[kind], rel=spread), name
+        assert parameter.mean().item() == pytest.approx(0, abs=wanted[kind] * 2 * spread), name
+        seen.add(kind)
+    assert seen == (set(wanted) if lifted else set(wanted) - {"experts.w_in", "experts.w_out"})
+
+
+@pytest.mark.parametrize("lifted", [True, False])
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_parameters_count_counts_the_model(lifted: bool, qk_norm: bool) -> None:
     config = variant(expert=ExpertSpec(16, 24 if lifted else 16, 12), qk_norm=qk_norm)

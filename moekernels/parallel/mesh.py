@@ -47,11 +47,14 @@ class Layout:
             if not isinstance(value, int) or value < 1:
                 raise UsageError(f"layout: {name} is {value!r}; an integer of at least 1 would do")
         if self.stage_ranks % (self.ep * self.etp):
-            if self.stage_ranks % self.etp:
-                fits = f"etp {_choices(divisors(self.stage_ranks))} would"
-            else:
+            if self.stage_ranks % self.etp == 0:
                 fitting = divisors(self.stage_ranks // self.etp)
                 fits = f"with etp {self.etp}, ep {_choices(fitting)} would"
+            elif self.stage_ranks % self.ep == 0:
+                fitting = divisors(self.stage_ranks // self.ep)
+                fits = f"with ep {self.ep}, etp {_choices(fitting)} would"
+            else:
+                fits = f"a product of {_choices(divisors(self.stage_ranks))} would"
             raise UsageError(
                 f"layout: ep*etp = {self.ep}*{self.etp} does not divide the tp*dp = "
                 f"{self.tp}*{self.dp} ranks of a stage; {fits}"
