@@ -7,6 +7,8 @@ import zlib
 import pytest
 import torch
 
+from moekernels import ops
+
 THREADS = 2  # what the suite is budgeted for; more only makes ranks fight
 
 
@@ -24,3 +26,13 @@ def device(request) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture
+def fused_calls(monkeypatch) -> list[str]:
+    """The activation of every call of the fused experts."""
+    calls, fused = [], ops.experts
+    monkeypatch.setattr(
+        ops, "experts", lambda *a, **k: calls.append(k["activation"]) or fused(*a, **k)
+    )
+    return calls

@@ -1,4 +1,5 @@
-"""Tiny random models and experts modules of transformers, for the tests of the integration."""
+"""Tiny random models and experts modules of transformers, for the tests of the integration, and how
+they are held to transformers' own eager loop."""
 
 from __future__ import annotations
 
@@ -57,6 +58,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "GptOss": dict(num_local_experts=6, num_experts_per_tok=2, sliding_window=16),
 }
 FAMILIES = tuple(_OWN)
+TOLERANCE = 1e-5
+HIDDEN, WIDTH, EXPERTS, TOP_K = 20, 24, 6, 3  # of `tiny_config`
 
 
 def tiny_model(family: str, **overrides: Any) -> nn.Module:
@@ -152,3 +155,29 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, st
     }
     name = max(errors, key=errors.__getitem__)
     return errors[name], name
+
+
+def both(module: nn.Module, config, tokens: int = 19) -> list[dict[str, Tensor]]:
+    """(outputs and gradients through our function, the same through the class' own loop)."""
+    found = []
+    for implementation in ("moekernels", "eager"):
+        config._experts_implementation = implementation
+        x, ids, weights = routed_input(tokens, HIDDEN, EXPERTS, TOP_K)
+        y = module(x, ids, weights)
+        found.append({"output": y} | gradients(module, y, x, weights))
+    return found
+
+
+def assert_equal_to_eager(module: nn.Module, config, tokens: int = 19) -> None:
+    error, where = worst(*both(module, config, tokens))
+    assert error <= TOLERANCE, f"{where}: {error:.1e}"
+
+
+def gpt_oss(**overrides):
+    config = tiny_config(**overrides)
+    return tiny_experts("gpt_oss", "GptOssExperts", config), config
+
+
+def qwen3(act: str = "silu", **overrides):
+    config = tiny_config(act, **overrides)
+    return tiny_experts("qwen3_moe", "Qwen3MoeExperts", config), config
