@@ -16,14 +16,17 @@ COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9
 WIDTH, ROW = 900, 26
 
 
-def _legend(names: list[str], y: float) -> str:
+def _legend(names: list[str], y: float) -> tuple[str, float]:
+    """The legend from height y on, in as many lines as it takes, and where it ends."""
     out, x = [], 0
     for i, name in enumerate(names):
+        if x + 30 + 7 * len(name) > WIDTH:
+            x, y = 0, y + 16
         colour = COLOURS[i % len(COLOURS)]
         out.append(f'<rect x="{x}" y="{y}" width="10" height="10" fill="{colour}"/>')
         out.append(f'<text x="{x + 14}" y="{y + 9}">{escape(name)}</text>')
         x += 30 + 7 * len(name)
-    return "".join(out)
+    return "".join(out), y + 18
 
 
 def bars(rows: list[tuple[str, dict[str, float]]], unit: str, limit: float | None = None) -> str:
@@ -48,8 +51,8 @@ def bars(rows: list[tuple[str, dict[str, float]]], unit: str, limit: float | Non
     if limit:
         x = 70 + limit * scale
         out.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="#c00"/>')
-    out.append(_legend(names, height + 6))
-    return _svg("".join(out), height + 24)
+    legend, end = _legend(names, height + 6)
+    return _svg("".join([*out, legend]), end)
 
 
 def scatter(points: list[tuple[float, float, str]], x_name: str, y_name: str) -> str:
@@ -63,6 +66,10 @@ def scatter(points: list[tuple[float, float, str]], x_name: str, y_name: str) ->
         f'<text x="{WIDTH - 120}" y="{height + 28}">{x_name}</text>',
         f'<text x="{left + 6}" y="12">{y_name}</text>',
     ]
+    for part in (0.25, 0.5, 0.75, 1.0):
+        px, py = left + part * (WIDTH - left - 160), height - part * height
+        out.append(f'<text x="{px - 12:.1f}" y="{height + 14}">{part * high_x:.3g}</text>')
+        out.append(f'<text x="0" y="{py + 10:.1f}">{part * high_y:.3g}</text>')
     for x, y, label in points:
         px = left + x / high_x * (WIDTH - left - 160)
         py = height - y / high_y * height
