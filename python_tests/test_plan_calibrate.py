@@ -10,7 +10,7 @@ import pytest
 from moekernels.cli import main
 from moekernels.plan import calibrate as cal
 from moekernels.plan.cost import layer_cost, loss_cost, update_bytes
-from moekernels.plan.measure import Sample, Took, measure, samples
+from moekernels.plan.measure import Sample, Took, measure, numbers_of_ranks, samples
 from moekernels.plan.memory import chunk_parameters
 from moekernels.plan.strategy import Strategy
 from moekernels.train import config as cfg
@@ -50,7 +50,7 @@ def took(sample: Sample) -> Took:
 def test_the_fit_finds_the_constants(monkeypatch):
     """The samples tell all of them apart, and the counts rebuild the cost."""
     monkeypatch.setattr(cal, "measure", lambda chosen, *_: [took(s) for s in chosen])
-    monkeypatch.setattr(cal, "measured_cores", lambda: 2)
+    monkeypatch.setattr(cal, "numbers_of_ranks", lambda: [1, 2])
     found = cal.calibrate()
     assert found["ranks"]["2"] == pytest.approx({**TRUE, **UPDATE}, rel=1e-6)
     assert found["ranks"]["1"] == pytest.approx({**ALONE, **UPDATE}, rel=1e-6)
@@ -65,6 +65,9 @@ def test_ranks_beyond_the_cores_take_turns():
         rates = [c.flops * getattr(c, name) for c in (two, eight)]
         assert rates[1] == pytest.approx(rates[0] / 4)
     assert eight.grouped_half_rows == pytest.approx(two.grouped_half_rows)
+    more = {**FOUND, "cores": 16, "ranks": {**FOUND["ranks"], "16": {**TRUE, "layers": 9e-4}}}
+    assert [cal.here(more, n).overhead for n in (1, 2, 4, 16)] == [4e-4, 4e-4, 9e-4, 9e-4]
+    assert cal.here(more, 32).overhead == 2 * 9e-4
     assert cal.here(FOUND, 1).latency == 0.0 and eight.latency == 4 * TRUE["latency"]
 
 
@@ -72,6 +75,17 @@ def test_the_fit_has_no_negative_constant():
     rows = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
     constants = cal.fit(rows, np.array([3.0, 2.0, 1.0]))
     assert constants.min() >= 0
+
+
+@pytest.mark.parametrize("cores, ranks", [(1, [1]), (2, [1, 2]), (6, [1, 2, 4]), (96, [1, 2, 16])])
+def test_samples_for_any_machine(cores, ranks, monkeypatch):
+    monkeypatch.setattr("moekernels.plan.measure.cores", lambda: cores)
+    assert numbers_of_ranks() == ranks
+    for number in ranks:
+        for sample in samples(number):
+            m, layout = sample.model, sample.layout
+            assert layout.world == number and sample.tokens % sample.segments == 0
+            layout.validate(num_experts=m.num_experts, num_heads=m.num_heads, vocab_size=1024)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

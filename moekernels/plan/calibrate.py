@@ -21,8 +21,7 @@ from moekernels.errors import UsageError
 from moekernels.pipeline.schedule import Kind
 from moekernels.plan.cost import layer_cost, loss_cost, update_bytes
 from moekernels.plan.evaluate import Problem, evaluate, flush_costs, slots
-from moekernels.plan.measure import Sample, measure, samples
-from moekernels.plan.measure import cores as measured_cores
+from moekernels.plan.measure import Sample, cores, measure, numbers_of_ranks, samples
 from moekernels.plan.memory import chunk_parameters
 from moekernels.plan.strategy import Batch, Cluster, Strategy
 
@@ -146,15 +145,16 @@ def constants_of(ranks: int, dtype: str, seconds: float) -> dict:
 
 def calibrate(dtype: str = "fp32", seconds: float = SECONDS) -> dict:
     """Measure, fit and store; the constants and their error band."""
-    ranks = sorted({1, measured_cores()})
     by_ranks = {}
-    for number in reversed(ranks):  # ranks are forked, best before this process has threads
+    for number in reversed(
+        numbers_of_ranks()
+    ):  # ranks are forked, best before this process has threads
         by_ranks[str(number)] = constants_of(number, dtype, seconds)
     off = [o for one in by_ranks.values() for o in one.pop("off")]
     found = {
         "dtype": dtype,
         "device": "cpu",
-        "cores": measured_cores(),
+        "cores": cores(),
         "when": time.strftime("%Y-%m-%d %H:%M:%S"),
         "ranks": by_ranks,
         "median_error": float(np.median(off)),
@@ -183,7 +183,8 @@ def stored() -> dict:
 
 def here(found: dict, ranks: int) -> Cluster:
     """This machine as a cluster of `ranks` ranks that share its cores and memory."""
-    measured = found["ranks"]["1" if ranks == 1 else max(found["ranks"], key=int)]
+    known = sorted(map(int, found["ranks"]))
+    measured = found["ranks"][str(next((n for n in known if n >= ranks), known[-1]))]
     slower = max(1.0, ranks / found["cores"])  # they take turns
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
     return replace(

@@ -22,6 +22,7 @@ from moekernels.parallel.mesh import Layout, Mesh
 from moekernels.train import launch
 from moekernels.train.optimizer import AdamWConfig, Optimizer
 
+MOST_RANKS = 16  # as many as the samples have experts
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -53,12 +54,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def numbers_of_ranks() -> list[int]:
+    """One, two, and as many as there are cores, where these are so many."""
+    most = min(cores(), MOST_RANKS)
+    return sorted({1, min(2, most), 1 << (most.bit_length() - 1)})
+
+
 def samples(ranks: int) -> list[Sample]:
     """What tells the constants apart: narrow and wide, short and long, few layers and many."""
     found = []
     layouts = [Layout()]
     if ranks > 1:
-        layouts = [Layout(dp=ranks), Layout(tp=ranks, ep=ranks), Layout(dp=ranks, ep=ranks)]
+        pairs = Layout(tp=2, dp=ranks // 2, ep=2)
+        layouts = [Layout(dp=ranks), pairs, Layout(dp=ranks, ep=ranks)]
     shapes = [  # hidden, width in an expert, its FFN's, layers, tokens, segments
         (64, 128, 64, 1, 256, 1),
         (64, 128, 64, 4, 1024, 4),
