@@ -216,6 +216,10 @@ struct StoreDAct {
     int32_t row, column;  // column: of F
     bool exists;
   };
+  struct RowState {
+    float weight;
+    bool used;
+  };
   template <class Tile>
   static __device__ Place place_of(const Args& to, const Tile& tile, int part, int32_t row, int item) {
     const int32_t r = row + item / 8, column = tile.column_tile * kColumns + part * kPartColumns + item % 8 * 8;
@@ -224,7 +228,8 @@ struct StoreDAct {
 
   template <Activation kind, class Tile>
   static __device__ void activate_part(const Args& to, const Tile& tile, int part, const uint4 (&first)[kAtOnce],
-                                       const uint4 (&second)[kAtOnce], const char* staging, int32_t row, int lane) {
+                                       const uint4 (&second)[kAtOnce], const RowState (&rows)[kAtOnce],
+                                       const char* staging, int32_t row, int lane) {
     constexpr bool kGated = kind <= Activation::swiglu_clamped;
     const ExpertStyle& style = to.style;
     const bool alternate = kGated && style.interleaved;
@@ -237,8 +242,8 @@ struct StoreDAct {
         const float4* staged = reinterpret_cast<const float4*>(staging + staged_pair(item / 8, item % 8));
         const float4 low = staged[0], high = staged[1];
         const float da[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        const bool used = to.use.used(at.row);
-        const float weight = used ? to.use.weight(at.row) : 0.0f;
+        const bool used = rows[n].used;
+        const float weight = rows[n].weight;
         float g[8], u[8], a[8];
         split_gate<T>(first[n], second[n], alternate, g, u);
 #pragma unroll
@@ -276,6 +281,13 @@ struct StoreDAct {
   static __device__ void store(const Args& to, const Tile& tile, float (&d)[128], char* staging, int32_t row, int lane) {
     if (row >= tile.row_end) return;
     const ExpertStyle& style = to.style;
+    RowState rows[kAtOnce];  // an item's row is the same in every part
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      const int32_t r = row + n * 4 + lane / 8;
+      rows[n].used = r < tile.row_end && to.use.used(r);
+      rows[n].weight = rows[n].used ? to.use.weight(r) : 0.0f;
+    }
 #pragma unroll 1
     for (int part = 0; part < kColumns / kPartColumns; ++part) {
       uint4 first[kAtOnce], second[kAtOnce];
@@ -297,7 +309,7 @@ struct StoreDAct {
         default: stage<3>(d, staging, lane);
       }
       with_activation(style.activation, [&](auto kind) {
-        activate_part<decltype(kind)::value>(to, tile, part, first, second, staging, row, lane);
+        activate_part<decltype(kind)::value>(to, tile, part, first, second, rows, staging, row, lane);
       });
     }
   }

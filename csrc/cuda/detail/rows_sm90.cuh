@@ -8,18 +8,26 @@
 
 namespace moekernels::cuda::sm90 {
 
-// 16-byte chunks of a staged row are permuted by the row, so that neither writing by columns nor reading by rows meets
-// bank conflicts.
-__device__ inline uint32_t staged_at(int row, int chunk) { return row * 256 + ((chunk ^ (row & 7)) << 4); }
-
+// 16 bytes of global memory at once: said in PTX, since the compiler splits some of them into words.
 template <class T>
-__device__ inline void put(T* to, const uint4& value) {
-  *reinterpret_cast<uint4*>(to) = value;
+__device__ inline void put(T* to, const uint4& v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
 }
 template <class T>
 __device__ inline uint4 get(const T* from) {
-  return *reinterpret_cast<const uint4*>(from);
+  uint4 v;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return v;
 }
+
+// 16-byte chunks of a staged row are permuted by the row, so that neither writing by columns nor reading by rows meets
+// bank conflicts.
+__device__ inline uint32_t staged_at(int row, int chunk) { return row * 256 + ((chunk ^ (row & 7)) << 4); }
 
 // Stages 16 blocks of 8 columns; pair(block, half) gives this lane's two elements of row (lane / 4 + 8 half), packed.
 template <class F>
