@@ -220,6 +220,14 @@ def build_parser() -> Parser:
     bench.set_defaults(run=_bench, flags={})
 
     info = commands.add_parser("info", help="what this build holds and what this machine has")
+    info.add_argument(
+        "--explain",
+        metavar="SHAPE",
+        help='which CUDA kernel each product of a layer takes: "T=16384 H=2048 F=4096 E=64 K=2"',
+    )
+    info.add_argument(
+        "--device", metavar="ARCH", help="with --explain: for sm_90, say, not the device here"
+    )
     info.set_defaults(run=_info)
     return parser
 
@@ -307,9 +315,12 @@ def _bench(args) -> int:
 
 
 def _info(args) -> int:
+    from moekernels.train.explain import explain
     from moekernels.train.info import info
 
-    print(info())
+    if args.device is not None and args.explain is None:
+        raise UsageError("--device goes with --explain")
+    print(info() if args.explain is None else explain(args.explain, args.device))
     return 0
 
 

@@ -38,6 +38,13 @@ OPS = (
     "_pack",
     "_regroup",
     "_ungroup",
+    "_grouped_gemm",
+    "_grouped_gemm_wgrad",
+    "_grouped_gemm_wgrad_",
+    "_experts",
+    "_experts_dact",
+    "_experts_dbias",
+    "_experts_dbias_",
 )
 
 # nvcc names internal kernels after the file and a hash of how it was compiled.
@@ -54,7 +61,7 @@ def why_not() -> str | None:
 
 
 @cache
-def module(stem: str) -> ptx.Module:
+def source(stem: str) -> str:
     """The PTX of csrc/cuda/<stem>.cu, its kernels by names without a hash."""
     text = ptx.compile_ptx(
         ROOT / "csrc" / "cuda" / f"{stem}.cu",
@@ -63,7 +70,38 @@ def module(stem: str) -> ptx.Module:
         include=[ROOT / "csrc" / "include", ROOT / "csrc" / "cuda"],
         lines=False,  # of gate.cu nvcc makes them in minutes, not seconds
     )
-    return ptx.Module(_FILE_HASH.sub(r"\1", text))
+    return _FILE_HASH.sub(r"\1", text)
+
+
+@cache
+def module(stem: str) -> ptx.Module:
+    return ptx.Module(source(stem))
+
+
+def _bytes_read(kernel: ptx.syntax.Kernel) -> list[np.ndarray]:
+    """For each parameter, which of its bytes the kernel loads: all, where it cannot be told."""
+    read = {variable.name: np.zeros(variable.size, bool) for variable, _ in kernel.params}
+    at = {name: (name, 0) for name in read}  # what holds the address of a parameter's byte
+    for ins in kernel.code:
+        for operand in ins.operands:
+            address = isinstance(operand, ptx.syntax.Address)
+            base = getattr(operand, "base", operand)
+            if getattr(base, "name", None) not in at:
+                continue
+            name, offset = at[base.name]
+            target = ins.operands[0]
+            if ins.op == "ld" and address:
+                count = len(target.items) if isinstance(target, ptx.syntax.Vector) else 1
+                offset += operand.offset
+                read[name][offset : offset + count * ptx.types.size_of(ins.type)] = True
+            elif ins.op == "mov" and operand is not target:
+                at[target.name] = (name, offset)
+            elif ins.op == "add" and isinstance(ins.operands[2], ptx.syntax.Imm):
+                if operand is not target:
+                    at[target.name] = (name, offset + ins.operands[2].value)
+            elif operand is not target:
+                read[name][:] = True
+    return list(read.values())
 
 
 _MAP_MAGIC = 0x70616D726F736E74
@@ -95,7 +133,9 @@ class _Device:
 
     def __init__(self):
         self.schedule: int | None = None
+        self.lazy = False
         self.launches: list[str] = []
+        self.bytes_read: dict[str, list[np.ndarray]] = {}
         self.error: Exception | None = None
         self.forget()
         self._launch_fn = ctypes.CFUNCTYPE(
@@ -135,6 +175,13 @@ class _Device:
         found = [m for m in map(module, stems()) if name in m.kernels]
         kernel = found[0].kernels[name]
         args = [ctypes.string_at(params[i], v.size) for i, (v, _) in enumerate(kernel.params)]
+        # The gaps between the members of an argument hold what the stack held, old pointers too.
+        if name not in self.bytes_read:
+            self.bytes_read[name] = _bytes_read(kernel)
+        bits = [
+            np.frombuffer(raw, np.uint8) * read for raw, read in zip(args, self.bytes_read[name])
+        ]
+        args = [b.astype(np.uint8).tobytes() for b in bits]
         begins = sorted(self.spans)
         used = {}
         for raw in args:
@@ -150,7 +197,8 @@ class _Device:
             self.spans[begin] = (nbytes, False)
         maps = [_tensor_map(raw, self.spans) for raw in args]
         packed = [m or ptx.Packed(raw, arrays) for m, raw in zip(maps, args)]
-        found[0].launch(kernel, blocks, threads, packed, shared_bytes, schedule=self.schedule)
+        how = {"schedule": self.schedule, "lazy": self.lazy}
+        found[0].launch(kernel, blocks, threads, packed, shared_bytes, **how)
 
     def call(self, name: str, *args):
         self.forget()
@@ -176,11 +224,13 @@ def device() -> _Device:
 
 
 @contextmanager
-def emulated_cuda(schedule: int | None = None, capability: int = 80) -> Iterator[_Device]:
+def emulated_cuda(
+    schedule: int | None = None, capability: int = 80, lazy: bool = False
+) -> Iterator[_Device]:
     """The raw ops run their CUDA kernels, emulated, as a device of `capability` is given them;
-    `schedule` perturbs the order of the warps."""
+    `schedule` perturbs the order of the warps, `lazy` makes copies land as late as they may."""
     emulator = device()
-    emulator.schedule, emulator.launches = schedule, []
+    emulator.schedule, emulator.lazy, emulator.launches = schedule, lazy, []
     emulator.library.moekernels_emulate_capability(capability)
     library = torch.library.Library("moekernels", "IMPL")
     try:

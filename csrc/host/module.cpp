@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "gemm.h"
 #include "partition.h"
 
 namespace py = pybind11;
@@ -12,7 +13,13 @@ PYBIND11_MODULE(_host, m) {
   build["compiler"] = MOEKERNELS_COMPILER;
   build["torch"] = MOEKERNELS_TORCH_VERSION;
   build["cuda_archs"] = MOEKERNELS_CUDA_ARCHS;
+#ifdef MOEKERNELS_SM90
+  build["wgmma"] = true;
+#else
+  build["wgmma"] = false;
+#endif
   m.attr("build") = build;
+  moekernels::host::bind_gemm(m);
 
   m.def("karmarkar_karp", &moekernels::host::karmarkar_karp, py::arg("costs"), py::arg("parts"),
         py::call_guard<py::gil_scoped_release>(),

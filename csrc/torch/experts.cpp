@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "gemm.h"
-#include "tensor.h"
 
 namespace moekernels::binding {
 namespace {
@@ -28,7 +27,7 @@ const void* pointer_of(const OptionalTensor& t) { return t ? t->const_data_ptr()
 struct Style {
   std::string activation;
   double alpha, limit;
-  bool interleaved, transposed;
+  bool interleaved, transposed, tf32;
 };
 
 ExpertsArgs checked(const Tensor& x, const OptionalTensor& weights, const Tensor& w1, const Tensor& w2,
@@ -78,10 +77,20 @@ ExpertsArgs checked(const Tensor& x, const OptionalTensor& weights, const Tensor
       .hidden = hidden,
       .ffn = ffn,
       .experts = experts,
+      .tf32 = style.tf32,
   };
 }
 
 int64_t h_width(const ExpertsArgs& args) { return (is_gated(args.activation) ? 2 : 1) * args.ffn; }
+
+// On CUDA: f() while `of.x` has a row for each of token_of's.
+template <class CudaStream, class F>
+void with_rows(const Tensor& x, const OptionalTensor& token_of, ExpertsArgs& of, CudaStream stream, const F& f) {
+  if (!token_of) return f();
+  const Tensor rows = permuted(x, *token_of, stream);
+  of.x = rows.const_data_ptr();
+  f();
+}
 
 void run_up(const ExpertsUpArgs& args) {
   with_workers(args.of.num_rows * args.of.hidden * h_width(args.of),
@@ -91,18 +100,36 @@ void run_up(const ExpertsUpArgs& args) {
 std::tuple<Tensor, Tensor> experts(const Tensor& x, OptionalTensor weights, const Tensor& w1, const Tensor& w2,
                                    const Tensor& offsets, OptionalTensor token_of, OptionalTensor b1,
                                    OptionalTensor b2, std::string activation, double alpha, double limit,
-                                   bool interleaved, bool transposed, bool keep_h) {
+                                   bool interleaved, bool transposed, bool keep_h, bool tf32) {
   const ExpertsArgs of = checked(x, weights, w1, w2, offsets, token_of, b1, b2,
-                                 {activation, alpha, limit, interleaved, transposed});
+                                 {activation, alpha, limit, interleaved, transposed, tf32});
   const ScalarType dtype = x.scalar_type();
   Tensor h = empty_large({keep_h ? of.num_rows : 0, h_width(of)}, dtype, x);
   Tensor a = empty_large({of.num_rows, of.ffn}, dtype, x);
   Tensor y = empty_large({of.num_rows, of.hidden}, dtype, x);
-  run_up({.of = of, .h = keep_h ? h.mutable_data_ptr() : nullptr, .a = a.mutable_data_ptr()});
+  ExpertsUpArgs up{.of = of, .h = keep_h ? h.mutable_data_ptr() : nullptr, .a = a.mutable_data_ptr()};
   const ExpertsDownArgs down{.of = of, .a = a.const_data_ptr(), .y = y.mutable_data_ptr()};
-  with_workers(of.num_rows * of.hidden * of.ffn,
-               [&](int64_t worker, int64_t workers) { cpu::experts_down(down, worker, workers); });
+  run(
+      x,
+      [&](auto stream) {
+        with_rows(x, token_of, up.of, stream, [&] { cuda::experts_up(up, stream); });
+        cuda::experts_down(down, stream);
+      },
+      [&] {
+        run_up(up);
+        with_workers(of.num_rows * of.hidden * of.ffn,
+                     [&](int64_t worker, int64_t workers) { cpu::experts_down(down, worker, workers); });
+      });
   return {y, h};
+}
+
+void run_dact(const ExpertsDActArgs& args) {
+  const ExpertsArgs& of = args.of;
+  with_workers(of.num_rows * of.hidden * of.ffn,
+               [&](int64_t worker, int64_t workers) { cpu::experts_dact(args, worker, workers); });
+  if (args.weighted_a == nullptr) return;
+  const int64_t used = of.offsets[of.experts], row_bytes = of.ffn * size_of(of.dtype);
+  std::memset(static_cast<char*>(args.weighted_a) + used * row_bytes, 0, (of.num_rows - used) * row_bytes);
 }
 
 // h from the forward, or an empty one: then it is computed again. Returns dh [R, G], the weighted activation [R, F]
@@ -112,46 +139,47 @@ std::tuple<Tensor, Tensor, Tensor> experts_dact(const Tensor& dy, const Tensor& 
                                                 const Tensor& offsets, OptionalTensor token_of, OptionalTensor b1,
                                                 OptionalTensor b2, std::string activation, double alpha,
                                                 double limit, bool interleaved, bool transposed, bool want_a,
-                                                bool want_dweights) {
+                                                bool want_dweights, bool tf32) {
   const ExpertsArgs of = checked(x, weights, w1, w2, offsets, token_of, b1, b2,
-                                 {activation, alpha, limit, interleaved, transposed});
+                                 {activation, alpha, limit, interleaved, transposed, tf32});
   const ScalarType dtype = x.scalar_type();
   const int64_t width = h_width(of);
   check_tensor("experts", "dy", dy, {dtype}, {{"R", of.num_rows}, {"H", of.hidden}}, &x);
   const bool kept = h.size(0) == of.num_rows;
   if (kept) check_tensor("experts", "h", h, {dtype}, {{"R", of.num_rows}, {"G", width}}, &x);
-  Tensor used_h = h;
-  if (!kept) {
-    used_h = empty_large({of.num_rows, width}, dtype, x);
-    run_up({.of = of, .h = used_h.mutable_data_ptr(), .a = nullptr});
-  }
-  const int64_t parts_width = want_dweights ? experts_dweights_parts(of.ffn) : 0;
-  Tensor parts = empty({of.num_rows, parts_width}, wide(dtype), x);
+  Tensor used_h = kept ? h : empty_large({of.num_rows, width}, dtype, x);
+  const int64_t parts_of_row = on_cuda(x) ? cuda::experts_dweights_parts(of.ffn) : experts_dweights_parts(of.ffn);
+  Tensor parts = empty({of.num_rows, want_dweights ? parts_of_row : 0}, wide(dtype), x);
   // h that was computed here is read and overwritten block by block: dh takes its place.
   Tensor dh = kept ? empty_large({of.num_rows, width}, dtype, x) : used_h;
   Tensor weighted_a = empty_large({want_a ? of.num_rows : 0, of.ffn}, dtype, x);
   Tensor dweights = empty({want_dweights ? of.num_rows : 0}, wide(dtype), x);
+  ExpertsUpArgs up{.of = of, .h = dh.mutable_data_ptr(), .a = nullptr};
   const ExpertsDActArgs dact{.of = of,
                              .dy = dy.const_data_ptr(),
                              .h = used_h.const_data_ptr(),
                              .dh = dh.mutable_data_ptr(),
                              .weighted_a = want_a ? weighted_a.mutable_data_ptr() : nullptr,
                              .dweights_parts = want_dweights ? parts.mutable_data_ptr() : nullptr};
-  with_workers(of.num_rows * of.hidden * of.ffn,
-               [&](int64_t worker, int64_t workers) { cpu::experts_dact(dact, worker, workers); });
-  if (want_a) {
-    const int64_t used = of.offsets[of.experts], row_bytes = of.ffn * size_of(of.dtype);
-    std::memset(static_cast<char*>(weighted_a.mutable_data_ptr()) + used * row_bytes, 0,
-                (of.num_rows - used) * row_bytes);
-  }
-  if (want_dweights) {
-    const ExpertsDWeightsArgs args{.of = of,
-                                   .dy = dy.const_data_ptr(),
-                                   .dweights_parts = parts.const_data_ptr(),
-                                   .dweights = dweights.mutable_data_ptr()};
-    with_workers(of.num_rows * (of.b2 ? of.hidden : 1),
-                 [&](int64_t worker, int64_t workers) { cpu::experts_dweights(args, worker, workers); });
-  }
+  const ExpertsDWeightsArgs sums{.of = of,
+                                 .dy = dy.const_data_ptr(),
+                                 .dweights_parts = parts.const_data_ptr(),
+                                 .dweights = dweights.mutable_data_ptr()};
+  run(
+      x,
+      [&](auto stream) {
+        if (!kept) with_rows(x, token_of, up.of, stream, [&] { cuda::experts_up(up, stream); });
+        cuda::experts_dact(dact, stream);
+        if (want_dweights) cuda::experts_dweights(sums, stream);
+      },
+      [&] {
+        if (!kept) run_up(up);
+        run_dact(dact);
+        if (want_dweights) {
+          with_workers(of.num_rows * (of.b2 ? of.hidden : 1),
+                       [&](int64_t worker, int64_t workers) { cpu::experts_dweights(sums, worker, workers); });
+        }
+      });
   return {dh, weighted_a, dweights};
 }
 
@@ -163,13 +191,19 @@ void run_dbias(const Tensor& rows, const OptionalTensor& weights, const Tensor& 
   of.tokens = tokens;
   of.weights = pointer_of(weights);
   of.offsets = offsets.const_data_ptr<int64_t>();
+  of.num_rows = rows.size(0);
   of.experts = offsets.size(0) - 1;
   const ExpertsDBiasArgs args{.of = of,
                               .rows = rows.const_data_ptr(),
                               .width = rows.size(1),
                               .out = out.mutable_data_ptr(),
                               .accumulate = accumulate};
-  with_workers(rows.numel(), [&](int64_t worker, int64_t workers) { cpu::experts_dbias(args, worker, workers); });
+  run(
+      rows, [&](auto stream) { cuda::experts_dbias(args, stream); },
+      [&] {
+        with_workers(rows.numel(),
+                     [&](int64_t worker, int64_t workers) { cpu::experts_dbias(args, worker, workers); });
+      });
 }
 
 void check_dbias(const Tensor& rows, const OptionalTensor& weights, const Tensor& offsets,
@@ -199,15 +233,16 @@ void experts_dbias_(Tensor main_grad, const Tensor& rows, OptionalTensor weights
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def(
       "_experts(Tensor x, Tensor? weights, Tensor w1, Tensor w2, Tensor offsets, Tensor? token_of, Tensor? b1, "
-      "Tensor? b2, str activation, float alpha, float limit, bool interleaved, bool transposed, bool keep_h) "
+      "Tensor? b2, str activation, float alpha, float limit, bool interleaved, bool transposed, bool keep_h, "
+      "bool tf32=False) "
       "-> (Tensor, Tensor)");
   m.def(
       "_experts_dact(Tensor dy, Tensor h, Tensor x, Tensor? weights, Tensor w1, Tensor w2, Tensor offsets, "
       "Tensor? token_of, Tensor? b1, Tensor? b2, str activation, float alpha, float limit, bool interleaved, "
-      "bool transposed, bool want_a, bool want_dweights) -> (Tensor, Tensor, Tensor)");
+      "bool transposed, bool want_a, bool want_dweights, bool tf32=False) -> (Tensor, Tensor, Tensor)");
   m.def(
       "_experts_dbias(Tensor rows, Tensor? weights, Tensor offsets, Tensor? token_of, int tokens) -> Tensor");
   m.def(
@@ -215,7 +250,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
       "int tokens) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) {
+MOEKERNELS_IMPL(m) {
   m.impl("_experts", TORCH_BOX(&experts));
   m.impl("_experts_dact", TORCH_BOX(&experts_dact));
   m.impl("_experts_dbias", TORCH_BOX(&experts_dbias));

@@ -1,12 +1,12 @@
 #include "moekernels/grouped_gemm.h"
 
 #include "gemm.h"
-#include "tensor.h"
 
 namespace moekernels::binding {
 namespace {
 
-Tensor grouped_gemm(const Tensor& rows, const Tensor& w, const Tensor& offsets, bool transposed) {
+Tensor grouped_gemm(const Tensor& rows, const Tensor& w, const Tensor& offsets, bool transposed,
+                    bool tf32) {
   const char* op = "grouped_gemm";
   check_tensor(op, "rows", rows, kFloats, {{"R"}, {"I"}});
   const int64_t in = rows.size(1);
@@ -29,9 +29,14 @@ Tensor grouped_gemm(const Tensor& rows, const Tensor& w, const Tensor& offsets, 
       .out_width = out_width,
       .experts = w.size(0),
       .transposed = transposed,
+      .tf32 = tf32,
   };
-  with_workers(rows.size(0) * in * out_width,
-               [&](int64_t worker, int64_t workers) { cpu::grouped_gemm(args, worker, workers); });
+  run(
+      rows, [&](auto stream) { cuda::grouped_gemm(args, stream); },
+      [&] {
+        with_workers(rows.size(0) * in * out_width,
+                     [&](int64_t worker, int64_t workers) { cpu::grouped_gemm(args, worker, workers); });
+      });
   return out;
 }
 
@@ -44,7 +49,7 @@ struct Wgrad {
   bool transposed;
   const std::optional<Tensor>& token_of;
   int64_t tokens;
-  bool gather;
+  bool gather, tf32;
 
   int64_t experts() const { return offsets.size(0) - 1; }
   int64_t m() const { return (transposed ? rows : drows).size(1); }
@@ -66,7 +71,7 @@ struct Wgrad {
   }
 
   void operator()(const Tensor& dw, bool accumulate) const {
-    const GroupedWgradArgs args{
+    GroupedWgradArgs args{
         .dtype = dtype_of(drows),
         .a = (transposed ? rows : drows).const_data_ptr(),
         .b = (transposed ? drows : rows).const_data_ptr(),
@@ -80,16 +85,29 @@ struct Wgrad {
         .m = m(),
         .n = n(),
         .experts = experts(),
+        .num_rows = drows.size(0),
+        .tf32 = tf32,
     };
-    with_workers((drows.size(0) + experts()) * m() * n(),
-                 [&](int64_t worker, int64_t workers) { cpu::grouped_wgrad(args, worker, workers); });
+    run(
+        drows,
+        [&](auto stream) {
+          if (!gather) return cuda::grouped_wgrad(args, stream);
+          const Tensor permuted_rows = permuted(rows, *token_of, stream);
+          (transposed ? args.a : args.b) = permuted_rows.const_data_ptr();
+          args.gather_a = args.gather_b = false;
+          cuda::grouped_wgrad(args, stream);
+        },
+        [&] {
+          with_workers((drows.size(0) + experts()) * m() * n(),
+                       [&](int64_t worker, int64_t workers) { cpu::grouped_wgrad(args, worker, workers); });
+        });
   }
 };
 
 Tensor grouped_gemm_wgrad(const Tensor& rows, const Tensor& drows, const Tensor& offsets, bool transposed,
-                          std::optional<Tensor> token_of, int64_t tokens, bool gather) {
+                          std::optional<Tensor> token_of, int64_t tokens, bool gather, bool tf32) {
   const Wgrad wgrad{.rows = rows, .drows = drows, .offsets = offsets, .transposed = transposed,
-                    .token_of = token_of, .tokens = tokens, .gather = gather};
+                    .token_of = token_of, .tokens = tokens, .gather = gather, .tf32 = tf32};
   wgrad.check_arguments();
   Tensor dw = empty_large({wgrad.experts(), wgrad.m(), wgrad.n()}, rows.scalar_type(), rows);
   wgrad(dw, false);
@@ -97,9 +115,9 @@ Tensor grouped_gemm_wgrad(const Tensor& rows, const Tensor& drows, const Tensor&
 }
 
 void grouped_gemm_wgrad_(Tensor main_grad, const Tensor& rows, const Tensor& drows, const Tensor& offsets,
-                         bool transposed, std::optional<Tensor> token_of, int64_t tokens, bool gather) {
+                         bool transposed, std::optional<Tensor> token_of, int64_t tokens, bool gather, bool tf32) {
   const Wgrad wgrad{.rows = rows, .drows = drows, .offsets = offsets, .transposed = transposed,
-                    .token_of = token_of, .tokens = tokens, .gather = gather};
+                    .token_of = token_of, .tokens = tokens, .gather = gather, .tf32 = tf32};
   wgrad.check_arguments();
   check_tensor(wgrad.op, "out", main_grad, {wide(rows.scalar_type())},
                {{"E", wgrad.experts()}, {transposed ? "I" : "O", wgrad.m()}, {transposed ? "O" : "I", wgrad.n()}},
@@ -109,17 +127,17 @@ void grouped_gemm_wgrad_(Tensor main_grad, const Tensor& rows, const Tensor& dro
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
-  m.def("_grouped_gemm(Tensor rows, Tensor w, Tensor offsets, bool transposed) -> Tensor");
+STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
+  m.def("_grouped_gemm(Tensor rows, Tensor w, Tensor offsets, bool transposed, bool tf32=False) -> Tensor");
   m.def(
       "_grouped_gemm_wgrad(Tensor rows, Tensor drows, Tensor offsets, bool transposed, Tensor? token_of, "
-      "int tokens, bool gather) -> Tensor");
+      "int tokens, bool gather, bool tf32=False) -> Tensor");
   m.def(
       "_grouped_gemm_wgrad_(Tensor(a!) main_grad, Tensor rows, Tensor drows, Tensor offsets, bool transposed, "
-      "Tensor? token_of, int tokens, bool gather) -> ()");
+      "Tensor? token_of, int tokens, bool gather, bool tf32=False) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) {
+MOEKERNELS_IMPL(m) {
   m.impl("_grouped_gemm", TORCH_BOX(&grouped_gemm));
   m.impl("_grouped_gemm_wgrad", TORCH_BOX(&grouped_gemm_wgrad));
   m.impl("_grouped_gemm_wgrad_", TORCH_BOX(&grouped_gemm_wgrad_));

@@ -11,7 +11,7 @@ from torch import Tensor
 from moekernels import reference
 from moekernels.ops import _spec
 from moekernels.ops._library import raw
-from moekernels.ops.grouped_gemm import autocast, main_grad_of, wgrad_or_accumulate
+from moekernels.ops.grouped_gemm import autocast, main_grad_of, tf32, wgrad_or_accumulate
 
 _experts = raw._experts.default
 _dact = raw._experts_dact.default
@@ -37,6 +37,7 @@ def _(
     interleaved,
     transposed,
     keep_h,
+    tf32=False,
 ):
     rows = x.shape[0] if token_of is None else token_of.shape[0]
     width = w1.shape[2 if transposed else 1]
@@ -62,6 +63,7 @@ def _(
     transposed,
     want_a,
     want_dweights,
+    tf32=False,
 ):
     rows, out = dy.shape[0], 2 if transposed else 1
     return (
@@ -101,7 +103,9 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx, x, weights, w1, w2, b1, b2, offsets, token_of, row_of, style, main_grads, recompute
     ):
-        y, h = _experts(x, weights, w1, w2, offsets, token_of, b1, b2, *style, keep_h=not recompute)
+        y, h = _experts(
+            x, weights, w1, w2, offsets, token_of, b1, b2, *style, not recompute, tf32(x)
+        )
         ctx.save_for_backward(x, weights, w1, w2, b1, b2, offsets, token_of, row_of, h)
         ctx.style, ctx.main_grads = style, main_grads
         return y
@@ -127,8 +131,9 @@ class _Experts(torch.autograd.Function):
                 b1,
                 b2,
                 *style,
-                want_a=need_w2,
-                want_dweights=need_weights,
+                need_w2,
+                need_weights,
+                tf32(x),
             )
         if need_b2:
             db2 = _dbias_or_accumulate(main_grads.b2, dy, weights, offsets, token_of, tokens)
@@ -138,7 +143,7 @@ class _Experts(torch.autograd.Function):
             )
             del weighted_a
         if need_x:
-            dx = _grouped_gemm(dh, w1, offsets, not transposed)
+            dx = _grouped_gemm(dh, w1, offsets, not transposed, tf32(x))
             if token_of is not None:
                 dx = _combine(dx, row_of, None)
         if need_w1:
@@ -205,10 +210,11 @@ def experts(
 
     Notes:
         Keeps x and h [R, 2F] for the backward, no expert output: the weights' gradient is <da,
-        a>. Sums in fp32 (fp64
-        for fp64). A parameter with an attribute `main_grad` (fp32, its shape) has its gradient
-        added there and none
-        returned. Under autocast all but `weights` are cast. Deterministic on any number of threads.
+        a>. Sums in fp32 (fp64 for fp64); fp32 inputs on CUDA as in `grouped_gemm`. With `token_of`
+        on CUDA the rows are permuted into scratch, and again in the backward, rather than kept. A
+        parameter with an attribute `main_grad` (fp32, its shape) has its gradient added there and
+        none returned. Under autocast all but `weights` are cast. Deterministic on any number of
+        threads.
     """
     main_grads = _MainGrads(*[main_grad_of(p) for p in (w1, w2, b1, b2)])
     x, w1, w2, b1, b2 = autocast(x.device, x, w1, w2, b1, b2)
@@ -221,7 +227,7 @@ def experts(
             raise RuntimeError("experts: x seen through token_of needs row_of for its gradient")
         return _Experts.apply(*inputs, offsets, token_of, row_of, style, main_grads, recompute)
     x, weights, w1, w2, b1, b2 = inputs
-    return _experts(x, weights, w1, w2, offsets, token_of, b1, b2, *style, keep_h=False)[0]
+    return _experts(x, weights, w1, w2, offsets, token_of, b1, b2, *style, False, tf32(x))[0]
 
 
 _GATED = ("swiglu", "geglu", "reglu", "swiglu_oai", "swiglu_clamped")

@@ -17,19 +17,30 @@ _wgrad_ = raw._grouped_gemm_wgrad_.default
 
 
 @torch.library.register_fake("moekernels::_grouped_gemm")
-def _(rows: Tensor, w: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+def _(rows: Tensor, w: Tensor, offsets: Tensor, transposed: bool, tf32: bool = False) -> Tensor:
     return rows.new_empty(rows.shape[0], w.shape[2 if transposed else 1])
 
 
 @torch.library.register_fake("moekernels::_grouped_gemm_wgrad")
-def _(rows, drows, offsets, transposed, token_of, tokens, gather) -> Tensor:
+def _(rows, drows, offsets, transposed, token_of, tokens, gather, tf32=False) -> Tensor:
     m, n = (rows, drows) if transposed else (drows, rows)
     return rows.new_empty(offsets.shape[0] - 1, m.shape[1], n.shape[1])
 
 
 @torch.library.register_fake("moekernels::_grouped_gemm_wgrad_")
-def _(main_grad, rows, drows, offsets, transposed, token_of, tokens, gather) -> None:
+def _(main_grad, rows, drows, offsets, transposed, token_of, tokens, gather, tf32=False) -> None:
     return None
+
+
+@torch.compiler.assume_constant_result
+def _matmul_may_round() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def tf32(x: Tensor) -> bool:
+    """Whether products of `x` may round fp32 inputs to tf32: on CUDA, where torch's own may
+    (`torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul`)."""
+    return x.is_cuda and x.dtype == torch.float32 and _matmul_may_round()
 
 
 def wgrad_or_accumulate(
@@ -45,8 +56,8 @@ def wgrad_or_accumulate(
     """The gradient for w, or None after adding it to `main_grad`. With `gather`, rows are [T, I]
     seen through token_of."""
     if main_grad is None:
-        return _wgrad(rows, drows, offsets, transposed, token_of, tokens, gather)
-    _wgrad_(main_grad, rows, drows, offsets, transposed, token_of, tokens, gather)
+        return _wgrad(rows, drows, offsets, transposed, token_of, tokens, gather, tf32(rows))
+    _wgrad_(main_grad, rows, drows, offsets, transposed, token_of, tokens, gather, tf32(rows))
     return None
 
 
@@ -72,7 +83,7 @@ class _GroupedGemm(torch.autograd.Function):
     def forward(ctx, rows, w, offsets, transposed: bool, main_grad) -> Tensor:
         ctx.save_for_backward(rows, w, offsets)
         ctx.transposed, ctx.main_grad = transposed, main_grad
-        return _grouped_gemm(rows, w, offsets, transposed)
+        return _grouped_gemm(rows, w, offsets, transposed, tf32(rows))
 
     @staticmethod
     def backward(ctx, drows: Tensor):
@@ -80,7 +91,7 @@ class _GroupedGemm(torch.autograd.Function):
         drows = drows.contiguous()
         dgrad = dw = None
         if ctx.needs_input_grad[0]:
-            dgrad = _grouped_gemm(drows, w, offsets, not ctx.transposed)
+            dgrad = _grouped_gemm(drows, w, offsets, not ctx.transposed, tf32(drows))
         if ctx.needs_input_grad[1]:
             dw = wgrad_or_accumulate(ctx.main_grad, rows, drows, offsets, ctx.transposed)
         return dgrad, dw, None, None, None
@@ -103,19 +114,18 @@ def grouped_gemm(rows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool =
         RuntimeError: a wrong dtype, rank, shape or device, with the values in the message.
 
     Notes:
-        Sums in fp32 (fp64 for fp64). If `w` is a parameter with an fp32 attribute `main_grad` of
-        its shape, the backward
-        adds w's gradient to that and returns none for w. Under autocast both run in autocast's
-        dtype. Deterministic:
-        the same input gives the same bits on any number of threads. An expert without rows costs
-        nothing.
+        Sums in fp32 (fp64 for fp64). On CUDA fp32 inputs are rounded to tf32 only where torch's
+        own products round them (`torch.set_float32_matmul_precision`). If `w` is a parameter with
+        an fp32 attribute `main_grad` of its shape, the backward adds w's gradient to that and
+        returns none for w. Under autocast both run in autocast's dtype. Deterministic: the same
+        input gives the same bits on any number of threads. An expert without rows costs nothing.
     """
     main_grad = main_grad_of(w)
     rows, w = autocast(rows.device, rows, w)
     rows, w = rows.contiguous(), w.contiguous()
     if torch.is_grad_enabled() and (rows.requires_grad or w.requires_grad):
         return _GroupedGemm.apply(rows, w, offsets, transposed, main_grad)
-    return _grouped_gemm(rows, w, offsets, transposed)
+    return _grouped_gemm(rows, w, offsets, transposed, tf32(rows))
 
 
 def grouped_gemm_dgrad(
@@ -127,7 +137,8 @@ def grouped_gemm_dgrad(
     Apart from `grouped_gemm_wgrad`, for schedules that run the two at different times. Not
     differentiable.
     """
-    return _grouped_gemm(drows.contiguous(), w.contiguous(), offsets, not transposed)
+    drows, w = drows.contiguous(), w.contiguous()
+    return _grouped_gemm(drows, w, offsets, not transposed, tf32(drows))
 
 
 def grouped_gemm_wgrad(

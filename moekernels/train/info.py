@@ -60,6 +60,13 @@ def _build() -> list[tuple[str, str]]:
     for name, op in (("cpu kernels", "_cpu_isa"), ("cuda archs", "_cuda_archs")):
         if hasattr(raw, op):
             rows.append((name, str(getattr(raw, op)())))
+    if backends != "cpu":
+        from moekernels import _host
+
+        kernels = "mma.sync, fma and tf32 for fp32"
+        if _host.build["wgmma"]:
+            kernels += ", wgmma with TMA (sm_90a)"
+        rows.append(("cuda gemms", kernels))
     return rows
 
 

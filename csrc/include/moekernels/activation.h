@@ -5,12 +5,6 @@
 
 #include "moekernels/experts.h"
 
-#ifdef __CUDACC__
-#define MOEKERNELS_BOTH __host__ __device__
-#else
-#define MOEKERNELS_BOTH
-#endif
-
 namespace moekernels {
 
 // value and slope of a function of the gate alone, act(gate).

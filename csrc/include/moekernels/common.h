@@ -4,6 +4,13 @@
 
 #include <cstdint>
 
+// Plain functions that device code calls as well.
+#ifdef __CUDACC__
+#define MOEKERNELS_BOTH __host__ __device__
+#else
+#define MOEKERNELS_BOTH
+#endif
+
 namespace moekernels {
 
 enum class DType : int { f32, bf16, f16, f64 };

@@ -7,7 +7,7 @@ namespace moekernels {
 
 enum class Activation : int { swiglu, geglu, reglu, swiglu_oai, swiglu_clamped, relu2, silu, gelu };
 
-inline bool is_gated(Activation activation) { return activation <= Activation::swiglu_clamped; }
+MOEKERNELS_BOTH inline bool is_gated(Activation activation) { return activation <= Activation::swiglu_clamped; }
 
 struct ExpertsArgs {
   DType dtype;
@@ -40,7 +40,7 @@ struct ExpertsDownArgs {
   void* y;
 };
 
-// From dy [R, H] and the kept h [R, G]: dh [R, G], the weighted activation [R, F] that dw2 needs, and the parts of
+// From dy [R, H] and the kept h [R, G]: dh [R, G] (which may be h's own memory), the weighted activation [R, F] that dw2 needs, and the parts of
 // <da, a> [R, chunks] that sum to dweights. The last two may be null.
 struct ExpertsDActArgs {
   ExpertsArgs of;
@@ -75,7 +75,7 @@ inline int64_t experts_dweights_parts(int64_t ffn) { return (ffn + 255) / 256; }
 // and token_of only says which of them are used. Rows past offsets[E] of h, y, dh and weighted_a are set to zero.
 namespace cuda {
 constexpr int64_t kDWeightsColumns = 64;
-inline int64_t experts_dweights_parts(int64_t ffn) { return (ffn + kDWeightsColumns - 1) / kDWeightsColumns; }
+MOEKERNELS_BOTH inline int64_t experts_dweights_parts(int64_t ffn) { return (ffn + kDWeightsColumns - 1) / kDWeightsColumns; }
 
 void experts_up(const ExpertsUpArgs& args, Stream stream);
 void experts_down(const ExpertsDownArgs& args, Stream stream);

@@ -27,7 +27,8 @@ struct GemmProblem {
 struct GemmChoice {
   GemmKernel kernel;
   int tile_m, tile_n, tile_k, stages;
-  const char* reason;
+  const char* reason;    // for the tile
+  const char* obstacle;  // why not wgmma; null where it is taken
 };
 
 // The largest power of two up to 16 that divides all values: addresses and row lengths in bytes.
@@ -58,22 +59,20 @@ inline const char* why_not_wgmma(const GemmProblem& p) {
 }
 
 inline GemmChoice choose_gemm(const GemmProblem& p) {
+  const char* obstacle = why_not_wgmma(p);
   if (p.dtype == DType::f32) {
     return {GemmKernel::fma, 64, 64, 16, 3,
-            p.tf32 ? "fp32 inputs, rounded to tf32 as torch's matmul precision allows: tensor cores"
-                   : "fp32 inputs, exact products as torch's matmul precision asks: no tensor cores"};
+            p.tf32 ? "rounded to tf32 as torch's matmul precision allows: tensor cores"
+                   : "exact products as torch's matmul precision asks: no tensor cores",
+            obstacle};
   }
-  const char* obstacle = why_not_wgmma(p);
-  const GemmKernel kernel = obstacle == nullptr ? GemmKernel::wgmma : GemmKernel::mma;
+  const GemmKernel wanted = obstacle == nullptr ? GemmKernel::wgmma : GemmKernel::mma;
   for (const GemmTuned& entry : kGemmTuned) {
-    const bool fits = entry.kernel == kernel && (entry.ops & gemm_op_bit(p.op)) != 0 && p.n >= entry.least_n &&
+    const bool fits = entry.kernel == wanted && (entry.ops & gemm_op_bit(p.op)) != 0 && p.n >= entry.least_n &&
                       p.m >= entry.least_m && p.rows_an_expert() >= entry.least_rows_an_expert;
-    if (fits) {
-      return {kernel, entry.tile_m, entry.tile_n, entry.tile_k, entry.stages,
-              obstacle == nullptr ? entry.reason : obstacle};
-    }
+    if (fits) return {wanted, entry.tile_m, entry.tile_n, entry.tile_k, entry.stages, entry.reason, obstacle};
   }
-  return {GemmKernel::mma, 64, 64, 32, 3, obstacle == nullptr ? "no tuned entry fits: the smallest tile" : obstacle};
+  return {GemmKernel::mma, 64, 64, 32, 3, "the smallest tile", obstacle ? obstacle : "no tile of wgmma fits"};
 }
 
 }  // namespace moekernels

@@ -2,13 +2,7 @@
 // The rows past offsets[E] are the last group, number E, whose outputs are zero.
 #pragma once
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define MOEKERNELS_BOTH __host__ __device__
-#else
-#define MOEKERNELS_BOTH
-#endif
+#include "moekernels/common.h"
 
 namespace moekernels {
 

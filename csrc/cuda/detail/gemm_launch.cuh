@@ -1,0 +1,69 @@
+// From arguments to the kernel that the choice table names.
+#pragma once
+
+#include "launch.cuh"
+#include "moekernels/gemm_choice.h"
+#include "sm90.cuh"
+#include "vec.cuh"
+
+namespace moekernels::cuda {
+
+// 80, 90, ...: of the current device.
+inline int capability() {
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  return 10 * major + minor;
+}
+
+// The one place where a product's kernel is decided.
+template <class... Lengths>
+GemmChoice choose(GemmOp op, DType dtype, int64_t m, int64_t n, int64_t k, int64_t experts, bool tf32,
+                  const Lengths&... addresses_and_row_bytes) {
+  return choose_gemm({op, dtype, m, n, k, experts, gemm_alignment(addresses_and_row_bytes...), capability(),
+                      sm90::kBuilt, tf32});
+}
+
+// Calls f(null pointer of the dtype's type, tile as a constant). fp32 has the small tile alone.
+template <class F>
+void with_tile(DType dtype, const GemmChoice& choice, const F& f) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (sizeof(T) == 2) {
+      if (choice.tile_m == 128) return f(type, std::integral_constant<int, 128>{});
+    }
+    f(type, std::integral_constant<int, 64>{});
+  });
+}
+
+// Launches a kernel that may want more shared memory than every device gives unasked.
+template <class... Args>
+void launch_gemm(const char* name, void (*kernel)(Args...), int64_t blocks, int threads, int64_t shared, Stream stream,
+                 const Args&... args) {
+  constexpr int64_t kUnasked = 48 << 10;
+  if (shared > kUnasked) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared)),
+          name);
+  }
+  launch(name, kernel, blocks, threads, shared, stream, args...);
+}
+
+// A product of rows with the weights of their expert, out = weight (A w + bias): grouped_gemm, its dgrad, and the
+// down-projection. mma.sync and fp32.
+struct RowProduct {
+  DType dtype;
+  const void* a;  // [R, in]
+  const void* w;  // [E, width, in], transposed [E, in, width]
+  const int64_t* offsets;
+  void* out;                // [R, width]
+  const void* bias;         // [E, width] or null
+  const float* weights;     // [R] or null
+  const int32_t* token_of;  // [R] or null: rows without a token give zero
+  int64_t tokens, num_rows, in, width, experts;
+  bool transposed, tf32;
+};
+void row_product(const char* name, const RowProduct& args, const GemmChoice& choice, Stream stream);
+
+}  // namespace moekernels::cuda

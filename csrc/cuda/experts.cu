@@ -1,0 +1,328 @@
+// The expert FFN on any CUDA device: what follows a product happens to its tile while that is in shared memory. The
+// wgmma kernels for sm_90a are in experts_sm90.cu.
+#include "moekernels/experts.h"
+
+#include "detail/activation.cuh"
+#include "detail/gemm_launch.cuh"
+#include "detail/gemm_mma.cuh"
+#include "detail/tiles.cuh"
+
+namespace moekernels::cuda {
+namespace {
+
+extern __shared__ __align__(128) char shared[];
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+
+__device__ bool is_used(const ExpertsArgs& of, int64_t row) {
+  return of.token_of == nullptr || inside(of.token_of[row], of.tokens);
+}
+__device__ float weight_of(const ExpertsArgs& of, int64_t row) {
+  return of.weights != nullptr ? static_cast<const float*>(of.weights)[row] : 1.0f;
+}
+template <class T>
+__device__ float rounded(float v) {
+  return to_float(from_float<T>(v));
+}
+
+// kChunk columns of F in a row of h [R, G], gate and up, whichever way they lie there.
+template <class T>
+struct HChunk {
+  T *gate, *up;  // interleaved: gate alone, 2 * kChunk of both
+  int64_t count;
+  bool gated, interleaved, vector;
+
+  __device__ HChunk(const ExpertsArgs& of, const void* h, int64_t row, int64_t column, bool vectors)
+      : count(of.ffn - column), gated(is_gated(of.activation)), interleaved(gated && of.interleaved), vector(vectors) {
+    T* begin = static_cast<T*>(const_cast<void*>(h)) + row * (gated ? 2 : 1) * of.ffn;
+    gate = begin + (interleaved ? 2 : 1) * column;
+    up = begin + of.ffn + column;
+  }
+  __device__ void load(float (&g)[kChunk], float (&u)[kChunk]) const {
+    if (interleaved) {
+      float first[kChunk], second[kChunk];
+      load_chunk(first, gate, 2 * count, vector);
+      load_chunk(second, gate + kChunk, 2 * count - kChunk, vector);
+#pragma unroll
+      for (int n = 0; n < kChunk; ++n) {
+        g[n] = n < kChunk / 2 ? first[2 * n] : second[2 * n - kChunk];
+        u[n] = n < kChunk / 2 ? first[2 * n + 1] : second[2 * n + 1 - kChunk];
+      }
+    } else {
+      load_chunk(g, gate, count, vector);
+      if (gated) load_chunk(u, up, count, vector);
+    }
+  }
+  __device__ void store(const float (&g)[kChunk], const float (&u)[kChunk]) const {
+    if (interleaved) {
+      float first[kChunk], second[kChunk];
+#pragma unroll
+      for (int n = 0; n < kChunk; ++n) {
+        first[n] = n % 2 ? u[n / 2] : g[n / 2];
+        second[n] = n % 2 ? u[(kChunk + n) / 2] : g[(kChunk + n) / 2];
+      }
+      store_chunk(gate, first, 2 * count, vector);
+      store_chunk(gate + kChunk, second, 2 * count - kChunk, vector);
+    } else {
+      store_chunk(gate, g, count, vector);
+      if (gated) store_chunk(up, u, count, vector);
+    }
+  }
+};
+
+template <class T, int tile, bool transposed>
+__global__ void __launch_bounds__(GemmShape<T, tile>::kThreads) up_projection(const ExpertsUpArgs args, bool vector_in,
+                                                                              bool vector_out) {
+  constexpr int kPitch = GemmShape<T, tile>::kPitchC;
+  const ExpertsArgs& of = args.of;
+  const bool gated = is_gated(of.activation), interleaved = gated && of.interleaved;
+  const int64_t width = (gated ? 2 : 1) * of.ffn, tile_f = gated ? tile / 2 : tile;
+  const int64_t tiles_f = tile_count(of.ffn, tile_f), index = blockIdx.x / tiles_f, n = blockIdx.x - index * tiles_f;
+  const RowTile rows = find_row_tile(of.offsets, of.experts, of.num_rows, tile, index);
+  if (rows.group < 0) return;
+  const TileColumns columns = gated ? gated_columns(tile, n, of.ffn, interleaved) : plain_columns(tile, n, of.ffn);
+  const bool is_tail = rows.group == of.experts;
+  const float* c = nullptr;
+  if (!is_tail) {
+    const OperandSource<T> a{static_cast<const T*>(of.x) + rows.begin * of.hidden, of.hidden,
+                             TileColumns{tile, 0, 0, rows.end - rows.begin}, of.hidden, vector_in};
+    const OperandSource<T> b{static_cast<const T*>(of.w1) + rows.group * width * of.hidden,
+                             transposed ? width : of.hidden, columns, of.hidden, vector_in};
+    c = multiply_tile<T, tile, true, !transposed>(shared, a, b, of.tf32);
+  }
+  const T* bias = of.b1 != nullptr && !is_tail ? static_cast<const T*>(of.b1) + rows.group * width : nullptr;
+  const auto h_at = [&](int r, int j) {  // h in the tile's own columns, rounded as it is kept
+    const float b = bias != nullptr && columns.valid(j, 1) > 0 ? to_float(bias[columns.at(j)]) : 0.0f;
+    return rounded<T>(c[r * kPitch + j] + b);
+  };
+  const auto write = [&](int r, int j) {
+    const int64_t row = rows.begin + r, column = n * tile_f + j;
+    if (row >= rows.end || column >= of.ffn) return;
+    const HChunk<T> h(of, args.h, row, column, vector_out);
+    float gate[kChunk] = {}, up[kChunk] = {}, a[kChunk] = {};
+    if (!is_tail) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        gate[i] = h_at(r, interleaved ? 2 * (j + i) : j + i);
+        if (gated) up[i] = h_at(r, interleaved ? 2 * (j + i) + 1 : tile / 2 + j + i);
+      }
+    }
+    if (args.h != nullptr) h.store(gate, up);
+    if (args.a == nullptr) return;
+    if (!is_tail) {
+      with_activation(of.activation, [&](auto kind) {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+          a[i] = activate<decltype(kind)::value>(gate[i], up[i], static_cast<float>(of.alpha), static_cast<float>(of.limit)).a;
+        }
+      });
+    }
+    store_chunk(static_cast<T*>(args.a) + row * of.ffn + column, a, of.ffn - column, vector_out);
+  };
+  if (gated) {
+    for_chunks<T, tile, tile / 2>(write);
+  } else {
+    for_chunks<T, tile, tile>(write);
+  }
+}
+
+template <class T, int tile, bool transposed>
+__global__ void __launch_bounds__(GemmShape<T, tile>::kThreads) activation_gradient(const ExpertsDActArgs args,
+                                                                                    bool vector_in, bool vector_out) {
+  constexpr int kPitch = GemmShape<T, tile>::kPitchC, kPartLanes = kDWeightsColumns / kChunk;
+  const ExpertsArgs& of = args.of;
+  const int64_t tiles_n = tile_count(of.ffn, tile), index = blockIdx.x / tiles_n, n = blockIdx.x - index * tiles_n;
+  const RowTile rows = find_row_tile(of.offsets, of.experts, of.num_rows, tile, index);
+  if (rows.group < 0) return;
+  const TileColumns columns = plain_columns(tile, n, of.ffn);
+  const bool is_tail = rows.group == of.experts;
+  const float* c = nullptr;
+  if (!is_tail) {
+    const OperandSource<T> a{static_cast<const T*>(args.dy) + rows.begin * of.hidden, of.hidden,
+                             TileColumns{tile, 0, 0, rows.end - rows.begin}, of.hidden, vector_in};
+    const OperandSource<T> b{static_cast<const T*>(of.w2) + rows.group * of.ffn * of.hidden,
+                             transposed ? of.hidden : of.ffn, columns, of.hidden, vector_in};
+    c = multiply_tile<T, tile, true, transposed>(shared, a, b, of.tf32);
+  }
+  for_chunks<T, tile, tile>([&](int r, int j) {
+    const int64_t row = rows.begin + r, column = columns.at(j);
+    const bool exists = row < rows.end && column < of.ffn, used = exists && !is_tail && is_used(of, row);
+    float dot = 0;
+    if (exists) {
+      float dgate[kChunk] = {}, dup[kChunk] = {}, weighted[kChunk] = {};
+      if (used) {
+        float gate[kChunk], up[kChunk] = {};
+        HChunk<T>(of, args.h, row, column, vector_out).load(gate, up);
+        const float weight = weight_of(of, row);
+        with_activation(of.activation, [&](auto kind) {
+#pragma unroll
+          for (int i = 0; i < kChunk; ++i) {
+            const float da = column + i < of.ffn ? c[r * kPitch + j + i] : 0.0f;
+            const auto act = activate<decltype(kind)::value>(gate[i], up[i], static_cast<float>(of.alpha),
+                                                             static_cast<float>(of.limit));
+            dot = fmaf(da, column + i < of.ffn ? act.a : 0.0f, dot);
+            dgate[i] = da * weight * act.by_gate;
+            dup[i] = da * weight * act.by_up;
+            weighted[i] = weight * act.a;
+          }
+        });
+      }
+      HChunk<T>(of, args.dh, row, column, vector_out).store(dgate, dup);
+      if (args.weighted_a != nullptr) {
+        store_chunk(static_cast<T*>(args.weighted_a) + row * of.ffn + column, weighted, of.ffn - column, vector_out);
+      }
+    }
+    if (args.dweights_parts != nullptr) {
+#pragma unroll
+      for (int step = kPartLanes / 2; step > 0; step /= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
+      if (exists && j % kDWeightsColumns == 0) {
+        static_cast<float*>(args.dweights_parts)[row * experts_dweights_parts(of.ffn) + column / kDWeightsColumns] = dot;
+      }
+    }
+  });
+}
+
+// The expert of a row, or -1: by bisection, whatever the offsets hold.
+__device__ int64_t expert_of(const ExpertsArgs& of, int64_t row) {
+  int64_t low = 0, high = of.experts;  // offsets[low] <= row is to be found last
+  if (of.experts == 0 || row < of.offsets[0] || row >= of.offsets[of.experts]) return -1;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (of.offsets[middle] <= row ? low : high) = middle;
+  }
+  return low;
+}
+
+// A warp for each row.
+template <class T>
+__global__ void __launch_bounds__(kThreads) sum_dweights(const ExpertsDWeightsArgs args) {
+  const ExpertsArgs& of = args.of;
+  const int64_t row = warp_of_grid();
+  if (row >= of.num_rows) return;
+  const int64_t expert = expert_of(of, row), parts = experts_dweights_parts(of.ffn);
+  float total = 0;
+  if (expert >= 0 && is_used(of, row)) {
+    const float* part = static_cast<const float*>(args.dweights_parts) + row * parts;
+    for (int64_t i = lane_id(); i < parts; i += kWarp) total += part[i];
+    if (of.b2 != nullptr) {
+      const T* dy = static_cast<const T*>(args.dy) + row * of.hidden;
+      const T* bias = static_cast<const T*>(of.b2) + expert * of.hidden;
+      for (int64_t i = lane_id(); i < of.hidden; i += kWarp) total = fmaf(to_float(dy[i]), to_float(bias[i]), total);
+    }
+  }
+  total = warp_sum(total);
+  if (lane_id() == 0) static_cast<float*>(args.dweights)[row] = total;
+}
+
+// A block for 32 columns of an expert: a lane a column, the warps take turns at the rows.
+template <class T>
+__global__ void __launch_bounds__(kThreads) bias_gradient(const ExpertsDBiasArgs args, int64_t num_rows) {
+  __shared__ float sums[kWarps][kWarp];
+  const ExpertsArgs& of = args.of;
+  const int64_t column_blocks = tile_count(args.width, kWarp), expert = blockIdx.x / column_blocks;
+  const int64_t column = (blockIdx.x - expert * column_blocks) * kWarp + lane_id();
+  const int warp = threadIdx.x / kWarp;
+  const RowRange rows = rows_of_group(of.offsets, expert, of.experts, num_rows);
+  if (args.accumulate && rows.begin == rows.end) return;
+  float sum = 0;
+  if (column < args.width) {
+    for (int64_t row = rows.begin + warp; row < rows.end; row += kWarps) {
+      if (is_used(of, row)) {
+        sum = fmaf(weight_of(of, row), to_float(static_cast<const T*>(args.rows)[row * args.width + column]), sum);
+      }
+    }
+  }
+  sums[warp][lane_id()] = sum;
+  __syncthreads();
+  if (warp > 0 || column >= args.width) return;
+  for (int i = 1; i < kWarps; ++i) sum += sums[i][lane_id()];
+  const int64_t at = expert * args.width + column;
+  if (args.accumulate) {
+    static_cast<float*>(args.out)[at] += sum;
+  } else {
+    static_cast<T*>(args.out)[at] = from_float<T>(sum);
+  }
+}
+
+int64_t width_of(const ExpertsArgs& of) { return (is_gated(of.activation) ? 2 : 1) * of.ffn; }
+
+}  // namespace
+
+void experts_up(const ExpertsUpArgs& args, Stream stream) {
+  const ExpertsArgs& of = args.of;
+  const int64_t bytes = size_of(of.dtype), width = width_of(of);
+  const GemmChoice choice = choose(GemmOp::up, of.dtype, of.num_rows, width, of.hidden, of.experts, of.tf32, of.x, of.w1,
+                                   args.h, args.a, of.hidden * bytes, of.ffn * bytes);
+  if constexpr (sm90::kBuilt) {
+    if (choice.kernel == GemmKernel::wgmma) return sm90::experts_up(args, choice, stream);
+  }
+  with_tile(of.dtype, choice, [&](auto* type, auto constant) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int tile = decltype(constant)::value;
+    const bool vector_in = aligned16(of.x, of.w1, of.hidden * sizeof(T), (of.transposed ? of.ffn : 0) * sizeof(T));
+    const bool vector_out = aligned16(args.h, args.a, of.ffn * sizeof(T));
+    const int64_t tile_f = is_gated(of.activation) ? tile / 2 : tile;
+    const int64_t blocks = row_tiles_bound(of.num_rows, of.experts, tile) * tile_count(of.ffn, tile_f);
+    if (of.transposed) {
+      launch_gemm("experts_up", up_projection<T, tile, true>, blocks, GemmShape<T, tile>::kThreads,
+                  kGemmShared<T, tile, true, false>, stream, args, vector_in, vector_out);
+    } else {
+      launch_gemm("experts_up", up_projection<T, tile, false>, blocks, GemmShape<T, tile>::kThreads,
+                  kGemmShared<T, tile, true, true>, stream, args, vector_in, vector_out);
+    }
+  });
+}
+
+void experts_down(const ExpertsDownArgs& args, Stream stream) {
+  const ExpertsArgs& of = args.of;
+  const int64_t bytes = size_of(of.dtype);
+  const GemmChoice choice = choose(GemmOp::down, of.dtype, of.num_rows, of.hidden, of.ffn, of.experts, of.tf32, args.a,
+                                   of.w2, args.y, of.hidden * bytes, of.ffn * bytes);
+  if constexpr (sm90::kBuilt) {
+    if (choice.kernel == GemmKernel::wgmma) return sm90::experts_down(args, choice, stream);
+  }
+  const RowProduct product{of.dtype, args.a, of.w2,     of.offsets, args.y, of.b2,      static_cast<const float*>(of.weights),
+                           of.token_of, of.tokens, of.num_rows, of.ffn, of.hidden, of.experts, of.transposed, of.tf32};
+  row_product("experts_down", product, choice, stream);
+}
+
+void experts_dact(const ExpertsDActArgs& args, Stream stream) {
+  const ExpertsArgs& of = args.of;
+  const int64_t bytes = size_of(of.dtype);
+  const GemmChoice choice = choose(GemmOp::dact, of.dtype, of.num_rows, of.ffn, of.hidden, of.experts, of.tf32, args.dy,
+                                   of.w2, args.h, args.dh, args.weighted_a, of.hidden * bytes, of.ffn * bytes);
+  if constexpr (sm90::kBuilt) {
+    if (choice.kernel == GemmKernel::wgmma) return sm90::experts_dact(args, choice, stream);
+  }
+  with_tile(of.dtype, choice, [&](auto* type, auto constant) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int tile = decltype(constant)::value;
+    const bool vector_in = aligned16(args.dy, of.w2, of.hidden * sizeof(T), (of.transposed ? 0 : of.ffn) * sizeof(T));
+    const bool vector_out = aligned16(args.h, args.dh, args.weighted_a, of.ffn * sizeof(T));
+    const int64_t blocks = row_tiles_bound(of.num_rows, of.experts, tile) * tile_count(of.ffn, tile);
+    if (of.transposed) {
+      launch_gemm("experts_dact", activation_gradient<T, tile, true>, blocks, GemmShape<T, tile>::kThreads,
+                  kGemmShared<T, tile, true, true>, stream, args, vector_in, vector_out);
+    } else {
+      launch_gemm("experts_dact", activation_gradient<T, tile, false>, blocks, GemmShape<T, tile>::kThreads,
+                  kGemmShared<T, tile, true, false>, stream, args, vector_in, vector_out);
+    }
+  });
+}
+
+void experts_dweights(const ExpertsDWeightsArgs& args, Stream stream) {
+  with_type(args.of.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    launch("experts_dweights", sum_dweights<T>, ceil_div(args.of.num_rows, kWarps), kThreads, 0, stream, args);
+  });
+}
+
+void experts_dbias(const ExpertsDBiasArgs& args, Stream stream) {
+  with_type(args.of.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    launch("experts_dbias", bias_gradient<T>, args.of.experts * ceil_div(args.width, kWarp), kThreads, 0, stream, args,
+           args.of.num_rows);
+  });
+}
+
+}  // namespace moekernels::cuda

@@ -1,0 +1,112 @@
+"""`moekernels info --explain`: which CUDA kernel each product of an MoE layer takes, and why.
+
+Legend: T tokens, H hidden, F expert hidden, E experts, K top-k, R = T K routed rows.
+"""
+
+from __future__ import annotations
+
+import re
+
+from moekernels.errors import UsageError
+
+KEYS = ("T", "H", "F", "E", "K")
+DTYPES = ("bf16", "fp16", "fp32")
+EXAMPLE = 'for example "T=16384 H=2048 F=4096 E=64 K=2"'
+
+
+def parse_shape(text: str) -> dict[str, int | str]:
+    """`T=.. H=.. F=.. E=.. K=.. [dtype=bf16|fp16|fp32]` in any order -> its values."""
+    shape: dict[str, int | str] = {}
+    for part in text.replace(",", " ").split():
+        key, _, value = part.partition("=")
+        if key == "dtype":
+            if value not in DTYPES:
+                raise UsageError(f"--explain: dtype must be {'|'.join(DTYPES)}, got {value!r}")
+            shape[key] = value
+        elif key not in KEYS:
+            raise UsageError(f"--explain: unknown {part!r}; give {' '.join(KEYS)}, {EXAMPLE}")
+        elif not value.isascii() or not value.isdigit() or int(value) < 1:
+            raise UsageError(f"--explain: {key} must be a whole number from 1 on, got {value!r}")
+        elif int(value) >= 2**31:
+            raise UsageError(f"--explain: {key} must be less than 2^31, got {value}")
+        else:
+            shape[key] = int(value)
+    missing = [key for key in KEYS if key not in shape]
+    if missing:
+        raise UsageError(f"--explain: {' '.join(missing)} missing, {EXAMPLE}")
+    if shape["K"] > shape["E"]:
+        raise UsageError(f"--explain: K={shape['K']} is more than E={shape['E']}")
+    return {"dtype": "bf16", **shape}
+
+
+def parse_device(name: str | None) -> int:
+    """`sm_90` or `sm_90a` -> 90; None: the current device, or an sm_90 where there is none."""
+    import torch
+
+    if name is None:
+        if not torch.cuda.is_available():
+            return 90
+        major, minor = torch.cuda.get_device_capability()
+        return 10 * major + minor
+    found = re.fullmatch(r"sm_(\d{2,3})[af]?", name)
+    if found is None or int(found[1]) < 80:
+        raise UsageError(f"--device must be sm_80 or later, such as sm_90, got {name!r}")
+    return int(found[1])
+
+
+def products(shape: dict) -> list[tuple[str, str, int, int, int]]:
+    """(name, op of the table, m, n, k) of a layer's products, in the order that they run in."""
+    rows, hidden, ffn = shape["T"] * shape["K"], shape["H"], shape["F"]
+    return [
+        ("up (forward)", "up", rows, 2 * ffn, hidden),
+        ("down (forward)", "down", rows, hidden, ffn),
+        ("down dgrad + dact", "dact", rows, ffn, hidden),
+        ("down wgrad", "wgrad", hidden, ffn, rows),
+        ("up dgrad", "dgrad", rows, hidden, 2 * ffn),
+        ("up wgrad", "wgrad", 2 * ffn, hidden, rows),
+    ]
+
+
+def explain(text: str, device: str | None = None) -> str:
+    """One line a product of a gated layer: its size, kernel, tile, stages and the reason."""
+    shape, capability = parse_shape(text), parse_device(device)
+    import torch
+
+    try:
+        from moekernels import _host
+    except ImportError as error:
+        raise UsageError(f"--explain needs the built library: {error}") from None
+    item = 4 if shape["dtype"] == "fp32" else 2
+    lengths = (16, shape["H"] * item, shape["F"] * item)
+    alignment = min(length & -length for length in lengths)
+    wgmma, rows = _host.build["wgmma"], shape["T"] * shape["K"]
+    lines = [
+        f"{' '.join(f'{key}={shape[key]}' for key in KEYS)} {shape['dtype']} on sm_{capability}: "
+        f"R={rows} rows, {rows / shape['E']:.0f} an expert if all are alike; "
+        f"wgmma kernels in this build: {'yes' if wgmma else 'no'}"
+    ]
+    for name, op, m, n, k in products(shape):
+        chosen = _host.choose_gemm(
+            op,
+            shape["dtype"],
+            m=m,
+            n=n,
+            k=k,
+            experts=shape["E"],
+            alignment=alignment,
+            capability=capability,
+            wgmma=wgmma,
+            tf32=torch.backends.cuda.matmul.fp32_precision == "tf32",
+        )
+        tile = "x".join(map(str, chosen["tile"]))
+        # Of wgrad, k is shared out among the experts; of the others, m is.
+        size = f"{shape['E']} of {m} x {n}, k {k} in all" if op == "wgrad" else f"{m} x {n} x {k}"
+        reason = chosen["reason"]
+        if chosen["obstacle"] is not None:
+            reason += f"; no wgmma: {chosen['obstacle']}"
+        lines.append(
+            f"{name:<18} {size:<36} {2e-12 * m * n * k:7.3f} TFLOP  {chosen['kernel']:<6}"
+            f"{tile:<12} {chosen['stages']} stages  {reason}"
+        )
+    lines.append("tiles are predicted from the H200's arithmetic, not measured on one")
+    return "\n".join(lines)
