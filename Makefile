@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-SOURCES := CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/cuda/* csrc/cuda/*/*)
+SOURCES := CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/cuda/* csrc/cuda/*/* csrc/simt/*)
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
 
-.PHONY: train test cuda-all verify bench build lint format clean setup
+.PHONY: train test sanitize sanitizers cuda-all verify bench build lint format clean setup
 
 setup: $(STAMP)
 
@@ -24,8 +24,17 @@ train: build
 
 test: export MOEKERNELS_CUDA_ARCHS := 90a-real
 test: export MOEKERNELS_EMULATED := 1
-test: build
+test: sanitizers
 	$(BIN)/python -m pytest $(ARGS)
+
+# The CUDA kernels under g++'s sanitizers, and bugs planted into them; needs nvcc's headers. `make test` runs it too.
+sanitize: export MOEKERNELS_CUDA_ARCHS := 90a-real
+sanitize: export MOEKERNELS_EMULATED := 1
+sanitize: sanitizers
+	$(BIN)/python -m pytest python_tests/test_sanitize.py $(ARGS)
+
+sanitizers: build
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cmake --target sanitizers
 
 # Every architecture that a release holds; needs nvcc.
 cuda-all: export MOEKERNELS_CUDA := 1

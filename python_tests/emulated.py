@@ -6,12 +6,16 @@ launch (kernel, grid, shared memory, argument bytes) to this file, which finds t
 arguments point into and runs the PTX that nvcc made. Inside `emulated_cuda()` the raw ops take
 that path for CPU tensors, so `moekernels.ops` runs on it unchanged, autograd and all. Arrays that
 an op allocates count as unwritten until a kernel has written to them.
+
+Where MOEKERNELS_SANITIZER names one (asan, tsan), the kernels run instead as g++ compiled them
+under that sanitizer (csrc/simt), which must have been loaded first: test_sanitize.py does it.
 """
 
 from __future__ import annotations
 
 import bisect
 import ctypes
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -26,7 +30,8 @@ from torch import Tensor
 from python_tests import ptx
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = ROOT / "build" / "cmake" / "_C_emulated.so"
+SANITIZER = os.environ.get("MOEKERNELS_SANITIZER")
+LIBRARY = ROOT / "build" / "cmake" / f"_C_{SANITIZER or 'emulated'}.so"
 ARCH = "90a"
 OPS = (
     "_gate",
@@ -53,7 +58,7 @@ _FILE_HASH = re.compile(r"\d+_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}")
 
 def why_not() -> str | None:
     """Why the CUDA backend cannot be emulated here, or None."""
-    if ptx.nvcc() is None:
+    if ptx.nvcc() is None and not SANITIZER:
         return "nvcc is not on PATH: there is no PTX to execute"
     if not LIBRARY.exists():
         return f"{LIBRARY} is not built: `make test` builds it, MOEKERNELS_EMULATED=1 elsewhere"
@@ -214,13 +219,36 @@ class _Device:
             raise
 
 
+class _Fibers:
+    """The same interface over csrc/simt: the sanitizer of this process is the judge."""
+
+    def __init__(self):
+        self.schedule: int | None = None
+        self.launches: list[str] = []
+        torch.ops.load_library(str(LIBRARY))
+        library = ctypes.CDLL(str(LIBRARY))
+        self._order, self._launched = (
+            library.moekernels_simt_order,
+            library.moekernels_simt_launches,
+        )
+        self._order.argtypes, self._launched.restype = [ctypes.c_uint64], ctypes.c_uint64
+
+    def call(self, name: str, *args):
+        self._order(self.schedule or 0)
+        before = self._launched()
+        try:
+            return getattr(torch.ops.moekernels_emulated, name).default(*args)
+        finally:
+            self.launches += [name] * (self._launched() - before)
+
+
 def stems() -> list[str]:
     return sorted(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 @cache
-def device() -> _Device:
-    return _Device()
+def device() -> _Device | _Fibers:
+    return _Fibers() if SANITIZER else _Device()
 
 
 @contextmanager
@@ -231,10 +259,11 @@ def emulated_cuda(
     `schedule` perturbs the order of the warps, `lazy` makes copies land as late as they may."""
     emulator = device()
     emulator.schedule, emulator.lazy, emulator.launches = schedule, lazy, []
-    emulator.library.moekernels_emulate_capability(capability)
+    if not SANITIZER:  # the plain kernels are the same for every device
+        emulator.library.moekernels_emulate_capability(capability)
     library = torch.library.Library("moekernels", "IMPL")
     try:
-        for name in OPS:
+        for name in filter(lambda name: hasattr(torch.ops.moekernels_emulated, name), OPS):
             library.impl(
                 name,
                 lambda *args, name=name: emulator.call(name, *args),

@@ -121,7 +121,7 @@ struct Shared {
 
 template <class Tm>
 __global__ void __launch_bounds__(kGateThreads<Tm>) gate_tokens(const GateArgs args, const Parts parts) {
-  extern __shared__ __align__(16) uint32_t shared[];
+  MOEKERNELS_DYNAMIC_SHARED(uint32_t, shared);
   __shared__ uint32_t scratch[4];
   __shared__ double z_of_warp[(kGateThreads<Tm> + 31) / 32];
   const int experts = static_cast<int>(args.experts), top_k = static_cast<int>(args.top_k), team = Tm::team_of_block();
@@ -187,9 +187,11 @@ __global__ void __launch_bounds__(kGateThreads<Tm>) gate_tokens(const GateArgs a
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
       z += __shfl_xor_sync(kAllLanes, z, step);
-      if (Tm::is_block || step < Tm::lanes) continue;
+      if constexpr (Tm::lanes < kWarp) {
+        if (step < Tm::lanes) continue;
 #pragma unroll
-      for (int i = 0; i < Tm::values; ++i) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], step);
+        for (int i = 0; i < Tm::values; ++i) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], step);
+      }
     }
     __syncthreads();  // group keys are read, counts are complete
     if (threadIdx.x % 32 == 0) z_of_warp[threadIdx.x / 32] = z;

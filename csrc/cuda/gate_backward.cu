@@ -30,7 +30,7 @@ __device__ void weigh_backward(const float* chosen, float divisor, int top_k, bo
 
 template <class Tm>
 __global__ void __launch_bounds__(kGateThreads<Tm>) gate_backward_tokens(const GateBackwardArgs args, const bool vector) {
-  extern __shared__ __align__(16) uint32_t shared[];
+  MOEKERNELS_DYNAMIC_SHARED(uint32_t, shared);
   __shared__ uint32_t scratch[4];
   const int experts = static_cast<int>(args.experts), top_k = static_cast<int>(args.top_k), team = Tm::team_of_block();
   float* chosen = reinterpret_cast<float*>(shared) + team * 2 * top_k;

@@ -33,7 +33,7 @@ __device__ int32_t* counters_of_warp(const RouteArgs& args, int64_t chunk, int32
 
 template <bool in_shared>
 __global__ void __launch_bounds__(kThreads) route_count_slots(const RouteArgs args) {
-  extern __shared__ int32_t shared[];
+  MOEKERNELS_DYNAMIC_SHARED(int32_t, shared);
   const int64_t chunk = warp_of_grid();
   if (chunk >= args.chunks) return;
   int32_t* counters = counters_of_warp(args, chunk, in_shared ? shared : nullptr);
@@ -123,7 +123,7 @@ __device__ void clear_unused(const RouteArgs& args, int64_t warp, int64_t warps)
 // Each warp takes its slots in order, 32 at a time: a lane's rank is the number of lower lanes with the same expert.
 template <bool in_shared>
 __global__ void __launch_bounds__(kThreads) route_place_slots(const RouteArgs args) {
-  extern __shared__ int32_t shared[];
+  MOEKERNELS_DYNAMIC_SHARED(int32_t, shared);
   const int64_t chunk = warp_of_grid();
   clear_unused(args, chunk, static_cast<int64_t>(gridDim.x) * (kThreads / kWarp));
   if (chunk >= args.chunks) return;

@@ -9,12 +9,19 @@
 
 #include "moekernels/common.h"
 
+// Where g++ compiles the kernels, for the sanitizers, csrc/simt/simt.h launches them.
+#ifdef __CUDACC__
+// A block's dynamic shared memory, as an array.
+#define MOEKERNELS_DYNAMIC_SHARED(T, name) extern __shared__ __align__(16) T name[]
+#endif
+
 namespace moekernels::cuda {
 
 constexpr int kWarp = 32;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+#ifdef __CUDACC__
 // Throws with the kernel's name where the call before failed; says what this build holds where the device has no kernel.
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -30,6 +37,7 @@ inline void check(cudaError_t error, const char* what) {
   }
   throw std::runtime_error(message);
 }
+#endif
 
 template <class... Args>
 void launch(const char* name, void (*kernel)(Args...), int64_t blocks, int threads,
@@ -39,8 +47,12 @@ void launch(const char* name, void (*kernel)(Args...), int64_t blocks, int threa
     throw std::runtime_error(std::string(name) + ": " + std::to_string(blocks) +
                              " blocks are more than a grid holds; give fewer tokens at once");
   }
+#ifdef __CUDACC__
   kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
   check(cudaGetLastError(), name);
+#else
+  simt::launch(name, static_cast<unsigned>(blocks), threads, shared, [&] { kernel(args...); });
+#endif
 }
 
 }  // namespace moekernels::cuda
