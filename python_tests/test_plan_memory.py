@@ -163,6 +163,28 @@ def test_state_is_the_optimisers(dtype, moments, bare):
     assert counted.state - head * per_parameter == optimizer.bytes()
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("etp, moments", [(1, "fp32"), (2, "bf16")])
+def test_state_of_64_ranks(stage, etp, moments, bare, fake_world):
+    """MemTracker sees parameters, gradients and the optimiser's state of a rank of R4, and no byte
+    more or less than is counted."""
+    model = cfg.model_config(cfg.resolve("spec-30b", None, {}).model)
+    layout = Layout(tp=2, dp=8, pp=4, ep=8, etp=etp)
+    mesh = fake_world(layout, stage * layout.stage_ranks)
+    tracker = MemTracker()
+    with FakeTensorMode(), tracker:
+        chunk = StageModel(model, mesh, range(1, 5), stage == 0, stage == 3, dtype=torch.bfloat16)
+        counts = sum(x.numel() * x.element_size() for x in chunk.buffers())
+        counts += chunk.auxiliary.loads.nbytes + chunk.auxiliary.losses.nbytes
+        config = AdamWConfig(state_dtype=DTYPES[moments])
+        optimizer = Optimizer(chunk.named_shards(), mesh, config)
+        held = total(tracker, "current")
+    s = Strategy(layout, (4,) * 4, (0,) * 4, 8, optimizer_state=moments)
+    counted = stage_memory(model, s, stage, 4096)
+    assert counted.state == optimizer.bytes()
+    assert held == counted.state + counts
+
+
 def measure(model, mesh, layers, first, last, dtype, tokens, checkpoint, dispatcher="all_to_all"):
     """(kept after forward, peak of forward and backward) above parameters and gradients."""
     batch = pack(tokens)

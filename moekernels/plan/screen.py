@@ -67,7 +67,9 @@ def show(report: Report, console: Console | None = None, *, everything: bool = F
     shown = slower if everything else slower[:4]
     if shown:
         listed = "; ".join(f"{r.what} {r.reason.removesuffix(' the step or more')}" for r in shown)
-        console.print(f"[bold]slower[/], by this much or more: {listed}")
+        fastest = objective.best == "throughput"
+        label = "slower[/], by this much or more" if fastest else "others[/], their step over this"
+        console.print(f"[bold]{label}: {listed}")
     if over:
         nearest = min(over, key=lambda r: float(r.reason.split()[0]))
         console.print(

@@ -123,7 +123,9 @@ class Trainer:
         self.env, self.job, self.run = env, job, run
         self.mesh = mesh = Mesh(assembly.layout_of(run), device=env.device)
         self.first_step = job.facts.get("step", 0)
-        self.tuner, self.chosen, tuning = None, job.facts.get("microbatches"), ""
+        count = run.batch.microbatches * run.batch.accumulation
+        self.chosen = count if job.facts.get("microbatches") == count else None
+        self.tuner, tuning = None, ""
         if job.tune:
             began = microbatches.begin(run, job.corpus, mesh, self.first_step)
             self.tuner, count, tuning = began
