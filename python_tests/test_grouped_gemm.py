@@ -59,7 +59,9 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, size: torch.Tensor, dept
 
 @pytest.mark.parametrize("dtype", EPS, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("width,out", [(64, 96), (160, 33), (67, 35), (1, 5), (1100, 18)])
+@pytest.mark.parametrize(
+    "width,out", [(64, 96), (160, 33), (67, 35), (1, 5), (1100, 18), (300, 1100)]
+)
 def test_every_row_count(dtype: torch.dtype, transposed: bool, width: int, out: int):
     torch.manual_seed(0)
     offsets = offsets_of(ROWS)
@@ -124,6 +126,32 @@ def test_experts_main_grads(dtype: torch.dtype):
         # The main gradient is not rounded to the parameter's dtype.
         tolerance = 2 * EPS[dtype] * want[k].abs() + 1e-5 * want[k].abs().max()
         assert ((p.main_grad - want[k]).abs() <= tolerance).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_experts_of_many_columns(transposed: bool, interleaved: bool):
+    """Blocks of C wider than the epilogue's chunks, in every phase, their last one narrower."""
+    torch.manual_seed(0)
+    offsets = offsets_of([70, 0, 5, 200])
+    hidden, ffn = 1100, 1300
+    inputs = [
+        torch.randn(275, hidden),
+        torch.rand(275),
+        torch.randn(4, 2 * ffn, hidden) * hidden**-0.5,
+        torch.randn(4, hidden, ffn) * ffn**-0.5,
+    ]
+    if transposed:
+        inputs[2:] = [w.transpose(1, 2).contiguous() for w in inputs[2:]]
+    dy = torch.randn(275, hidden)
+    outputs = []
+    for fn, dtype in ((ops.experts, torch.float32), (reference.experts, torch.float64)):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in inputs]
+        y = fn(*leaves, offsets, transposed=transposed, interleaved=interleaved)
+        y.backward(dy.to(dtype))
+        outputs.append([y.detach(), *[t.grad for t in leaves]])
+    for got, want in zip(*outputs):
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 def test_recompute_gives_the_same_bits():

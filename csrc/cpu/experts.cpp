@@ -8,7 +8,7 @@
 namespace moekernels::cpu::MOEKERNELS_ISA {
 namespace {
 
-constexpr int64_t kColumns = 256;  // of C in a block: as many of F for dact, half as many gated for up
+constexpr int64_t kColumns = 256;  // of C at a time: as many of F for dact, half as many gated for up
 
 struct Shape {
   int64_t gates;  // 2 gated, 1 not
@@ -81,7 +81,8 @@ void up(const ExpertsUpArgs& args, int64_t worker, int64_t workers) {
   const auto extent = [&](int64_t e) {
     return Extent{.m = of.offsets[e + 1] - of.offsets[e], .n = of.ffn, .k = of.hidden};
   };
-  for_blocks(engine, of.experts, kColumns / shape.gates, worker, workers, extent, [&](int64_t e, const Block& block) {
+  for_blocks(engine, of.experts, kColumns / shape.gates, of.transposed, worker, workers, extent,
+             [&](int64_t e, const Block& block) {
     const int64_t first = of.offsets[e], rows = block.m1 - block.m0, columns = block.n1 - block.n0;
     const int64_t ldc = shape.gates * columns;
     S* c = static_cast<S*>(workspace.block(engine, rows * ldc));
@@ -101,33 +102,35 @@ void up(const ExpertsUpArgs& args, int64_t worker, int64_t workers) {
     with_activation(of.activation, [&](auto kind) {
       Halves<S> halves{};
       alignas(64) S both[kColumns];
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t row = first + block.m0 + r;
-        T* h = args.h ? row_at<T>(args.h, row, shape.width) : nullptr;
-        const auto round = [&](int64_t from, int64_t column, S* out, int64_t count) {
-          round_row<T>(c + r * ldc + from, bias ? bias + column : nullptr, h ? h + column : nullptr, out, count);
-        };
-        if (shape.gates == 1) {
-          round(0, block.n0, halves.gate, columns);
-        } else if (apart) {
-          round(0, block.n0, halves.gate, columns);
-          round(columns, of.ffn + block.n0, halves.up, columns);
-        } else {
-          round(0, 2 * block.n0, both, 2 * columns);
-          for (int64_t j = 0; j < columns; ++j) {
-            halves.gate[j] = both[2 * j];
-            halves.up[j] = both[2 * j + 1];
+      for (int64_t n0 = block.n0; n0 < block.n1; n0 += kColumns / shape.gates) {
+        const int64_t count = std::min(block.n1 - n0, kColumns / shape.gates);
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t row = first + block.m0 + r;
+          T* h = args.h ? row_at<T>(args.h, row, shape.width) : nullptr;
+          const S* gate = c + r * ldc + (apart ? 1 : shape.gates) * (n0 - block.n0);
+          const auto round = [&](const S* from, int64_t column, S* out, int64_t width) {
+            round_row<T>(from, bias ? bias + column : nullptr, h ? h + column : nullptr, out, width);
+          };
+          if (shape.gates == 1 || apart) {
+            round(gate, n0, halves.gate, count);
+            if (apart) round(gate + columns, of.ffn + n0, halves.up, count);
+          } else {
+            round(gate, 2 * n0, both, 2 * count);
+            for (int64_t j = 0; j < count; ++j) {
+              halves.gate[j] = both[2 * j];
+              halves.up[j] = both[2 * j + 1];
+            }
           }
+          if (args.a == nullptr) continue;
+          T* out = row_at<T>(args.a, row, of.ffn) + n0;
+          for_vectors<S>(count, [&](int64_t j, auto n) {
+            store(out + j,
+                  activate<decltype(kind)::value, Math<S>>(load(halves.gate + j), load(halves.up + j), S(of.alpha),
+                                                     S(of.limit))
+                      .a,
+                  n);
+          });
         }
-        if (args.a == nullptr) continue;
-        T* out = row_at<T>(args.a, row, of.ffn) + block.n0;
-        for_vectors<S>(columns, [&](int64_t j, auto n) {
-          store(out + j,
-                   activate<decltype(kind)::value, Math<S>>(load(halves.gate + j), load(halves.up + j),
-                                                            S(of.alpha), S(of.limit))
-                       .a,
-                   n);
-        });
       }
     });
   });
@@ -143,7 +146,8 @@ void down(const ExpertsDownArgs& args, int64_t worker, int64_t workers) {
   const auto extent = [&](int64_t e) {
     return Extent{.m = of.offsets[e + 1] - of.offsets[e], .n = of.hidden, .k = of.ffn};
   };
-  for_blocks(engine, of.experts, kColumns, worker, workers, extent, [&](int64_t e, const Block& block) {
+  for_blocks(engine, of.experts, kColumns, of.transposed, worker, workers, extent,
+             [&](int64_t e, const Block& block) {
     const int64_t first = of.offsets[e], rows = block.m1 - block.m0, columns = block.n1 - block.n0;
     S* c = static_cast<S*>(workspace.block(engine, rows * columns));
     const Operand a = rows_of(of, args.a, first, of.ffn, false);
@@ -176,33 +180,37 @@ void dact(const ExpertsDActArgs& args, int64_t worker, int64_t workers) {
   const auto extent = [&](int64_t e) {
     return Extent{.m = of.offsets[e + 1] - of.offsets[e], .n = of.ffn, .k = of.hidden};
   };
-  for_blocks(engine, of.experts, kColumns, worker, workers, extent, [&](int64_t e, const Block& block) {
+  for_blocks(engine, of.experts, kColumns, !of.transposed, worker, workers, extent,
+             [&](int64_t e, const Block& block) {
     const int64_t first = of.offsets[e], rows = block.m1 - block.m0, columns = block.n1 - block.n0;
     S* c = static_cast<S*>(workspace.block(engine, rows * columns));
     const Operand a = rows_of(of, args.dy, first, of.hidden, false);
     workspace.multiply(engine, a, weights_of(of, of.w2, e, of.hidden, of.ffn, false), block, of.hidden, c, columns,
                        Store::set);
     const bool interleaved = shape.gates == 2 && of.interleaved;
+    const int64_t parts_a_block = ceil_div(columns, kColumns);
     with_activation(of.activation, [&](auto kind) {
       Halves<S> in{}, out{};
-      for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t at = 0; at < rows * parts_a_block; ++at) {
+        const int64_t r = at % rows, n0 = block.n0 + at / rows * kColumns, count = std::min(block.n1 - n0, kColumns);
         const int64_t row = first + block.m0 + r;
-        const T* h = row_at<T>(args.h, row, shape.width) + (interleaved ? 2 : 1) * block.n0;
-        T* dh = row_at<T>(args.dh, row, shape.width) + (interleaved ? 2 : 1) * block.n0;
+        const T* h = row_at<T>(args.h, row, shape.width) + (interleaved ? 2 : 1) * n0;
+        T* dh = row_at<T>(args.dh, row, shape.width) + (interleaved ? 2 : 1) * n0;
         if (interleaved) {
-          for (int64_t j = 0; j < columns; ++j) {
+          for (int64_t j = 0; j < count; ++j) {
             in.gate[j] = to_wide(h[2 * j]);
             in.up[j] = to_wide(h[2 * j + 1]);
           }
         }
         const S weight = of.weights ? static_cast<const S*>(of.weights)[row] : S(1);
-        T* weighted = args.weighted_a ? row_at<T>(args.weighted_a, row, of.ffn) + block.n0 : nullptr;
+        T* weighted = args.weighted_a ? row_at<T>(args.weighted_a, row, of.ffn) + n0 : nullptr;
+        const S* da_row = c + r * columns + n0 - block.n0;
         Vec<S> dot{};
-        for_vectors<S>(columns, [&](int64_t j, auto n) {
+        for_vectors<S>(count, [&](int64_t j, auto n) {
           const Vec<S> g = interleaved ? load(in.gate + j, n) : load(h + j, n);
           Vec<S> u{};
           if (shape.gates == 2) u = interleaved ? load(in.up + j, n) : load(h + of.ffn + j, n);
-          const Vec<S> da = load(c + r * columns + j, n);
+          const Vec<S> da = load(da_row + j, n);
           const auto act = activate<decltype(kind)::value, Math<S>>(g, u, S(of.alpha), S(of.limit));
           dot = dot + da * act.a;
           const Vec<S> dg = da * weight * act.by_gate, du = da * weight * act.by_up;
@@ -216,13 +224,13 @@ void dact(const ExpertsDActArgs& args, int64_t worker, int64_t workers) {
           if (weighted != nullptr) store(weighted + j, weight * act.a, n);
         });
         if (interleaved) {
-          for (int64_t j = 0; j < columns; ++j) {
+          for (int64_t j = 0; j < count; ++j) {
             dh[2 * j] = from_wide<T>(out.gate[j]);
             dh[2 * j + 1] = from_wide<T>(out.up[j]);
           }
         }
         if (args.dweights_parts != nullptr) {
-          static_cast<S*>(args.dweights_parts)[row * parts + block.n0 / kColumns] = sum_lanes<S>(dot);
+          static_cast<S*>(args.dweights_parts)[row * parts + n0 / kColumns] = sum_lanes<S>(dot);
         }
       }
     });

@@ -37,7 +37,9 @@ constexpr Engine plain_engine() {
           .element_bytes = sizeof(T),
           .pack_a = &pack<Unit, T>,
           .pack_b = &pack<Unit, T>,
+          .pack_rows = &pack_rows<Unit, T>,
           .tile = &tile<Math>,
+          .fetch_units = kFetchUnits,
           .dot_rows = kDotRows,
           .dot = &dot<Math, T>};
   if constexpr (std::is_same_v<T, float>) {
@@ -90,9 +92,6 @@ Workspace::~Workspace() {
   for (void* memory : memory_) std::free(memory);
 }
 
-// Rows of B packed at a time, a whole number of every engine's units.
-constexpr int64_t kStretch = 32;
-
 // c [rows, columns] = ct [columns, width] turned.
 void transpose_block(const float* ct, int64_t width, int64_t rows, int64_t columns, float* c, int64_t ldc, bool add) {
   constexpr int lanes = kLanes<float>;
@@ -132,7 +131,7 @@ void Workspace::multiply_directly(const Engine& engine, const Operand& a, const 
   const int64_t width = ceil_div(rows, engine.direct_granule) * engine.direct_granule;
   const int64_t units = depth / engine.k_unit;
   char* panel = static_cast<char*>(room(0, units * width * engine.unit_bytes));
-  const Packed wanted{a.data, block.m0, block.m1, a.token_of, true};
+  const Packed wanted{a.data, block.m0, block.m1, a.token_of, 0};
   if (packed_ != wanted) engine.pack_b(panel, a, block.m0, rows, width, 0, depth);
   packed_ = wanted;
   float* ct = static_cast<float*>(room(3, columns * width * sizeof(float)));
@@ -142,6 +141,25 @@ void Workspace::multiply_directly(const Engine& engine, const Operand& a, const 
   engine.direct(units, first, b.ld / engine.k_unit, columns, panel, width, ct);
   if (engine.leave != nullptr) engine.leave();
   transpose_block(ct, width, rows, columns, c, ldc, mode == Store::add);
+}
+
+// The block of B that is packed after the one at k: the same columns further down, then the next columns, then the next expert.
+Ahead Workspace::next_of(const Engine& engine, const Operand& b, const Block& block, int64_t depth, int64_t k,
+                         int64_t k_block) {
+  if (b.token_of != nullptr) return {};
+  int64_t i = block.n0;
+  const int64_t columns = block.n1 - block.n0, out = b.k_contiguous ? INT64_MAX : b.ld;
+  k += k_block;
+  if (k >= depth) {
+    k = 0;
+    i = block.n1;
+    if (i >= out) i = 0, k = depth;
+  }
+  const int64_t nk = std::min(k_block, depth), width = (b.k_contiguous ? nk : columns) * engine.element_bytes;
+  return {.at = static_cast<const char*>(b.data) + (b.k_contiguous ? i * b.ld + k : k * b.ld + i) * engine.element_bytes,
+          .ld = b.ld * engine.element_bytes,
+          .lines = ceil_div(width, 64),
+          .rows = b.k_contiguous ? columns : nk};
 }
 
 void Workspace::multiply(const Engine& engine, const Operand& a, const Operand& b, const Block& block,
@@ -160,14 +178,15 @@ void Workspace::multiply(const Engine& engine, const Operand& a, const Operand& 
   const int64_t tiles = ceil_div(padded, engine.mr);
   const auto tile_begin = [&](int64_t i) { return std::min(rows, padded / granule * i / tiles * granule); };
   const int64_t all_units = ceil_div(depth, engine.k_unit);
-  const int64_t block_units = engine.k_block / engine.k_unit;
+  // Panels of many columns are cut shorter, so that they stay in the second cache beside C and the rows to come.
+  const int64_t block_units = engine.k_block / engine.k_unit / (columns > 512 ? 2 : 1);
   if (mode == Store::stream) {
     const bool aligned = reinterpret_cast<uintptr_t>(c) % 64 == 0 && ldc * engine.acc_bytes % 64 == 0;
     if (!aligned || all_units > block_units) mode = Store::set;
   }
 
   char* a_panels = static_cast<char*>(room(0, all_units * padded * engine.unit_bytes));
-  const Packed wanted{a.data, block.m0, block.m1, a.token_of, false};
+  const Packed wanted{a.data, block.m0, block.m1, a.token_of, block_units};
   const bool packed = packed_ == wanted;
   const int64_t panels = ceil_div(columns, engine.nr);
   char* b_panels = static_cast<char*>(room(1, panels * block_units * engine.nr * engine.unit_bytes));
@@ -184,16 +203,19 @@ void Workspace::multiply(const Engine& engine, const Operand& a, const Operand& 
                       ceil_div(height, granule) * granule, k, nk);
       }
     }
-    // Rows that run along n are packed a few at a time into all panels: memory is read in stretches of a whole row of the
-    // block, where panel after panel would read two lines here and two lines there.
     const int64_t panel_bytes = units * engine.nr * engine.unit_bytes;
-    const int64_t stretch = b.k_contiguous ? nk : kStretch;
-    for (int64_t k0 = 0; k0 < nk; k0 += stretch) {
+    if (b.k_contiguous) {
       for (int64_t p = 0; p < panels; ++p) {
-        engine.pack_b(b_panels + p * panel_bytes + k0 / engine.k_unit * engine.nr * engine.unit_bytes, b,
-                      block.n0 + p * engine.nr, std::min(engine.nr, columns - p * engine.nr), engine.nr, k + k0,
-                      std::min(stretch, nk - k0));
+        engine.pack_b(b_panels + p * panel_bytes, b, block.n0 + p * engine.nr, std::min(engine.nr, columns - p * engine.nr),
+                      engine.nr, k, nk);
       }
+    } else {
+      engine.pack_rows(b_panels, panel_bytes, b, block.n0, columns, k, nk);
+    }
+    Ahead ahead;
+    if (engine.fetch_units > 0) {
+      ahead = next_of(engine, b, block, depth, k, block_units * engine.k_unit);
+      ahead.burst = ceil_div(ahead.rows * ahead.lines, panels * tiles * ceil_div(units, engine.fetch_units));
     }
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t n = p * engine.nr, width = std::min(engine.nr, columns - n);
@@ -201,7 +223,7 @@ void Workspace::multiply(const Engine& engine, const Operand& a, const Operand& 
         const int64_t m = tile_begin(i), height = tile_begin(i + 1) - m;
         engine.tile(units, a_block + m * units * engine.unit_bytes, b_panels + p * panel_bytes,
                     static_cast<char*>(c) + (m * ldc + n) * engine.acc_bytes, ldc, height, width,
-                    u > 0 ? Store::add : mode);
+                    u > 0 ? Store::add : mode, ahead);
       }
     }
   }

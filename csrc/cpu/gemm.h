@@ -24,6 +24,24 @@ struct Operand {
 // What becomes of a tile: written, added to what is there, or written past the caches (aligned, not read again soon).
 enum class Store { set, add, stream };
 
+// Memory that will be packed next, brought into the second cache in small bursts while tiles are computed: otherwise the
+// cores would wait for memory while they pack, and memory for the cores while they multiply.
+struct Ahead {
+  const char* at = nullptr;  // the row whose lines are next
+  int64_t ld = 0;            // bytes from row to row
+  int64_t lines = 0;         // of a row
+  int64_t rows = 0;          // still to come
+  int64_t burst = 0;         // lines at a time
+  int64_t line = 0;
+
+  inline __attribute__((always_inline)) void fetch() {
+    for (int64_t i = 0; i < burst && rows > 0; ++i) {
+      __builtin_prefetch(at + 64 * line, 0, 2);
+      if (++line == lines) line = 0, at += ld, --rows;
+    }
+  }
+};
+
 // A register tile and its panels, for one dtype on this machine.
 struct Engine {
   int64_t mr, nr;       // the largest tile
@@ -35,9 +53,12 @@ struct Engine {
   int64_t element_bytes;  // of A and B as they are stored
   void (*pack_a)(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k, int64_t nk);
   void (*pack_b)(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k, int64_t nk);
-  // c [rows, cols] = or += a b over the units.
-  void (*tile)(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows, int64_t cols,
-               Store mode);
+  // All panels of B, where it runs along n.
+  void (*pack_rows)(void* to, int64_t panel_bytes, const Operand& from, int64_t i, int64_t ni, int64_t k, int64_t nk);
+  // c [rows, cols] = or += a b over the units, with a fetch every `fetch_units` (0: none).
+  void (*tile)(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows, int64_t cols, Store mode,
+               Ahead& ahead);
+  int64_t fetch_units;
   // For few rows of A against a B that runs along k: packing B would cost as much as its products. So A is packed as
   // columns and B is read as it lies, each element once: ct [cols, width] = B rows [cols] times panels of A
   // [units][width]. For at most `direct_rows` rows, at least `direct_cols` columns, a depth that direct_k divides.
@@ -81,10 +102,12 @@ class Workspace {
     const void* data = nullptr;
     int64_t m0 = 0, m1 = 0;
     const int32_t* token_of = nullptr;
-    bool direct = false;
+    int64_t units = 0;  // of a block along k; 0: read directly
     bool operator==(const Packed&) const = default;
   };
   void* room(int slot, int64_t bytes);
+  static Ahead next_of(const Engine& engine, const Operand& b, const Block& block, int64_t depth, int64_t k,
+                       int64_t k_block);
   void multiply_dots(const Engine& engine, const Operand& a, const Operand& b, const Block& block, int64_t depth, void* c,
                      int64_t ldc, bool add);
   void multiply_directly(const Engine& engine, const Operand& a, const Operand& b, const Block& block, int64_t depth,
@@ -100,10 +123,11 @@ struct Extent {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Walks the blocks of one worker: `extent(e)` is expert e's product, body(e, block) computes a block of it.
+// Walks the blocks of one worker: `extent(e)` is expert e's product, body(e, block) computes a block of it. Where B runs along
+// n, few rows get blocks of four times the columns, so that its rows are read by the page rather than a quarter of one.
 // The cut into blocks is the same for any number of workers, who take contiguous shares of about equal cost.
 template <class ExtentOf, class Body>
-void for_blocks(const Engine& engine, int64_t experts, int64_t columns_a_block, int64_t worker, int64_t workers,
+void for_blocks(const Engine& engine, int64_t experts, int64_t few_columns, bool b_along_n, int64_t worker, int64_t workers,
                 const ExtentOf& extent, const Body& body) {
   // Reading a weight and packing it costs about as much as this many rows of products.
   constexpr int64_t kReading = 16;
@@ -125,6 +149,7 @@ void for_blocks(const Engine& engine, int64_t experts, int64_t columns_a_block, 
     }
     const int64_t rows_wanted = std::clamp<int64_t>((1 << 19) / std::max<int64_t>(x.k, 1), 8 * engine.mr, 384);
     const int64_t row_blocks = ceil_div(x.m, rows_wanted);
+    const int64_t columns_a_block = few_columns * (b_along_n && x.m <= 128 ? 4 : 1);
     const int64_t column_blocks = ceil_div(x.n, columns_a_block);
     const int64_t blocks = row_blocks * column_blocks;
     for (int64_t i = 0; i < blocks; ++i) {

@@ -104,7 +104,8 @@ void amx_block(int64_t units, const char* a, const char* b, float* c, int64_t ld
   }
 }
 
-void amx_tile(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows, int64_t cols, Store mode) {
+void amx_tile(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows, int64_t cols, Store mode,
+              Ahead&) {
   using Block = void(int64_t, const char*, const char*, float*, int64_t, int64_t, int64_t, Store);
   static constexpr Block* blocks[2][2] = {{amx_block<1, 1>, amx_block<1, 2>}, {amx_block<2, 1>, amx_block<2, 2>}};
   blocks[rows > kTileRows][cols > kTileRows](units, static_cast<const char*>(a), static_cast<const char*>(b),
@@ -146,6 +147,15 @@ void pack_amx_b(void* to, const Operand& from, int64_t i, int64_t ni, int64_t wi
   pack<Pair, bf16>(out, from, i, ni, width, k, nk);
   const int64_t pairs = ceil_div(nk, 2), padded = ceil_div(nk, kTileK) * kTileRows;
   std::memset(out + pairs * width, 0, (padded - pairs) * width * sizeof(Pair));
+}
+
+void pack_amx_rows(void* to, int64_t panel_bytes, const Operand& from, int64_t i, int64_t ni, int64_t k, int64_t nk) {
+  pack_rows<Pair, bf16>(to, panel_bytes, from, i, ni, k, nk);
+  const int64_t pairs = ceil_div(nk, 2), padded = ceil_div(nk, kTileK) * kTileRows;
+  constexpr int64_t pair_row = kColumns * sizeof(Pair);
+  for (int64_t p = 0; p < ceil_div(ni, kColumns) && pairs < padded; ++p) {
+    std::memset(static_cast<char*>(to) + p * panel_bytes + pairs * pair_row, 0, (padded - pairs) * pair_row);
+  }
 }
 
 // ct [16, 16 tiles] = 16 rows of B, read as they lie, times `tiles` column tiles of packed A.
@@ -215,7 +225,9 @@ const Engine& bf16_engine(Bf16Unit unit) {
                               .element_bytes = sizeof(bf16),
                               .pack_a = &pack<Pair, bf16>,
                               .pack_b = &pack<Pair, bf16>,
+                              .pack_rows = &pack_rows<Pair, bf16>,
                               .tile = &tile<PairDot>,
+                              .fetch_units = kFetchUnits,
                               .direct_rows = kDirectVectors * kLanes<float>,
                               .direct_granule = kLanes<float>,
                               .direct_k = 2,
@@ -232,7 +244,9 @@ const Engine& bf16_engine(Bf16Unit unit) {
                                 .element_bytes = sizeof(bf16),
                                 .pack_a = &pack_amx_a,
                                 .pack_b = &pack_amx_b,
+                                .pack_rows = &pack_amx_rows,
                                 .tile = &amx_tile,
+                                .fetch_units = 0,  // tiles are done before memory is: a fetch would only hold them up
                                 .direct_rows = 8 * kTileRows,
                                 .direct_granule = kTileRows,
                                 .direct_k = kTileK,

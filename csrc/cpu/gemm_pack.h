@@ -136,6 +136,46 @@ void pack_copied(Unit* to, const Operand& from, int64_t i0, int64_t ni, int64_t 
   }
 }
 
+// Panels of two vectors, panel_bytes apart, from rows that run along i: row after row (pair after pair) goes to all panels,
+// so that memory is read in long runs.
+template <class Unit, class T>
+void pack_rows(void* to, int64_t panel_bytes, const Operand& from, int64_t i0, int64_t ni, int64_t k0, int64_t nk) {
+  constexpr int lanes = kLanes<Unit>;
+  constexpr bool pairs = std::is_same_v<Unit, Pair>;
+  constexpr int64_t width = 2 * lanes, step = pairs ? 2 : 1;
+  constexpr int64_t kRowsAhead = 4;
+  const int64_t ahead = from.gather ? 0 : kRowsAhead * from.ld;
+  char* unit = static_cast<char*>(to);
+  for (int64_t k = 0; k < nk; k += step, unit += width * sizeof(Unit)) {
+    const T* row = along_i<T>(from, k0 + k, i0);
+    const T* second = pairs && k + 1 < nk ? along_i<T>(from, k0 + k + 1, i0) : nullptr;
+    char* at = unit;
+    int64_t i = 0;
+    if (row != nullptr && (!pairs || second != nullptr)) {
+      for (; i + width <= ni; i += width, at += panel_bytes) {
+        Unit* panel = reinterpret_cast<Unit*>(at);
+        __builtin_prefetch(row + i + ahead);
+        if constexpr (pairs) {
+          using Line = typename VecOf<uint16_t>::type;
+          constexpr auto both = std::make_integer_sequence<int, 2 * lanes>{};
+          __builtin_prefetch(second + i + ahead);
+          const Line x = load_unaligned<Line>(row + i), y = load_unaligned<Line>(second + i);
+          store_unaligned(panel, interleave_low(x, y, both));
+          store_unaligned(panel + lanes, interleave_high(x, y, both));
+        } else {
+          if constexpr (width * sizeof(T) > 64) __builtin_prefetch(row + i + lanes + ahead);
+          store_unaligned(panel, load(row + i));
+          store_unaligned(panel + lanes, load(row + i + lanes));
+        }
+      }
+    }
+    for (; i < ni; i += width, at += panel_bytes) {
+      pack_copied<Unit, T>(reinterpret_cast<Unit*>(at), from, i0 + i, std::min(width, ni - i), width, k0 + k,
+                           std::min(step, nk - k));
+    }
+  }
+}
+
 template <class Unit, class T>
 void pack(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k, int64_t nk) {
   if (from.k_contiguous) {

@@ -9,10 +9,12 @@
 namespace moekernels::cpu::MOEKERNELS_ISA {
 namespace {
 
+constexpr int64_t kFetchUnits = 16;
+
 template <class Math, int MR, int NV>
 inline __attribute__((always_inline)) void tile_body(int64_t units, const void* a_panel,
                                                      const void* b_panel, void* c_at, int64_t ldc,
-                                                     int64_t cols, Store mode) {
+                                                     int64_t cols, Store mode, Ahead& ahead) {
   using Unit = typename Math::Unit;
   using Acc = typename Math::Acc;
   constexpr int lanes = kLanes<Acc>;
@@ -25,17 +27,20 @@ inline __attribute__((always_inline)) void tile_body(int64_t units, const void* 
     }
   }
   Vec<Acc> sum[MR][NV] = {};
-  for (int64_t u = 0; u < units; ++u) {
-    Vec<Unit> bv[NV];
+  for (int64_t left = units; left > 0; left -= kFetchUnits) {
+    ahead.fetch();
+    for (int64_t u = std::min(left, kFetchUnits); u > 0; --u) {
+      Vec<Unit> bv[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) bv[v] = load_unaligned<Vec<Unit>>(b + v * lanes);
+      for (int v = 0; v < NV; ++v) bv[v] = load_unaligned<Vec<Unit>>(b + v * lanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
+      for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[r][v] = Math::multiply_add(sum[r][v], splat(a[r]), bv[v]);
+        for (int v = 0; v < NV; ++v) sum[r][v] = Math::multiply_add(sum[r][v], splat(a[r]), bv[v]);
+      }
+      a += MR;
+      b += NV * lanes;
     }
-    a += MR;
-    b += NV * lanes;
   }
   const auto each = [&](const auto& put) __attribute__((always_inline)) {
 #pragma GCC unroll 16
@@ -51,25 +56,31 @@ inline __attribute__((always_inline)) void tile_body(int64_t units, const void* 
       case Store::stream: return each([](Acc* at, Vec<Acc> x) { stream(at, x); });
     }
   }
+  // The sums stay in registers: with an address they would be cleared in memory for every tile.
   const bool add = mode == Store::add;
+#pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
-    const Acc* from = reinterpret_cast<const Acc*>(sum[r]);
-    for (int64_t j = 0; j < cols; ++j) c[r * ldc + j] = add ? c[r * ldc + j] + from[j] : from[j];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      const int64_t count = std::min<int64_t>(lanes, cols - v * lanes);
+      Acc* at = c + r * ldc + v * lanes;
+      if (count > 0) store_tail(at, add ? load_tail(at, count) + sum[r][v] : sum[r][v], count);
+    }
   }
 }
 
-using TileFn = void(int64_t, const void*, const void*, void*, int64_t, int64_t, Store);
+using TileFn = void(int64_t, const void*, const void*, void*, int64_t, int64_t, Store, Ahead&);
 
 template <class Math, int MR, int NV>
-void tile_of(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t cols, Store mode) {
-  tile_body<Math, MR, NV>(units, a, b, c, ldc, cols, mode);
+void tile_of(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t cols, Store mode, Ahead& ahead) {
+  tile_body<Math, MR, NV>(units, a, b, c, ldc, cols, mode, ahead);
 }
 
 template <class Math, int NV, int... MR>
 void dispatch_tile(std::integer_sequence<int, MR...>, int64_t units, const void* a, const void* b, void* c,
-                   int64_t ldc, int64_t rows, int64_t cols, Store mode) {
+                   int64_t ldc, int64_t rows, int64_t cols, Store mode, Ahead& ahead) {
   static constexpr TileFn* tiles[] = {&tile_of<Math, MR + 1, NV>...};
-  tiles[rows - 1](units, a, b, c, ldc, cols, mode);
+  tiles[rows - 1](units, a, b, c, ldc, cols, mode, ahead);
 }
 
 // 14 x 2 vectors fill the 32 registers of AVX-512, 6 x 2 the 16 of the levels below.
@@ -82,9 +93,9 @@ constexpr int kVectors = 2;
 
 template <class Math>
 void tile(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows, int64_t cols,
-          Store mode) {
+          Store mode, Ahead& ahead) {
   dispatch_tile<Math, kVectors>(std::make_integer_sequence<int, kRows>{}, units, a, b, c, ldc, rows, cols,
-                                mode);
+                                mode, ahead);
 }
 
 // ---- products with B read as it lies: MR of its rows times NV vectors of packed A, into [rows of B, width]

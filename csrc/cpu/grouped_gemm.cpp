@@ -28,7 +28,8 @@ void grouped_gemm(const GroupedGemmArgs& args, int64_t worker, int64_t workers) 
   const auto extent = [&](int64_t e) {
     return Extent{.m = args.offsets[e + 1] - args.offsets[e], .n = args.out_width, .k = args.in};
   };
-  for_blocks(engine, args.experts, kColumnsABlock, worker, workers, extent, [&](int64_t e, const Block& block) {
+  for_blocks(engine, args.experts, kColumnsABlock, args.transposed, worker, workers, extent,
+             [&](int64_t e, const Block& block) {
     const int64_t first = args.offsets[e];
     const Operand a{.data = at(args.rows, first * args.in, args.dtype), .ld = args.in, .k_contiguous = true};
     const Operand b{.data = at(args.w, e * args.in * args.out_width, args.dtype),
@@ -64,7 +65,7 @@ void grouped_wgrad(const GroupedWgradArgs& args, int64_t worker, int64_t workers
     // An expert without rows adds nothing; where nothing is accumulated its gradient is still to be set to zero.
     return Extent{.m = args.accumulate && k == 0 ? 0 : args.m, .n = args.n, .k = k};
   };
-  for_blocks(engine, args.experts, kColumnsABlock, worker, workers, extent, [&](int64_t e, const Block& block) {
+  for_blocks(engine, args.experts, kColumnsABlock, false, worker, workers, extent, [&](int64_t e, const Block& block) {
     const int64_t first = args.offsets[e], depth = args.offsets[e + 1] - first;
     const auto operand = [&](const void* data, int64_t width, bool gather) {
       return Operand{.data = at(data, gather ? 0 : first * width, args.dtype),

@@ -43,9 +43,13 @@ inline void stream(T* p, Vec<Wide<T>> x) {
   if constexpr (std::is_same_v<T, double>) {
     stream(reinterpret_cast<float*>(p), load_unaligned<Vec<float>>(some));
   } else {
-    for (int i = 0; i < kVectorBytes / 2; i += 8) {
-      _mm_stream_si64(reinterpret_cast<long long*>(p) + i / 8, load_unaligned<long long>(some + i / 2));
-    }
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), load_unaligned<__m256i>(some));
+#elif defined(__AVX2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), load_unaligned<__m128i>(some));
+#else
+    _mm_stream_si64(reinterpret_cast<long long*>(p), load_unaligned<long long>(some));
+#endif
   }
 }
 inline void drain() { _mm_sfence(); }
