@@ -14,6 +14,7 @@ from moekernels.errors import UsageError
 from moekernels.train import config as cfg
 
 METRICS = "metrics.jsonl"
+LOCK_SECONDS = 1.0
 
 
 class RunFolder:
@@ -44,7 +45,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             # noqa: SIM115, held for the life of the run
             self._lock = open(self.path / ".lock", "a")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self._lock)
         except BlockingIOError:
             raise UsageError(
                 f"{self.path}: another run is writing here; wait for it or give another --out"
@@ -93,6 +94,19 @@ def read_metrics(path: Path) -> list[dict]:
         except ValueError:
             break
     return lines
+
+
+def _lock(file) -> None:
+    """Take the lock, or BlockingIOError. Ranks share their parent's lock, and one that was killed
+    a moment ago may take a moment to go: a short wait is not another run."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def _used(path: Path) -> bool:
