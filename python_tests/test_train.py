@@ -153,7 +153,9 @@ def test_killed_at_any_moment_and_resumed_has_the_same_losses(text, whole, tmp_p
     assert "from step 3" in stdout or "from step 6" in stdout
 
 
-AUTO = (*LAYOUT, "--steps", "10", "--save-every", "4", "--balance-coef", "0", "--lr", "1e-2")
+# A micro-batch has a load-balancing loss of its own: without it, and in fp64, where no rounding
+# sends a token to another expert, all numbers of micro-batches train alike.
+AUTO = (*LAYOUT, "--steps", "10", "--save-every", "4", "--balance-coef", "0", "--dtype", "fp64")
 
 
 def counts(out):
@@ -175,7 +177,7 @@ def test_micro_batches_chosen_while_training(text, tmp_path, cache, capfd):
     assert {f["microbatches"] for f in facts} == {chosen}
 
     assert main(argv(text, fixed, *AUTO)) == 0
-    assert losses(out) == pytest.approx(losses(fixed), rel=1e-4)
+    assert losses(out) == pytest.approx(losses(fixed), rel=1e-9)
 
     # From the checkpoint of step 8, asked for `auto` again and with the run's own configuration.
     expected = losses(out)
