@@ -15,11 +15,15 @@ import signal
 import subprocess
 import sys
 import typing
+from importlib.util import find_spec
 from pathlib import Path
 
 from moekernels import __version__
 from moekernels.errors import UsageError
 from moekernels.train import config as cfg
+
+RUNS = ("numpy", "tokenizers", "rich", "matplotlib")
+NEEDS = {"train": RUNS, "plan": RUNS, "verify": ("numpy",), "bench": (*RUNS, "pytest-benchmark")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -257,10 +261,7 @@ def _verify(args) -> int:
 
 
 def _plan(args) -> int:
-    try:
-        from moekernels.plan.command import against, calibrate, plan
-    except ImportError as error:
-        raise UsageError(f"plan needs {error.name}: pip install 'moekernels[train]'") from None
+    from moekernels.plan.command import against, calibrate, plan
 
     if args.calibrate:
         return calibrate()
@@ -291,10 +292,6 @@ def _bench(args) -> int:
         raise UsageError(
             f"bench runs from a source checkout, and {root} has no bench/; clone the repository"
         )
-    try:
-        import pytest_benchmark  # noqa: F401
-    except ImportError:
-        raise UsageError("bench needs pytest-benchmark: pip install 'moekernels[bench]'") from None
     paths = (
         []
         if any(not a.startswith("-") and Path(a.split("::")[0]).exists() for a in args.rest)
@@ -324,6 +321,15 @@ def _info(args) -> int:
     return 0
 
 
+def _require(command: str) -> None:
+    """Packages that a command needs beyond torch, before it has begun rather than at its end."""
+    missing = [name for name in NEEDS.get(command, ()) if not find_spec(name.replace("-", "_"))]
+    if missing:
+        raise UsageError(
+            f"{command} needs packages that are not here: pip install {' '.join(missing)}"
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -335,6 +341,7 @@ def main(argv: list[str] | None = None) -> int:
             rest = argv[1:] if argv[:1] == ["bench"] else []
             args = build_parser().parse_args(argv[: len(argv) - len(rest)])
             args.rest = rest
+            _require(args.command)
             return args.run(args)
         except UsageError as error:
             if not quiet:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moekernels import cli
 from moekernels.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +98,15 @@ def test_bench_elsewhere_than_in_a_checkout(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("moekernels.cli.__file__", str(tmp_path / "moekernels" / "cli.py"))
     code, _, err = run(capsys, "bench")
     assert code == 2 and "source checkout" in err
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "verify", "bench"])
+def test_a_missing_package_is_named_before_anything_begins(capsys, monkeypatch, command):
+    here = cli.find_spec
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "numpy" else here(name))
+    code, out, err = run(capsys, command)
+    assert code == 2 and not out
+    assert err == f"moekernels: {command} needs packages that are not here: pip install numpy\n"
 
 
 def test_module_and_script_are_the_same_program():

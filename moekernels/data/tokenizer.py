@@ -23,7 +23,7 @@ def library_version() -> str:
         return metadata.version("tokenizers")
     except metadata.PackageNotFoundError:
         raise UsageError(
-            "data: the package tokenizers is missing; pip install 'moekernels[train]' would do"
+            "data: the package tokenizers is missing; pip install tokenizers would do"
         ) from None
 
 

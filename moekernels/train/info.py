@@ -59,7 +59,7 @@ def _build() -> list[tuple[str, str]]:
     ]
     for name, op in (("cpu kernels", "_cpu_isa"), ("cuda archs", "_cuda_archs")):
         if hasattr(raw, op):
-            rows.append((name, str(getattr(raw, op)())))
+            rows.append((name, str(getattr(raw, op)()) or "none"))
     if backends != "cpu":
         from moekernels import _host
 
