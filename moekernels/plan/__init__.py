@@ -5,6 +5,7 @@
     search   the strategies, each one's step played on its own schedule
     claims   what a specification says, against what can be
     report   a screen, JSON, HTML, a trace, the launch line
+    measure, calibrate   the roofline's constants on this machine, and predictions beside a run
 
-No kernel is needed: nothing here runs a model.
+A plan needs no kernel and runs no model; only `measure` does.
 """
