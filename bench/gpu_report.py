@@ -45,31 +45,60 @@ def tests(folder: Path) -> dict:
     return {**counts, "failed": failed}
 
 
+def figures(folder: Path, name: str) -> dict:
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def verdict(rc: int) -> str:
+    return {0: "ok", 77: "NOT RUN, no GPU", 124: "TIMED OUT"}.get(rc, f"FAILED ({rc})")
+
+
+def experts_table(rows: list[dict]) -> list[str]:
+    """Ours beside each peer: TFLOP/s of each op at each shape that ours ran."""
+    by_case: dict[tuple, dict[str, str]] = {}
+    for row in rows:
+        case = (row["op"], row["T"], row["H"], row["F"], row["E"], row["K"], row["routing"])
+        rate = "skipped" if "skipped" in row else f"{row['tflops']:.0f}"
+        by_case.setdefault(case, {})[row["implementation"]] = rate
+    lines = []
+    for (op, t, h, f, e, k, routing), rates in by_case.items():
+        shape = f"T{t} H{h} F{f} E{e} K{k} {routing}"
+        others = ", ".join(f"{name} {rate}" for name, rate in rates.items())
+        lines.append(f"  {op:24} {shape:38} {others}")
+    return lines
+
+
 def main() -> int:
     folder = Path(sys.argv[1])
-    bench = folder / "bench.json"
     report = {
         "device": device(),
         "commit": output_of("git", "rev-parse", "HEAD"),
         "torch": output_of(sys.executable, "-c", "import torch; print(torch.__version__)"),
         "sections": sections(folder),
         "tests": tests(folder),
-        "bench": json.loads(bench.read_text()) if bench.exists() else {},
+        "bench": figures(folder, "bench"),
+        "experts": figures(folder, "experts"),
+        "train": figures(folder, "train"),
     }
     target = folder / "gpu_suite.json"
     target.write_text(json.dumps(report, indent=1))
     card = report["device"]
     print(f"\n{card['name']}, driver {card['driver']}, torch {report['torch']}")
     for name, facts in report["sections"].items():
-        verdict = "ok" if facts["rc"] == 0 else f"FAILED ({facts['rc']})"
-        print(f"  {name:10}{verdict:16}{facts['seconds']:5} s")
+        print(f"  {name:10}{verdict(facts['rc']):17}{facts['seconds']:5} s")
     if t := report["tests"]:
         print(f"  {t['tests']} tests: {t['failures'] + t['errors']} failed, {t['skipped']} skipped")
     ours = [r for r in report["bench"].get("rows", []) if r["implementation"].startswith("ours")]
     for op in dict.fromkeys(r["op"] for r in ours):
         shares = [r["share_of_copy"] * 100 for r in ours if r["op"] == op]
         print(f"  {op:28}{min(shares):5.0f} to {max(shares):3.0f} % of the copy bandwidth")
+    if rows := report["experts"].get("rows"):
+        print("  TFLOP/s:")
+        print("\n".join(experts_table(rows)))
     print(f"  {target}")
+    if any(facts["rc"] == 77 for facts in report["sections"].values()):
+        print("  No GPU was here: this run proves nothing about one.")
     return 0
 
 

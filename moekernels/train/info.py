@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -57,9 +58,9 @@ def _build() -> list[tuple[str, str]]:
         ("backends", backends),
         ("library", f"{LIBRARY.name}, {LIBRARY.stat().st_size / 1e6:.1f} MB"),
     ]
-    for name, op in (("cpu kernels", "_cpu_isa"), ("cuda archs", "_cuda_archs")):
-        if hasattr(raw, op):
-            rows.append((name, str(getattr(raw, op)()) or "none"))
+    rows.append(("cpu kernels", raw._cpu_isa()))
+    rows.append(("cuda archs", raw._cuda_archs() or "none: MOEKERNELS_CUDA=0, or no nvcc"))
+    rows.append(("cuda ops", cuda_ops()))
     if backends != "cpu":
         from moekernels import _host
 
@@ -68,6 +69,51 @@ def _build() -> list[tuple[str, str]]:
             kernels += ", wgmma with TMA (sm_90a)"
         rows.append(("cuda gemms", kernels))
     return rows
+
+
+def cuda_ops() -> str:
+    """The ops that have CUDA kernels in this build, and those that run on the CPU alone."""
+    import moekernels.ops  # noqa: F401  registers them
+
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("moekernels::")]
+    names = sorted({n for n in names if has(n, "CPU")})
+    with_cuda = [n.split("::_")[1] for n in names if has(n, "CUDA")]
+    without = [n.split("::_")[1] for n in names if not has(n, "CUDA")]
+    if not with_cuda:
+        return "none"
+    return ", ".join(with_cuda) + (f"; cpu only: {', '.join(without)}" if without else "")
+
+
+def runs_on(archs: str, major: int, minor: int) -> bool:
+    """Whether one of the archs ("sm_80, sm_90a") runs on a card of that capability: the same
+    generation, no later than the card, and exactly its own where the arch ends in a letter."""
+    for digits, letter in re.findall(r"sm_(\d+)([af]?)", archs):
+        of = divmod(int(digits), 10)
+        if of == (major, minor) or (not letter and of[0] == major and of[1] < minor):
+            return True
+    return False
+
+
+def _gpus() -> list[tuple[str, str]]:
+    try:
+        from moekernels.ops._library import raw
+
+        archs = raw._cuda_archs()
+    except ImportError:
+        archs = None  # said above
+    rows = []
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        facts = f"{card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.0f} GiB"
+        if archs is not None and not runs_on(archs, card.major, card.minor):
+            facts += (
+                "; this build has no kernels for it: rebuild with MOEKERNELS_CUDA=1 "
+                f"MOEKERNELS_CUDA_ARCHS={card.major}{card.minor}-real"
+            )
+        rows.append((f"gpu {i}", facts))
+    why = "torch sees none" if torch.version.cuda else "this torch is a CPU build"
+    return rows or [("gpu", f"none: {why}")]
 
 
 def _machine() -> list[tuple[str, str]]:
@@ -95,14 +141,4 @@ def _machine() -> list[tuple[str, str]]:
                 f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
             )
         )
-    for i in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(i)
-        rows.append(
-            (
-                f"gpu {i}",
-                f"{card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.0f} GiB",
-            )
-        )
-    if torch.cuda.device_count() == 0:
-        rows.append(("gpu", "none"))
-    return rows
+    return rows + _gpus()
