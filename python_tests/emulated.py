@@ -177,8 +177,9 @@ class _Device:
 
     def _run(self, name: str, blocks: int, threads: int, shared_bytes: int, params) -> None:
         self.launches.append(name)
-        found = [m for m in map(module, stems()) if name in m.kernels]
-        kernel = found[0].kernels[name]
+        likely = sorted(stems(), key=lambda stem: stem not in name)  # others need not be compiled
+        found = next(m for m in map(module, likely) if name in m.kernels)
+        kernel = found.kernels[name]
         args = [ctypes.string_at(params[i], v.size) for i, (v, _) in enumerate(kernel.params)]
         # The gaps between the members of an argument hold what the stack held, old pointers too.
         if name not in self.bytes_read:
@@ -203,7 +204,7 @@ class _Device:
         maps = [_tensor_map(raw, self.spans) for raw in args]
         packed = [m or ptx.Packed(raw, arrays) for m, raw in zip(maps, args)]
         how = {"schedule": self.schedule, "lazy": self.lazy}
-        found[0].launch(kernel, blocks, threads, packed, shared_bytes, **how)
+        found.launch(kernel, blocks, threads, packed, shared_bytes, **how)
 
     def call(self, name: str, *args):
         self.forget()

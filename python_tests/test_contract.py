@@ -82,6 +82,7 @@ def evaluate(fn, spec: OpSpec, inputs: dict, *, gaps: bool = False):
     gradients = {}
     if roots:
         cotangents = [randn(torch.float32, *t.shape, seed=7).to(t.dtype) for t in roots]
+        cotangents = [c.to(t.device, non_blocking=True) for c, t in zip(cotangents, roots)]
         if gaps:
             cotangents = [strided(c) for c in cotangents]
         leaves = [inputs[n] for n in wanted]
