@@ -292,8 +292,20 @@ def test_a_planted_bug_is_caught(bug, monkeypatch):
         ops.grouped_gemm(**inputs)
 
 
-def test_limits_are_named():
-    message = "grouped_gemm: rows is float64, which the CPU alone computes"
-    with emulated.emulated_cuda() as device, pytest.raises(RuntimeError, match=message):
-        ops.grouped_gemm(torch.zeros(2, 3).double(), torch.zeros(1, 4, 3).double(), offsets_of(2))
+def test_float64_is_refused():
+    x, w1, w2 = (torch.zeros(s).double() for s in ((2, 3), (1, 8, 3), (1, 3, 4)))
+    words = "is float64, which the CPU alone computes; give float32, bfloat16 or float16 on CUDA"
+    with emulated.emulated_cuda() as device:
+        for op, name, call in (
+            ("grouped_gemm", "rows", lambda: ops.grouped_gemm(x, w1, offsets_of(2))),
+            (
+                "grouped_gemm_wgrad",
+                "drows",
+                lambda: ops.grouped_gemm_wgrad(x, x, offsets_of(2)),
+            ),
+            ("experts", "x", lambda: ops.experts(x, None, w1, w2, offsets_of(2))),
+        ):
+            with pytest.raises(RuntimeError) as error:
+                call()
+            assert str(error.value) == f"{op}: {name} {words}"
     assert not device.launches

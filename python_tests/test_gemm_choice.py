@@ -50,6 +50,16 @@ def test_what_wgmma_cannot_take_says_why(changes, reason):
     assert chosen["kernel"] == "mma" and reason in chosen["obstacle"]
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("op", ["forward", "up", "down", "dgrad", "dact", "wgrad"])
+def test_hopper_takes_wgmma(op, dtype):
+    """In the tile that the shape names, whatever the balance: few rows an expert included."""
+    for rows in (64, 32768):
+        chosen = choose(op, dtype, capability=90, wgmma=True, m=rows)
+        assert chosen["kernel"] == "wgmma" and chosen["obstacle"] is None
+        assert chosen["tile"] == (128, 256, 64) and chosen["stages"] >= 3
+
+
 def test_every_problem_has_one_choice_and_always_the_same():
     draw = random.Random(0)
     for _ in range(2000):
