@@ -39,6 +39,7 @@ class CMakeBuild(build_ext):
         command += [f"-DMOEKERNELS_OUTPUT={output}", f"-DMOEKERNELS_CUDA={cuda}"]
         command += [f"-DPython_EXECUTABLE={sys.executable}"]
         command += [f"-DMOEKERNELS_EMULATED={os.environ.get('MOEKERNELS_EMULATED', '0')}"]
+        command += [f"-DMOEKERNELS_CUTLASS={os.environ.get('MOEKERNELS_CUTLASS', '0')}"]
         if archs := os.environ.get("MOEKERNELS_CUDA_ARCHS"):
             command += [f"-DMOEKERNELS_CUDA_ARCHS={archs}"]
         subprocess.run(command, check=True)

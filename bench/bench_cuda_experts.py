@@ -4,15 +4,17 @@ memory that a call takes at its peak.
 python bench/bench_cuda_experts.py [--quick] [--json FILE] [--rehearse]
 
 The products: forward [R, H] x [E, 2F, H], dgrad, and wgrad into fp32, beside cuBLAS's dense product
-of as many FLOPs, torch's grouped_mm and DeepGEMM. The layer: route, experts (SwiGLU), combine, from
-ids and weights, beside torch's grouped_mm, transformers' experts, Liger and SonicMoE (whose layer
-begins with its router). A result that is far from ours is marked.
+of as many FLOPs, torch's grouped_mm, DeepGEMM and, where this build holds it, CUTLASS. The layer:
+route, experts (SwiGLU), combine, from ids and weights, beside torch's grouped_mm, transformers'
+experts, Liger and SonicMoE (whose layer begins with its router). A result that is far from ours is
+marked.
 Legend: T tokens, H hidden, F expert hidden, E experts, K top-k, R = T*K rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -21,7 +23,7 @@ from cuda_clock import Clock, Shape, ids_of, run_bench, why_missing
 from torch import Tensor
 from torch.nn import functional
 
-from moekernels import ops
+from moekernels import _host, ops
 
 PEERS = ("transformers", "liger_kernel", "deep_gemm", "sonicmoe")
 SONIC = [  # of its paper, table 9b: its 30B and 7B, and OLMoE
@@ -56,6 +58,17 @@ def normal(device: str, *shape: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape, device=device) * scale).bfloat16()
 
 
+def by_cutlass(fn: Callable[[], Tensor | None]) -> Callable[[], Tensor | None]:
+    def call() -> Tensor | None:
+        os.environ["MOEKERNELS_GEMM"] = "cutlass"
+        try:
+            return fn()
+        finally:
+            del os.environ["MOEKERNELS_GEMM"]
+
+    return call
+
+
 def product_candidates(shape: Shape, device: str) -> Iterator[Candidate]:
     routing = ops.route(ids_of(shape, device), shape.E)
     offsets, ends = routing.offsets, routing.offsets[1:].int()
@@ -81,6 +94,12 @@ def product_candidates(shape: Shape, device: str) -> Iterator[Candidate]:
     yield "grouped wgrad", "ours, fp32 +=", wgrad, flops
     yield "grouped wgrad", "cublas dense", lambda: (drows.T @ rows)[:0], flops
     yield "grouped wgrad", "torch, bf16", lambda: grouped(drows.T, rows, offs=ends), flops
+    if device == "cuda" and _host.build["cutlass"]:
+        forward = by_cutlass(lambda: ops.grouped_gemm(rows, w, offsets))
+        dgrad = by_cutlass(lambda: ops.grouped_gemm_dgrad(drows, w, offsets))
+        yield "grouped forward", "cutlass", forward, flops
+        yield "grouped dgrad", "cutlass", dgrad, flops
+        yield "grouped wgrad", "cutlass, fp32 +=", by_cutlass(wgrad), flops
 
 
 def deep_gemm_forward(shape: Shape, w: Tensor) -> Callable[[], None]:

@@ -8,6 +8,7 @@
 #   PACK=folder        what to use beside what is installed (default: gpu_pack, where it exists)
 #   OUT=folder         where the JSON and logs go (default: build/gpu_suite)
 #   ARCHS=90a-real     what to build for
+#   MOEKERNELS_CUTLASS=1  also CUTLASS's grouped GEMM, held to the contract and measured beside ours
 #
 # The exit code is 0 where every section went well, 1 where one failed, 2 where no GPU was there to prove anything on.
 set -uo pipefail
@@ -63,7 +64,8 @@ build() {
 }
 
 run_tests() {
-  "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$OUT/tests.xml" python_tests/test_cuda_device.py
+  "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$OUT/tests.xml" python_tests/test_cuda_device.py \
+    python_tests/test_cutlass.py
 }
 
 # One slice of the cases under each tool: the emulator has seen the others.

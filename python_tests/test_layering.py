@@ -29,6 +29,7 @@ CPP_LAYERS = {
     "include": r"torch|cuda|c10|ATen|Python|pybind11|cpu/|\.\./",
     "cpu": r"torch|cuda|c10|ATen|Python|pybind11|omp\.h|\.\./",
     "cuda": r"torch|c10|ATen|Python|pybind11|cpu/|\.\./",
+    "cutlass": r"torch|c10|ATen|Python|pybind11|cpu/|\.\./",
     "torch": r"ATen|c10|cuda|pybind11|\.\./|torch/(?!csrc/stable|csrc/inductor/aoti|headeronly)",
     "host": r"torch|c10|ATen|cuda|\.\./",
 }

@@ -18,6 +18,11 @@ PYBIND11_MODULE(_host, m) {
 #else
   build["wgmma"] = false;
 #endif
+#ifdef MOEKERNELS_CUTLASS
+  build["cutlass"] = true;
+#else
+  build["cutlass"] = false;
+#endif
   m.attr("build") = build;
   moekernels::host::bind_gemm(m);
 

@@ -1,5 +1,6 @@
 #include "moekernels/grouped_gemm.h"
 
+#include "cutlass.h"
 #include "gemm.h"
 
 namespace moekernels::binding {
@@ -32,7 +33,10 @@ Tensor grouped_gemm(const Tensor& rows, const Tensor& w, const Tensor& offsets, 
       .tf32 = tf32,
   };
   run(
-      rows, [&](auto stream) { cuda::grouped_gemm(args, stream); },
+      rows,
+      [&](auto stream) {
+        if (!by_cutlass(op, args, rows, stream)) cuda::grouped_gemm(args, stream);
+      },
       [&] {
         with_workers(rows.size(0) * in * out_width,
                      [&](int64_t worker, int64_t workers) { cpu::grouped_gemm(args, worker, workers); });
@@ -91,6 +95,7 @@ struct Wgrad {
     run(
         drows,
         [&](auto stream) {
+          if (!token_of && by_cutlass(op, args, drows, stream)) return;
           if (!gather) return cuda::grouped_wgrad(args, stream);
           const Tensor permuted_rows = permuted(rows, *token_of, stream);
           (transposed ? args.a : args.b) = permuted_rows.const_data_ptr();

@@ -67,6 +67,8 @@ def _build() -> list[tuple[str, str]]:
         kernels = "mma.sync, fma and tf32 for fp32"
         if _host.build["wgmma"]:
             kernels += ", wgmma with TMA (sm_90a)"
+        if _host.build["cutlass"]:
+            kernels += ", CUTLASS where MOEKERNELS_GEMM=cutlass"
         rows.append(("cuda gemms", kernels))
     return rows
 
