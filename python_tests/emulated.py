@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from python_tests import ptx
+from python_tests import ptx, ptx_hardware
 
 ROOT = Path(__file__).parents[1]
 SANITIZER = os.environ.get("MOEKERNELS_SANITIZER")
@@ -133,12 +133,18 @@ def _tensor_map(raw: bytes, spans: dict[int, tuple[int, bool]]) -> ptx.TensorMap
     )
 
 
+@cache
+def program(module: ptx.Module) -> ptx_hardware.Program:
+    """The module's PTX on the GPU."""
+    return ptx_hardware.Program(module.text)
+
+
 class _Device:
     """Runs the launches of one op call at a time, over the arrays that it was told of."""
 
     def __init__(self):
         self.schedule: int | None = None
-        self.lazy = False
+        self.lazy = self.hardware = False
         self.launches: list[str] = []
         self.bytes_read: dict[str, list[np.ndarray]] = {}
         self.error: Exception | None = None
@@ -203,6 +209,9 @@ class _Device:
             self.spans[begin] = (nbytes, False)
         maps = [_tensor_map(raw, self.spans) for raw in args]
         packed = [m or ptx.Packed(raw, arrays) for m, raw in zip(maps, args)]
+        if self.hardware:
+            program(found).launch(name, blocks, threads, packed, shared_bytes)
+            return
         how = {"schedule": self.schedule, "lazy": self.lazy}
         found.launch(kernel, blocks, threads, packed, shared_bytes, **how)
 
@@ -254,11 +263,16 @@ def device() -> _Device | _Fibers:
 
 @contextmanager
 def emulated_cuda(
-    schedule: int | None = None, capability: int = 80, lazy: bool = False
+    schedule: int | None = None,
+    capability: int = 80,
+    lazy: bool = False,
+    hardware: bool = False,
 ) -> Iterator[_Device]:
     """The raw ops run their CUDA kernels, emulated, as a device of `capability` is given them;
-    `schedule` perturbs the order of the warps, `lazy` makes copies land as late as they may."""
+    `schedule` perturbs the order of the warps, `lazy` makes copies land as late as they may;
+    with `hardware` the GPU of this machine executes the same PTX on the same arrays instead."""
     emulator = device()
+    emulator.hardware = hardware
     emulator.schedule, emulator.lazy, emulator.launches = schedule, lazy, []
     if not SANITIZER:  # the plain kernels are the same for every device
         emulator.library.moekernels_emulate_capability(capability)

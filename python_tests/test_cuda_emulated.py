@@ -192,3 +192,15 @@ def test_messages_are_those_of_the_cpu(spec):
             call()
         assert str(error.value) == message
         assert not device.launches
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or bool(emulated.SANITIZER), reason="a GPU, or no PTX"
+)
+def test_hardware_is_asked_and_missed():
+    """Up to the driver's door: what a GPU would be given is made, and its absence has a name."""
+    x, token_of = torch.ones(3, 4), torch.zeros(6, dtype=torch.int32)
+    with emulated.emulated_cuda(hardware=True) as device:
+        with pytest.raises(RuntimeError, match="ptx_hardware: no CUDA driver here"):
+            ops.permute(x, token_of, torch.zeros(3, 2, dtype=torch.int32))
+    assert len(device.launches) == 1

@@ -102,6 +102,7 @@ class Module:
     """The kernels of one PTX text."""
 
     def __init__(self, text: str):
+        self.text = text
         self.parsed = parse(text)
         self.kernels = self.parsed.kernels
 
