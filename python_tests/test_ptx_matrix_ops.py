@@ -1,5 +1,7 @@
 """Matrix instructions and bulk copies, one at a time, against layouts written out."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import ptx
 import pytest
@@ -297,3 +299,15 @@ def test_thread_copies_that_arrive_at_an_mbarrier(schedule, lazy, waits):
 def test_bf16_helper_is_exact_on_these_values():
     values = matrix(100)
     np.testing.assert_array_equal(bf16_to_f32(f32_to_bf16(values)), values)
+
+
+@pytest.mark.parametrize(
+    "offset, size, error",
+    [(0, 256, None), (16, 240, None), (16, 256, ptx.OutOfBounds), (8, 16, ptx.DescriptorError)],
+)
+def test_bulk_prefetch(offset, size, error):
+    """It moves nothing, but what it names must exist and be aligned."""
+    body = f"add.s64 %rd0, %rd0, {offset};\ncp.async.bulk.prefetch.L2.global [%rd0], {size};"
+    source = np.zeros(64, np.float32)
+    with pytest.raises(error) if error else nullcontext():
+        kernel(body, 1).launch("k", 1, 1, [source])
