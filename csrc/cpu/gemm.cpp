@@ -44,6 +44,7 @@ constexpr Engine plain_engine() {
           .dot = &dot<Math, T>};
   if constexpr (std::is_same_v<T, float>) {
     engine.direct_rows = kDirectVectors * kLanes<float>;
+    engine.direct_passes = 2;
     engine.direct_granule = kLanes<float>;
     engine.direct = &direct<Math, 256>;
   }
@@ -128,19 +129,33 @@ void Workspace::multiply_dots(const Engine& engine, const Operand& a, const Oper
 void Workspace::multiply_directly(const Engine& engine, const Operand& a, const Operand& b, const Block& block,
                                   int64_t depth, float* c, int64_t ldc, Store mode) {
   const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
-  const int64_t width = ceil_div(rows, engine.direct_granule) * engine.direct_granule;
+  const int64_t granule = engine.direct_granule, width = ceil_div(rows, granule) * granule;
   const int64_t units = depth / engine.k_unit;
-  char* panel = static_cast<char*>(room(0, units * width * engine.unit_bytes));
+  const int64_t passes = ceil_div(rows, engine.direct_rows);
+  const auto pass_begin = [&](int64_t i) { return width / granule * i / passes * granule; };
+  char* panels = static_cast<char*>(room(0, units * width * engine.unit_bytes));
   const Packed wanted{a.data, block.m0, block.m1, a.token_of, 0};
-  if (packed_ != wanted) engine.pack_b(panel, a, block.m0, rows, width, 0, depth);
+  const bool packed = packed_ == wanted;
   packed_ = wanted;
+  // In several passes the second one finds B in the second cache. The registers hold 4, 5, 6 or 12 of its rows at a time.
+  constexpr int64_t kCache = 1 << 20, kRowsOfB = 120;
+  const int64_t fitting = kCache / std::max(depth * engine.element_bytes, engine.element_bytes) / kRowsOfB * kRowsOfB;
+  const int64_t columns_at_once = passes == 1 ? columns : std::max(kRowsOfB, fitting);
   float* ct = static_cast<float*>(room(3, columns * width * sizeof(float)));
-  // A unit of B holds k_unit elements, so its leading dimension counts ld / k_unit of them.
-  const char* first = static_cast<const char*>(b.data) + block.n0 * b.ld * engine.element_bytes;
   if (engine.enter != nullptr) engine.enter();
-  engine.direct(units, first, b.ld / engine.k_unit, columns, panel, width, ct);
+  for (int64_t j = 0; j < columns; j += columns_at_once) {
+    const int64_t count = std::min(columns_at_once, columns - j);
+    for (int64_t i = 0; i < passes; ++i) {
+      const int64_t m = pass_begin(i), m_width = pass_begin(i + 1) - m, m_rows = std::min(m_width, rows - m);
+      char* panel = panels + m * units * engine.unit_bytes;
+      if (j == 0 && !packed) engine.pack_b(panel, a, block.m0 + m, m_rows, m_width, 0, depth);
+      // A unit of B holds k_unit elements, so its leading dimension counts ld / k_unit of them.
+      const char* first = static_cast<const char*>(b.data) + (block.n0 + j) * b.ld * engine.element_bytes;
+      engine.direct(units, first, b.ld / engine.k_unit, count, panel, m_width, ct);
+      transpose_block(ct, m_width, m_rows, count, c + m * ldc + j, ldc, mode == Store::add);
+    }
+  }
   if (engine.leave != nullptr) engine.leave();
-  transpose_block(ct, width, rows, columns, c, ldc, mode == Store::add);
 }
 
 // The block of B that is packed after the one at k: the same columns further down, then the next columns, then the next expert.
@@ -168,7 +183,7 @@ void Workspace::multiply(const Engine& engine, const Operand& a, const Operand& 
   if (rows <= engine.dot_rows && a.k_contiguous && b.k_contiguous) {
     return multiply_dots(engine, a, b, block, depth, c, ldc, mode == Store::add);
   }
-  if (rows <= engine.direct_rows && columns >= engine.direct_cols && b.k_contiguous &&
+  if (rows <= engine.direct_passes * engine.direct_rows && columns >= engine.direct_cols && b.k_contiguous &&
       depth % engine.direct_k == 0 && b.ld % engine.direct_k == 0) {
     return multiply_directly(engine, a, b, block, depth, static_cast<float*>(c), ldc, mode);
   }

@@ -61,8 +61,8 @@ struct Engine {
   int64_t fetch_units;
   // For few rows of A against a B that runs along k: packing B would cost as much as its products. So A is packed as
   // columns and B is read as it lies, each element once: ct [cols, width] = B rows [cols] times panels of A
-  // [units][width]. For at most `direct_rows` rows, at least `direct_cols` columns, a depth that direct_k divides.
-  int64_t direct_rows = 0, direct_granule = 1, direct_k = 1, direct_cols = 1;
+  // [units][width]. For at most `direct_rows` rows in a pass, at least `direct_cols` columns, a depth that direct_k divides.
+  int64_t direct_passes = 1, direct_rows = 0, direct_granule = 1, direct_k = 1, direct_cols = 1;
   void (*direct)(int64_t units, const void* b, int64_t ldb, int64_t cols, const void* a, int64_t width, float* ct) = nullptr;
   // For very few rows of A against such a B: neither is packed, c [rows, cols] = or += a b, `a` pointing at A's rows.
   int64_t dot_rows = 0;
@@ -149,7 +149,7 @@ void for_blocks(const Engine& engine, int64_t experts, int64_t few_columns, bool
     }
     const int64_t rows_wanted = std::clamp<int64_t>((1 << 19) / std::max<int64_t>(x.k, 1), 8 * engine.mr, 384);
     const int64_t row_blocks = ceil_div(x.m, rows_wanted);
-    const int64_t columns_a_block = few_columns * (b_along_n && x.m <= 128 ? 4 : 1);
+    const int64_t columns_a_block = few_columns * (!b_along_n ? 1 : x.m <= 128 ? 4 : x.m <= 256 ? 2 : 1);
     const int64_t column_blocks = ceil_div(x.n, columns_a_block);
     const int64_t blocks = row_blocks * column_blocks;
     for (int64_t i = 0; i < blocks; ++i) {

@@ -158,11 +158,12 @@ void pack_amx_rows(void* to, int64_t panel_bytes, const Operand& from, int64_t i
   }
 }
 
-// ct [16, 16 tiles] = 16 rows of B, read as they lie, times `tiles` column tiles of packed A.
+// ct [16, 16 tiles] = 16 rows of B, `apart` units from each other and read as they lie, times `tiles` column tiles of packed
+// A; rows of ct lie ct_apart apart.
 template <int tiles>
-void amx_direct_rows(int64_t units, const char* b, int64_t ldb, int64_t rows_left, const char* a, int64_t width,
-                     float* ct) {
-  const int64_t pair_row = width * sizeof(Pair), row_bytes = ldb * kTileBytes;
+void amx_direct_rows(int64_t units, const char* b, int64_t ldb, int64_t apart, const char* a, int64_t width, float* ct,
+                     int64_t ct_apart) {
+  const int64_t pair_row = width * sizeof(Pair), row_bytes = apart * kTileBytes;
   tile_zero<0>();
   tile_zero<1>();
   tile_zero<2>();
@@ -184,12 +185,11 @@ void amx_direct_rows(int64_t units, const char* b, int64_t ldb, int64_t rows_lef
       tile_load<6>(panel + 3 * kTileBytes, pair_row);
       tile_dot<3, 4, 6>();
     }
-    if (rows_left >= 2 * kTileRows) {
-      const char* ahead = b + kTileRows * row_bytes + u * kTileBytes;
-      for (int64_t r = 0; r < kTileRows; ++r) __builtin_prefetch(ahead + r * row_bytes, 0, 2);
-    }
+    // The next rows, also past the last one: another block begins there.
+    const char* ahead = b + (ldb + u) * kTileBytes;
+    for (int64_t r = 0; r < kTileRows; ++r) __builtin_prefetch(ahead + r * row_bytes, 0, 2);
   }
-  const int64_t stride = width * sizeof(float);
+  const int64_t stride = ct_apart * sizeof(float);
   tile_store<0>(ct, stride);
   if constexpr (tiles > 1) tile_store<1>(ct + 16, stride);
   if constexpr (tiles > 2) tile_store<2>(ct + 32, stride);
@@ -197,19 +197,22 @@ void amx_direct_rows(int64_t units, const char* b, int64_t ldb, int64_t rows_lef
 }
 
 void amx_direct(int64_t units, const void* b, int64_t ldb, int64_t cols, const void* a, int64_t width, float* ct) {
-  using Rows = void(int64_t, const char*, int64_t, int64_t, const char*, int64_t, float*);
+  using Rows = void(int64_t, const char*, int64_t, int64_t, const char*, int64_t, float*, int64_t);
   static constexpr Rows* of[] = {amx_direct_rows<1>, amx_direct_rows<2>, amx_direct_rows<3>, amx_direct_rows<4>};
   const int64_t all = width / kTileRows, groups = ceil_div(all, 4);
-  // Whole tiles of B's rows: the last one reaches back over rows already done.
-  for (int64_t j0 = 0; j0 < cols; j0 += kTileRows) {
-    const int64_t j = std::min(j0, cols - kTileRows);
+  const auto tile_of_rows = [&](int64_t j, int64_t apart) {
     const char* rows = static_cast<const char*>(b) + j * ldb * kTileBytes;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t t0 = all * g / groups, t1 = all * (g + 1) / groups;
-      of[t1 - t0 - 1](units, rows, ldb, cols - j, static_cast<const char*>(a) + t0 * kTileBytes, width,
-                      ct + j * width + t0 * kTileRows);
+      of[t1 - t0 - 1](units, rows, ldb, apart * ldb, static_cast<const char*>(a) + t0 * kTileBytes, width,
+                      ct + j * width + t0 * kTileRows, apart * width);
     }
-  }
+  };
+  // Each row of a tile runs through its own sixteenth of B: the hardware's prefetcher follows one stream a page.
+  const int64_t each = cols / kTileRows;
+  for (int64_t j = 0; j < each; ++j) tile_of_rows(j, each);
+  // The last tile reaches back over rows already done.
+  if (each * kTileRows < cols) tile_of_rows(cols - kTileRows, 1);
 }
 
 }  // namespace
