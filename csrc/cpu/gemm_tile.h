@@ -56,16 +56,16 @@ inline __attribute__((always_inline)) void tile_body(int64_t units, const void* 
       case Store::stream: return each([](Acc* at, Vec<Acc> x) { stream(at, x); });
     }
   }
-  // The sums stay in registers: with an address they would be cleared in memory for every tile.
+  // Through a copy: sums with an address would be cleared in memory for every tile.
   const bool add = mode == Store::add;
+  Acc copy[MR][NV * lanes];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      const int64_t count = std::min<int64_t>(lanes, cols - v * lanes);
-      Acc* at = c + r * ldc + v * lanes;
-      if (count > 0) store_tail(at, add ? load_tail(at, count) + sum[r][v] : sum[r][v], count);
-    }
+    for (int v = 0; v < NV; ++v) store(copy[r] + v * lanes, sum[r][v]);
+  }
+  for (int r = 0; r < MR; ++r) {
+    for (int64_t j = 0; j < cols; ++j) c[r * ldc + j] = add ? c[r * ldc + j] + copy[r][j] : copy[r][j];
   }
 }
 
