@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 import zlib
 
 import pytest
 import torch
 
 THREADS = 2  # what the suite is budgeted for; more only makes ranks fight
+
+
+def pytest_configure(config):
+    # A shell starts what goes to its background with SIGINT ignored, and children inherit that:
+    # programs that tests interrupt would not notice.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
