@@ -12,17 +12,14 @@ import torch
 
 from moekernels import ops, reference
 from moekernels.ops._library import raw
-from moekernels.ops._spec import all_specs, randn, random_ids
+from moekernels.ops._spec import randn, random_ids
 from python_tests import emulated, ptx
 from python_tests.test_contract import assert_close, assert_same, evaluate, lift
+from python_tests.test_cuda_emulated import hold, spec_of
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=emulated.why_not() or "")
 
 BF16, F32 = torch.bfloat16, torch.float32
-
-
-def spec_of(name: str):
-    return next(spec for spec in all_specs() if spec.name == name)
 
 
 def offsets_of(*counts: int) -> torch.Tensor:
@@ -35,12 +32,7 @@ def check(name: str, inputs: dict, **how) -> tuple:
     with emulated.emulated_cuda(**how) as device:
         ours = evaluate(spec.fn, spec, inputs)
     assert device.launches
-    plain = evaluate(spec.reference, spec, inputs)
-    exact = evaluate(spec.reference, spec, lift(inputs))
-    for i, (a, b, c) in enumerate(zip(ours[0], plain[0], exact[0], strict=True)):
-        assert_close(f"output {i}", a, b, c)
-    for key, gradient in ours[1].items():
-        assert_close(f"d{key}", gradient, plain[1][key], exact[1][key])
+    hold(spec, inputs, ours)
     return ours
 
 

@@ -14,8 +14,9 @@ import torch
 from moekernels import _host, ops
 from moekernels.ops._spec import all_specs, randn, routing_cases
 from python_tests import emulated, ptx
-from python_tests.test_contract import assert_close, assert_same, evaluate, lift
+from python_tests.test_contract import assert_same, evaluate
 from python_tests.test_cuda_device import no_waiting, on_device, to_cpu
+from python_tests.test_cuda_emulated import hold
 
 BF16 = torch.bfloat16
 SPECS = {spec.name: spec for spec in all_specs() if spec.name.startswith("grouped_gemm")}
@@ -203,12 +204,7 @@ def test_contract(cutlass, spec, routing, experts, width, out, transposed, dtype
         first = evaluate(spec.fn, spec, there)
         second = evaluate(spec.fn, spec, there)
     assert_same(first, second)
-    ours, plain = to_cpu(first), evaluate(spec.reference, spec, inputs)
-    exact = evaluate(spec.reference, spec, lift(inputs))
-    for i, (a, b, c) in enumerate(zip(ours[0], plain[0], exact[0], strict=True)):
-        assert_close(f"output {i}", a, b, c)
-    for key, gradient in ours[1].items():
-        assert_close(f"d{key}", gradient, plain[1][key], exact[1][key])
+    hold(spec, inputs, to_cpu(first))
 
 
 @pytest.mark.gpu
