@@ -177,8 +177,8 @@ Tensor ungroup(const Tensor& rows, const Tensor& counts, const std::optional<Ten
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
-  m.def("_pack(Tensor x, Tensor? weights, Tensor slot_of, int top_k) -> Tensor");
-  m.def("_regroup(Tensor message, Tensor counts, int width) -> (Tensor, Tensor, Tensor)");
+  m.def("_pack(Tensor x, Tensor? weights, Tensor slot_of, SymInt top_k) -> Tensor");
+  m.def("_regroup(Tensor message, Tensor counts, SymInt width) -> (Tensor, Tensor, Tensor)");
   m.def("_ungroup(Tensor rows, Tensor counts, Tensor? weights) -> Tensor");
 }
 

@@ -244,10 +244,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
       "Tensor? token_of, Tensor? b1, Tensor? b2, str activation, float alpha, float limit, bool interleaved, "
       "bool transposed, bool want_a, bool want_dweights, bool tf32=False) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "_experts_dbias(Tensor rows, Tensor? weights, Tensor offsets, Tensor? token_of, int tokens) -> Tensor");
+      "_experts_dbias(Tensor rows, Tensor? weights, Tensor offsets, Tensor? token_of, SymInt tokens) -> Tensor");
   m.def(
       "_experts_dbias_(Tensor(a!) main_grad, Tensor rows, Tensor? weights, Tensor offsets, Tensor? token_of, "
-      "int tokens) -> ()");
+      "SymInt tokens) -> ()");
 }
 
 MOEKERNELS_IMPL(m) {

@@ -180,7 +180,7 @@ Tensor gate_backward(const Tensor& logits, const Tensor& ids, const std::optiona
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def(
-      "_gate(Tensor logits, int top_k, int score, Tensor? bias, int num_groups, int groups_kept,"
+      "_gate(Tensor logits, SymInt top_k, int score, Tensor? bias, SymInt num_groups, SymInt groups_kept,"
       " bool sum_two, bool renormalize, float scale, Tensor? segments, Tensor? valid)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(

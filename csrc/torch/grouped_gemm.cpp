@@ -136,10 +136,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def("_grouped_gemm(Tensor rows, Tensor w, Tensor offsets, bool transposed, bool tf32=False) -> Tensor");
   m.def(
       "_grouped_gemm_wgrad(Tensor rows, Tensor drows, Tensor offsets, bool transposed, Tensor? token_of, "
-      "int tokens, bool gather, bool tf32=False) -> Tensor");
+      "SymInt tokens, bool gather, bool tf32=False) -> Tensor");
   m.def(
       "_grouped_gemm_wgrad_(Tensor(a!) main_grad, Tensor rows, Tensor drows, Tensor offsets, bool transposed, "
-      "Tensor? token_of, int tokens, bool gather, bool tf32=False) -> ()");
+      "Tensor? token_of, SymInt tokens, bool gather, bool tf32=False) -> ()");
 }
 
 MOEKERNELS_IMPL(m) {

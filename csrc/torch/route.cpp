@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& ids, int6
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def(
-      "_route(Tensor ids, int num_experts, Tensor? weights, int capacity, int alignment)"
+      "_route(Tensor ids, SymInt num_experts, Tensor? weights, SymInt capacity, SymInt alignment)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
