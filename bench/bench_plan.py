@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import platform
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import pytest
 
+from moekernels import jsonio
 from moekernels.cli import main as main_of_package
 from moekernels.nn.config import ExpertSpec, ModelConfig
 from moekernels.parallel.mesh import Layout
@@ -195,10 +195,10 @@ def main() -> int:
     for r in found["rows"]:
         ratio = r["predicted"] / r["measured"]
         print(f"{r['predicted']:8.3f} s {r['measured']:8.3f} s {ratio:6.2f}  {r['flags']}")
-    print(json.dumps({k: found[k] for k in ("median_error", "tau")}))
+    print(jsonio.dumps({k: found[k] for k in ("median_error", "tau")}))
     print(f"{len(found['rows'])} variants in {time.perf_counter() - start:.0f} s")
     if args.json:
-        args.json.write_text(json.dumps({**where(), **found}, indent=1) + "\n")
+        args.json.write_text(jsonio.dumps({**where(), **found}, indent=1) + "\n")
     return 0 if found["median_error"] <= MEDIAN_ERROR and found["tau"] >= TAU else 1
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import statistics
 import sys
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from moekernels import jsonio
 
 
 @dataclass(frozen=True)
@@ -140,5 +141,5 @@ def run_bench(
         print(f"skipped {peer}: {why}")
     if args.json:
         report = {"device": device, "rows": found, "skipped": skipped}
-        args.json.write_text(json.dumps(report))
+        args.json.write_text(jsonio.dumps(report))
     return 0

@@ -11,6 +11,8 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from moekernels import jsonio
+
 
 def output_of(*command: str) -> str:
     try:
@@ -82,7 +84,7 @@ def main() -> int:
         "train": figures(folder, "train"),
     }
     target = folder / "gpu_suite.json"
-    target.write_text(json.dumps(report, indent=1))
+    target.write_text(jsonio.dumps(report, indent=1))
     card = report["device"]
     print(f"\n{card['name']}, driver {card['driver']}, torch {report['torch']}")
     for name, facts in report["sections"].items():

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from moekernels import jsonio
+
 # The tiny preset in one process, with a batch of which 20 steps take a minute on a CPU.
 RUN = "--preset tiny --tp 1 --pp 1 --ep 1 --dp 1 --sequences 8 --microbatches 2 --accumulation 1"
 FIRST, LATER = 1e-4, 1e-2  # relative: one step's rounding; what training makes of it
@@ -22,7 +24,7 @@ def losses(device: str, steps: int, folder: Path) -> list[float]:
     command += ["--device", device, "--steps", str(steps), "--out", str(folder)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [jsonio.restore(json.loads(line))["loss"] for line in lines]
 
 
 def main() -> int:
@@ -39,7 +41,7 @@ def main() -> int:
     ok = len(cpu) == len(other) == args.steps and apart[0] <= FIRST and max(apart) <= LATER
     ok = ok and all(map(math.isfinite, other))
     report = {"device": args.device, "cpu": cpu, "losses": other, "ok": ok}
-    (args.out / "train.json").write_text(json.dumps(report))
+    (args.out / "train.json").write_text(jsonio.dumps(report))
     print("losses agree" if ok else f"losses differ: allowed {FIRST} first, {LATER} later")
     return 0 if ok else 1
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moekernels import jsonio
 from moekernels.data.shuffle import permutation
 from moekernels.data.sources import STDLIB, fingerprint, list_files, read_documents
 from moekernels.data.tokenizer import Tokenizer, check_vocab_size, library_version
@@ -91,7 +92,7 @@ def load_corpus(
     check_vocab_size(vocab_size)  # before any work, and where a cache would hide it
     files = list_files(source)
     key = [_FORMAT, library_version(), _SAMPLE_BYTES, vocab_size, text_field, fingerprint(files)]
-    identity = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    identity = hashlib.sha256(jsonio.dumps(key).encode()).hexdigest()[:24]
     root = Path(cache) if cache is not None else default_cache()
     folder = root / f"corpus-{identity}"
     if (corpus := _open(folder, identity)) is not None:
@@ -161,7 +162,7 @@ def _build(folder, source, files, documents, skipped, vocab_size) -> None:
         np.save(partial / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
         sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
         meta = {"stats": asdict(stats), "sizes": sizes}
-        (partial / "corpus.json").write_text(json.dumps(meta, indent=1))
+        (partial / "corpus.json").write_text(jsonio.dumps(meta, indent=1))
         for path in partial.iterdir():  # a name must not reach the disk before its contents
             with open(path) as file:
                 os.fsync(file.fileno())

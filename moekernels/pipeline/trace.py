@@ -4,13 +4,14 @@ chrome://tracing.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from moekernels import jsonio
 
 from .schedule import Action, Kind
 
@@ -121,7 +122,7 @@ def write_trace(path: str | Path, entries: list[dict[str, Any]]) -> None:
     """Write `{"traceEvents": [...]}` whole or not at all."""
     path = Path(path)
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps({"traceEvents": entries, "displayTimeUnit": "ms"}))
+    temporary.write_text(jsonio.dumps({"traceEvents": entries, "displayTimeUnit": "ms"}))
     temporary.replace(path)
 
 

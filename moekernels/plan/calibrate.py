@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moekernels import jsonio
 from moekernels.errors import UsageError
 from moekernels.pipeline.schedule import Kind
 from moekernels.plan.cost import layer_cost, loss_cost, update_bytes
@@ -163,7 +164,7 @@ def calibrate(dtype: str = "fp32", seconds: float = SECONDS) -> dict:
     }
     path = store()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    path.write_text(jsonio.dumps(found, indent=2) + "\n")
     return found
 
 
@@ -202,16 +203,16 @@ def against(folder: Path, found: dict) -> dict:
     """A run's measured steps beside the prediction: the step, and every stage's F and B."""
     from moekernels.plan.problem import configured
     from moekernels.train import config as cfg
+    from moekernels.train.metrics import read_metrics
 
     try:
         run = cfg.resolve(None, folder / "config.toml", {})
-        metrics = (folder / "metrics.jsonl").read_text().splitlines()
+        lines = read_metrics(folder)
         events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     except (OSError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{folder}: not the folder of a finished run: {error}") from None
-    lines = [json.loads(line) for line in metrics]
     if not lines:
         raise UsageError(f"{folder}: metrics.jsonl is empty; a run with a step done would do")
     s = configured(run)

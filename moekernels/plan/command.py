@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
 
+from moekernels import jsonio
 from moekernels.errors import UsageError
 from moekernels.plan import problem as asked
 from moekernels.train import config as cfg
@@ -89,7 +89,7 @@ def plan(
     report = reports.make(run, problem, asked.space_of({**own_flags, **given_layout}), source, name)
     _write(html, trace, report)
     if as_json:
-        print(json.dumps(reports.as_dict(report), indent=2))
+        print(jsonio.dumps(reports.as_dict(report), indent=2))
         return 0
     from moekernels.plan.screen import show
 
@@ -156,7 +156,7 @@ def against(folder: Path, *, as_json: bool) -> int:
 
     found = measured.against(folder, measured.stored())
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(jsonio.dumps(found, indent=2))
         return 0
     step = found["step"]
     print(found["calibrated"])

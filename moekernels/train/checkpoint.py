@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from moekernels import jsonio
 from moekernels.errors import UsageError
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import ShardInfo
@@ -137,7 +138,7 @@ class Checkpoints:
         if first:
             sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
             with open(partial / FACTS, "w") as file:
-                json.dump({"step": step, **facts, "sizes": sizes}, file)
+                file.write(jsonio.dumps({"step": step, **facts, "sizes": sizes}))
                 file.flush()
                 os.fsync(file.fileno())
             _sync(partial)

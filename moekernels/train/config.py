@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import tomllib
 import types
 import typing
 from pathlib import Path
 
+from moekernels import jsonio
 from moekernels.errors import UsageError
 from moekernels.nn.config import ExpertSpec, ModelConfig, RouterConfig
 from moekernels.train.schema import (
@@ -264,6 +264,6 @@ def to_toml(config: RunConfig, sections=FLAG_SECTIONS) -> str:
             value = getattr(getattr(config, name), f.name)
             if f.metadata.get("auto") and value == AUTO:
                 value = "auto"
-            lines.append(f"{f.name} = {json.dumps(value, ensure_ascii=False)}")
+            lines.append(f"{f.name} = {jsonio.dumps(value, ensure_ascii=False)}")
         lines.append("")
     return "\n".join(lines)

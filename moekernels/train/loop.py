@@ -5,7 +5,6 @@ Every rank runs `_work`; rank 0 also writes the run's folder and speaks to the u
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moekernels import jsonio
 from moekernels.balance import dead_experts, max_over_mean, update_selection_biases
 from moekernels.errors import UsageError
 from moekernels.parallel.expert import exchange_time
@@ -370,7 +370,7 @@ class Trainer:
         lines = read_metrics(path)
         entropy = self.job.corpus.stats.unigram_entropy
         plot_loss(path / "loss.png", lines, entropy)
-        (path / "loads.json").write_text(json.dumps(self.heat.tolist()) + "\n")
+        (path / "loads.json").write_text(jsonio.dumps(self.heat.tolist()) + "\n")
         plot_experts(
             path / "experts.png", self.heat.numpy(), "load of each expert over its layer's mean"
         )

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from moekernels import jsonio
 from moekernels.errors import UsageError
 from moekernels.train import config as cfg
 
@@ -65,7 +66,7 @@ class RunFolder:
         from."""
         self.configure(config)
         kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
-        _replace(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        _replace(self.path / METRICS, "".join(jsonio.dumps(line) + "\n" for line in kept))
         self._metrics = open(self.path / METRICS, "a", buffering=1)  # noqa: SIM115
 
     def configure(self, config: cfg.RunConfig) -> None:
@@ -74,7 +75,7 @@ class RunFolder:
 
     def write(self, line: dict) -> None:
         """One step's line, whole or not at all for a reader."""
-        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.write(jsonio.dumps(line) + "\n")
 
     def sync(self) -> None:
         """Have every line on the disk, as before a checkpoint that lets a run go on behind them."""
@@ -82,7 +83,8 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The whole lines of a run's `metrics.jsonl`; a line that a kill cut short is left out."""
+    """The whole lines of a run's `metrics.jsonl`, numbers that were not finite as NaN; a line
+    that a kill cut short is left out."""
     lines = []
     try:
         text = (path / METRICS).read_text()
@@ -90,7 +92,7 @@ def read_metrics(path: Path) -> list[dict]:
         return lines
     for line in text.splitlines():
         try:
-            lines.append(json.loads(line))
+            lines.append(jsonio.restore(json.loads(line)))
         except ValueError:
             break
     return lines
