@@ -237,7 +237,7 @@ def build_parser() -> Parser:
 
 
 def _train(args) -> int:
-    from moekernels.train.loop import train
+    from moekernels.train.start import train
 
     return train(
         args.preset, args.config, args.flags, out=args.out, name=args.name, resume=args.resume

@@ -1,7 +1,5 @@
-"""`moekernels train`: set up, start the ranks, step, write down what happened.
-
-Every rank runs `_work`; rank 0 also writes the run's folder and speaks to the user.
-"""
+"""A rank's training: set up, step, save; rank 0 also writes the run's folder and speaks to the
+user."""
 
 from __future__ import annotations
 
@@ -15,20 +13,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moekernels import jsonio
 from moekernels.balance import dead_experts, max_over_mean, update_selection_biases
-from moekernels.errors import UsageError
 from moekernels.parallel.expert import exchange_time
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import shard
 from moekernels.parallel.tensor import all_reduce
-from moekernels.pipeline.simulate import Simulator
-from moekernels.pipeline.trace import Event, trace_events, write_trace
+from moekernels.pipeline.trace import Event
 from moekernels.train import assembly, checkpoint, launch, microbatches
 from moekernels.train import config as cfg
-from moekernels.train.metrics import Progress, RunFolder, read_metrics, table
+from moekernels.train.finish import finish
+from moekernels.train.metrics import Progress, RunFolder
 from moekernels.train.optimizer import AdamWConfig, Optimizer
-from moekernels.train.report import closing, layout_report, peak_flops
+from moekernels.train.report import layout_report, peak_flops
 
 HEAT_SHARE = 0.2  # of the steps, the last ones: what experts.png shows
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,75 +40,6 @@ class Job:
     resume_from: Path | None
     facts: dict
     tune: bool = False  # the number of micro-batches is still to be measured
-
-
-def train(
-    preset: str | None,
-    file: Path | None,
-    flags: dict,
-    *,
-    out: Path | None = None,
-    name: str | None = None,
-    resume: bool = False,
-) -> int:
-    """Run a training as the command line describes it; the exit code."""
-    world = launch.torchrun_world()
-    name = name or (file.stem if file else preset or "tiny")
-    folder = RunFolder(RunFolder.choose(out, name, resume))
-    found = checkpoint.newest_whole(folder.path / "checkpoints") if resume else None
-    if resume and found is None:
-        raise UsageError(
-            f"{folder.path}: no checkpoint to resume from; leave --resume out, or give the run's "
-            f"--out"
-        )
-    if resume and preset is None and file is None:
-        file = folder.path / "config.toml"  # what the run was started with
-    run = cfg.resolve(preset, file, flags, world)
-    path, facts = found or (None, {})
-    tune = run.batch.microbatches == cfg.AUTO and "microbatches" not in facts
-    if run.batch.microbatches == cfg.AUTO:
-        first = min(run.layout.pp, microbatches.most(run))
-        run = microbatches.with_count(run, facts.get("microbatches", first))
-    layout = assembly.layout_of(run)
-    if found:
-        checkpoint.check_model(path, facts, asdict(run.model))
-    if tune and run.layout.pp > 1:
-        microbatches.check(run, facts.get("step", 0))
-
-    from moekernels.data.corpus import load_corpus
-
-    speaks = world is None or launch.torchrun_rank() == 0
-    corpus = load_corpus(
-        run.batch.data, vocab_size=run.model.vocab_size, log=print if speaks else None
-    )
-    loader = assembly.build_loader(run, corpus)
-    if found:
-        loader.load_state_dict(facts["data"])
-        if facts["step"] >= run.train.steps:
-            raise UsageError(
-                f"{path}: step {facts['step']} of --steps {run.train.steps} is done; give more "
-                f"--steps to go on"
-            )
-    if speaks:
-        folder.open(resume)
-    job = Job(run, folder, corpus, path, facts, tune)
-    describe = assembly.rank_names(layout)
-
-    if world is None:
-        device = launch.choose_device(run.train.device, layout.world)
-        return launch.run_local(layout.world, device, _work, job, describe=describe)
-    device = launch.choose_device(run.train.device, launch.local_world())
-    return launch.run_torchrun(device, _work, job, describe=describe)
-
-
-def _work(env: launch.RankEnv, job: Job) -> int:
-    """A rank's training."""
-    trainer = Trainer(env, job)
-    try:
-        trainer.run_steps()
-        return 0
-    finally:
-        trainer.progress.close()
 
 
 class Trainer:
@@ -204,7 +131,7 @@ class Trainer:
                 self.save(step)  # again in the same way
                 due = False
         self.progress.close()
-        self.finish(events, time.perf_counter() - started)
+        finish(self, events, t.steps, time.perf_counter() - started)
 
     def step(self, step: int) -> tuple[dict, list[Event]]:
         """One optimiser step; its line of metrics (on every rank) and what ran when on this
@@ -351,46 +278,6 @@ class Trainer:
         moment = torch.tensor([time.perf_counter()], dtype=torch.float64, device=self.env.device)
         dist.broadcast(moment, 0)
         return moment.item()
-
-    def finish(self, events: list[Event], seconds: float) -> None:
-        """Traces, plots and the closing table, by rank 0."""
-        mine = events if self.mesh.tp.rank == 0 and self.mesh.dp.rank == 0 else []
-        gathered = [mine]
-        if self.env.world > 1:
-            gathered = [None] * self.env.world if self.env.leader else None
-            dist.gather_object(mine, gathered, 0)
-        if not self.env.leader:
-            return
-        path = self.job.folder.path
-        measured = sorted((e for part in gathered for e in part), key=lambda e: e.start)
-        write_trace(path / "trace.json", trace_events(measured, step=self.run.train.steps))
-        write_trace(path / "trace_planned.json", trace_events(self.planned(measured)))
-        from moekernels.train.plots import plot_experts, plot_loss
-
-        lines = read_metrics(path)
-        entropy = self.job.corpus.stats.unigram_entropy
-        plot_loss(path / "loss.png", lines, entropy)
-        (path / "loads.json").write_text(jsonio.dumps(self.heat.tolist()) + "\n")
-        plot_experts(
-            path / "experts.png", self.heat.numpy(), "load of each expert over its layer's mean"
-        )
-        print(table(closing(lines, self.first_step, seconds, entropy, path)), flush=True)
-
-    def planned(self, measured: list[Event]) -> list[Event]:
-        """The same schedule under the clock, each computation taking its virtual stage's measured
-        mean."""
-        schedule = self.runtime.schedule
-        costs: dict = {}
-        for e in measured:
-            if e.kind.computes:
-                costs.setdefault((schedule.virtual_stage(e.stage, e.chunk), e.kind), []).append(
-                    e.end - e.start
-                )
-        return (
-            Simulator(schedule)
-            .run(lambda stage, _, kind: sum(costs[stage, kind]) / len(costs[stage, kind]))
-            .events
-        )
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -1,0 +1,60 @@
+"""What a run leaves when it ends: traces, plots, the closing table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from moekernels import jsonio
+from moekernels.pipeline.schedule import Schedule
+from moekernels.pipeline.simulate import Simulator
+from moekernels.pipeline.trace import Event, trace_events, write_trace
+from moekernels.train.metrics import read_metrics, table
+from moekernels.train.report import closing
+
+if TYPE_CHECKING:
+    from moekernels.train.loop import Trainer
+
+
+def finish(trainer: Trainer, events: list[Event], step: int, seconds: float) -> None:
+    """Traces of the last step, plots and the closing table, by rank 0; every rank calls it."""
+    mine = events if trainer.mesh.tp.rank == 0 and trainer.mesh.dp.rank == 0 else []
+    gathered = [mine]
+    if trainer.env.world > 1:
+        gathered = [None] * trainer.env.world if trainer.env.leader else None
+        dist.gather_object(mine, gathered, 0)
+    if not trainer.env.leader:
+        return
+    from moekernels.train.plots import plot_experts, plot_loss
+
+    path = trainer.job.folder.path
+    measured = sorted((e for part in gathered for e in part), key=lambda e: e.start)
+    write_trace(path / "trace.json", trace_events(measured, step=step))
+    write_trace(
+        path / "trace_planned.json", trace_events(planned(trainer.runtime.schedule, measured))
+    )
+    lines = read_metrics(path)
+    entropy = trainer.job.corpus.stats.unigram_entropy
+    plot_loss(path / "loss.png", lines, entropy)
+    (path / "loads.json").write_text(jsonio.dumps(trainer.heat.tolist()) + "\n")
+    plot_experts(
+        path / "experts.png", trainer.heat.numpy(), "load of each expert over its layer's mean"
+    )
+    print(table(closing(lines, trainer.first_step, seconds, entropy, path)), flush=True)
+
+
+def planned(schedule: Schedule, measured: list[Event]) -> list[Event]:
+    """The same schedule under the clock, each computation taking its virtual stage's measured
+    mean."""
+    costs: dict = {}
+    for e in measured:
+        if e.kind.computes:
+            costs.setdefault((schedule.virtual_stage(e.stage, e.chunk), e.kind), []).append(
+                e.end - e.start
+            )
+    return (
+        Simulator(schedule)
+        .run(lambda stage, _, kind: sum(costs[stage, kind]) / len(costs[stage, kind]))
+        .events
+    )
