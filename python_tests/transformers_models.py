@@ -4,6 +4,7 @@ they are held to transformers' own eager loop."""
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+
+from moekernels import reference
+from moekernels.nn.config import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 
 _SMALL = dict(
     vocab_size=96,
@@ -60,6 +64,7 @@ _OWN: dict[str, dict[str, Any]] = {
 FAMILIES = tuple(_OWN)
 TOLERANCE = 1e-5
 HIDDEN, WIDTH, EXPERTS, TOP_K = 20, 24, 6, 3  # of `tiny_config`
+LIMITS, ALPHAS = (0.9, 7.0), (1.3, 1.702)  # `tiny_config`'s and gpt-oss's, which some classes fix
 
 
 def tiny_model(family: str, **overrides: Any) -> nn.Module:
@@ -78,7 +83,9 @@ def tiny_model(family: str, **overrides: Any) -> nn.Module:
 def decorated_experts() -> list[tuple[str, str]]:
     """(model, class name) of every experts class of the installed transformers' registry."""
     root = Path(transformers.__file__).parent / "models"
-    pattern = re.compile(r"^@use_experts_implementation[^\n]*\nclass (\w+)", re.MULTILINE)
+    pattern = re.compile(
+        r"^@use_experts_implementation(?:\([^)]*\))?\n(?:@[^\n]*\n)*class (\w+)", re.MULTILINE
+    )
     return [
         (path.parent.name, name)
         for path in sorted(root.glob("*/modeling_*.py"))
@@ -86,8 +93,21 @@ def decorated_experts() -> list[tuple[str, str]]:
     ]
 
 
-def tiny_config(act: str = "silu", **overrides: Any) -> SimpleNamespace:
-    """Every configuration value that any registered experts class reads."""
+class TinyConfig(SimpleNamespace):
+    """A configuration of small sizes. What it does not say is what the class' own configuration
+    says by default (`of`), sizes made small, so that a class that reads other names builds too."""
+
+    of: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__.get("of"), name)  # AttributeError where it knows none either
+        if type(value) is int and value > 8:
+            value = 6 if "expert" in name else 20 if "hidden" in name else 12
+        return value
+
+
+def tiny_config(act: str = "silu", **overrides: Any) -> TinyConfig:
+    """The configuration values that experts classes read."""
     values = dict(
         hidden_size=20,
         moe_hidden_size=20,
@@ -109,13 +129,18 @@ def tiny_config(act: str = "silu", **overrides: Any) -> SimpleNamespace:
         post_norm_eps=1e-6,
         _experts_implementation="eager",
     )
-    return SimpleNamespace(**{**values, **overrides})
+    return TinyConfig(**{**values, **overrides})
 
 
-def tiny_experts(model: str, name: str, config: SimpleNamespace) -> nn.Module:
+def tiny_experts(model: str, name: str, config: TinyConfig) -> nn.Module:
     """One experts module, fp32, random parameters."""
     stem = f"transformers.models.{model}.modeling_{model}"
-    module = getattr(importlib.import_module(stem), name)(config)
+    file = importlib.import_module(stem)
+    made_by = getattr(file, name)
+    own = made_by.__init__.__annotations__.get("config")
+    own = getattr(file, own, None) if isinstance(own, str) else own
+    config.of = own() if isinstance(own, type) else None
+    module = made_by(config)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -171,6 +196,46 @@ def both(module: nn.Module, config, tokens: int = 19) -> list[dict[str, Tensor]]
 def assert_equal_to_eager(module: nn.Module, config, tokens: int = 19) -> None:
     error, where = worst(*both(module, config, tokens))
     assert error <= TOLERANCE, f"{where}: {error:.1e}"
+
+
+def own_activations(module: nn.Module, config: SimpleNamespace) -> set[str]:
+    """The activations of ours with which the class' own loop agrees, judged by its output alone:
+    its two products around each, written here in plain torch."""
+    gated, flipped = getattr(module, "has_gate", True), getattr(module, "is_transposed", False)
+    first = "gate_up_proj" if gated else "up_proj"
+    w1, w2 = getattr(module, first), module.down_proj
+    b1, b2 = (getattr(module, f"{name}_bias", None) for name in (first, "down_proj"))
+    if flipped:
+        w1, w2 = w1.mT, w2.mT
+    config._experts_implementation = "eager"
+    x, ids, weights = routed_input(19, HIDDEN, EXPERTS, TOP_K)
+    x = 2 * x  # so that wide clamps show, too
+    w1, b1, w2, b2 = (None if p is None else p.detach()[ids] for p in (w1, b1, w2, b2))
+    with torch.no_grad():
+        wanted = module(x, ids, weights)
+
+    def product(rows: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """rows [T, K, I], w [T, K, O, I] -> [T, K, O]; no matrix product: those start threads."""
+        y = (w * rows[..., None, :]).sum(-1)
+        return y if b is None else y + b
+
+    @torch.no_grad()
+    def agrees(**epilogue: Any) -> bool:
+        a = reference.activate(h.flatten(0, 1), **epilogue).unflatten(0, ids.shape)
+        y = (product(a, w2, b2) * weights[..., None]).sum(1)
+        return worst({"": y}, {"": wanted})[0] <= TOLERANCE
+
+    h = product(x[:, None].expand(-1, TOP_K, -1), w1, b1)
+    if not gated:
+        return {name for name in PLAIN_ACTIVATIONS if agrees(activation=name)}
+    found = set()
+    for name, interleaved in itertools.product(GATED_ACTIVATIONS, (False, True)):
+        for limit in LIMITS if "clamped" in name or "oai" in name else LIMITS[:1]:
+            for alpha in ALPHAS if "oai" in name else ALPHAS[:1]:
+                how = dict(limit=limit, alpha=alpha, interleaved=interleaved)
+                if agrees(activation=name, **how):
+                    found.add(name)
+    return found
 
 
 def gpt_oss(**overrides):
