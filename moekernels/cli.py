@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moekernels import __version__
-from moekernels.errors import UsageError
+from moekernels.errors import RunError, UsageError
 from moekernels.train import config as cfg
 
 RUNS = ("numpy", "tokenizers", "rich", "matplotlib")
@@ -352,6 +352,10 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except RunError as error:
+        if not quiet:
+            print(f"moekernels: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except Exception as error:  # noqa: BLE001
         from moekernels.train.launch import RankFailure, say

@@ -1,4 +1,4 @@
-"""The one error that a user of the command line can cause."""
+"""The errors that end a program with one line and no traceback."""
 
 
 class UsageError(ValueError):
@@ -6,4 +6,11 @@ class UsageError(ValueError):
 
     The command line prints it as one line and exits with code 2; library callers see a
     `ValueError`.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on though the program is sound: what, where, and what may do.
+
+    The command line prints it as one line and exits with code 1.
     """

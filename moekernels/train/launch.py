@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moekernels.errors import UsageError
+from moekernels.errors import RunError, UsageError
 from moekernels.parallel.host import share_cores
 
 PR_SET_PDEATHSIG = 1
@@ -118,8 +118,8 @@ def run_local(
 ) -> Any:
     """`target(RankEnv, *args)` on `world` local ranks; rank 0's result.
 
-    Raises UsageError as a rank raised it, RankFailure where one failed or died. One rank on the
-    CPU runs here. `describe(rank)` is how a rank is called in messages.
+    Raises UsageError and RunError as a rank raised them, RankFailure where one failed or died. One
+    rank on the CPU runs here. `describe(rank)` is how a rank is called in messages.
     """
     if world == 1 and device == "cpu":
         return target(RankEnv(0, 1, 0, torch.device("cpu")), *args)
@@ -176,9 +176,10 @@ def _watch(processes, pipes: dict, describe: Callable[[int], str]) -> Any:
             deadline = deadline or time.monotonic() + GRACE_SECONDS
     if not failures:
         return result
-    for kind, _, _, value in failures:
-        if kind == "usage":
-            raise UsageError(value)
+    for wanted, error in (("usage", UsageError), ("run", RunError)):
+        for kind, _, _, value in failures:
+            if kind == wanted:
+                raise error(value)
 
     def order(failure):
         kind, when, _, value = failure
@@ -210,8 +211,9 @@ def _serve(rank, world, device, store, parent, pipe, target, args) -> None:
             env = _join(rank, world, rank, device, store)
             answer = ("done", time.monotonic(), target(env, *args))
             code = 0
-        except UsageError as error:
-            answer = ("usage", time.monotonic(), str(error))
+        except (UsageError, RunError) as error:
+            kind = "usage" if isinstance(error, UsageError) else "run"
+            answer = (kind, time.monotonic(), str(error))
         except BaseException as error:  # noqa: BLE001, whatever it is the parent reports it
             answer = ("error", time.monotonic(), (say(error), traceback.format_exc()))
         sys.stdout.flush()
@@ -270,10 +272,10 @@ def run_torchrun(
         dist.barrier()
         dist.destroy_process_group()
         return code
-    except UsageError as error:
+    except (UsageError, RunError) as error:
         if _first_to_say():
             print(f"moekernels: {one_line(str(error))}", file=sys.stderr)
-        code = 2
+        code = 2 if isinstance(error, UsageError) else 1
     except BaseException as error:  # noqa: BLE001
         traceback.print_exc()
         print(f"moekernels: {describe(rank)}: {say(error)}", file=sys.stderr)

@@ -3,7 +3,6 @@ user."""
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -23,6 +22,7 @@ from moekernels.train import assembly, checkpoint, launch, microbatches
 from moekernels.train import config as cfg
 from moekernels.train.finish import finish
 from moekernels.train.metrics import Progress, RunFolder
+from moekernels.train.nonfinite import Guard
 from moekernels.train.optimizer import AdamWConfig, Optimizer
 from moekernels.train.report import layout_report, peak_flops
 
@@ -81,10 +81,13 @@ class Trainer:
                 state_dtype=MOMENTS[t.optimizer_state],
             ),
         )
+        self.guard = Guard(
+            self.shards, mesh, t.skip_bad_steps, job.facts.get("skipped_in_a_row", 0)
+        )
         self.checkpoints = checkpoint.Checkpoints(job.folder.path / "checkpoints", mesh, t.keep)
         if job.resume_from is not None:
             self.checkpoints.load(job.resume_from, self.state())
-            self.optimizer.loaded(self.first_step)
+            self.optimizer.loaded(job.facts.get("updates", self.first_step))
         self.heat = torch.zeros(run.model.num_layers, run.model.num_experts, dtype=torch.float64)
         self.peak = peak_flops(env.device)
         exchange_time.running = mesh.exchange.size > 1
@@ -126,6 +129,9 @@ class Trainer:
             if self.env.leader:
                 self.job.folder.write(line)
                 self.progress.show(line)
+            said = self.guard.stop_or_say(line)
+            if said and self.env.leader:
+                self.progress.say(said)
             due |= t.save_every > 0 and (step % t.save_every == 0 or step == t.steps)
             if due and self.tuner is None:  # no checkpoint without the choice: it could not be made
                 self.save(step)  # again in the same way
@@ -145,25 +151,18 @@ class Trainer:
         result = self.runtime.step(batches, origin=origin)
         flush = time.perf_counter() - flush
         self.optimizer.reduce()
-        norm, lr = self.optimizer.step()
-        line = self.collect(step, result, flush)
+        norm = self.optimizer.grad_norm()
+        line, loads = self.collect(step, result, flush)
+        line.update(grad_norm=norm.item(), lr=self.optimizer.lr)
+        if self.guard.passes(line, self.optimizer.largest_norm, self.run.train.clip):
+            self.optimizer.step(norm)
+            self.count_loads(step, loads)
         seconds = time.perf_counter() - start
         tokens = self.loader.global_tokens(step)
-        line.update(
-            grad_norm=norm.item(),
-            lr=lr,
-            seconds=seconds,
-            tokens=tokens,
-            tokens_per_s=tokens / seconds,
-        )
+        line.update(seconds=seconds, tokens=tokens, tokens_per_s=tokens / seconds)
         if self.peak:
             line["mfu"] = (
                 self.flops_per_token(batches) * tokens / seconds / (self.peak * self.env.world)
-            )
-        if not math.isfinite(line["loss"]):
-            raise RuntimeError(
-                f"the loss of step {step} is {line['loss']}; a lower --lr, a longer --warmup or a "
-                f"smaller --clip would do"
             )
         return line, result.events
 
@@ -190,9 +189,9 @@ class Trainer:
             self.progress.say(text)
             self.job.folder.configure(self.run)
 
-    def collect(self, step: int, result, flush: float) -> dict:
-        """Sums over the ranks, in one message: loss, losses of the router, loads, idle share, share
-        of the exchange, memory."""
+    def collect(self, step: int, result, flush: float) -> tuple[dict, torch.Tensor]:
+        """Sums over the ranks, in one message: loss, losses of the router, idle share, share of the
+        exchange, memory; and the loads [layers, experts]."""
         model, mesh = self.run.model, self.mesh
         loads = torch.zeros(
             model.num_layers, model.num_experts, dtype=torch.float64, device=self.env.device
@@ -212,13 +211,7 @@ class Trainer:
         everything = all_reduce(torch.cat([scalars, loads.flatten()]), mesh.world).cpu()
         loads = everything[len(scalars) :].view(loads.shape)
         loss, balance, z, bubble, exchange, *memory = everything[: len(scalars)].tolist()
-        if step > self.run.train.steps * (1 - HEAT_SHARE) or step == self.run.train.steps:
-            self.heat += loads
-        if rate := model.bias_update_rate:
-            for chunk, layers in zip(self.chunks, self.rows):
-                biases = chunk.selection_biases
-                update_selection_biases(biases, loads[layers].to(self.env.device), rate)
-        return {
+        line = {
             "step": step,
             "loss": loss,
             "aux": balance / model.num_layers,
@@ -233,6 +226,17 @@ class Trainer:
             "exchange_hidden": 0.0,  # a layer waits for its rows: nothing runs meanwhile
             "memory_gb": max(memory) / 1e9,
         }
+        return line, loads
+
+    def count_loads(self, step: int, loads: torch.Tensor) -> None:
+        """What an applied step's loads [layers, experts] change: selection biases, and what
+        experts.png shows."""
+        if step > self.run.train.steps * (1 - HEAT_SHARE) or step == self.run.train.steps:
+            self.heat += loads
+        if rate := self.run.model.bias_update_rate:
+            for chunk, layers in zip(self.chunks, self.rows):
+                biases = chunk.selection_biases
+                update_selection_biases(biases, loads[layers].to(self.env.device), rate)
 
     def flops_per_token(self, batches) -> float:
         """Of a forward and backward pass, recomputation not counted."""
@@ -266,7 +270,13 @@ class Trainer:
     def save(self, step: int) -> None:
         if self.env.leader:
             self.job.folder.sync()
-        facts = {"model": asdict(self.run.model), "data": self.loader.state_dict()}
+        self.guard.check_state(step, self.state())
+        facts = {
+            "model": asdict(self.run.model),
+            "data": self.loader.state_dict(),
+            "updates": self.optimizer.steps_done,
+            "skipped_in_a_row": self.guard.in_a_row,
+        }
         if self.chosen is not None:
             facts["microbatches"] = self.chosen
         self.checkpoints.save(step, self.state(), facts)

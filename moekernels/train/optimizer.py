@@ -11,7 +11,7 @@ decayed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,7 @@ from moekernels.parallel.tensor import all_reduce
 
 CHUNK = 1 << 18  # elements whose bf16 moments are widened at a time: what fits a cache
 ALIGN = 16  # elements: every parameter begins on a 64-byte line
+FP32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -131,21 +132,62 @@ class Optimizer:
                 bucket.grads.copy_(all_reduce(bucket.grads, group))
 
     def grad_norm(self) -> Tensor:
-        """Norm of the whole model's gradient [], the same on every rank: each parameter counts
-        once."""
+        """Norm of the whole model's gradient [] in fp64, the same on every rank: each parameter
+        counts once. Finite if every gradient is: where their squares overflow they are scaled."""
+        total = self._squares(lambda grads: torch.linalg.vector_norm(grads).double())
+        if math.isfinite(total.item()):
+            return total.sqrt()
+        largest = self._largest()
+        if not math.isfinite(largest) or largest == 0:
+            return total.sqrt()
+
+        def scaled(grads: Tensor) -> Tensor:
+            parts = [torch.linalg.vector_norm(part / largest) for part in grads.split(CHUNK)]
+            return torch.stack(parts).double().norm()
+
+        return self._squares(scaled).sqrt() * largest
+
+    def _squares(self, norm_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum over all ranks [] of the squares of `norm_of` each bucket's gradients."""
         total = torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
         for bucket in self.buckets:
             if getattr(self.mesh, bucket.copies).rank == 0:
-                total += torch.linalg.vector_norm(bucket.grads).double().square()
-        return all_reduce(total, self.mesh.world).sqrt()[0]
+                total += norm_of(bucket.grads).square()
+        return all_reduce(total, self.mesh.world)[0]
 
-    def step(self) -> tuple[Tensor, float]:
+    def _largest(self) -> float:
+        """The largest absolute gradient over all ranks; NaN where one is."""
+        world = self.mesh.world
+        each = torch.zeros(world.size, dtype=torch.float64, device=self.mesh.device)
+        bounds = [torch.stack(torch.aminmax(b.grads)).abs().max() for b in self.buckets]
+        if bounds:
+            each[world.rank] = torch.stack([bound.double() for bound in bounds]).max()
+        return all_reduce(each, world).max().item()
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self.config.lr_at(self.steps_done + 1)
+
+    @property
+    def largest_norm(self) -> float:
+        """Of a gradient, clipped if at all, whose squares the second moments hold."""
+        return min((torch.finfo(b.master.dtype).max ** 0.5 for b in self.buckets), default=math.inf)
+
+    def step(self, norm: Tensor | None = None) -> tuple[Tensor, float]:
         """One update from reduced gradients; the gradient's norm before clipping, and the learning
-        rate."""
-        c = self.config
+        rate. `norm`: what `grad_norm` has said of them, finite."""
+        c, lr = self.config, self.lr
+        norm = self.grad_norm() if norm is None else norm
         self.steps_done += 1
-        norm, lr = self.grad_norm(), c.lr_at(self.steps_done)
-        divisor = ((norm + 1e-6) / c.clip).clamp(min=1.0).float() if c.clip else None
+        divisor = None
+        if c.clip:
+            divisor = ((norm + 1e-6) / c.clip).clamp(min=1.0)
+            if divisor.item() > FP32_MAX:  # more than one division can do
+                divisor = divisor.sqrt()
+                for bucket in self.buckets:
+                    bucket.grads /= divisor
+            divisor = divisor.float()
         for bucket in self.buckets:
             self._update(bucket, lr, divisor)
             if bucket.weights is not None:

@@ -135,6 +135,8 @@ def closing(
     if last["exchange"]:
         text = f"{100 * last['exchange']:.1f} %, waiting for peers included, none of it hidden"
         rows.insert(7, ("exchange", text))
+    if skipped := sum(x.get("skipped", 0) for x in lines):
+        rows.insert(1, ("steps skipped", f"{skipped}, not applied: a loss or norm was not finite"))
     if "eval_loss" in last:
         rows.insert(2, ("held-out loss", f"{last['eval_loss']:.3f}"))
     if "mfu" in last:

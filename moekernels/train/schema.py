@@ -143,6 +143,12 @@ class TrainSection:
     min_lr_ratio: float = _key(0.1, "last learning rate over the highest", low=0, high=1)
     warmup: int = _key(10, "steps of linear warm-up", low=0)
     clip: float = _key(1.0, "largest gradient norm; 0: none", low=0)
+    skip_bad_steps: int = _key(
+        0,
+        "steps in a row that may be left out, where the loss or the gradient's norm is not finite, "
+        "before the run stops",
+        low=0,
+    )
     weight_decay: float = _key(
         0.1, "decay of matrices; norms, biases and embeddings have none", low=0
     )
