@@ -9,14 +9,18 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers_models import tiny_model, worst
 
 from moekernels.data.batch import MicroBatch
 from moekernels.errors import UsageError
+from moekernels.integrations import _fields, qwen3_moe
 from moekernels.integrations.qwen3_moe import load_, model_config, their_names
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Layout, Mesh
 
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 TOLERANCE = 1e-5
 LENGTHS = (17, 5, 5, 1, 23)
 
@@ -130,11 +134,108 @@ def test_a_wrong_weight_is_noticed():
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ({"attention_dropout": 0.5}, "attention_dropout is 0.5; 0.0 would do"),
+        ({"use_sliding_window": True, "sliding_window": 8}, "sliding_window is"),
+        ({"rope_parameters": YARN}, r"rope_parameters\['rope_type'\] is 'yarn'"),
+        ({"rope_parameters": {**PLAIN, "factor": 2.0}}, r"rope_parameters\['factor'\] is 2.0"),
+        ({"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1, and what it means"),
+        ({"quantization_config": {"bits": 8}}, "quantization_config is"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder is True"),
     ],
 )
 def test_what_our_decoder_has_not_is_refused(overrides, named):
     with pytest.raises(UsageError, match=named):
-        model_config(tiny_model("Qwen3Moe", **overrides).config)
+        model_config(Qwen3MoeConfig(**overrides))
+
+
+def test_every_field_of_their_configuration_is_accounted_for():
+    """Changed one by one: what is accepted is carried over, or listed as without a meaning."""
+    plain = Qwen3MoeConfig(num_hidden_layers=2)
+    for name, value in plain.to_dict().items():
+        config = Qwen3MoeConfig(num_hidden_layers=2)
+        object.__setattr__(config, name, another(value))
+        try:
+            changed = model_config(config) != model_config(plain)
+        except (UsageError, ValueError, TypeError, AttributeError):
+            continue
+        known = qwen3_moe._IRRELEVANT | _fields.IRRELEVANT | {"router_aux_loss_coef"}
+        assert changed or name in known, f"{name} is ignored"
+    # The coefficient counts where the loss is asked for.
+    config = Qwen3MoeConfig(output_router_logits=True, router_aux_loss_coef=0.5)
+    assert model_config(config).router.balance_coef == 0.5 * 8 / 24
+
+
+def another(value):
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, (int, float)):
+        return value * 2 + 2
+    return {**value, "another": 1} if isinstance(value, dict) else [*value, "another"]
+
+
+def test_a_field_of_a_release_to_come_is_refused_unless_it_is_none():
+    config = Qwen3MoeConfig()
+    object.__setattr__(config, "new_gate", None)
+    model_config(config)
+    object.__setattr__(config, "new_gate", 3)
+    with pytest.raises(UsageError, match="new_gate is 3, and what it means is not known"):
+        model_config(config)
+
+
+def test_a_published_configuration_is_taken():
+    """Of Qwen3-30B-A3B, with what its file holds beside the fields of today's class."""
+    config = Qwen3MoeConfig.from_dict(
+        {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "decoder_sparse_step": 1,
+            "eos_token_id": 151645,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 6144,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 48,
+            "mlp_only_layers": [],
+            "model_type": "qwen3_moe",
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+            "num_attention_heads": 32,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 4,
+            "output_router_logits": False,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.001,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.51.0",
+            "use_cache": True,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        }
+    )
+    ours = model_config(config)
+    assert (ours.head_dim, ours.rope_theta, ours.num_experts, ours.top_k) == (128, 1e6, 128, 8)
+    assert ours.parameters_count() == 30_532_122_624
+
+
+def test_another_architecture_is_refused():
+    with pytest.raises(UsageError, match="'mixtral'; of 'qwen3_moe' would do"):
+        model_config(MixtralConfig())
+
+
+def test_their_defaults_are_ours_too():
+    config = Qwen3MoeConfig(initializer_range=0.1)
+    assert model_config(config).head_dim == config.hidden_size // config.num_attention_heads
+    assert model_config(config).init_std == 0.1
 
 
 def test_weights_of_another_shape_are_refused():

@@ -27,7 +27,9 @@ from transformers_models import (
     worst,
 )
 
+import moekernels.integrations.transformers as integration
 from moekernels import ops
+from moekernels.errors import UsageError
 from moekernels.integrations.transformers import epilogue_of
 
 
@@ -131,6 +133,24 @@ def test_flags_that_an_older_transformers_does_not_set():
     for flag in ("has_post_expert_norm", "_is_expert_parallel"):
         module.__dict__.pop(flag, None)
     assert_equal_to_eager(module, config)
+
+
+def test_flags_that_a_newer_transformers_may_set(monkeypatch):
+    """One that a class leaves at its default changes nothing; set, it is refused by name."""
+
+    def newer(experts_class=None, *, has_gate=True, has_dropout=False):
+        """As `use_experts_implementation` of a release to come."""
+
+    assert integration._UNKNOWN == ()
+    unknown = integration._unknown_flags(newer)
+    assert unknown == (("has_dropout", False),)
+    monkeypatch.setattr(integration, "_UNKNOWN", unknown)
+    module, config = qwen3()
+    assert_equal_to_eager(module, config)
+    module.has_dropout = True
+    config._experts_implementation = "moekernels"
+    with pytest.raises(UsageError, match="Experts: has_dropout is True, and what it means"):
+        module(*routed_input(5, HIDDEN, EXPERTS, TOP_K))
 
 
 def test_parametrized_weights_as_peft_makes_them():

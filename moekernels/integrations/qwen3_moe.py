@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moekernels.errors import UsageError
+from moekernels.integrations import _fields
 from moekernels.nn.config import ExpertSpec, ModelConfig, RouterConfig
 from moekernels.nn.transformer import StageModel
 
@@ -38,6 +39,45 @@ _LAYER = {
     "moe.experts.w2": ["mlp.experts.down_proj"],
 }
 
+# Fields of their configuration: carried over below; the value at which one does nothing, or all
+# that ours can do; without a meaning where those have that value.
+_HONOURED = {
+    "head_dim",
+    "hidden_size",
+    "initializer_range",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "num_attention_heads",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "num_local_experts",
+    "output_router_logits",
+    "rms_norm_eps",
+    "rope_parameters",
+    "router_aux_loss_coef",
+    "tie_word_embeddings",
+    "vocab_size",
+}
+_NEUTRAL = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "decoder_sparse_step": 1,
+    "hidden_act": "silu",
+    "is_encoder_decoder": False,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "sliding_window": None,
+    "use_sliding_window": False,
+}
+_IRRELEVANT = {
+    "intermediate_size",  # of layers without experts
+    "max_position_embeddings",  # positions are turned as they come
+    "max_window_layers",  # of the sliding window
+}
+_ROPE = {"rope_theta": ..., "rope_type": "default", "partial_rotary_factor": 1.0}
+
 
 def model_config(config: Qwen3MoeConfig) -> ModelConfig:
     """Our configuration of the same model; what ours cannot express is a UsageError.
@@ -45,25 +85,21 @@ def model_config(config: Qwen3MoeConfig) -> ModelConfig:
     The load-balancing coefficient is carried over with its meaning: theirs counts every choice of
     a token, ours the mean choice, and theirs pools the layers where ours sums them.
     """
+    kind = getattr(config, "model_type", type(config).__name__)
+    if kind != "qwen3_moe":
+        raise UsageError(f"qwen3_moe: the configuration is of {kind!r}; of 'qwen3_moe' would do")
+    _fields.check(config, honoured=_HONOURED, neutral=_NEUTRAL, irrelevant=_IRRELEVANT)
     rope = config.rope_parameters
-    for name, value, does in (
-        ("hidden_act", config.hidden_act, "silu"),
-        ("attention_bias", config.attention_bias, False),
-        ("mlp_only_layers", config.mlp_only_layers or [], []),
-        ("decoder_sparse_step", config.decoder_sparse_step, 1),
-        ("sliding_window", config.sliding_window if config.use_sliding_window else None, None),
-        ("rope_type", rope.get("rope_type", "default"), "default"),
-    ):
-        if value != does:
-            raise UsageError(f"qwen3_moe: {name} is {value!r}; {does!r} would do")
+    _fields.check_inside(kind, "rope_parameters", rope, _ROPE)
+    heads = config.num_attention_heads
     coefficient = config.router_aux_loss_coef if config.output_router_logits else 0.0
     return ModelConfig(
         vocab_size=config.vocab_size,
         d_model=config.hidden_size,
         num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
+        num_heads=heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         num_experts=config.num_experts,
         top_k=config.num_experts_per_tok,
         expert=ExpertSpec(
@@ -77,6 +113,7 @@ def model_config(config: Qwen3MoeConfig) -> ModelConfig:
         rope_theta=rope["rope_theta"],
         norm_eps=config.rms_norm_eps,
         tie_embeddings=config.tie_word_embeddings,
+        init_std=config.initializer_range,
     )
 
 

@@ -14,14 +14,17 @@ Legend: T tokens, H hidden, F expert hidden, E local experts, K top-k, R routed 
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
 from moekernels import ops
+from moekernels.errors import UsageError
 from moekernels.integrations._epilogue import UNFUSED, Epilogue, epilogue_of
 
 try:
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 except ImportError as error:  # older than 5.0, or none at all
     raise ImportError(
         "moekernels.integrations.transformers needs transformers >= 5.10 (its registry of experts "
@@ -29,6 +32,19 @@ except ImportError as error:  # older than 5.0, or none at all
     ) from error
 
 NAME = "moekernels"
+# What a class can say of itself when it is registered. `is_concatenated` is not read: how its
+# halves lie is found with what its gate computes.
+_KNOWN = {"experts_class", "experts_interface", "is_concatenated", "is_transposed"}
+_KNOWN |= {"has_bias", "has_gate", "has_post_expert_norm"}
+
+
+def _unknown_flags(decorator: object) -> tuple[tuple[str, object], ...]:
+    """(name, default) of what a newer transformers lets a class say beside that."""
+    parameters = inspect.signature(decorator).parameters
+    return tuple((name, p.default) for name, p in parameters.items() if name not in _KNOWN)
+
+
+_UNKNOWN = _unknown_flags(use_experts_implementation)
 
 
 def register() -> None:
@@ -45,6 +61,12 @@ def experts_forward(
     [T, H] in hidden_states' dtype. Ids outside [0, E) mark experts that live elsewhere (expert
     parallelism): they contribute nothing.
     """
+    for name, default in _UNKNOWN:
+        if (value := getattr(self, name, default)) != default:
+            raise UsageError(
+                f"{type(self).__name__}: {name} is {value!r}, and what it means is not known to "
+                f"experts_implementation={NAME!r}; another implementation would do"
+            )
     # Flags that an older transformers does not set have the value that its classes imply.
     gated = getattr(self, "has_gate", True)
     biased = getattr(self, "has_bias", False)
