@@ -29,19 +29,35 @@ def require_environment() -> None:
         )
 
 
+def forget_another_environment(build: Path) -> None:
+    """Drop CMake's cached answers (interpreter, headers, flags) where they are of another Python,
+    another torch or another place of this checkout; what is compiled stays and is reused."""
+    import torch
+
+    made_for = build / "made-for.txt"
+    now = [str(ROOT), sys.executable, sys.version, *torch.__path__, torch.__version__]
+    now = "\n".join(now) + "\n"
+    if not made_for.exists() or made_for.read_text(encoding="utf-8") != now:
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        build.mkdir(parents=True, exist_ok=True)
+        made_for.write_text(now, encoding="utf-8")
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
+        require_environment()
         output = ROOT / "moekernels" if self.editable_mode or self.inplace else None
         output = output or Path(self.build_lib).resolve() / "moekernels"
         build = ROOT / "build" / "cmake"
+        forget_another_environment(build)
         cuda = os.environ.get("MOEKERNELS_CUDA", "auto")
         command = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         command += [f"-DMOEKERNELS_OUTPUT={output}", f"-DMOEKERNELS_CUDA={cuda}"]
         command += [f"-DPython_EXECUTABLE={sys.executable}"]
         command += [f"-DMOEKERNELS_EMULATED={os.environ.get('MOEKERNELS_EMULATED', '0')}"]
         command += [f"-DMOEKERNELS_CUTLASS={os.environ.get('MOEKERNELS_CUTLASS', '0')}"]
-        if archs := os.environ.get("MOEKERNELS_CUDA_ARCHS"):
-            command += [f"-DMOEKERNELS_CUDA_ARCHS={archs}"]
+        archs = os.environ.get("MOEKERNELS_CUDA_ARCHS")
+        command += [f"-DMOEKERNELS_CUDA_ARCHS={archs}" if archs else "-UMOEKERNELS_CUDA_ARCHS"]
         subprocess.run(command, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
 
@@ -49,5 +65,4 @@ class CMakeBuild(build_ext):
         return []
 
 
-require_environment()
 setup(ext_modules=[Extension("moekernels._C", [])], cmdclass={"build_ext": CMakeBuild})

@@ -32,9 +32,12 @@ def _(main_grad, rows, drows, offsets, transposed, token_of, tokens, gather, tf3
     return None
 
 
-@torch.compiler.assume_constant_result
 def _matmul_may_round() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# What `torch.compiler.assume_constant_result` does, without its import of the whole compiler.
+_matmul_may_round._dynamo_marked_constant = True
 
 
 def tf32(x: Tensor) -> bool:
