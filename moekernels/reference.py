@@ -52,17 +52,8 @@ def gate(
 ) -> GateOutput:
     """logits [T, E] -> weights and ids [T, K], and the sums that the auxiliary losses are made
     of."""
-    x = _wide(logits)
-    tokens, experts = x.shape
-    if score == "softmax":
-        scores = torch.softmax(x, dim=-1)
-        normalised = scores
-    elif score == "softmax_topk":  # softmax over the chosen logits; the losses see the full softmax
-        scores = x
-        normalised = torch.softmax(x, dim=-1)
-    else:
-        scores = torch.sigmoid(x) if score == "sigmoid" else torch.sqrt(F.softplus(x))
-        normalised = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
+    scores = _scores(_wide(logits), score)
+    tokens, experts = scores.shape
 
     # Choice: the bias moves it, the weights never see the bias.
     choice = scores.detach() if bias is None else scores.detach() + bias.to(scores.dtype)
@@ -72,33 +63,63 @@ def gate(
             rank = grouped.amax(-1)
         else:
             rank = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
-        kept = torch.zeros_like(rank, dtype=torch.bool)
-        kept.scatter_(
-            1, rank.sort(dim=-1, descending=True, stable=True).indices[:, :groups_kept], True
-        )
+        order = rank.sort(dim=-1, descending=True, stable=True).indices[:, :groups_kept]
+        kept = (order[:, :, None] == torch.arange(num_groups, device=order.device)).any(1)
         choice = grouped.masked_fill(~kept[:, :, None], -torch.inf).view(tokens, experts)
     ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]  # ties: smaller id
+    if valid is not None:
+        ids = torch.where(valid[:, None], ids, -1)
 
-    chosen = scores.gather(1, ids)
-    weights = torch.softmax(chosen, dim=-1) if score == "softmax_topk" else chosen
+    weights, score_sum, z_sum = gate_sums(logits, ids, score, renormalize, scale, segments)
+    chosen = (ids[:, :, None] == torch.arange(experts, device=ids.device)).sum(1)
+    counts = torch.stack([chosen[begin:end].sum(0) for begin, end in _bounds(segments, tokens)])
+    return GateOutput(weights, ids.int(), score_sum, counts, z_sum)
+
+
+def _scores(x: Tensor, score: str) -> Tensor:
+    """What experts are chosen by. softmax_topk: the logits; its softmax is over those chosen."""
+    if score == "softmax":
+        return torch.softmax(x, dim=-1)
+    if score == "softmax_topk":
+        return x
+    return torch.sigmoid(x) if score == "sigmoid" else torch.sqrt(F.softplus(x))
+
+
+def _bounds(segments: Tensor | None, tokens: int) -> list[tuple[int, int]]:
+    bounds = [0, tokens] if segments is None else segments.tolist()
+    return list(zip(bounds[:-1], bounds[1:]))
+
+
+def gate_sums(
+    logits: Tensor,
+    ids: Tensor,
+    score: str,
+    renormalize: bool,
+    scale: float,
+    segments: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `gate` yields of logits [T, E] for a given choice ids [T, K] (-1: not valid): weights
+    [T, K], score_sum [S, E] and z_sum [S]."""
+    valid = ids[:, :1] >= 0
+    x = torch.where(valid, _wide(logits), 0)
+    scores = _scores(x, score)
+    if score in ("softmax", "softmax_topk"):  # the losses see the full softmax
+        normalised = torch.softmax(x, dim=-1)
+    else:
+        normalised = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
+    weights = scores.gather(1, ids.clamp_min(0).long())
+    if score == "softmax_topk":
+        weights = torch.softmax(weights, dim=-1)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
-    weights = weights * scale
-
-    lse = torch.logsumexp(x, dim=-1)
-    if valid is None:
-        valid = torch.ones(tokens, dtype=torch.bool, device=x.device)
-    weights = torch.where(valid[:, None], weights, 0)
-    ids = torch.where(valid[:, None], ids, -1)
-    bounds = [0, tokens] if segments is None else segments.tolist()
-    score_sum, counts, z_sum = [], [], []
-    for begin, end in zip(bounds[:-1], bounds[1:]):
-        keep = valid[begin:end]
-        score_sum.append(normalised[begin:end][keep].sum(0))
-        counts.append(torch.bincount(ids[begin:end][keep].flatten(), minlength=experts))
-        z_sum.append((lse[begin:end][keep] ** 2).sum())
-    return GateOutput(
-        weights, ids.int(), torch.stack(score_sum), torch.stack(counts), torch.stack(z_sum)
+    weights = torch.where(valid, weights * scale, 0)
+    normalised = torch.where(valid, normalised, 0)
+    z = torch.where(valid[:, 0], torch.logsumexp(x, dim=-1) ** 2, 0)
+    bounds = _bounds(segments, x.shape[0])
+    return (
+        weights,
+        torch.stack([normalised[begin:end].sum(0) for begin, end in bounds]),
+        torch.stack([z[begin:end].sum() for begin, end in bounds]),
     )
 
 
@@ -154,11 +175,11 @@ def route(
 
 
 def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
-    """x [T, H] -> rows [R, H]: rows[r] = x[token_of[r]], zero where token_of is -1."""
+    """x [T, H] -> rows [R, H]: rows[r] = x[token_of[r]], zero where token_of is outside [0, T)."""
     if x.shape[0] == 0:
         return x.new_zeros(token_of.shape[0], x.shape[1])
-    used = (token_of >= 0)[:, None]
-    return torch.where(used, x[token_of.clamp_min(0).long()], 0)
+    used = (token_of >= 0) & (token_of < x.shape[0])
+    return torch.where(used[:, None], x[torch.where(used, token_of, 0).long()], 0)
 
 
 def combine(
@@ -171,11 +192,12 @@ def combine(
     if rows.shape[0] == 0:
         return total.to(rows.dtype)
     for k in range(top_k):
-        used = (row_of[:, k] >= 0)[:, None]
-        picked = _wide(rows)[row_of[:, k].clamp_min(0).long()]
+        row = row_of[:, k]
+        used = (row >= 0) & (row < rows.shape[0])
+        picked = _wide(rows)[torch.where(used, row, 0).long()]
         if weights is not None:
             picked = picked * weights[:, k, None]
-        total = total + torch.where(used, picked, 0)
+        total = total + torch.where(used[:, None], picked, 0)
     return total.to(rows.dtype)
 
 

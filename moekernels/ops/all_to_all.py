@@ -1,7 +1,7 @@
 """all_to_all: packs the rows that ranks exchange, and regroups what arrives by local expert.
 
-The collective itself is `parallel/expert.py`'s; these only move bytes and are not differentiable
-on their own (`parallel` builds the autograd function around pack, exchange and regroup). A message
+The collective itself is `parallel/expert.py`'s; these only move bytes and refuse inputs that ask
+for gradients (`parallel` builds the autograd function around pack, exchange and regroup). A message
 is a matrix of x's dtype: each row's H elements and, behind them, the bits of its routing weight
 (fp32, or fp64 beside fp64 rows) in w elements: 1 for fp32 and fp64, 2 for bf16 and fp16, and 0
 without weights.
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from moekernels import reference
-from moekernels.ops import _spec
+from moekernels.ops import _derivatives, _spec
 from moekernels.ops._library import raw
+from moekernels.ops._op import op
 
 _pack = raw._pack.default
 _regroup = raw._regroup.default
 _ungroup = raw._ungroup.default
+_BITS = "messages hold the bits of weights; moekernels.parallel exchanges with gradients"
 
 
 def _weight_elements(dtype: torch.dtype) -> int:
@@ -50,6 +52,7 @@ def _(rows: Tensor, counts: Tensor, weights: Tensor | None) -> Tensor:
     return rows.new_empty(rows.shape[0], rows.shape[1] + extra)
 
 
+@op(None)
 def pack(x: Tensor, weights: Tensor | None, slot_of: Tensor, top_k: int) -> Tensor:
     """The message of one rank: its rows in routing order, each with its weight behind it.
 
@@ -65,18 +68,21 @@ def pack(x: Tensor, weights: Tensor | None, slot_of: Tensor, top_k: int) -> Tens
         message [R, H + w]; unused rows are zero.
 
     Raises:
-        RuntimeError: a wrong dtype, rank or shape, with the values in the message.
+        RuntimeError: a wrong dtype, rank or shape, with the values in the message; inputs that ask
+            for a gradient.
 
     Notes:
         Routing order is by expert, hence by the rank that holds it: the rows of a peer are one
         slice. Only moves bytes; T = 0 and R = 0 are ordinary. Not differentiable.
     """
-    x = x.detach().contiguous()
+    _derivatives.refuse_gradients("pack", _BITS, x, weights)
+    x = x.contiguous()
     if weights is not None:
-        weights = weights.detach().to(_spec.wide(x.dtype)).contiguous()
+        weights = weights.to(_spec.wide(x.dtype)).contiguous()
     return _pack(x, weights, slot_of, top_k)
 
 
+@op(None)
 def regroup(message: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor | None, Tensor]:
     """What arrived from all peers, by local expert.
 
@@ -91,15 +97,18 @@ def regroup(message: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor
         message holds none; offsets [e+1] int64, where each expert's rows begin.
 
     Raises:
-        RuntimeError: a wrong dtype, rank or shape, counts that do not add up to R'.
+        RuntimeError: a wrong dtype, rank or shape, counts that do not add up to R'; inputs that
+            ask for a gradient.
 
     Notes:
         Stable: the order of a peer's rows stays. Uneven and zero counts are ordinary.
     """
-    rows, weights, offsets = _regroup(message.detach().contiguous(), counts, width)
+    _derivatives.refuse_gradients("regroup", _BITS, message)
+    rows, weights, offsets = _regroup(message.contiguous(), counts, width)
     return rows, None if message.shape[1] == width else weights, offsets
 
 
+@op(None)
 def ungroup(rows: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
     """The inverse of `regroup`, for the way back.
 
@@ -112,11 +121,13 @@ def ungroup(rows: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tens
         message [R', H + w] by peer, then by expert.
 
     Raises:
-        RuntimeError: a wrong dtype, rank or shape, counts that do not add up to R'.
+        RuntimeError: a wrong dtype, rank or shape, counts that do not add up to R'; inputs that
+            ask for a gradient.
     """
-    rows = rows.detach().contiguous()
+    _derivatives.refuse_gradients("ungroup", _BITS, rows, weights)
+    rows = rows.contiguous()
     if weights is not None:
-        weights = weights.detach().to(_spec.wide(rows.dtype)).contiguous()
+        weights = weights.to(_spec.wide(rows.dtype)).contiguous()
     return _ungroup(rows, counts, weights)
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from moekernels import ops, reference
-from moekernels.ops import _spec
+from moekernels.ops import _derivatives, _spec
 from moekernels.ops._library import raw
+from moekernels.ops._op import op
 
 _combine = raw._combine.default
 _combine_backward = raw._combine_backward.default
@@ -46,10 +47,19 @@ class _WeightedCombine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None, Tensor]:
         rows, row_of, token_of, weights = ctx.saved_tensors
+        if _derivatives.needs_plain():
+            drows, dweights = _derivatives.vjp(
+                lambda rows, weights: reference.combine(rows, row_of, token_of, weights),
+                (rows, weights),
+                (ctx.needs_input_grad[0], ctx.needs_input_grad[3]),
+                (dout,),
+            )
+            return drows, None, None, dweights
         drows, dweights = _combine_backward(dout.contiguous(), rows, row_of, token_of, weights)
         return drows, None, None, dweights
 
 
+@op(reference.combine)
 def combine(
     rows: Tensor, row_of: Tensor, token_of: Tensor, weights: Tensor | None = None
 ) -> Tensor:

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from moekernels import reference
-from moekernels.ops import _spec
+from moekernels.ops import _derivatives, _main_grad, _spec
 from moekernels.ops._library import raw
-from moekernels.ops.grouped_gemm import autocast, main_grad_of, tf32, wgrad_or_accumulate
+from moekernels.ops._main_grad import main_grad_of
+from moekernels.ops._op import op
+from moekernels.ops.grouped_gemm import autocast, tf32, wgrad_or_accumulate
 
 _experts = raw._experts.default
 _dact = raw._experts_dact.default
 _dbias = raw._experts_dbias.default
-_dbias_ = raw._experts_dbias_.default
 _grouped_gemm = raw._grouped_gemm.default
 _combine = raw._combine.default
 
@@ -114,7 +115,14 @@ class _Experts(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, weights, w1, w2, b1, b2, offsets, token_of, row_of, h = ctx.saved_tensors
         need_x, need_weights, need_w1, need_w2, need_b1, need_b2 = ctx.needs_input_grad[:6]
-        style, main_grads = ctx.style, ctx.main_grads
+        style = ctx.style
+        inputs = (x, weights, w1, w2, b1, b2)
+        _, _, *main_grads = _main_grad.reached(ctx, (None, None, *ctx.main_grads), inputs)
+        if _derivatives.needs_plain():
+            grads = _plain_backward(ctx, inputs, dy)
+            grads[2:] = map(_main_grad.add, main_grads, grads[2:])
+            return *grads, *[None] * 6
+        main_grads = _MainGrads(*main_grads)
         transposed, tokens = style.transposed, x.shape[0]
         dy = dy.contiguous()
         dx = dweights = dw1 = dw2 = db1 = db2 = None
@@ -156,13 +164,39 @@ class _Experts(torch.autograd.Function):
         return dx, dweights, dw1, dw2, db1, db2, *[None] * 6
 
 
+def _plain_backward(ctx, inputs: tuple[Tensor | None, ...], dy: Tensor) -> list[Tensor | None]:
+    """The gradients of `inputs` (x, weights, w1, w2, b1, b2), in plain torch."""
+    offsets, token_of, row_of = ctx.saved_tensors[6:9]
+
+    def plain(x, weights, w1, w2, b1, b2) -> Tensor:
+        return reference.experts(
+            x,
+            weights,
+            w1,
+            w2,
+            offsets,
+            token_of=token_of,
+            row_of=row_of,
+            b1=b1,
+            b2=b2,
+            **ctx.style._asdict(),
+        )
+
+    def alias(i: int, t: Tensor) -> Tensor:
+        main_grad = ctx.main_grads[i - 2] if i >= 2 else None
+        return t.view_as(t) if main_grad is None else _main_grad.Collect.apply(t, main_grad)
+
+    return _derivatives.vjp(plain, inputs, ctx.needs_input_grad[:6], (dy,), alias)
+
+
 def _dbias_or_accumulate(main_grad, rows, weights, offsets, token_of, tokens) -> Tensor | None:
     if main_grad is None:
         return _dbias(rows, weights, offsets, token_of, tokens)
-    _dbias_(main_grad, rows, weights, offsets, token_of, tokens)
+    _main_grad.dbias_(main_grad, rows, weights, offsets, token_of, tokens)
     return None
 
 
+@op(reference.experts)
 def experts(
     x: Tensor,
     weights: Tensor | None,
@@ -212,8 +246,9 @@ def experts(
         Keeps x and h [R, 2F] for the backward, no expert output: the weights' gradient is <da,
         a>. Sums in fp32 (fp64 for fp64); fp32 inputs on CUDA as in `grouped_gemm`. With `token_of`
         on CUDA the rows are permuted into scratch, and again in the backward, rather than kept. A
-        parameter with an attribute `main_grad` (fp32, its shape) has its gradient added there and
-        none returned. Under autocast all but `weights` are cast. Deterministic on any number of
+        parameter with an attribute `main_grad` (fp32, its shape) has its gradient added there by a
+        backward that reaches it, and none returned. Gradients of gradients are made in plain
+        torch. Under autocast all but `weights` are cast. Deterministic on any number of
         threads.
     """
     main_grads = _MainGrads(*[main_grad_of(p) for p in (w1, w2, b1, b2)])

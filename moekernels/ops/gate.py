@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from moekernels import reference
-from moekernels.ops import _spec
+from moekernels.ops import _derivatives, _spec
 from moekernels.ops._library import raw
-from moekernels.reference import GateOutput, load_balancing_loss
+from moekernels.ops._op import op
+from moekernels.reference import GateOutput
 
 __all__ = ["GateOutput", "gate", "load_balancing_loss"]
 
@@ -18,6 +19,8 @@ _gate = raw._gate.default
 _gate_backward = raw._gate_backward.default
 _SCORE = {"softmax": 0, "softmax_topk": 1, "sigmoid": 2, "sqrtsoftplus": 3}
 _SUM_TWO = {"max": False, "sum2": True}
+
+load_balancing_loss = op(reference.load_balancing_loss)(reference.load_balancing_loss)
 
 
 @torch.library.register_fake("moekernels::_gate")
@@ -75,10 +78,21 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dweights, dids, dscore_sum, dcounts, dz_sum):
         logits, ids, segments = ctx.saved_tensors
+        if _derivatives.needs_plain():
+            score, *options = ctx.options
+            name = next(n for n, number in _SCORE.items() if number == score)
+            (grad,) = _derivatives.vjp(
+                lambda logits: reference.gate_sums(logits, ids, name, *options, segments),
+                (logits,),
+                (True,),
+                (dweights, dscore_sum, dz_sum),
+            )
+            return grad, None, None, None
         grads = [None if g is None else g.contiguous() for g in (dweights, dscore_sum, dz_sum)]
         return _gate_backward(logits, ids, *grads, *ctx.options, segments), None, None, None
 
 
+@op(reference.gate)
 def gate(
     logits: Tensor,
     top_k: int,

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from moekernels import reference
-from moekernels.ops import _spec
+from moekernels.ops import _derivatives, _main_grad, _spec
 from moekernels.ops._library import raw
+from moekernels.ops._main_grad import main_grad_of
+from moekernels.ops._op import op
 
 _grouped_gemm = raw._grouped_gemm.default
 _wgrad = raw._grouped_gemm_wgrad.default
-_wgrad_ = raw._grouped_gemm_wgrad_.default
 
 
 @torch.library.register_fake("moekernels::_grouped_gemm")
@@ -60,22 +61,16 @@ def wgrad_or_accumulate(
     seen through token_of."""
     if main_grad is None:
         return _wgrad(rows, drows, offsets, transposed, token_of, tokens, gather, tf32(rows))
-    _wgrad_(main_grad, rows, drows, offsets, transposed, token_of, tokens, gather, tf32(rows))
+    _main_grad.wgrad_(
+        main_grad, rows, drows, offsets, transposed, token_of, tokens, gather, tf32(rows)
+    )
     return None
-
-
-def main_grad_of(w: Tensor | None) -> Tensor | None:
-    """The fp32 buffer that a parameter's gradient is to be added to, if it has one and wants a
-    gradient."""
-    if w is None or not w.requires_grad:
-        return None
-    return getattr(w, "main_grad", None)
 
 
 def autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the dtype that autocast asks matrix products on `device` to run in;
     untouched without autocast."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
     return tensors
@@ -91,15 +86,52 @@ class _GroupedGemm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, drows: Tensor):
         rows, w, offsets = ctx.saved_tensors
-        drows = drows.contiguous()
+        need_rows, need_w = ctx.needs_input_grad[:2]
+        _, main_grad = _main_grad.reached(ctx, (None, ctx.main_grad), (rows, w))
         dgrad = dw = None
-        if ctx.needs_input_grad[0]:
+        if _derivatives.needs_plain():  # by functions that are differentiable themselves
+            if need_rows:
+                w = w if ctx.main_grad is None else _main_grad.Collect.apply(w, ctx.main_grad)
+                dgrad = grouped_gemm_dgrad(drows, w, offsets, transposed=ctx.transposed)
+            if need_w:
+                dw = grouped_gemm_wgrad(rows, drows, offsets, transposed=ctx.transposed)
+                dw = _main_grad.add(main_grad, dw)
+            return dgrad, dw, None, None, None
+        drows = drows.contiguous()
+        if need_rows:
             dgrad = _grouped_gemm(drows, w, offsets, not ctx.transposed, tf32(drows))
-        if ctx.needs_input_grad[1]:
-            dw = wgrad_or_accumulate(ctx.main_grad, rows, drows, offsets, ctx.transposed)
+        if need_w:
+            dw = wgrad_or_accumulate(main_grad, rows, drows, offsets, ctx.transposed)
         return dgrad, dw, None, None, None
 
 
+class _Wgrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, drows, offsets, transposed: bool) -> Tensor:
+        ctx.save_for_backward(rows, drows, offsets)
+        ctx.transposed = transposed
+        return wgrad_or_accumulate(None, rows, drows, offsets, transposed)
+
+    @staticmethod
+    def backward(ctx, ddw: Tensor):
+        rows, drows, offsets = ctx.saved_tensors
+        need_rows, need_drows = ctx.needs_input_grad[:2]
+        grad_rows = grad_drows = None
+        if need_rows:
+            grad_rows = grouped_gemm_dgrad(drows, ddw, offsets, transposed=ctx.transposed)
+        if need_drows:
+            grad_drows = grouped_gemm_dgrad(rows, ddw, offsets, transposed=not ctx.transposed)
+        return grad_rows, grad_drows, None, None
+
+
+def _product(rows, w, offsets, transposed: bool, main_grad: Tensor | None = None) -> Tensor:
+    rows, w = rows.contiguous(), w.contiguous()
+    if torch.is_grad_enabled() and (rows.requires_grad or w.requires_grad):
+        return _GroupedGemm.apply(rows, w, offsets, transposed, main_grad)
+    return _grouped_gemm(rows, w, offsets, transposed, tf32(rows))
+
+
+@op(reference.grouped_gemm)
 def grouped_gemm(rows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool = False) -> Tensor:
     """Multiplies each expert's rows by its weights.
 
@@ -117,33 +149,31 @@ def grouped_gemm(rows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool =
         RuntimeError: a wrong dtype, rank, shape or device, with the values in the message.
 
     Notes:
-        Sums in fp32 (fp64 for fp64). On CUDA fp32 inputs are rounded to tf32 only where torch's
-        own products round them (`torch.set_float32_matmul_precision`). If `w` is a parameter with
-        an fp32 attribute `main_grad` of its shape, the backward adds w's gradient to that and
-        returns none for w. Under autocast both run in autocast's dtype. Deterministic: the same
-        input gives the same bits on any number of threads. An expert without rows costs nothing.
+        Differentiable any number of times. Sums in fp32 (fp64 for fp64). On CUDA fp32 inputs are
+        rounded to tf32 only where torch's own products round them
+        (`torch.set_float32_matmul_precision`). If `w` is a parameter with an fp32 attribute
+        `main_grad` of its shape, a backward that reaches w adds its gradient to that and returns
+        none for w. Under autocast both run in autocast's dtype. Deterministic: the same input
+        gives the same bits on any number of threads. An expert without rows costs nothing.
     """
     main_grad = main_grad_of(w)
     rows, w = autocast(rows.device, rows, w)
-    rows, w = rows.contiguous(), w.contiguous()
-    if torch.is_grad_enabled() and (rows.requires_grad or w.requires_grad):
-        return _GroupedGemm.apply(rows, w, offsets, transposed, main_grad)
-    return _grouped_gemm(rows, w, offsets, transposed, tf32(rows))
+    return _product(rows, w, offsets, transposed, main_grad)
 
 
+@op(reference.grouped_gemm_dgrad)
 def grouped_gemm_dgrad(
     drows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool = False
 ) -> Tensor:
     """The gradient of `grouped_gemm` for its rows: drows [R, O], w [E, O, I] (transposed: [E, I,
     O]) -> [R, I].
 
-    Apart from `grouped_gemm_wgrad`, for schedules that run the two at different times. Not
-    differentiable.
+    Apart from `grouped_gemm_wgrad`, for schedules that run the two at different times.
     """
-    drows, w = drows.contiguous(), w.contiguous()
-    return _grouped_gemm(drows, w, offsets, not transposed, tf32(drows))
+    return _product(drows, w, offsets, not transposed)
 
 
+@op(reference.grouped_gemm_wgrad)
 def grouped_gemm_wgrad(
     rows: Tensor,
     drows: Tensor,
@@ -156,12 +186,16 @@ def grouped_gemm_wgrad(
     [E, I, O]).
 
     With `out` [E, O, I] fp32 (fp64 for fp64), the main gradient, it is added to that, which is
-    returned; experts
-    without rows then cost nothing. Not differentiable.
+    returned; experts without rows then cost nothing. Without, it is differentiable itself.
     """
     rows, drows = rows.contiguous(), drows.contiguous()
-    dw = wgrad_or_accumulate(out, rows, drows, offsets, transposed)
-    return dw if out is None else out
+    if out is not None:
+        _derivatives.refuse_gradients("grouped_gemm_wgrad", "it adds to out", rows, drows)
+        wgrad_or_accumulate(out, rows, drows, offsets, transposed)
+        return out
+    if torch.is_grad_enabled() and (rows.requires_grad or drows.requires_grad):
+        return _Wgrad.apply(rows, drows, offsets, transposed)
+    return wgrad_or_accumulate(None, rows, drows, offsets, transposed)
 
 
 def _inputs(dtype: torch.dtype, transposed: bool, width: int, out: int) -> Iterator[tuple]:

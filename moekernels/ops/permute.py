@@ -10,6 +10,7 @@ from torch import Tensor
 from moekernels import ops, reference
 from moekernels.ops import _spec
 from moekernels.ops._library import raw
+from moekernels.ops._op import op
 from moekernels.reference import Routing
 
 _permute = raw._permute.default
@@ -32,6 +33,7 @@ class _Permute(torch.autograd.Function):
         return ops.combine(drows, row_of, token_of), None, None
 
 
+@op(reference.permute)
 def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
     """Copies each token's row to the places that `route` gave it.
 
@@ -59,6 +61,7 @@ def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
     return _permute(x, token_of)
 
 
+@op(reference.permute_weights)
 def permute_weights(weights: Tensor, routing: Routing) -> Tensor:
     """The routing weight of each row, differentiable: weights [T, K] -> [R], zero if unused."""
     flat = permute(weights.reshape(-1, 1), routing.slot_of, routing.row_of.reshape(-1, 1))

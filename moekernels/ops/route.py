@@ -10,6 +10,7 @@ from torch import Tensor
 from moekernels import reference
 from moekernels.ops import _spec
 from moekernels.ops._library import raw
+from moekernels.ops._op import op
 from moekernels.reference import Routing
 
 _route = raw._route.default
@@ -29,6 +30,7 @@ def _(ids: Tensor, num_experts: int, weights: Tensor | None, capacity: int, alig
     )
 
 
+@op(reference.route)
 def route(
     ids: Tensor,
     num_experts: int,
