@@ -91,13 +91,14 @@ def vjp(
     grads: Sequence[Tensor | None],
     alias: Callable[[int, Tensor], Tensor] = lambda i, t: t.view_as(t),
 ) -> list[Tensor | None]:
-    """The gradients of `plain(*inputs)`, differentiable where grad mode is on.
+    """The gradients of `plain(*inputs)`, differentiable again.
 
     One of `grads` for each output (None: zero), one of the result for each input, None where it is
     not `needed`. `alias(i, input)` is what stands for a needed input, so that a gradient ends there
     even where one input was computed from another.
     """
-    create_graph = torch.is_grad_enabled()
+    # Some of torch's own derivatives have forward mode only where they can be differentiated again.
+    create_graph = torch.is_grad_enabled() or transformed()
     with torch.enable_grad():
         own = [
             alias(i, t) if need and t is not None else t

@@ -93,8 +93,8 @@ def add(main_grad: Tensor | None, dw: Tensor | None) -> Tensor | None:
 # is wanted. `same` is main_grad, where a compiler replaces what is written to by a copy.
 _library = torch.library.Library("moekernels", "FRAGMENT")
 _WGRAD = (
-    "(Tensor(a!) main_grad, Tensor same, Tensor rows, Tensor drows, Tensor offsets, bool transposed, "
-    "Tensor? token_of, SymInt tokens, bool gather, bool tf32=False) -> ()"
+    "(Tensor(a!) main_grad, Tensor same, Tensor rows, Tensor drows, Tensor offsets, "
+    "bool transposed, Tensor? token_of, SymInt tokens, bool gather, bool tf32=False) -> ()"
 )
 _DBIAS = (
     "(Tensor(a!) main_grad, Tensor same, Tensor rows, Tensor? weights, Tensor offsets, "

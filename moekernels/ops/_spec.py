@@ -36,6 +36,8 @@ class OpSpec:
     reference: Callable[..., Any]  # same signature, plain torch, differentiable
     # Small cases, ordinary and hostile, for a dtype; the same ones at every call.
     cases: Callable[[torch.dtype], Iterable[Case]]
+    # Inputs in fp32 for any number of tokens: one compiled graph serves them all.
+    sized: Callable[[int], dict[str, Any]]
     # Inputs that may ask for a gradient; a case may leave them None.
     differentiable: tuple[str, ...] = ()
     # Floating outputs and gradients equal the reference's bit for bit; integers always do.
@@ -109,6 +111,11 @@ def routing_cases(alignment: int = 1) -> Iterator[tuple[str, Tensor, int, refere
     ids = random_ids(31, 5, 2, seed=5)
     yield "capacity", ids, 5, reference.route(ids, 5, capacity=7)
     yield "alignment", ids, 5, reference.route(ids, 5, alignment=8)
+
+
+def routed(tokens: int, experts: int = 5, top_k: int = 2) -> reference.Routing:
+    """For `OpSpec.sized`: only tokens may differ from size to size."""
+    return reference.route(random_ids(tokens, experts, top_k), experts)
 
 
 def large_routing(tokens: int = 1024, experts: int = 16, top_k: int = 4) -> reference.Routing:

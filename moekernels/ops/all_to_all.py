@@ -192,6 +192,24 @@ def _ungroup_large(dtype: torch.dtype) -> dict:
     return {"rows": _spec.randn(dtype, int(counts.sum()), 130), "counts": counts}
 
 
+def _pack_sized(tokens: int) -> dict:
+    x, weights = _spec.randn(torch.float32, tokens, 12), _spec.randn(torch.float32, tokens, 2)
+    return {"x": x, "weights": weights, "slot_of": _spec.routed(tokens).slot_of, "top_k": 2}
+
+
+def _even_counts(tokens: int) -> Tensor:
+    return torch.full((2, 3), tokens)
+
+
+def _regroup_sized(tokens: int) -> dict:
+    counts = _even_counts(tokens)
+    return {"message": _message(torch.float32, counts, 12, True), "counts": counts, "width": 12}
+
+
+def _ungroup_sized(tokens: int) -> dict:
+    return {"rows": _spec.randn(torch.float32, 6 * tokens, 12), "counts": _even_counts(tokens)}
+
+
 def _pack_messages():
     x, slot_of = torch.zeros(3, 4), torch.zeros(6, dtype=torch.int32)
     yield (
@@ -238,10 +256,10 @@ def _ungroup_messages():
     )
 
 
-for _fn, _reference, _cases, _large, _messages in (
-    (pack, reference.pack, _pack_cases, _pack_large, _pack_messages),
-    (regroup, reference.regroup, _regroup_cases, _regroup_large, _regroup_messages),
-    (ungroup, reference.ungroup, _ungroup_cases, _ungroup_large, _ungroup_messages),
+for _fn, _reference, _cases, _large, _sized, _messages in (
+    (pack, reference.pack, _pack_cases, _pack_large, _pack_sized, _pack_messages),
+    (regroup, reference.regroup, _regroup_cases, _regroup_large, _regroup_sized, _regroup_messages),
+    (ungroup, reference.ungroup, _ungroup_cases, _ungroup_large, _ungroup_sized, _ungroup_messages),
 ):
     _spec.register(
         _spec.OpSpec(
@@ -249,6 +267,7 @@ for _fn, _reference, _cases, _large, _messages in (
             fn=_fn,
             reference=_reference,
             cases=_cases,
+            sized=_sized,
             exact=True,
             messages=_messages,
             large=_large,

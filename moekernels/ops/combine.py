@@ -10,7 +10,7 @@ from torch import Tensor
 from moekernels import ops, reference
 from moekernels.ops import _derivatives, _spec
 from moekernels.ops._library import raw
-from moekernels.ops._op import op
+from moekernels.ops._op import op, require_tensors
 
 _combine = raw._combine.default
 _combine_backward = raw._combine_backward.default
@@ -77,6 +77,7 @@ def combine(
         [T, H], in rows' dtype; zero for tokens without rows.
 
     Raises:
+        TypeError: an argument that is no tensor or number where it must be one.
         RuntimeError: a wrong dtype, rank, shape or device, with the values in the message.
 
     Notes:
@@ -86,6 +87,7 @@ def combine(
         drows = weight * dout and dweights = <dout, row>. A layer whose experts apply the weights
         (`experts`) therefore combines without them.
     """
+    require_tensors(token_of)
     rows = rows.contiguous()
     if weights is None:
         if rows.requires_grad and torch.is_grad_enabled():
@@ -118,6 +120,16 @@ def _large(dtype: torch.dtype) -> dict:
         "row_of": routing.row_of,
         "token_of": routing.token_of,
         "weights": _spec.randn(_spec.wide(dtype), *routing.row_of.shape, seed=1),
+    }
+
+
+def _sized(tokens: int) -> dict:
+    routing = _spec.routed(tokens)
+    return {
+        "rows": _spec.randn(torch.float32, 2 * tokens, 12),
+        "row_of": routing.row_of,
+        "token_of": routing.token_of,
+        "weights": _spec.randn(torch.float32, tokens, 2, seed=1),
     }
 
 
@@ -159,6 +171,7 @@ _spec.register(
         fn=combine,
         reference=reference.combine,
         cases=_cases,
+        sized=_sized,
         differentiable=("rows", "weights"),
         messages=_messages,
         large=_large,

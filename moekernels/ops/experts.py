@@ -12,7 +12,7 @@ from moekernels import reference
 from moekernels.ops import _derivatives, _main_grad, _spec
 from moekernels.ops._library import raw
 from moekernels.ops._main_grad import main_grad_of
-from moekernels.ops._op import op
+from moekernels.ops._op import op, require_tensors
 from moekernels.ops.grouped_gemm import autocast, tf32, wgrad_or_accumulate
 
 _experts = raw._experts.default
@@ -240,6 +240,7 @@ def experts(
         [R, H] weighted rows in x's dtype, for `combine` to sum. Rows past offsets[E] are zero.
 
     Raises:
+        TypeError: an argument that is no tensor or number where it must be one.
         RuntimeError: a wrong dtype, rank, shape or device, with the values in the message.
 
     Notes:
@@ -251,6 +252,8 @@ def experts(
         torch. Under autocast all but `weights` are cast. Deterministic on any number of
         threads.
     """
+    if row_of is not None:
+        require_tensors(row_of)
     main_grads = _MainGrads(*[main_grad_of(p) for p in (w1, w2, b1, b2)])
     x, w1, w2, b1, b2 = autocast(x.device, x, w1, w2, b1, b2)
     if weights is not None and weights.dtype != torch.float64 and x.dtype != torch.float64:
@@ -343,6 +346,10 @@ def _large(dtype: torch.dtype) -> dict:
     return _case(dtype, routing, 300, num_experts=6, hidden=64, ffn=40, bias=True)
 
 
+def _sized(tokens: int) -> dict:
+    return _case(torch.float32, _spec.routed(tokens), tokens, num_experts=5, bias=True)
+
+
 def _messages():
     x, weights, offsets = torch.zeros(6, 4), torch.zeros(6), torch.tensor([0, 2, 6])
     w1, w2 = torch.zeros(2, 10, 4), torch.zeros(2, 4, 5)
@@ -388,6 +395,7 @@ _spec.register(
         fn=experts,
         reference=reference.experts,
         cases=_cases,
+        sized=_sized,
         differentiable=("x", "weights", "w1", "w2", "b1", "b2"),
         messages=_messages,
         large=_large,

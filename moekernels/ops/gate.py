@@ -220,6 +220,11 @@ def _large(dtype: torch.dtype) -> dict:
     return {"logits": _logits(dtype, 1024, 40, seed=4), "top_k": 6, "segments": segments}
 
 
+def _sized(tokens: int) -> dict:
+    segments = torch.tensor([0, tokens // 2, tokens])
+    return {"logits": _logits(torch.float32, tokens, 12, seed=0), "top_k": 3, "segments": segments}
+
+
 def _messages():
     x = torch.zeros(4, 6)
     names = "float32|bfloat16|float16|float64"
@@ -273,6 +278,7 @@ _spec.register(
         fn=gate,
         reference=reference.gate,
         cases=_cases,
+        sized=_sized,
         differentiable=("logits",),
         messages=_messages,
         large=_large,

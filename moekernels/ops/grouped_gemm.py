@@ -236,6 +236,11 @@ def _wgrad_cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
             yield _spec.Case(name, inputs, compile=name == "ordinary")
 
 
+def _sized(tokens: int, **shapes: tuple[int, ...]) -> dict:
+    inputs = {name: _spec.randn(torch.float32, *shape) for name, shape in shapes.items()}
+    return inputs | {"offsets": _spec.routed(tokens).offsets}
+
+
 def _messages():
     rows, w = torch.zeros(6, 4), torch.zeros(2, 3, 4)
     offsets = torch.tensor([0, 2, 6])
@@ -275,6 +280,7 @@ _spec.register(
         fn=grouped_gemm,
         reference=reference.grouped_gemm,
         cases=_cases,
+        sized=lambda t: _sized(t, rows=(2 * t, 10), w=(5, 14, 10)),
         differentiable=("rows", "w"),
         messages=_messages,
         large=_large,
@@ -287,6 +293,8 @@ _spec.register(
         fn=grouped_gemm_dgrad,
         reference=reference.grouped_gemm_dgrad,
         cases=_dgrad_cases,
+        sized=lambda t: _sized(t, drows=(2 * t, 14), w=(5, 14, 10)),
+        differentiable=("drows", "w"),
     )
 )
 _spec.register(
@@ -295,5 +303,7 @@ _spec.register(
         fn=grouped_gemm_wgrad,
         reference=reference.grouped_gemm_wgrad,
         cases=_wgrad_cases,
+        sized=lambda t: _sized(t, rows=(2 * t, 10), drows=(2 * t, 14)),
+        differentiable=("rows", "drows"),
     )
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from moekernels import ops, reference
 from moekernels.ops import _spec
 from moekernels.ops._library import raw
-from moekernels.ops._op import op
+from moekernels.ops._op import op, require_tensors
 from moekernels.reference import Routing
 
 _permute = raw._permute.default
@@ -48,6 +48,7 @@ def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
         rows [R, H], in x's dtype.
 
     Raises:
+        TypeError: an argument that is no tensor or number where it must be one.
         RuntimeError: a wrong dtype, rank, shape or device, with the values in the message.
 
     Notes:
@@ -55,6 +56,7 @@ def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
         rows in the order of k, so `row_of` and `token_of` must be each other's inverse.
         Deterministic; T = 0 and R = 0 are ordinary.
     """
+    require_tensors(row_of)
     x = x.contiguous()
     if x.requires_grad and torch.is_grad_enabled():
         return _Permute.apply(x, token_of, row_of)
@@ -78,6 +80,12 @@ def _cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
 def _large(dtype: torch.dtype) -> dict:
     routing = _spec.large_routing()
     x = _spec.randn(dtype, routing.row_of.shape[0], 130)
+    return {"x": x, "token_of": routing.token_of, "row_of": routing.row_of}
+
+
+def _sized(tokens: int) -> dict:
+    routing = _spec.routed(tokens)
+    x = _spec.randn(torch.float32, tokens, 12)
     return {"x": x, "token_of": routing.token_of, "row_of": routing.row_of}
 
 
@@ -108,6 +116,7 @@ _spec.register(
         fn=permute,
         reference=reference.permute,
         cases=_cases,
+        sized=_sized,
         differentiable=("x",),
         messages=_messages,
         large=_large,

@@ -100,6 +100,11 @@ def _large(dtype: torch.dtype) -> dict:
     return {"ids": ids, "num_experts": 16, "capacity": 2900, "alignment": 4}
 
 
+def _sized(tokens: int) -> dict:
+    ids = _spec.random_ids(tokens, 5, 2)
+    return {"ids": ids, "num_experts": 5, "capacity": tokens, "alignment": 4}
+
+
 def _messages():
     ids = torch.zeros(3, 2, dtype=torch.int32)
     yield (
@@ -131,6 +136,7 @@ _spec.register(
         fn=route,
         reference=reference.route,
         cases=_cases,
+        sized=_sized,
         exact=True,
         messages=_messages,
         large=_large,
