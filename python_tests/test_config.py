@@ -149,7 +149,7 @@ def test_mistakes_in_a_file_name_it_and_what_would_do(tmp_path, text):
 BAD_FLAGS = [
     (flags(train__optimizer_state="fp16"), "--optimizer-state"),
     (flags(train__clip=-1.0), "--clip"),
-    (flags(train__optimizer_state="bf16", train__beta2=0.999), "0.99"),
+    (flags(train__optimizer_state="bf16", train__beta2=0.99995), "0.9999"),
     (flags(batch__lengths="10"), "LOW:HIGH"),
     (flags(batch__lengths="9:3"), "LOW:HIGH"),
     (flags(batch__lengths="128:10240"), "--context 10240"),

@@ -120,6 +120,28 @@ def test_bf16_moments_follow_fp32_ones():
     assert results[1][1] == results[0][1] * 12 // 16
 
 
+@pytest.mark.parametrize("betas", [(0.99, 0.99), (0.999, 0.9999)])
+def test_slow_bf16_moments_follow_fp32_ones(betas):
+    """Half way to where they will be; rounded to nearest they would stand still there."""
+    start, steps, states = {"exp_avg.w": 0.15, "exp_avg_sq.w": 0.5}, 100, []
+    for dtype in (torch.float32, torch.bfloat16):
+        p, generator = torch.nn.Parameter(torch.zeros(16, 256)), torch.Generator().manual_seed(0)
+        settings = config(state_dtype=dtype, beta1=betas[0], beta2=betas[1], steps=steps)
+        optimizer = Optimizer([("w", p, shard(p.shape))], Mesh(Layout()), settings)
+        state = {key: x for key, x, _ in optimizer.state()}
+        for key, value in start.items():
+            state[key].fill_(value)
+        for _ in range(steps):
+            p.main_grad.normal_(0.3, generator=generator)
+            optimizer.step(norm=torch.ones((), dtype=torch.float64))
+        states.append({key: x.double() for key, x in state.items()})
+    for key, value in start.items():
+        exact, got = states[0][key], states[1][key]
+        moved = (exact.mean() - value).abs()
+        assert (got.mean() - exact.mean()).abs() < 0.1 * moved, key
+        assert (got - exact).square().mean().sqrt() < 0.04 * exact.square().mean().sqrt(), key
+
+
 def test_kernels_that_know_main_grad_and_autograd_write_to_one_place():
     parameters = model()
     optimizer = Optimizer(whole(parameters), Mesh(Layout()), config())

@@ -79,6 +79,7 @@ class Trainer:
                 beta2=t.beta2,
                 eps=t.eps,
                 state_dtype=MOMENTS[t.optimizer_state],
+                seed=t.seed,
             ),
         )
         self.guard = Guard(

@@ -2,7 +2,8 @@
 
 All parameters of one kind (gradients summed over the same ranks, held by the same ranks, decayed
 or not) lie in one flat tensor, so that a reduction, a norm and an update are each one call. fp32
-parameters are views of their masters; bf16 ones are copied from them after a step.
+parameters are views of their masters; bf16 ones are copied from them after a step. bf16 moments are
+rounded stochastically (see `rounding`).
 
 Weight decay acts on matrices. Norms, biases (anything one-dimensional) and embeddings are not
 decayed.
@@ -21,6 +22,7 @@ from torch.optim.adamw import adamw
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import ShardInfo
 from moekernels.parallel.tensor import all_reduce
+from moekernels.train.rounding import Noise, round_
 
 CHUNK = 1 << 18  # elements whose bf16 moments are widened at a time: what fits a cache
 ALIGN = 16  # elements: every parameter begins on a 64-byte line
@@ -39,6 +41,7 @@ class AdamWConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     state_dtype: torch.dtype = torch.float32
+    seed: int = 0  # of the rounding of bf16 moments
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 1, 2, ...: a line up over `warmup` steps, then half a cosine down
@@ -70,6 +73,7 @@ class Bucket:
     weights: Tensor | None = (
         None  # what the model computes with, where that is not the master itself
     )
+    noise: Noise | None = None  # for moments that are rounded
 
 
 class Optimizer:
@@ -108,6 +112,10 @@ class Optimizer:
         bucket.grads, bucket.master = flat(dtype), flat(dtype)
         bucket.exp_avg, bucket.exp_avg_sq = flat(moments), flat(moments)
         bucket.weights = None if first.dtype == dtype else flat(first.dtype)
+        if moments == torch.bfloat16:
+            placed = zip(bucket.names, bucket.spans)
+            parts = [(name, begin, self.parameters[name][1]) for name, (begin, _) in placed]
+            bucket.noise = Noise(self.config.seed, parts, CHUNK, first.device)
         home = bucket.master if bucket.weights is None else bucket.weights
         for name, (begin, end) in zip(bucket.names, bucket.spans):
             parameter = self.parameters[name][0]
@@ -196,32 +204,37 @@ class Optimizer:
 
     def _update(self, bucket: Bucket, lr: float, divisor: Tensor | None) -> None:
         """The update divides the gradients on its way: no pass of their own over them."""
-        c, narrow = self.config, bucket.exp_avg.dtype != bucket.master.dtype
-        size = bucket.master.numel()
-        for begin in range(0, size, CHUNK if narrow else size):
-            part = slice(begin, begin + CHUNK if narrow else size)
-            moments = [m[part] for m in (bucket.exp_avg, bucket.exp_avg_sq)]
-            wide = [m.to(bucket.master.dtype) for m in moments]
-            adamw(
-                [bucket.master[part]],
-                [bucket.grads[part]],
-                [wide[0]],
-                [wide[1]],
-                [],
-                [torch.tensor(float(self.steps_done - 1), device=bucket.master.device)],
-                fused=True,
-                amsgrad=False,
-                beta1=c.beta1,
-                beta2=c.beta2,
-                lr=lr,
-                weight_decay=c.weight_decay if bucket.decay else 0.0,
-                eps=c.eps,
-                maximize=False,
-                grad_scale=divisor,
-            )
-            if narrow:
-                for moment, new in zip(moments, wide):
-                    moment.copy_(new)
+        if bucket.noise is None:
+            moments = (bucket.exp_avg, bucket.exp_avg_sq)
+            self._adamw(bucket, bucket.master, bucket.grads, *moments, lr, divisor)
+            return
+        for begin, end, bits in bucket.noise.chunks(self.steps_done):
+            part = slice(begin, end)
+            narrow = [bucket.exp_avg[part], bucket.exp_avg_sq[part]]
+            wide = [moment.float() for moment in narrow]
+            self._adamw(bucket, bucket.master[part], bucket.grads[part], *wide, lr, divisor)
+            round_(wide[0], bits & 0xFFFF, narrow[0])
+            round_(wide[1], bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF), narrow[1])
+
+    def _adamw(self, bucket: Bucket, master, grads, exp_avg, exp_avg_sq, lr, divisor) -> None:
+        c = self.config
+        adamw(
+            [master],
+            [grads],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [torch.tensor(float(self.steps_done - 1), device=master.device)],
+            fused=True,
+            amsgrad=False,
+            beta1=c.beta1,
+            beta2=c.beta2,
+            lr=lr,
+            weight_decay=c.weight_decay if bucket.decay else 0.0,
+            eps=c.eps,
+            maximize=False,
+            grad_scale=divisor,
+        )
 
     def state(self) -> Iterator[tuple[str, Tensor, ShardInfo]]:
         """What a checkpoint keeps, as views: `master.<name>`, `exp_avg.<name>`,

@@ -158,7 +158,11 @@ class TrainSection:
     dtype: str = _key(
         "fp32", "dtype of parameters and activations", choices=("fp32", "bf16", "fp64")
     )
-    optimizer_state: str = _key("fp32", "dtype of the moments", choices=("fp32", "bf16"))
+    optimizer_state: str = _key(
+        "fp32",
+        "dtype of the moments; bf16 ones are rounded by chance, right on average",
+        choices=("fp32", "bf16"),
+    )
     seed: int = _key(0, "seed of parameters and data order", low=0, high=2**31 - 1)
     device: str = _key("auto", "where to run", choices=("auto", "cpu", "cuda"))
     eval_every: int = _key(0, "steps between held-out losses; 0: only at the end", low=0)
