@@ -1,7 +1,7 @@
 """The command line: `moekernels train | verify | bench | info`.
 
 Exit codes: 0 done, 1 failed, 2 bad usage or configuration (one line on stderr, no traceback), 130
-interrupted.
+interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from pathlib import Path
 from moekernels import __version__
 from moekernels.errors import RunError, UsageError
 from moekernels.train import config as cfg
+from moekernels.train.stop import Terminated, end_now, handled
 
-RUNS = ("numpy", "tokenizers", "rich", "matplotlib")
+RUNS = ("numpy", "tokenizers", "rich", "matplotlib", "safetensors")
 NEEDS = {"train": RUNS, "plan": RUNS, "verify": ("numpy",), "bench": (*RUNS, "pytest-benchmark")}
 
 
@@ -144,8 +145,8 @@ def build_parser() -> Parser:
     train = commands.add_parser(
         "train",
         help="train a model on text, on local ranks or under torchrun",
-        usage="%(prog)s [--preset NAME] [--config FILE] [--out DIR] [--resume] [flags of the "
-        "configuration]",
+        usage="%(prog)s [--preset NAME] [--config FILE] [--out DIR] [--resume [auto]] [flags of "
+        "the configuration]",
         description="Trains on text. Without torchrun the layout's ranks are started here. The "
         "layout of a preset "
         "counts only where none of --tp --dp --pp --ep --etp is given; otherwise unset tp, pp and "
@@ -159,7 +160,13 @@ def build_parser() -> Parser:
         "--name", help="name of the run under runs/ (default: the preset's, or the file's)"
     )
     train.add_argument(
-        "--resume", action="store_true", help="go on from the newest whole checkpoint in --out"
+        "--resume",
+        nargs="?",
+        const="must",
+        choices=("must", "auto"),
+        metavar="auto|must",
+        help="go on from the newest whole checkpoint in --out; auto: or begin anew where there is "
+        "none (default must; torchrun's restarts take auto by themselves)",
     )
     add_config_flags(train)
     train.set_defaults(run=_train)
@@ -240,7 +247,7 @@ def _train(args) -> int:
     from moekernels.train.start import train
 
     return train(
-        args.preset, args.config, args.flags, out=args.out, name=args.name, resume=args.resume
+        args.preset, args.config, args.flags, out=args.out, name=args.name, resume_how=args.resume
     )
 
 
@@ -333,16 +340,16 @@ def _require(command: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    quiet = (
-        int(os.environ.get("LOCAL_RANK", "0")) != 0
-    )  # under torchrun one rank a machine says what all find
+    # Under a launcher one rank a machine says what all find.
+    quiet = (os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or "0") != "0"
     try:
         try:
             rest = argv[1:] if argv[:1] == ["bench"] else []
             args = build_parser().parse_args(argv[: len(argv) - len(rest)])
             args.rest = rest
             _require(args.command)
-            return args.run(args)
+            with handled(end_now, (signal.SIGTERM,)):
+                return args.run(args)
         except UsageError as error:
             if not quiet:
                 print(f"moekernels: {' '.join(str(error).split())}", file=sys.stderr)
@@ -350,6 +357,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("moekernels: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except Terminated:
+        print("moekernels: terminated", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except BrokenPipeError:  # the reader of our output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -1,214 +1,261 @@
-"""Checkpoints by torch.distributed.checkpoint: every rank writes its pieces of the full tensors,
-under their full names.
+"""Checkpoints: every rank writes the boxes of the full tensors that it is the first to hold, under
+their full names, so that another layout loads them, each rank reading the slices that it holds now.
 
-Another layout therefore loads them, each rank reading the pieces that it holds now. A checkpoint
-is written beside its place and renamed when all of it is on the disk, so a folder `step-<n>` is
-whole or it is not there; its list of sizes finds one that was damaged later.
+A step waits for the copy of its tensors to the CPU's memory only; the rest happens behind it. The
+ranks meet in the folder: each leaves a note of what it has written, and rank 0, when all are
+there, writes the manifest and renames. So a folder `step-<n>` is whole, or it is not there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import secrets
 import shutil
-import warnings
+import threading
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    FileSystemReader,
-    FileSystemWriter,
-)
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from moekernels import jsonio
 from moekernels.errors import UsageError
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import ShardInfo
+from moekernels.train import manifest as manifests
+from moekernels.train import shards
+from moekernels.train.manifest import Box, Damaged, Manifest, Saved
 
-FACTS = "checkpoint.json"
-State = list[tuple[str, Tensor, ShardInfo]]
+FILE_BYTES = 1 << 30  # several files a rank are hashed at once, when written and when read
+POLL_SECONDS = 0.02
+ROOM = 0.5  # of the free memory, that the copies of a machine's ranks may take
 
-
-class _SavePlanner(DefaultSavePlanner):
-    """Writes the pieces of which this rank is the first holder."""
-
-    def __init__(self, state: State, mesh: Mesh) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces = {}
-        for name, local, info in state:
-            if getattr(mesh, info.copies).rank == 0:
-                for piece in info.pieces:
-                    index = MetadataIndex(name, torch.Size(piece.full))
-                    self.pieces[index] = (local.detach(), info, piece)
-
-    def create_local_plan(self) -> SavePlan:
-        items = [
-            WriteItem(
-                index=index,
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(torch.Size(piece.full), torch.Size(piece.size)),
-                    properties=TensorProperties(dtype=local.dtype),
-                    size=torch.Size(info.full_shape),
-                ),
-            )
-            for index, (local, info, piece) in self.pieces.items()
-        ]
-        self.plan = SavePlan(items)
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        local, _, piece = self.pieces[MetadataIndex(index.fqn, index.offset)]
-        return piece.of_local(local).contiguous()
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    """Reads the pieces that this rank holds, out of whichever pieces were written."""
-
-    def __init__(self, state: State) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.state = state
-        self.targets = {
-            (name, torch.Size(piece.full)): piece.of_local(local.detach())
-            for name, local, info in state
-            for piece in info.pieces
-        }
-
-    def create_local_plan(self) -> LoadPlan:
-        items = []
-        for name, _, info in self.state:
-            saved = self.metadata.state_dict_metadata[name]
-            wanted = [
-                ChunkStorageMetadata(torch.Size(p.full), torch.Size(p.size)) for p in info.pieces
-            ]
-            items += create_read_items_for_chunk_list(name, saved, wanted)
-        return LoadPlan(items)
-
-    def resolve_tensor(self, read_item) -> Tensor:
-        target = self.targets[read_item.dest_index.fqn, read_item.dest_index.offset]
-        spans = zip(read_item.dest_offsets, read_item.lengths)
-        return target[tuple(slice(begin, begin + length) for begin, length in spans)]
-
-    def commit_tensor(self, read_item, tensor) -> None:
-        """Nothing is left to do: what was read was copied into a view of its target."""
+State = Iterable[tuple[str, Tensor, ShardInfo]]
 
 
 class Checkpoints:
-    """The checkpoints of a run, in `<run>/checkpoints`. Ranks call `save` and `load` together."""
+    """The checkpoints of a run, in `<run>/checkpoints`. Ranks call every method together.
 
-    def __init__(self, folder: Path, mesh: Mesh, keep: int) -> None:
-        self.folder, self.mesh, self.keep = folder, mesh, keep
+    `run`: its identity. `trusted`: folders that were verified, with their signatures.
+    `local_ranks`: how many share this machine's memory.
+    """
 
-    def save(self, step: int, state: Iterable[tuple[str, Tensor, ShardInfo]], facts: dict) -> Path:
-        """Write `step-<step>`; older ones beyond `keep` go once it is whole."""
-        final = self.folder / f"step-{step:07d}"
-        partial = self.folder / f".partial-{final.name}"
-        first = self.mesh.rank == 0
-        if first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-        self._together()
-        with _quietly():
-            dcp.save(
-                {},
-                storage_writer=FileSystemWriter(partial, sync_files=True),
-                planner=_SavePlanner(list(state), self.mesh),
-                no_dist=self.mesh.world.size == 1,
-            )
-        if first:
-            sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-            with open(partial / FACTS, "w") as file:
-                file.write(jsonio.dumps({"step": step, **facts, "sizes": sizes}))
-                file.flush()
-                os.fsync(file.fileno())
-            _sync(partial)
-            shutil.rmtree(
-                final, ignore_errors=True
-            )  # only one that was not whole can be in the way
-            partial.rename(final)
-            _sync(self.folder)
-            for old in _steps(self.folder)[self.keep :]:
-                shutil.rmtree(old, ignore_errors=True)
-        return final
+    def __init__(
+        self,
+        folder: Path,
+        mesh: Mesh,
+        keep: int,
+        *,
+        run: str = "",
+        trusted: dict[Path, tuple] | None = None,
+        local_ranks: int = 1,
+    ) -> None:
+        self.folder, self.mesh, self.keep, self.run = folder, mesh, keep, run
+        self.trusted, self.local_ranks = dict(trusted or {}), local_ranks
+        if mesh.rank == 0:
+            sweep(folder)
+        self.token = _agreed_token(mesh)  # no note of an earlier attempt is taken for one of ours
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        self._given_up = threading.Event()
 
-    def load(self, path: Path, state: Iterable[tuple[str, Tensor, ShardInfo]]) -> None:
-        """Fill the tensors of `state` in place; UsageError where the checkpoint has not all of
-        them."""
-        state, reader = list(state), FileSystemReader(path)
-        saved = reader.read_metadata().state_dict_metadata
-        for name, _, info in state:
-            if name not in saved or tuple(saved[name].size) != info.full_shape:
-                have = f"has shape {list(saved[name].size)}" if name in saved else "is missing"
-                raise UsageError(f"{path}: {name} {have}, this model needs {list(info.full_shape)}")
-        with _quietly():
-            dcp.load(
-                {},
-                storage_reader=reader,
-                planner=_LoadPlanner(state),
-                no_dist=self.mesh.world.size == 1,
-            )
+    def save(self, step: int, state: State, facts: dict) -> Path:
+        """Begin to write `step-<step>`; older ones beyond `keep` go once it is whole.
 
-    def _together(self) -> None:
-        if self.mesh.world.size > 1:
-            dist.barrier()
+        Waits for the save before it. UsageError where that one could not be written.
+        """
+        self.wait()
+        own = [
+            (name, info, piece, piece.of_local(local.detach()))
+            for name, local, info in state
+            if getattr(self.mesh, info.copies).rank == 0
+            for piece in info.pieces
+        ]
+        manifest = Manifest(step, self.run, asdict(self.mesh.layout), facts, {}, {})
+        partial = self.folder / f".partial-{manifests.step_name(step)}-{self.token}"
+        if _fits(sum(x.numel() * x.element_size() for *_, x in own) * self.local_ranks):
+            own = [(*what, x.to("cpu", copy=True).contiguous()) for *what, x in own]
+            self._pending = self._worker.submit(self._write, partial, own, manifest)
+        else:  # no memory for a copy: the step waits for the disk
+            self._write_own(partial, own)
+            self._pending = self._worker.submit(self._complete, partial, manifest)
+        return self.folder / manifests.step_name(step)
 
+    def poll(self) -> None:
+        """Raise what went wrong in the save under way, if that is known by now."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
-def newest_whole(folder: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint whose files are all there in full, and its facts."""
-    for path in _steps(folder):
+    def wait(self) -> None:
+        """Until this rank's part (on rank 0: all) of the save under way is on the disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self, failed: bool = False) -> None:
+        """Finish the save under way; with `failed`, no longer wait for what other ranks write."""
+        if failed:
+            self._given_up.set()
+        else:
+            self.wait()
+        self._worker.shutdown()
+
+    def _write(self, partial: Path, own: list, manifest: Manifest) -> None:
+        self._write_own(partial, own)
+        self._complete(partial, manifest)
+
+    def _write_own(self, partial: Path, own: list) -> None:
+        """This rank's files, and the note that they are there."""
+        parts: list[dict[str, Tensor]] = []
+        places, room = [], 0
+        for name, info, piece, x in own:
+            size = x.numel() * x.element_size()
+            if not parts or size > room:
+                parts.append({})
+                room = FILE_BYTES
+            room -= size
+            key = f"{name}@{','.join(map(str, piece.full))}"
+            parts[-1][key] = x
+            file = f"rank-{self.mesh.rank:05d}-{len(parts) - 1:03d}.safetensors"
+            box = Box(file, key, piece.full, piece.size)
+            places.append((name, str(x.dtype).removeprefix("torch."), info.full_shape, box))
         try:
-            facts = json.loads((path / FACTS).read_text())
-            if all((path / name).stat().st_size == size for name, size in facts["sizes"].items()):
-                return path, facts
-        except (OSError, ValueError, KeyError, AttributeError):
-            continue
-    return None
+            with shards.writing(partial, 0):
+                partial.mkdir(parents=True, exist_ok=True)
+            paths = [
+                partial / f"rank-{self.mesh.rank:05d}-{i:03d}.safetensors"
+                for i in range(len(parts))
+            ]
+            with ThreadPoolExecutor(min(manifests.HASH_THREADS, os.cpu_count() or 1)) as pool:
+                written = list(pool.map(shards.write, paths, parts))
+            note = {
+                "files": {path.name: entry for path, entry in zip(paths, written)},
+                "boxes": [(*what, asdict(box)) for *what, box in places],
+            }
+            path = partial / f"note-{self.mesh.rank}.json"
+            data = jsonio.dumps(note)
+            with shards.writing(path, len(data)):
+                path.with_suffix(".tmp").write_text(data, encoding="utf-8")
+                path.with_suffix(".tmp").rename(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _complete(self, partial: Path, manifest: Manifest) -> None:
+        """Rank 0, when all notes are there: manifest, rename, prune."""
+        if self.mesh.rank != 0:
+            return
+        notes = []
+        for rank in range(self.mesh.world.size):
+            path = partial / f"note-{rank}.json"
+            while not path.exists():
+                if self._given_up.wait(POLL_SECONDS):
+                    return
+            notes.append(json.loads(path.read_text(encoding="utf-8")))
+            path.unlink()
+        boxes: dict[str, list] = {}
+        for name, dtype, shape, box in (entry for note in notes for entry in note["boxes"]):
+            boxes.setdefault(name, [dtype, shape, []])[2].append(Box(**box))
+        manifest.tensors.update(
+            {
+                name: Saved(dtype, tuple(shape), tuple(b))
+                for name, (dtype, shape, b) in boxes.items()
+            }
+        )
+        manifest.files.update({k: tuple(v) for note in notes for k, v in note["files"].items()})
+        final = self.folder / manifests.step_name(manifest.step)
+        try:
+            with shards.writing(partial / manifests.MANIFEST, 0):
+                manifest.write(partial)
+                _sync(partial)
+                if final.exists():  # one that could not be used is in the way
+                    old = self.folder / f".partial-old-{self.token}"
+                    final.rename(old)
+                    partial.rename(final)
+                    shutil.rmtree(old, ignore_errors=True)
+                else:
+                    partial.rename(final)
+                _sync(self.folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self.trusted[final] = manifests.signature(final, manifest.files)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Delete what is older than the `keep` newest that are verified: those count alone, so the
+        last good one always stays."""
+        good = 0
+        for path in steps(self.folder):
+            if good >= self.keep:
+                shutil.rmtree(path, ignore_errors=True)
+            elif self._good(path):
+                good += 1
+
+    def _good(self, path: Path) -> bool:
+        """Whether it is whole and of this run; read again only if it changed since that was
+        seen."""
+        try:
+            manifest = manifests.read(path)
+            here = manifests.signature(path, manifest.files)
+            if self.trusted.get(path) != here:
+                self.trusted.pop(path, None)
+                if manifest.run != self.run or manifests.fault(path, manifest):
+                    return False
+                self.trusted[path] = here
+            return True
+        except (Damaged, OSError):
+            return False
 
 
-def check_model(path: Path, facts: dict, model: dict) -> None:
-    """Refuse a checkpoint of another model, naming the first key that differs."""
-    for key, here in model.items():
-        there = facts.get("model", {}).get(key)
-        if there != here:
-            raise UsageError(
-                f"{path}: the checkpoint was saved with model.{key} = {there!r}, this run has "
-                f"{here!r}; "
-                "give the same model, or another --out"
-            )
+def load(folder: Path, manifest: Manifest, state: State) -> None:
+    """Fill the tensors of `state` in place from a verified checkpoint; UsageError where it has not
+    all of them."""
+    state = list(state)
+    for name, _, info in state:
+        saved = manifest.tensors.get(name)
+        if saved is None or saved.shape != info.full_shape:
+            have = "is missing" if saved is None else f"has shape {list(saved.shape)}"
+            raise UsageError(f"{folder}: {name} {have}, this model needs {list(info.full_shape)}")
+    with shards.Reader(folder) as reader, torch.no_grad():
+        for name, local, info in state:
+            for piece in info.pieces:
+                target = piece.of_local(local.detach())
+                if not reader.fill(target, piece.full, manifest.tensors[name]):
+                    raise UsageError(f"{folder}: {name}: a part of it was never written")
 
 
-def _steps(folder: Path) -> list[Path]:
+def steps(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    found = [p for p in folder.glob("step-*") if p.name[5:].isdigit()]
+    found = [p for p in folder.glob("step-*") if p.name[5:].isdecimal() and p.name.isascii()]
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
-@contextlib.contextmanager
-def _quietly():
-    """Without torch's remark that one process is one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def sweep(folder: Path) -> None:
+    """Remove what saves that came to no end have left."""
+    for path in folder.glob(".partial-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _agreed_token(mesh: Mesh) -> str:
+    token = torch.tensor([secrets.randbits(62)], device=mesh.device)
+    if mesh.world.size > 1:
+        dist.broadcast(token, 0)
+    return f"{token.item():016x}"
+
+
+def _fits(size: int) -> bool:
+    """Whether this machine has memory for a copy of so many bytes."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(x.split()[1]) << 10 for x in file if x.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return False
+    return size <= ROOM * free
 
 
 def _sync(folder: Path) -> None:

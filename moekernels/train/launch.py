@@ -1,4 +1,4 @@
-"""Ranks: local ones that this process starts and watches, or the ones that torchrun gave.
+"""Ranks: local ones that this process starts and watches, or the ones that a launcher gave.
 
 Local CPU ranks are forked: this process has imported torch already, so eight of them stand in half
 a second where eight interpreters take ten. CUDA cannot be forked, so its ranks are spawned. Either
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import datetime
 import multiprocessing
 import os
 import signal
@@ -19,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,11 @@ import torch.distributed as dist
 
 from moekernels.errors import RunError, UsageError
 from moekernels.parallel.host import share_cores
+from moekernels.train.launcher import TIMEOUT, Launched
+from moekernels.train.stop import ONE_REQUEST, Forward, Stop, end_now, handled
 
 PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 0.3  # after a first failure, how long the others may report an earlier one
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 # What a rank says when another one died under it: a consequence, never the cause.
 CONSEQUENCES = (
     "Connection closed by peer",
@@ -50,6 +50,7 @@ class RankEnv:
     world: int
     local_rank: int
     device: torch.device
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def leader(self) -> bool:
@@ -64,19 +65,8 @@ class RankFailure(RuntimeError):
         self.details = details
 
 
-def torchrun_world() -> int | None:
-    """The number of ranks that torchrun started, None where this process was started by hand."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    return int(os.environ["WORLD_SIZE"])
-
-
-def torchrun_rank() -> int:
-    return int(os.environ["RANK"])
-
-
 def local_world() -> int | None:
-    """Ranks of this machine under torchrun, None without it."""
+    """Ranks of this machine under a launcher, None without one."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
 
 
@@ -115,11 +105,13 @@ def run_local(
     target: Callable[..., Any],
     *args: Any,
     describe: Callable[[int], str] | None = None,
+    forward: Forward | None = None,
 ) -> Any:
     """`target(RankEnv, *args)` on `world` local ranks; rank 0's result.
 
     Raises UsageError and RunError as a rank raised them, RankFailure where one failed or died. One
-    rank on the CPU runs here. `describe(rank)` is how a rank is called in messages.
+    rank on the CPU runs here. `describe(rank)` is how a rank is called in messages. `forward`:
+    signals go to rank 0, which ends the run in order, rather than end it here.
     """
     if world == 1 and device == "cpu":
         return target(RankEnv(0, 1, 0, torch.device("cpu")), *args)
@@ -129,7 +121,9 @@ def run_local(
     sys.stderr.flush()
     if device == "cpu":
         torch.set_num_threads(1)  # a pool of threads would not live through the fork
-    with tempfile.TemporaryDirectory(prefix="moekernels-") as directory:
+    # SIGTERM as Ctrl-C: an exception, so that what follows is cleaned up.
+    terminating = handled(end_now, (signal.SIGTERM,))
+    with terminating, tempfile.TemporaryDirectory(prefix="moekernels-") as directory:
         store = str(Path(directory, "store"))
         processes, pipes = [], {}
         try:
@@ -144,7 +138,12 @@ def run_local(
                 there.close()
                 processes.append(process)
                 pipes[here] = rank
-            return _watch(processes, pipes, describe)
+            with forward.to(processes[0].pid) if forward else contextlib.nullcontext():
+                return _watch(processes, pipes, describe)
+        except RankFailure:
+            if forward and forward.signal:  # rank 0 had not begun to listen, and died of it
+                end_now(forward.signal)
+            raise
         finally:
             for process in processes:
                 if process.is_alive():
@@ -202,13 +201,15 @@ def _obituary(process) -> str:
 def _serve(rank, world, device, store, parent, pipe, target, args) -> None:
     """A local rank's whole life."""
     die_with_parent(parent)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the parent hears it too and ends everyone in order
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and says who stops
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     code = 1
     try:
         try:
-            env = _join(rank, world, rank, device, store)
+            if device == "cpu" and sys.platform == "linux":
+                os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+            shared = dist.FileStore(store, world) if world > 1 else None
+            env = _join(rank, world, rank, device, shared, Stop(patience=None))
             answer = ("done", time.monotonic(), target(env, *args))
             code = 0
         except (UsageError, RunError) as error:
@@ -229,25 +230,20 @@ def _serve(rank, world, device, store, parent, pipe, target, args) -> None:
         os._exit(code)
 
 
-def _join(rank: int, world: int, local_rank: int, device: str, store: str | None) -> RankEnv:
+def _join(
+    rank: int, world: int, local_rank: int, device: str, store: dist.Store | None, stop: Stop
+) -> RankEnv:
     if device == "cpu":
         share_cores()
         torch.set_num_threads(1)
-        if store is not None and sys.platform == "linux":
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         place = torch.device("cpu")
     else:
         torch.cuda.set_device(local_rank)
         place = torch.device("cuda", local_rank)
-    if world > 1 or store is None:
-        dist.init_process_group(
-            "gloo" if device == "cpu" else "nccl",
-            store=None if store is None else dist.FileStore(store, world),
-            rank=rank if store is not None else -1,
-            world_size=world if store is not None else -1,
-            timeout=COLLECTIVE_TIMEOUT,
-        )
-    return RankEnv(rank, world, local_rank, place)
+    if store is not None:
+        backend = "gloo" if device == "cpu" else "nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    return RankEnv(rank, world, local_rank, place, stop)
 
 
 def die_with_parent(parent: int) -> None:
@@ -259,16 +255,20 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def run_torchrun(
-    device: str, target: Callable[..., int], *args: Any, describe: Callable[[int], str]
+def run_launched(
+    launched: Launched,
+    device: str,
+    target: Callable[..., int],
+    *args: Any,
+    describe: Callable[[int], str],
 ) -> int:
-    """`target(RankEnv, *args)` as the rank that torchrun made of this process; the exit code, which
-    is the target's own if it returns."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local = int(os.environ.get("LOCAL_RANK", rank))
+    """`target(RankEnv, *args)` as the rank that a launcher made of this process; the exit code,
+    which is the target's own if it returns."""
+    rank = launched.rank
+    place = (rank, launched.size, launched.local_rank, device)
     code = 1
     try:
-        code = target(_join(rank, world, local, device, None), *args)
+        code = target(_join(*place, launched.store, Stop(ONE_REQUEST)), *args)
         dist.barrier()
         dist.destroy_process_group()
         return code
@@ -281,7 +281,7 @@ def run_torchrun(
         print(f"moekernels: {describe(rank)}: {say(error)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # at once: torchrun ends the others when it sees this one go
+    os._exit(code)  # at once: the launcher ends the others when it sees this one go
 
 
 def _first_to_say() -> bool:

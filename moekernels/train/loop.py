@@ -4,21 +4,22 @@ user."""
 from __future__ import annotations
 
 import resource
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from moekernels.balance import dead_experts, max_over_mean, update_selection_biases
+from moekernels.errors import RunError
 from moekernels.parallel.expert import exchange_time
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import shard
 from moekernels.parallel.tensor import all_reduce
 from moekernels.pipeline.trace import Event
-from moekernels.train import assembly, checkpoint, launch, microbatches
+from moekernels.train import assembly, checkpoint, launch, microbatches, resume
 from moekernels.train import config as cfg
 from moekernels.train.finish import finish
 from moekernels.train.metrics import Progress, RunFolder
@@ -37,9 +38,13 @@ class Job:
     run: cfg.RunConfig
     folder: RunFolder
     corpus: object
-    resume_from: Path | None
-    facts: dict
+    found: resume.Found  # what the run goes on from, if anything
+    identity: str  # of the run: its checkpoints carry it
     tune: bool = False  # the number of micro-batches is still to be measured
+
+    @property
+    def facts(self) -> dict:
+        return self.found.facts
 
 
 class Trainer:
@@ -85,14 +90,22 @@ class Trainer:
         self.guard = Guard(
             self.shards, mesh, t.skip_bad_steps, job.facts.get("skipped_in_a_row", 0)
         )
-        self.checkpoints = checkpoint.Checkpoints(job.folder.path / "checkpoints", mesh, t.keep)
-        if job.resume_from is not None:
-            self.checkpoints.load(job.resume_from, self.state())
+        self.checkpoints = checkpoint.Checkpoints(
+            job.folder.path / "checkpoints",
+            mesh,
+            t.keep,
+            run=job.identity,
+            trusted=job.found.trusted,
+            local_ranks=launch.local_world() or mesh.world.size,
+        )
+        if job.found.path is not None:
+            checkpoint.load(job.found.path, job.found.manifest, self.state())
             self.optimizer.loaded(job.facts.get("updates", self.first_step))
         self.heat = torch.zeros(run.model.num_layers, run.model.num_experts, dtype=torch.float64)
         self.peak = peak_flops(env.device)
         exchange_time.running = mesh.exchange.size > 1
         self.held_out = None
+        self.stopping = False  # a signal reached some rank: this step is the last
         report = layout_report(run, mesh, self.chunks, self.optimizer, self.loader)
         if env.leader:
             print(
@@ -104,6 +117,7 @@ class Trainer:
                 print(tuning, flush=True)
             known = run if self.tuner is None else microbatches.with_count(run, cfg.AUTO)
             job.folder.begin(known, self.first_step)
+            resume.write_identity(self.checkpoints.folder, job.identity)
         self.progress = Progress(self.first_step, t.steps, quiet=not env.leader)
 
     def state(self):
@@ -114,11 +128,31 @@ class Trainer:
                 if name.endswith("selection_bias"):
                     yield name, bias, shard(bias.shape, copies="stage")
 
-    def run_steps(self) -> None:
-        t, started = self.run.train, time.perf_counter()
-        events: list[Event] = []
-        line: dict = {}
-        due = False
+    def run_steps(self) -> int:
+        """All steps, or those until a signal; the exit code."""
+        started = time.perf_counter()
+        with self.env.stop.listening():
+            try:
+                step, events = self._steps()
+            except RunError:
+                self.checkpoints.wait()  # what was saved before it is to be whole
+                raise
+            self.progress.close()
+            self.checkpoints.wait()
+            finish(self, events, step, time.perf_counter() - started)
+        if step == self.run.train.steps:
+            return 0
+        if self.env.leader:
+            left = self._left()
+            print(
+                f"moekernels: stopped behind step {step} of {self.run.train.steps}: {left}",
+                file=sys.stderr,
+            )
+        return 128 + (self.env.stop.signal or signal.SIGTERM)
+
+    def _steps(self) -> tuple[int, list[Event]]:
+        """Step until the end or a signal; the last step and what ran when in it."""
+        t, due = self.run.train, False
         for step in range(self.first_step + 1, t.steps + 1):
             if self.tuner is not None:
                 self.set_microbatches(self.tuner.count(step))
@@ -133,12 +167,24 @@ class Trainer:
             said = self.guard.stop_or_say(line)
             if said and self.env.leader:
                 self.progress.say(said)
-            due |= t.save_every > 0 and (step % t.save_every == 0 or step == t.steps)
-            if due and self.tuner is None:  # no checkpoint without the choice: it could not be made
-                self.save(step)  # again in the same way
+            self.checkpoints.poll()
+            last = step == t.steps or self.stopping
+            due |= t.save_every != 0 if last else t.save_every > 0 and step % t.save_every == 0
+            # No checkpoint without the choice: it could not be made again in the same way.
+            if due and self.tuner is None:
+                self.save(step)
                 due = False
-        self.progress.close()
-        finish(self, events, t.steps, time.perf_counter() - started)
+            if last:
+                return step, events
+        raise AssertionError("a run has a last step")
+
+    def _left(self) -> str:
+        """What a run that was stopped left."""
+        if self.run.train.save_every == 0:
+            return "nothing is saved under --save-every 0"
+        if self.tuner is not None:
+            return "nothing is saved before the number of micro-batches is chosen"
+        return f"saved in {self.checkpoints.folder}, --resume goes on"
 
     def step(self, step: int) -> tuple[dict, list[Event]]:
         """One optimiser step; its line of metrics (on every rank) and what ran when on this
@@ -197,7 +243,7 @@ class Trainer:
         loads = torch.zeros(
             model.num_layers, model.num_experts, dtype=torch.float64, device=self.env.device
         )
-        scalars = torch.zeros(5 + self.env.world, dtype=torch.float64, device=self.env.device)
+        scalars = torch.zeros(6 + self.env.world, dtype=torch.float64, device=self.env.device)
         for chunk, layers in zip(self.chunks, self.rows):
             counts, losses = chunk.take_statistics()
             loads[layers] = counts.double()
@@ -208,10 +254,12 @@ class Trainer:
         busy = sum(e.end - e.start for e in result.events if e.kind.computes)
         scalars[3] = (1 - busy / flush) / self.env.world
         scalars[4] = exchange_time.take() / flush / self.env.world
-        scalars[5 + self.env.rank] = _peak_memory(self.env.device)
+        scalars[5] = bool(self.env.stop.signal)
+        scalars[6 + self.env.rank] = _peak_memory(self.env.device)
         everything = all_reduce(torch.cat([scalars, loads.flatten()]), mesh.world).cpu()
         loads = everything[len(scalars) :].view(loads.shape)
-        loss, balance, z, bubble, exchange, *memory = everything[: len(scalars)].tolist()
+        loss, balance, z, bubble, exchange, stop, *memory = everything[: len(scalars)].tolist()
+        self.stopping = stop > 0
         line = {
             "step": step,
             "loss": loss,
@@ -273,7 +321,7 @@ class Trainer:
             self.job.folder.sync()
         self.guard.check_state(step, self.state())
         facts = {
-            "model": asdict(self.run.model),
+            "run": {name: asdict(getattr(self.run, name)) for name in cfg.FLAG_SECTIONS},
             "data": self.loader.state_dict(),
             "updates": self.optimizer.steps_done,
             "skipped_in_a_row": self.guard.in_a_row,

@@ -167,7 +167,9 @@ class TrainSection:
     device: str = _key("auto", "where to run", choices=("auto", "cpu", "cuda"))
     eval_every: int = _key(0, "steps between held-out losses; 0: only at the end", low=0)
     eval_sequences: int = _key(64, "held-out sequences", low=1)
-    save_every: int = _key(0, "steps between checkpoints; 0: none", low=0)
+    save_every: int = _key(
+        -1, "steps between checkpoints; -1: only one, at the end; 0: none", low=-1
+    )
     keep: int = _key(2, "newest checkpoints kept", low=1)
 
 

@@ -5,14 +5,17 @@ Every rank runs `_work`.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import secrets
 from pathlib import Path
 
 from moekernels.errors import UsageError
-from moekernels.train import assembly, checkpoint, launch, microbatches
+from moekernels.train import assembly, launch, microbatches, resume
 from moekernels.train import config as cfg
+from moekernels.train.checkpoint import sweep
+from moekernels.train.launcher import launched
 from moekernels.train.loop import Job, Trainer
 from moekernels.train.metrics import RunFolder
+from moekernels.train.stop import Forward
 
 
 def train(
@@ -22,63 +25,110 @@ def train(
     *,
     out: Path | None = None,
     name: str | None = None,
-    resume: bool = False,
+    resume_how: str | None = None,
 ) -> int:
-    """Run a training as the command line describes it; the exit code."""
-    world = launch.torchrun_world()
+    """Run a training as the command line describes it; the exit code.
+
+    `resume_how`: None begins anew; `must` goes on from a checkpoint; `auto` does where there is
+    one, and so does a rank that torchrun started again.
+    """
+    told = launched()
+    peers = told or resume.Alone()
+    if told is not None and told.attempt:
+        resume_how = "auto"
     name = name or (file.stem if file else preset or "tiny")
-    folder = RunFolder(RunFolder.choose(out, name, resume))
-    found = checkpoint.newest_whole(folder.path / "checkpoints") if resume else None
-    if resume and found is None:
-        raise UsageError(
-            f"{folder.path}: no checkpoint to resume from; leave --resume out, or give the run's "
-            f"--out"
-        )
-    if resume and preset is None and file is None:
-        file = folder.path / "config.toml"  # what the run was started with
-    run = cfg.resolve(preset, file, flags, world)
-    path, facts = found or (None, {})
+
+    def choose() -> Path:
+        return RunFolder.choose(out, name, resume_how is not None)
+
+    folder = RunFolder(choose() if told is None else told.folder(choose))
+    speaks = peers.rank == 0
+    if resume_how and speaks and folder.path.is_dir():
+        folder.open(True)  # before a live run's checkpoints are read: it may delete them meanwhile
+    found = _find(folder.path, resume_how, peers) if resume_how else resume.Found(None, None)
+    used = folder.path / "config.toml"
+    if resume_how and preset is None and file is None and (found.path or used.exists()):
+        file = used  # what the run was started with
+    run = cfg.resolve(preset, file, flags, told.size if told else None)
+    path, facts = found.path, found.facts
     tune = run.batch.microbatches == cfg.AUTO and "microbatches" not in facts
     if run.batch.microbatches == cfg.AUTO:
         first = min(run.layout.pp, microbatches.most(run))
         run = microbatches.with_count(run, facts.get("microbatches", first))
     layout = assembly.layout_of(run)
-    if found:
-        checkpoint.check_model(path, facts, asdict(run.model))
+    notes = resume.compare(path, facts, run, tune) if path else []
     if tune and run.layout.pp > 1:
         microbatches.check(run, facts.get("step", 0))
 
     from moekernels.data.corpus import load_corpus
 
-    speaks = world is None or launch.torchrun_rank() == 0
     corpus = load_corpus(
         run.batch.data, vocab_size=run.model.vocab_size, log=print if speaks else None
     )
     loader = assembly.build_loader(run, corpus)
-    if found:
+    if path:
         loader.load_state_dict(facts["data"])
         if facts["step"] >= run.train.steps:
-            raise UsageError(
-                f"{path}: step {facts['step']} of --steps {run.train.steps} is done; give more "
-                f"--steps to go on"
-            )
+            done = f"{path}: step {facts['step']} of --steps {run.train.steps} is done"
+            if resume_how == "auto":
+                if speaks:
+                    print(f"{done}: nothing is left to do")
+                return 0
+            raise UsageError(f"{done}; give more --steps to go on")
     if speaks:
-        folder.open(resume)
-    job = Job(run, folder, corpus, path, facts, tune)
+        folder.open(resume_how is not None)
+        for note in notes:
+            print(f"resume   {note}", flush=True)
+    identity = found.manifest.run if path else peers.tell("run", secrets.token_hex(8))
+    job = Job(run, folder, corpus, found, identity, tune)
     describe = assembly.rank_names(layout)
 
-    if world is None:
-        device = launch.choose_device(run.train.device, layout.world)
-        return launch.run_local(layout.world, device, _work, job, describe=describe)
-    device = launch.choose_device(run.train.device, launch.local_world())
-    return launch.run_torchrun(device, _work, job, describe=describe)
+    if told is not None:
+        device = launch.choose_device(run.train.device, told.local_size)
+        return launch.run_launched(told, device, _work, job, describe=describe)
+    device, forward = launch.choose_device(run.train.device, layout.world), Forward()
+    try:
+        code = launch.run_local(
+            layout.world, device, _work, job, describe=describe, forward=forward
+        )
+    finally:
+        sweep(folder.path / "checkpoints")
+    return 128 + forward.signal if code > 128 and forward.signal else code
+
+
+def _find(folder: Path, how: str, peers: resume.Peers) -> resume.Found:
+    """The checkpoint to go on from; UsageError where there must be one, or none is good."""
+    checkpoints = folder / "checkpoints"
+    found = resume.newest(checkpoints, resume.identity(checkpoints), peers)
+    if peers.rank == 0:
+        for fault in found.passed:
+            print(f"resume   passed over {fault}", flush=True)
+    if found.path is not None:
+        return found
+    if found.passed:
+        more = f" (and {len(found.passed) - 1} more)" if len(found.passed) > 1 else ""
+        raise UsageError(
+            f"no checkpoint can be used: {found.passed[0]}{more}; give another --out, or remove "
+            f"{checkpoints} to begin anew"
+        )
+    if how == "must":
+        raise UsageError(
+            f"{folder}: no checkpoint to resume from; give the run's --out, or --resume auto, "
+            f"which begins anew where there is none"
+        )
+    if peers.rank == 0 and folder.is_dir():
+        print(f"resume   no checkpoint in {folder}: the run begins anew", flush=True)
+    return found
 
 
 def _work(env: launch.RankEnv, job: Job) -> int:
-    """A rank's training."""
+    """A rank's training; its exit code."""
     trainer = Trainer(env, job)
+    failed = True
     try:
-        trainer.run_steps()
-        return 0
+        code = trainer.run_steps()
+        failed = False
+        return code
     finally:
         trainer.progress.close()
+        trainer.checkpoints.close(failed)

@@ -24,7 +24,7 @@ from moekernels.data.batch import MicroBatch
 from moekernels.errors import UsageError
 from moekernels.parallel.mesh import Layout, Mesh
 from moekernels.parallel.tensor import own_part
-from moekernels.train import assembly, launch
+from moekernels.train import assembly, launch, launcher
 from moekernels.train import config as cfg
 from moekernels.train.optimizer import AdamWConfig, Optimizer
 from moekernels.train.schema import LayoutSection
@@ -126,28 +126,34 @@ def verify(
             raise UsageError(f"--{flag} {value!r}: {cfg.nearest(value, known)}")
     if steps < 1:
         raise UsageError(f"--steps must be at least 1, got {steps}")
-    if everything and launch.torchrun_world() is not None:
+    launched = launcher.launched()
+    if everything and launched is not None:
         raise UsageError("--all starts the ranks of each layout by itself; leave torchrun out")
     if not everything:
-        return verify_layout(degrees, [Variant(schedule, experts, top_k, steps)], dtype, device)
+        variants = [Variant(schedule, experts, top_k, steps)]
+        return verify_layout(degrees, variants, dtype, device, launched)
     codes = [verify_layout(d, variants_of(d, steps), dtype, device) for d in LAYOUTS]
     print("all agree" if not any(codes) else f"{sum(codes)} of {len(codes)} layouts disagree")
     return max(codes)
 
 
 def verify_layout(
-    degrees: dict[str, int], variants: list[Variant], dtype: str, device: str = "auto"
+    degrees: dict[str, int],
+    variants: list[Variant],
+    dtype: str,
+    device: str = "auto",
+    launched: launcher.Launched | None = None,
 ) -> int:
     """Verify variants of a layout with one start of its ranks; 0 if all agree, 1 if not."""
-    world = launch.torchrun_world()
+    world = launched.size if launched else None
     runs = [_configure(degrees, variant, dtype, world) for variant in variants]
     layout = [assembly.layout_of(run) for run in runs][0]
     parts, describe = (layout, variants, runs), assembly.rank_names(layout)
-    if world is None:
+    if launched is None:
         device = launch.choose_device(device, layout.world)
         return launch.run_local(layout.world, device, _work, *parts, describe=describe)
-    device = launch.choose_device(device, launch.local_world())
-    return launch.run_torchrun(device, _work, *parts, describe=describe)
+    device = launch.choose_device(device, launched.local_size)
+    return launch.run_launched(launched, device, _work, *parts, describe=describe)
 
 
 def _configure(

@@ -1,0 +1,175 @@
+"""From which checkpoint a run goes on, and whether that is the same run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from moekernels import jsonio
+from moekernels.errors import UsageError
+from moekernels.train import config as cfg
+from moekernels.train import manifest as manifests
+from moekernels.train import shards
+from moekernels.train.checkpoint import steps
+from moekernels.train.manifest import Damaged, Manifest
+from moekernels.train.optimizer import AdamWConfig
+from moekernels.train.schema import SECTIONS
+
+RUN = "run.json"
+
+
+class Peers(Protocol):
+    """The processes that decide together, before torch.distributed is up."""
+
+    rank: int
+    size: int
+
+    def tell(self, key: str, value: object) -> object:
+        """Rank 0's value (JSON), on every rank."""
+
+    def first(self, key: str, text: str | None) -> str | None:
+        """Any rank's text, on every rank; None where none has one."""
+
+
+class Alone:
+    """One process, which starts the ranks later."""
+
+    rank, size = 0, 1
+
+    def tell(self, key: str, value: object) -> object:
+        return value
+
+    def first(self, key: str, text: str | None) -> str | None:
+        return text
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was verified; `passed`: newer ones that were not good, and why."""
+
+    path: Path | None
+    manifest: Manifest | None
+    passed: tuple[str, ...] = ()
+
+    @property
+    def facts(self) -> dict:
+        return {} if self.path is None else {"step": self.manifest.step, **self.manifest.facts}
+
+    @property
+    def trusted(self) -> dict[Path, tuple]:
+        if self.path is None:
+            return {}
+        return {self.path: manifests.signature(self.path, self.manifest.files)}
+
+
+def newest(folder: Path, run: str | None = None, peers: Peers | None = None) -> Found:
+    """The newest checkpoint of this run that is whole; every file is read and hashed, in parts by
+    all peers.
+
+    `run`: the identity that it must have; None: whichever.
+    """
+    peers = peers or Alone()
+    passed: list[str] = []
+    names = peers.tell("steps", [path.name for path in steps(folder)])
+    for number, name in enumerate(names):
+        path, manifest = folder / name, None
+        try:
+            manifest = manifests.read(path)
+            if run is not None and manifest.run != run:
+                raise Damaged(f"{manifests.MANIFEST}: is of run {manifest.run}, {RUN} says {run}")
+            fault = manifests.lengths_fault(path, manifest)
+        except Damaged as damage:
+            fault = str(damage)
+        digest = peers.tell(f"digest/{number}", manifest.digest if fault is None else None)
+        if fault is None and digest != manifest.digest:
+            fault = f"{manifests.MANIFEST}: is another one on rank {peers.rank}"
+        if fault is None:
+            fault = manifests.contents_fault(path, manifest, peers.rank, peers.size)
+        fault = peers.first(f"fault/{number}", fault)
+        if fault is None:
+            return Found(path, manifest, tuple(passed))
+        passed.append(f"{path}: {fault}")
+    return Found(None, None, tuple(passed))
+
+
+def identity(folder: Path) -> str | None:
+    """Of the run whose checkpoints lie in `folder`; None where it is not known (any more)."""
+    try:
+        value = json.loads((folder / RUN).read_text(encoding="utf-8"))["id"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return value if isinstance(value, str) else None
+
+
+def write_identity(folder: Path, value: str) -> None:
+    text, partial = jsonio.dumps({"id": value}) + "\n", folder / f".new-{RUN}"
+    with shards.writing(partial, len(text)):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / RUN)
+
+
+# What a checkpoint may go on under with another value, and a word is due; the rest of [model]
+# decides what its tensors mean.
+MODEL_MAY_CHANGE = (
+    "balance_coef",
+    "z_coef",
+    "bias_update_rate",
+    "init_std",
+    "embedding_std",
+    "recompute_experts",
+)
+NO_MATTER = ("eval_every", "eval_sequences", "save_every", "keep")  # of [train]: no number hangs on
+TOLD_APART = {"batch": ("microbatches", "accumulation"), "train": ("steps", *NO_MATTER)}
+
+
+def compare(path: Path, facts: dict, run: cfg.RunConfig, tune: bool = False) -> list[str]:
+    """What the run does otherwise than the one that saved the checkpoint, a line each.
+
+    UsageError, naming the key, where the tensors would mean something else. `tune`: the number of
+    micro-batches is not known yet.
+    """
+    then, notes = facts.get("run", {}), []
+    for section in cfg.FLAG_SECTIONS:
+        now, before = asdict(getattr(run, section)), then.get(section, {})
+        changed = [key for key in now if key in before and before[key] != now[key]]
+        for key in changed:
+            flag = "--" + cfg.flag_of(SECTIONS[section], key)
+            if section == "model" and key not in MODEL_MAY_CHANGE:
+                raise UsageError(
+                    f"{path}: the checkpoint was saved with model.{key} = {before[key]!r}, this "
+                    f"run has {now[key]!r}; give the same model, or another --out"
+                )
+            if section == "layout" or key in TOLD_APART.get(section, ()):
+                continue
+            notes.append(
+                f"{flag} was {before[key]!r} when the checkpoint was saved, is {now[key]!r}"
+            )
+        if section == "layout" and changed:
+            was, now_ = (", ".join(f"{k} {x[k]}" for k in changed) for x in (before, now))
+            notes.append(f"the layout was {was}, is {now_}: {TO_ROUNDING}")
+    if "batch" in then:
+        was, count = (
+            b["microbatches"] * b["accumulation"] for b in (then["batch"], asdict(run.batch))
+        )
+        if was != count and not tune:
+            notes.append(f"a step had {was} micro-batches, has {count}: {TO_ROUNDING}")
+    if "train" in then and then["train"]["steps"] != run.train.steps:
+        notes.append(_longer(facts["step"] + 1, then["train"], asdict(run.train)))
+    return notes
+
+
+TO_ROUNDING = "sums run in another order, so losses agree to rounding, not bit for bit"
+
+
+def _longer(step: int, then: dict, now: dict) -> str:
+    rates = [
+        AdamWConfig(x["lr"], x["min_lr_ratio"], x["warmup"], x["steps"]).lr_at(step)
+        for x in (then, now)
+    ]
+    return (
+        f"--steps was {then['steps']}, is {now['steps']}: the learning rate follows the new "
+        f"length, {rates[1]:.3g} at step {step} where it was {rates[0]:.3g}"
+    )
