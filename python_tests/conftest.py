@@ -44,3 +44,17 @@ def fused_calls(monkeypatch) -> list[str]:
         ops, "experts", lambda *a, **k: calls.append(k["activation"]) or fused(*a, **k)
     )
     return calls
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A small text of its own, and a cache that leaves the user's alone."""
+    folder = tmp_path_factory.mktemp("text")
+    lines = [f"line {i}: {'spam and eggs ' * (i % 5)}{i * i}" for i in range(3000)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def cache(text, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(text / "cache"))

@@ -5,73 +5,26 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import tomllib
 from pathlib import Path
 
 import pytest
+from small_runs import (
+    LAYOUT,
+    argv,
+    environment,
+    losses,
+    run_command,
+    start,
+    torchrun,
+    wait_for_steps,
+)
 
 from moekernels.cli import main
 from moekernels.errors import UsageError
 from moekernels.train.metrics import RunFolder, read_metrics
-
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = (
-    "--layers 4 --experts 8 --d-model 32 --heads 4 --head-dim 8 --expert-d-in 48 --expert-d-ff 32 "
-    "--vocab-size 300 --sequences 16 --context 48 --microbatches 4 --accumulation 1 --warmup 2 "
-    "--device cpu --eval-sequences 16"
-).split()
-LAYOUT = ["--tp", "2", "--pp", "2"]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A small text of its own, and a cache that leaves the user's alone."""
-    folder = tmp_path_factory.mktemp("text")
-    lines = [f"line {i}: {'spam and eggs ' * (i % 5)}{i * i}" for i in range(3000)]
-    (folder / "text.txt").write_text("\n".join(lines))
-    return folder
-
-
-@pytest.fixture
-def cache(text, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(text / "cache"))
-
-
-def argv(text, out, *more):
-    return ["train", *SMALL, "--data", str(text / "text.txt"), "--out", str(out), *more]
-
-
-def environment(text):
-    return {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(text / "cache")}
-
-
-def run_command(text, *command):
-    return subprocess.Popen(
-        [sys.executable, "-m", "moekernels", *command],
-        env=environment(text),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def start(text, out, *more):
-    return run_command(text, *argv(text, out, *more))
-
-
-def losses(out):
-    return [line["loss"] for line in read_metrics(out)]
-
-
-def wait_for_steps(out, steps, process, seconds=90):
-    deadline = time.monotonic() + seconds
-    while len(read_metrics(out)) < steps and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    assert len(read_metrics(out)) >= steps
 
 
 @pytest.fixture(scope="module")
@@ -289,8 +242,7 @@ def test_one_process_and_variations(text, tmp_path, cache, capfd):
 
 def test_under_torchrun(text, tmp_path):
     env = {**environment(text), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += ["2", "-m", "moekernels", *argv(text, tmp_path / "run", "--steps", "7")]
+    command = [*torchrun(), *argv(text, tmp_path / "run", "--steps", "7")]
     command += ["--pp", "2", "--schedule", "interleaved", "--virtual-stages", "2"]
     command += ["--microbatches", "auto"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)

@@ -8,11 +8,13 @@ there, writes the manifest and renames. So a folder `step-<n>` is whole, or it i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -61,14 +63,15 @@ class Checkpoints:
         self.token = _agreed_token(mesh)  # no note of an earlier attempt is taken for one of ours
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
+        self._final: Path | None = None  # of the save under way
         self._given_up = threading.Event()
 
     def save(self, step: int, state: State, facts: dict) -> Path:
         """Begin to write `step-<step>`; older ones beyond `keep` go once it is whole.
 
-        Waits for the save before it. UsageError where that one could not be written.
+        Waits for the save before it. RunError where that one could not be written.
         """
-        self.wait()
+        self._own_part()
         own = [
             (name, info, piece, piece.of_local(local.detach()))
             for name, local, info in state
@@ -83,18 +86,29 @@ class Checkpoints:
         else:  # no memory for a copy: the step waits for the disk
             self._write_own(partial, own)
             self._pending = self._worker.submit(self._complete, partial, manifest)
-        return self.folder / manifests.step_name(step)
+        self._final = self.folder / manifests.step_name(step)
+        return self._final
 
     def poll(self) -> None:
         """Raise what went wrong in the save under way, if that is known by now."""
         if self._pending is not None and self._pending.done():
-            self.wait()
+            self._own_part()
 
     def wait(self) -> None:
-        """Until this rank's part (on rank 0: all) of the save under way is on the disk."""
+        """Until the save under way is whole, on every rank; RunError where it cannot be."""
+        self._own_part()
+        while self._final is not None and not self._final.exists():
+            time.sleep(POLL_SECONDS)  # for rank 0, which ends the run if it cannot
+
+    def _own_part(self) -> None:
+        """Until this rank's part of the save under way is on the disk."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            try:
+                pending.result()
+            except BaseException:
+                self._final = None
+                raise
 
     def close(self, failed: bool = False) -> None:
         """Finish the save under way; with `failed`, no longer wait for what other ranks write."""
@@ -123,26 +137,29 @@ class Checkpoints:
             file = f"rank-{self.mesh.rank:05d}-{len(parts) - 1:03d}.safetensors"
             box = Box(file, key, piece.full, piece.size)
             places.append((name, str(x.dtype).removeprefix("torch."), info.full_shape, box))
+        paths = [
+            partial / f"rank-{self.mesh.rank:05d}-{i:03d}.safetensors" for i in range(len(parts))
+        ]
+        note = partial / f"note-{self.mesh.rank}.json"
         try:
             with shards.writing(partial, 0):
                 partial.mkdir(parents=True, exist_ok=True)
-            paths = [
-                partial / f"rank-{self.mesh.rank:05d}-{i:03d}.safetensors"
-                for i in range(len(parts))
-            ]
             with ThreadPoolExecutor(min(manifests.HASH_THREADS, os.cpu_count() or 1)) as pool:
                 written = list(pool.map(shards.write, paths, parts))
-            note = {
-                "files": {path.name: entry for path, entry in zip(paths, written)},
-                "boxes": [(*what, asdict(box)) for *what, box in places],
-            }
-            path = partial / f"note-{self.mesh.rank}.json"
-            data = jsonio.dumps(note)
-            with shards.writing(path, len(data)):
-                path.with_suffix(".tmp").write_text(data, encoding="utf-8")
-                path.with_suffix(".tmp").rename(path)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            data = jsonio.dumps(
+                {
+                    "files": {path.name: entry for path, entry in zip(paths, written)},
+                    "boxes": [(*what, asdict(box)) for *what, box in places],
+                }
+            )
+            with shards.writing(note, len(data)):
+                note.with_suffix(".tmp").write_text(data, encoding="utf-8")
+                note.with_suffix(".tmp").rename(note)
+        except BaseException:  # make room; other ranks may still be writing theirs
+            for path in (*paths, note, note.with_suffix(".tmp")):
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.rmdir()
             raise
 
     def _complete(self, partial: Path, manifest: Manifest) -> None:

@@ -92,11 +92,14 @@ def read(folder: Path) -> Manifest:
             for name, x in body.pop("tensors").items()
         }
         files = {name: (int(size), str(hash_)) for name, (size, hash_) in body.pop("files").items()}
-        manifest = Manifest(**body, files=files, tensors=tensors, digest=digest)
+        kinds = {"step": int, "run": str, "layout": dict, "facts": dict}
+        if wrong := [k for k, kind in kinds.items() if type(body.get(k)) is not kind]:
+            raise Damaged(f"{MANIFEST}: {wrong[0]} is {body.get(wrong[0])!r}")
         plain = all(Path(name).name == name for name in files)
         known = all(box.file in files for x in tensors.values() for box in x.boxes)
         if not (plain and known):
             raise Damaged(f"{MANIFEST}: names files that are not the checkpoint's")
+        manifest = Manifest(**body, files=files, tensors=tensors, digest=digest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{MANIFEST}: is no manifest ({type(error).__name__})") from None
     if folder.name != step_name(manifest.step):
@@ -111,11 +114,10 @@ def step_name(step: int) -> str:
 def lengths_fault(folder: Path, manifest: Manifest) -> str | None:
     """`<file>: <why>` of the first file that is missing or has another length; costs no reading."""
     for name, (size, _) in manifest.files.items():
-        try:
-            here = (folder / name).stat().st_size
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-        if here != size:
+        path = folder / name
+        if not path.is_file():
+            return f"{name}: {'is no file' if path.exists() else 'is missing'}"
+        if (here := path.stat().st_size) != size:
             return f"{name}: has {here} bytes of {size}"
     return None
 
@@ -148,6 +150,8 @@ def _content_fault(path: Path, size: int, expected: str) -> str | None:
 
 
 def _bytes_of(path: Path) -> bytes:
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise Damaged(f"{path.name}: {'is no file' if path.exists() else 'is missing'}")
     try:
         return path.read_bytes()
     except OSError as error:

@@ -7,19 +7,19 @@ file, so that a slice costs its own bytes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moekernels import jsonio
-from moekernels.errors import UsageError
+from moekernels.errors import RunError, UsageError
 from moekernels.train.manifest import Box, Saved
 
 NAMES = {
@@ -34,19 +34,20 @@ BLOCK = 1 << 24  # bytes hashed and written at a time
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-@contextmanager
+@contextlib.contextmanager
 def writing(path: Path, size: int) -> Iterator[None]:
     """A failed write of `size` bytes becomes one line: which file, why, and how much is missing.
     What was written of it is removed first."""
     try:
         yield
     except OSError as error:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
         text = f"{path}: cannot be written: {error.strerror}"
         if error.errno in FULL:
             free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
             text += f"; it needs {size:,} bytes, {free:,} are free"
-        raise UsageError(f"{text}; make room, or give another --out") from error
+        raise RunError(f"{text}; make room, or give another --out") from error
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
@@ -85,7 +86,7 @@ class Reader:
     """Slices of full tensors out of a checkpoint's files, each opened once."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._files, self._stack = folder, {}, ExitStack()
+        self.folder, self._files, self._stack = folder, {}, contextlib.ExitStack()
 
     def __enter__(self) -> Reader:
         return self
