@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moekernels import __version__
-from moekernels.errors import RunError, UsageError
+from moekernels.errors import PlaceError, RunError, UsageError
 from moekernels.train import config as cfg
 from moekernels.train.stop import Terminated, end_now, handled
 
@@ -351,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
             with handled(end_now, (signal.SIGTERM,)):
                 return args.run(args)
         except UsageError as error:
-            if not quiet:
+            if not quiet or isinstance(error, PlaceError):
                 print(f"moekernels: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
     except KeyboardInterrupt:

@@ -9,6 +9,11 @@ class UsageError(ValueError):
     """
 
 
+class PlaceError(UsageError):
+    """What one process of many was given is wrong: each says its own, where one says what all
+    find."""
+
+
 class RunError(RuntimeError):
     """A run that cannot go on though the program is sound: what, where, and what may do.
 

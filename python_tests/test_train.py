@@ -126,7 +126,9 @@ def test_micro_batches_chosen_while_training(text, tmp_path, cache, capfd):
     assert counts(out) == [2] * 3 + [8] * 3 + [chosen] * 4 and 1 <= chosen <= 16
     written = tomllib.loads((out / "config.toml").read_text())["batch"]
     assert (written["microbatches"], written["accumulation"]) == (chosen, 1)
-    facts = [json.loads(p.read_text()) for p in out.glob("checkpoints/*/checkpoint.json")]
+    facts = [
+        json.loads(p.read_text())["facts"] for p in out.glob("checkpoints/step-*/manifest.json")
+    ]
     assert {f["microbatches"] for f in facts} == {chosen}
 
     assert main(argv(text, fixed, *AUTO)) == 0
@@ -146,7 +148,7 @@ def test_no_checkpoint_before_the_choice(text, tmp_path, cache, capfd):
     out = tmp_path / "early"
     early = ("--steps", "7", "--save-every", "1", "--keep", "9", "--microbatches", "auto")
     assert main(argv(text, out, *LAYOUT, *early)) == 0
-    saved = sorted(int(p.name[5:]) for p in (out / "checkpoints").iterdir())
+    saved = sorted(int(p.name[5:]) for p in (out / "checkpoints").glob("step-*"))
     assert saved == [6, 7]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from moekernels import jsonio
-from moekernels.errors import UsageError
+from moekernels.errors import PlaceError
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of collectives, and of waiting for one another
 OTHERWISE = "start the ranks with torchrun, or unset RANK and WORLD_SIZE to have them started here"
@@ -62,7 +62,7 @@ class Launched:
 
 
 def launched() -> Launched | None:
-    """None where this process was started by hand. UsageError where half of what a launcher sets
+    """None where this process was started by hand. PlaceError where half of what a launcher sets
     is missing or cannot be true."""
     rank, size = _number("RANK"), _number("WORLD_SIZE", least=1)
     if rank is None and size is None:
@@ -70,13 +70,13 @@ def launched() -> Launched | None:
     for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
         if value is None:
             other = "WORLD_SIZE" if name == "RANK" else "RANK"
-            raise UsageError(f"{other} is set and {name} is not; {OTHERWISE}")
+            raise PlaceError(f"{other} is set and {name} is not; {OTHERWISE}")
     if rank >= size:
-        raise UsageError(f"RANK {rank} is not below WORLD_SIZE {size}; {OTHERWISE}")
+        raise PlaceError(f"RANK {rank} is not below WORLD_SIZE {size}; {OTHERWISE}")
     address, port = os.environ.get("MASTER_ADDR"), _number("MASTER_PORT")
     for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)):
         if not value:
-            raise UsageError(
+            raise PlaceError(
                 f"RANK and WORLD_SIZE are set and {name}, where rank 0 is met, is not; {OTHERWISE}"
             )
     local_rank, local_size = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE", least=1)
@@ -84,7 +84,7 @@ def launched() -> Launched | None:
     try:
         base, _, _ = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
     except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(
+        raise PlaceError(
             f"rank 0 cannot be met at MASTER_ADDR {address}, MASTER_PORT {port}: {error}"
         ) from error
     store = dist.PrefixStore(f"moekernels/attempt-{attempt}", base)
@@ -104,7 +104,7 @@ def _number(name: str, least: int = 0) -> int | None:
     if not text:
         return None
     if not (text.isascii() and text.isdecimal() and int(text) >= least):
-        raise UsageError(
+        raise PlaceError(
             f"{name} must be a whole number of at least {least}, got {text!r}; {OTHERWISE}"
         )
     return int(text)
