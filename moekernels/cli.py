@@ -337,6 +337,18 @@ def _require(command: str) -> None:
         )
 
 
+def _check_environment() -> None:
+    """The words in the kernels' variables, before a command has begun. The library knows them."""
+    if not {"MOEKERNELS_ISA", "MOEKERNELS_GEMM"} & os.environ.keys():
+        return
+    try:
+        import moekernels.ops  # noqa: F401
+    except ImportError:
+        pass  # not built: the command that needs the kernels says so
+    except RuntimeError as error:
+        raise UsageError(str(error)) from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -348,6 +360,7 @@ def main(argv: list[str] | None = None) -> int:
             args = build_parser().parse_args(argv[: len(argv) - len(rest)])
             args.rest = rest
             _require(args.command)
+            _check_environment()
             with handled(end_now, (signal.SIGTERM,)):
                 return args.run(args)
         except UsageError as error:

@@ -163,7 +163,7 @@ def route(
         slot_of[begin : begin + len(slots)] = slots.int()
         counts.append(len(slots))
         offsets.append(begin + -(-len(slots) // alignment) * alignment)
-    token_of = torch.where(slot_of >= 0, slot_of // top_k, -1).int()
+    token_of = torch.where(slot_of >= 0, slot_of // max(top_k, 1), -1).int()
     device = ids.device
     return Routing(
         torch.tensor(counts, dtype=torch.int64, device=device),
@@ -241,7 +241,9 @@ def grouped_gemm_wgrad(
     """
     bounds = list(zip(offsets.tolist()[:-1], offsets.tolist()[1:]))
     a, b = (rows, drows) if transposed else (drows, rows)
-    wide = torch.stack([_wide(a[i:j]).T @ _wide(b[i:j]) for i, j in bounds])
+    products = [_wide(a[i:j]).T @ _wide(b[i:j]) for i, j in bounds]
+    none = _wide(rows).new_zeros(0, a.shape[1], b.shape[1])
+    wide = torch.stack(products) if products else none
     return wide.to(rows.dtype) if out is None else out.add_(wide)
 
 
@@ -332,12 +334,16 @@ def pack(x: Tensor, weights: Tensor | None, slot_of: Tensor, top_k: int) -> Tens
     row's weight behind it."""
     used = (slot_of >= 0)[:, None]
     slot = slot_of.clamp_min(0).long()
-    rows = torch.where(used, x[slot // top_k], 0) if len(x) else x.new_zeros(len(slot), x.shape[1])
+    rows = (
+        torch.where(used, x[slot // max(top_k, 1)], 0)
+        if len(x)
+        else x.new_zeros(len(slot), x.shape[1])
+    )
     if weights is None:
         return rows
     flat = weights.to(torch.promote_types(torch.float32, x.dtype)).reshape(-1, 1)
-    picked = torch.where(used, flat[slot], 0) if len(x) else flat.new_zeros(len(slot), 1)
-    return torch.cat([rows, picked.view(x.dtype)], dim=1)
+    picked = torch.where(used, flat[slot], 0) if len(flat) else flat.new_zeros(len(slot), 1)
+    return torch.cat([rows, picked.contiguous().view(x.dtype)], dim=1)
 
 
 def _local_order(counts: Tensor) -> Tensor:

@@ -201,7 +201,9 @@ def test_mixed_devices():
     x = torch.zeros(3, 4, device="cuda")
     with pytest.raises(RuntimeError) as error:
         ops.permute(x, torch.zeros(6, dtype=torch.int32), torch.zeros(3, 2, dtype=torch.int32))
-    assert str(error.value) == "permute: token_of must be on the same device as the first argument"
+    assert str(error.value) == (
+        "permute: token_of must be on cuda:0 like the first argument, got cpu"
+    )
 
 
 def test_cupy():

@@ -292,9 +292,8 @@ void backward(const GateBackwardArgs& args, int64_t chunk_begin, int64_t chunk_e
       const W dlse = static_cast<W>(2 * dz * lse);
       if (independent) {
         for (int64_t e = 0; e < b.padded; e += lanes) {
-          const Vec<W> s = load(scores + e), one = Vec<W>{} + 1, zero = {};
-          const Vec<W> slope = is_sigmoid ? s * (one - s)
-                               : s > zero ? sigmoid<W>(load(b.x + e)) / (2 * s) : zero;
+          const Vec<W> s = load(scores + e), one = Vec<W>{} + 1;
+          const Vec<W> slope = is_sigmoid ? s * (one - s) : sqrt_softplus_slope<W>(load(b.x + e), s);
           store(dscores + e, load(dscores + e) * slope + dlse * load(b.softmax + e));
         }
       } else {

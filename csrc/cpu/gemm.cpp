@@ -180,6 +180,12 @@ Ahead Workspace::next_of(const Engine& engine, const Operand& b, const Block& bl
 void Workspace::multiply(const Engine& engine, const Operand& a, const Operand& b, const Block& block,
                          int64_t depth, void* c, int64_t ldc, Store mode) {
   const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
+  if (depth == 0) {  // there is nothing to sum
+    for (int64_t r = 0; r < rows && mode != Store::add; ++r) {
+      std::memset(static_cast<char*>(c) + r * ldc * engine.acc_bytes, 0, columns * engine.acc_bytes);
+    }
+    return;
+  }
   if (rows <= engine.dot_rows && a.k_contiguous && b.k_contiguous) {
     return multiply_dots(engine, a, b, block, depth, c, ldc, mode == Store::add);
   }

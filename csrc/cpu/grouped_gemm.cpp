@@ -37,11 +37,7 @@ void grouped_gemm(const GroupedGemmArgs& args, int64_t worker, int64_t workers) 
                     .k_contiguous = !args.transposed};
     char* out = at(args.out, (first + block.m0) * args.out_width + block.n0, args.dtype);
     const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
-    if (args.in == 0) {
-      for (int64_t r = 0; r < rows; ++r) {
-        std::memset(at(static_cast<void*>(out), r * args.out_width, args.dtype), 0, columns * size_of(args.dtype));
-      }
-    } else if (direct) {
+    if (direct) {
       workspace.multiply(engine, a, b, block, args.in, out, args.out_width, Store::set);
     } else {
       void* c = workspace.block(engine, rows * columns);
@@ -77,12 +73,6 @@ void grouped_wgrad(const GroupedWgradArgs& args, int64_t worker, int64_t workers
     };
     const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
     char* dw = at(args.dw, (e * args.m + block.m0) * args.n + block.n0, out_dtype);
-    if (depth == 0) {
-      for (int64_t r = 0; r < rows; ++r) {
-        std::memset(at(static_cast<void*>(dw), r * args.n, out_dtype), 0, columns * size_of(out_dtype));
-      }
-      return;
-    }
     const Operand a = operand(args.a, args.m, args.gather_a), b = operand(args.b, args.n, args.gather_b);
     if (direct) {
       workspace.multiply(engine, a, b, block, depth, dw, args.n, args.accumulate ? Store::add : Store::stream);

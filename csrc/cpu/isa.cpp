@@ -4,8 +4,10 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <string_view>
 
 #include "moekernels/common.h"
 
@@ -61,6 +63,18 @@ Bf16Unit bf16_unit() {
 Isa isa() {
   static const Isa chosen = detect();
   return chosen;
+}
+
+const char* unknown_isa() {
+  const char* wanted = std::getenv("MOEKERNELS_ISA");
+  if (wanted == nullptr) return nullptr;
+  const std::string_view name = wanted;
+  for (std::string_view rest = kIsaNames; !rest.empty();) {
+    const size_t length = std::min(rest.find('|'), rest.size());
+    if (rest.substr(0, length) == name) return nullptr;
+    rest.remove_prefix(std::min(length + 1, rest.size()));
+  }
+  return wanted;
 }
 
 const char* isa_name() {

@@ -27,7 +27,9 @@ void place(const RouteArgs& args, int64_t chunk) {
   const Id* ids = static_cast<const Id*>(args.ids);
   int32_t* next = args.begins + chunk * args.experts;
   const int64_t end = chunk_start(args, chunk + 1);
-  int64_t s = chunk_start(args, chunk), token = s / args.top_k, k = s % args.top_k;
+  int64_t s = chunk_start(args, chunk);
+  if (s == end) return;  // with K = 0 there is nothing to divide by
+  int64_t token = s / args.top_k, k = s % args.top_k;
   for (; s < end; ++s) {
     int32_t row = -1;
     if (inside(ids[s], args.experts)) {

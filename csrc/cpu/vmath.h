@@ -5,7 +5,7 @@
 
 namespace moekernels::cpu::MOEKERNELS_ISA {
 
-// 0 below -87.3, where fp32 has no normal result; finite up to 88.3.
+// 0 below -87.3, where fp32 has no normal result; infinite above 88.3, a little before fp32 is; NaN stays NaN.
 inline Float exp(Float x) {
   const Float low = Float{} - 87.33654f, high = Float{} + 88.37626f;
   const Int vanishes = x < low;
@@ -21,7 +21,7 @@ inline Float exp(Float x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
   const Int power = (__builtin_convertvector(n, Int) + 127) << 23;
-  return vanishes ? Float{} : p * bits_as<Float>(power);
+  return vanishes ? Float{} : x > high ? Float{} + INFINITY : p * bits_as<Float>(power);
 }
 
 // log(1 + u) for u in [0, 1]: 2 atanh(u / (2 + u)), a series in squares of at most 1/9.
@@ -57,10 +57,21 @@ inline V square_root(V x) {
 template <class W>
 inline Vec<W> sigmoid(Vec<W> x) { return 1 / (1 + exp(-x)); }
 
+// Below this softplus is exp to rounding, and its square root exp(x / 2), which has a value where exp itself has none.
+template <class W>
+inline constexpr W kFarBelow = sizeof(W) == 4 ? W(-18) : W(-38);
+
 template <class W>
 inline Vec<W> sqrt_softplus(Vec<W> x) {
   const Vec<W> zero = {}, size = x < zero ? -x : x;
-  return square_root((x > zero ? x : zero) + log1p_unit(exp(-size)));
+  const Vec<W> near = square_root((x > zero ? x : zero) + log1p_unit(exp(-size)));
+  return x < kFarBelow<W> ? exp(x * W(0.5)) : near;
+}
+
+// The slope of sqrt_softplus at x, given its value there.
+template <class W>
+inline Vec<W> sqrt_softplus_slope(Vec<W> x, Vec<W> value) {
+  return x < kFarBelow<W> ? value * W(0.5) : sigmoid<W>(x) / (2 * value);
 }
 
 }  // namespace moekernels::cpu::MOEKERNELS_ISA

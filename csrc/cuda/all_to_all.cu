@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kMoveThreads) pack_rows(const PackArgs args, c
   }
 }
 
-// One block. Counts that are negative count as zero.
+// One block. Counts that are negative count as zero, those above the rows as the rows.
 __global__ void __launch_bounds__(kScanThreads) make_all_runs(const RunsArgs args) {
   __shared__ int64_t scratch[kScanThreads / kWarp];
   const int64_t runs = args.peers * args.experts;
@@ -41,14 +41,15 @@ __global__ void __launch_bounds__(kScanThreads) make_all_runs(const RunsArgs arg
   for (int64_t first = 0; first < runs; first += kScanThreads) {
     const int64_t i = first + threadIdx.x;
     const bool mine = i < runs;
-    const int64_t by_source = mine ? max(args.counts[i], int64_t{0}) : 0;
+    const int64_t by_source = mine ? min(max(args.counts[i], int64_t{0}), args.rows) : 0;
     int64_t sum;
     const int64_t before = block_exclusive_sum<kScanThreads>(by_source, scratch, &sum);
     if (mine) args.source[i % args.experts * args.peers + i / args.experts] = source + before;
     source += sum;
 
     const int64_t expert = i / args.peers, peer = i % args.peers;
-    const int64_t by_expert = mine ? max(args.counts[peer * args.experts + expert], int64_t{0}) : 0;
+    const int64_t by_expert =
+        mine ? min(max(args.counts[peer * args.experts + expert], int64_t{0}), args.rows) : 0;
     const int64_t start = begin + block_exclusive_sum<kScanThreads>(by_expert, scratch, &sum);
     if (mine) args.begin[i] = start;
     if (mine && peer == 0 && args.offsets != nullptr) args.offsets[expert] = start;

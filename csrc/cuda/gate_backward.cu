@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kGateThreads<Tm>) gate_backward_tokens(const G
 #pragma unroll
     for (int i = 0; i < Tm::values; ++i) {
       const float s = scores[i];
-      const float slope = is_sigmoid ? s * (1 - s) : s > 0 ? sigmoid(x[i]) / (2 * s) : 0.0f;
+      const float slope = is_sigmoid ? s * (1 - s) : sqrt_softplus_slope(x[i], s);
       d[i] = d[i] * slope + dlse * softmax[i];
     }
   } else {

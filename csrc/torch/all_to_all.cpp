@@ -14,12 +14,10 @@ Tensor pack(const Tensor& x, const std::optional<Tensor>& weights, const Tensor&
             int64_t top_k) {
   check_tensor("pack", "x", x, kFloats, {{"T"}, {"H"}});
   check_tensor("pack", "slot_of", slot_of, kInt32, {{"R"}}, &x);
-  check(top_k >= 1, "pack: top_k must be at least 1, got ", top_k);
+  check(top_k >= 0, "pack: top_k must be at least 0, got ", top_k);
   const ScalarType dtype = x.scalar_type();
   const int64_t tokens = x.size(0), hidden = x.size(1), rows = slot_of.size(0);
-  if (weights) {
-    check_tensor("pack", "weights", *weights, {wide(dtype)}, {{"T", tokens}, {"K", top_k}}, &x);
-  }
+  check_optional("pack", "weights", weights, {wide(dtype)}, {{"T", tokens}, {"K", top_k}}, x);
   const int64_t extra = weights ? weight_elements(dtype) : 0, size = size_of(dtype_of(x));
   Tensor message = empty_large({rows, hidden + extra}, dtype, x);
   const PackArgs args{
@@ -52,6 +50,7 @@ struct RunTable {
       : begin(rows), source(rows), offsets(rows), size(0) {
     check_tensor(op, "counts", counts, kInt64, {{"P"}, {"e"}});
     const int64_t peers = counts.size(0), experts = counts.size(1);
+    if (!counts.is_cpu()) check_device(op, "counts", counts, rows);
     size = peers * experts;
     begin = empty({size + 1}, ScalarType::Long, rows);
     source = empty({size}, ScalarType::Long, rows);
@@ -60,7 +59,6 @@ struct RunTable {
     run(
         rows, [&](auto stream) { make(counts, rows, stream); },
         [&] {
-          check(counts.is_cpu(), op, ": counts must be on the CPU for rows on the CPU");
           make(counts);
         });
   }
@@ -70,7 +68,8 @@ struct RunTable {
     int64_t total = 0;
     for (int64_t i = 0; i < counts.numel(); ++i) {
       check(count[i] >= 0, op, ": counts must not be negative, got ", count[i]);
-      total += count[i];
+      check(!__builtin_add_overflow(total, count[i], &total), op,
+            ": counts add up to more rows than int64 counts, got ", shape_of(rows));
     }
     check(total == rows.size(0), op, ": counts add up to ", total, " rows, got ", shape_of(rows));
   }
@@ -84,7 +83,8 @@ struct RunTable {
                      .source = source.template mutable_data_ptr<int64_t>(),
                      .offsets = offsets.template mutable_data_ptr<int64_t>(),
                      .peers = counts.size(0),
-                     .experts = counts.size(1)},
+                     .experts = counts.size(1),
+                     .rows = rows.size(0)},
                     stream);
   }
 
@@ -150,9 +150,7 @@ Tensor ungroup(const Tensor& rows, const Tensor& counts, const std::optional<Ten
   check_tensor("ungroup", "rows", rows, kFloats, {{"R"}, {"H"}});
   const ScalarType dtype = rows.scalar_type();
   const int64_t num_rows = rows.size(0), hidden = rows.size(1), size = size_of(dtype_of(rows));
-  if (weights) {
-    check_tensor("ungroup", "weights", *weights, {wide(dtype)}, {{"R", num_rows}}, &rows);
-  }
+  check_optional("ungroup", "weights", weights, {wide(dtype)}, {{"R", num_rows}}, rows);
   const RunTable table("ungroup", counts, rows);
   const int64_t extra = weights ? weight_elements(dtype) : 0;
   Tensor message = empty_large({num_rows, hidden + extra}, dtype, rows);

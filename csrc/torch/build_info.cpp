@@ -1,11 +1,19 @@
 // Facts about the build that need no tensor: what `moekernels info` prints.
 #include "moekernels/common.h"
-#include "tensor.h"
+#include "cutlass.h"
 
 namespace moekernels::binding {
 namespace {
 
 std::string cpu_isa() { return cpu::isa_name(); }
+
+// Throws where a variable that the kernels read holds a word that they do not know. Called once, after loading: the
+// ISA level is chosen while the library loads, when nothing may be thrown.
+void check_environment() {
+  const char* isa = cpu::unknown_isa();
+  check(isa == nullptr, "MOEKERNELS_ISA must be ", cpu::kIsaNames, ", got '", isa == nullptr ? "" : isa, "'");
+  cutlass_wanted();
+}
 
 // "sm_80, sm_90a", or "" without CUDA kernels.
 std::string cuda_archs() { return MOEKERNELS_CUDA_ARCHS; }
@@ -15,11 +23,13 @@ std::string cuda_archs() { return MOEKERNELS_CUDA_ARCHS; }
 STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
   m.def("_cpu_isa() -> str");
   m.def("_cuda_archs() -> str");
+  m.def("_check_environment() -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moekernels, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("_cuda_archs", TORCH_BOX(&cuda_archs));
+  m.impl("_check_environment", TORCH_BOX(&check_environment));
 }
 
 }  // namespace moekernels::binding

@@ -5,14 +5,15 @@
 namespace moekernels::binding {
 namespace {
 
-Tensor combine(const Tensor& rows, const Tensor& row_of, const std::optional<Tensor>& weights) {
+// token_of is the backward's; it is checked here, where the caller can still be told.
+Tensor combine(const Tensor& rows, const Tensor& row_of, const std::optional<Tensor>& weights,
+               const std::optional<Tensor>& token_of) {
   check_tensor("combine", "rows", rows, kFloats, {{"R"}, {"H"}});
   check_tensor("combine", "row_of", row_of, kInt32, {{"T"}, {"K"}}, &rows);
   const int64_t tokens = row_of.size(0), top_k = row_of.size(1), hidden = rows.size(1);
   const ScalarType wide_dtype = wide(rows.scalar_type());
-  if (weights) {
-    check_tensor("combine", "weights", *weights, {wide_dtype}, {{"T", tokens}, {"K", top_k}}, &rows);
-  }
+  check_optional("combine", "weights", weights, {wide_dtype}, {{"T", tokens}, {"K", top_k}}, rows);
+  check_optional("combine", "token_of", token_of, kInt32, {{"R", rows.size(0)}}, rows);
   Tensor out = empty_large({tokens, hidden}, rows.scalar_type(), rows);
   const CombineArgs args{
       .rows = rows.const_data_ptr(),
@@ -76,7 +77,7 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& dout, const Tensor& ro
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
-  m.def("_combine(Tensor rows, Tensor row_of, Tensor? weights) -> Tensor");
+  m.def("_combine(Tensor rows, Tensor row_of, Tensor? weights, Tensor? token_of=None) -> Tensor");
   m.def(
       "_combine_backward(Tensor dout, Tensor rows, Tensor row_of, Tensor token_of, Tensor weights)"
       " -> (Tensor, Tensor)");

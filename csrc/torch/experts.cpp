@@ -100,9 +100,11 @@ void run_up(const ExpertsUpArgs& args) {
 std::tuple<Tensor, Tensor> experts(const Tensor& x, OptionalTensor weights, const Tensor& w1, const Tensor& w2,
                                    const Tensor& offsets, OptionalTensor token_of, OptionalTensor b1,
                                    OptionalTensor b2, std::string activation, double alpha, double limit,
-                                   bool interleaved, bool transposed, bool keep_h, bool tf32) {
+                                   bool interleaved, bool transposed, bool keep_h, bool tf32,
+                                   OptionalTensor row_of) {
   const ExpertsArgs of = checked(x, weights, w1, w2, offsets, token_of, b1, b2,
                                  {activation, alpha, limit, interleaved, transposed, tf32});
+  check_optional("experts", "row_of", row_of, kInt32, {{"T", x.size(0)}, {"K"}}, x);  // the backward's
   const ScalarType dtype = x.scalar_type();
   Tensor h = empty_large({keep_h ? of.num_rows : 0, h_width(of)}, dtype, x);
   Tensor a = empty_large({of.num_rows, of.ffn}, dtype, x);
@@ -145,7 +147,8 @@ std::tuple<Tensor, Tensor, Tensor> experts_dact(const Tensor& dy, const Tensor& 
   const ScalarType dtype = x.scalar_type();
   const int64_t width = h_width(of);
   check_tensor("experts", "dy", dy, {dtype}, {{"R", of.num_rows}, {"H", of.hidden}}, &x);
-  const bool kept = h.size(0) == of.num_rows;
+  check_tensor("experts", "h", h, {dtype}, {{"R"}, {"G", width}}, &x);
+  const bool kept = h.size(0) > 0;
   if (kept) check_tensor("experts", "h", h, {dtype}, {{"R", of.num_rows}, {"G", width}}, &x);
   Tensor used_h = kept ? h : empty_large({of.num_rows, width}, dtype, x);
   const int64_t parts_of_row = on_cuda(x) ? cuda::experts_dweights_parts(of.ffn) : experts_dweights_parts(of.ffn);
@@ -210,7 +213,7 @@ void check_dbias(const Tensor& rows, const OptionalTensor& weights, const Tensor
                  const OptionalTensor& token_of) {
   const char* op = "experts_dbias";
   check_tensor(op, "rows", rows, kFloats, {{"R"}, {"N"}});
-  check_offsets(op, offsets, offsets.size(0) - 1, rows.size(0), rows);
+  check_offsets(op, offsets, experts_of(op, offsets), rows.size(0), rows);
   if (weights) check_tensor(op, "weights", *weights, {wide(rows.scalar_type())}, {{"R", rows.size(0)}}, &rows);
   if (token_of) check_tensor(op, "token_of", *token_of, kInt32, {{"R", rows.size(0)}}, &rows);
 }
@@ -237,7 +240,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def(
       "_experts(Tensor x, Tensor? weights, Tensor w1, Tensor w2, Tensor offsets, Tensor? token_of, Tensor? b1, "
       "Tensor? b2, str activation, float alpha, float limit, bool interleaved, bool transposed, bool keep_h, "
-      "bool tf32=False) "
+      "bool tf32=False, Tensor? row_of=None) "
       "-> (Tensor, Tensor)");
   m.def(
       "_experts_dact(Tensor dy, Tensor h, Tensor x, Tensor? weights, Tensor w1, Tensor w2, Tensor offsets, "

@@ -2,6 +2,12 @@
 
 namespace moekernels::binding {
 
+int64_t experts_of(const char* op, const Tensor& offsets) {
+  check(offsets.dim() == 1 && offsets.size(0) >= 1, op, ": offsets must be int64 [E+1], got ",
+        name_of(offsets.scalar_type()), " ", shape_of(offsets));
+  return offsets.size(0) - 1;
+}
+
 void check_offsets(const char* op, const Tensor& offsets, int64_t experts, int64_t rows, const Tensor& like) {
   check_tensor(op, "offsets", offsets, kInt64, {{"E+1", experts + 1}}, &like);
   if (on_cuda(offsets)) return;  // the kernels hold them within the rows

@@ -6,6 +6,9 @@
 
 namespace moekernels::binding {
 
+// E of offsets [E+1]: for ops that no other argument tells it.
+int64_t experts_of(const char* op, const Tensor& offsets);
+
 // offsets [E+1] int64, ascending from 0 to at most `rows`. Their values are read on the CPU only: on CUDA that would wait
 // for the device.
 void check_offsets(const char* op, const Tensor& offsets, int64_t experts, int64_t rows, const Tensor& like);

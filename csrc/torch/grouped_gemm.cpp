@@ -69,9 +69,7 @@ struct Wgrad {
     }
     if (token_of) check_tensor(op, "token_of", *token_of, kInt32, {{"R", num_rows}}, &drows);
     check(token_of || !gather, op, ": rows seen through token_of need token_of");
-    check(offsets.dim() == 1 && offsets.size(0) >= 1, op, ": offsets must be int64 [E+1], got ",
-          name_of(offsets.scalar_type()), " ", shape_of(offsets));
-    check_offsets(op, offsets, experts(), num_rows, drows);
+    check_offsets(op, offsets, experts_of(op, offsets), num_rows, drows);
   }
 
   void operator()(const Tensor& dw, bool accumulate) const {

@@ -5,9 +5,11 @@
 namespace moekernels::binding {
 namespace {
 
-Tensor permute(const Tensor& x, const Tensor& token_of) {
+// row_of is the backward's; it is checked here, where the caller can still be told.
+Tensor permute(const Tensor& x, const Tensor& token_of, const std::optional<Tensor>& row_of) {
   check_tensor("permute", "x", x, kFloats, {{"T"}, {"H"}});
   check_tensor("permute", "token_of", token_of, kInt32, {{"R"}}, &x);
+  check_optional("permute", "row_of", row_of, kInt32, {{"T", x.size(0)}, {"K"}}, x);
   const int64_t rows = token_of.size(0);
   Tensor out = empty_large({rows, x.size(1)}, x.scalar_type(), x);
   const PermuteArgs args{
@@ -30,7 +32,7 @@ Tensor permute(const Tensor& x, const Tensor& token_of) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
-  m.def("_permute(Tensor x, Tensor token_of) -> Tensor");
+  m.def("_permute(Tensor x, Tensor token_of, Tensor? row_of=None) -> Tensor");
 }
 
 MOEKERNELS_IMPL(m) { m.impl("_permute", TORCH_BOX(&permute)); }

@@ -15,11 +15,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& ids, int6
                                                          int64_t capacity, int64_t alignment) {
   check_tensor("route", "ids", ids, kIds, {{"T"}, {"K"}});
   const int64_t tokens = ids.size(0), top_k = ids.size(1), slots = tokens * top_k;
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   check(experts >= 1, "route: num_experts must be at least 1, got ", experts);
   check(alignment >= 1, "route: alignment must be at least 1, got ", alignment);
+  check(experts <= kMost, "route: num_experts must fit int32, got ", experts);
+  check(alignment <= kMost, "route: alignment must fit int32, got ", alignment);
+  check(slots <= kMost, "route: ids hold T*K=", slots, " choices, which must fit int32");
   const int64_t rows = slots + experts * (alignment - 1);
-  check(rows <= std::numeric_limits<int32_t>::max(),
-        "route: T*K + E*(alignment-1) must fit int32, got ", rows);
+  check(rows <= kMost, "route: T*K + E*(alignment-1) must fit int32, got ", rows, " with num_experts=", experts,
+        " and alignment=", alignment);
   if (weights) {
     check_tensor("route", "weights", *weights, {ScalarType::Float, ScalarType::Double},
                  {{"T", tokens}, {"K", top_k}}, &ids);

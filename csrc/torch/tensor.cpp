@@ -28,6 +28,15 @@ std::string shape_of(const Tensor& t) {
   return text + "]";
 }
 
+std::string device_of(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device()) : "another device";
+}
+
+void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  check(t.is_cpu() == like.is_cpu() && (t.is_cpu() || t.get_device() == like.get_device()), op, ": ", name,
+        " must be on ", device_of(like), " like the first argument, got ", device_of(t));
+}
+
 void check_tensor(const char* op, const char* name, const Tensor& t,
                   std::initializer_list<ScalarType> dtypes, std::initializer_list<Axis> shape,
                   const Tensor* like) {
@@ -64,10 +73,7 @@ void check_tensor(const char* op, const char* name, const Tensor& t,
   }
   check(t.scalar_type() != ScalarType::Double || !on_cuda(t), op, ": ", name,
         " is float64, which the CPU alone computes; give float32, bfloat16 or float16 on CUDA");
-  if (like != nullptr) {
-    check(t.is_cpu() == like->is_cpu() && (t.is_cpu() || t.get_device() == like->get_device()), op,
-          ": ", name, " must be on the same device as the first argument");
-  }
+  if (like != nullptr) check_device(op, name, t, *like);
 }
 
 DType dtype_of(const Tensor& t) {
@@ -80,7 +86,15 @@ DType dtype_of(const Tensor& t) {
 }
 
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) {
-  Tensor t = torch::stable::new_empty(like, shape, dtype);
+  std::optional<Tensor> made;
+  try {
+    made = torch::stable::new_empty(like, shape, dtype);
+  } catch (const std::exception&) {  // the stable ABI hands on that a call failed, not why
+    std::string sizes;
+    for (int64_t size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+    check(false, "moekernels: no memory on ", device_of(like), " for ", name_of(dtype), " [", sizes, "]");
+  }
+  Tensor t = *made;
 #ifdef MOEKERNELS_EMULATED
   emulated::note_array(t.const_data_ptr(), t.numel() * t.element_size());
 #endif

@@ -47,10 +47,22 @@ struct Axis {
   int64_t length = -1;
 };
 
+// "cpu", "cuda:1"
+std::string device_of(const Tensor& t);
+
 // Checks rank before sizes, then dtype, shape, contiguity; `like` fixes the device.
 void check_tensor(const char* op, const char* name, const Tensor& t,
                   std::initializer_list<ScalarType> dtypes, std::initializer_list<Axis> shape,
                   const Tensor* like = nullptr);
+
+inline void check_optional(const char* op, const char* name, const std::optional<Tensor>& t,
+                           std::initializer_list<ScalarType> dtypes, std::initializer_list<Axis> shape,
+                           const Tensor& like) {
+  if (t) check_tensor(op, name, *t, dtypes, shape, &like);
+}
+
+// Refuses a tensor that is not where `like` is.
+void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like);
 
 // Whether the CUDA launchers take this tensor; in the emulated build (tests) they take every one.
 #ifdef MOEKERNELS_EMULATED
@@ -65,7 +77,7 @@ inline ScalarType wide(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Uninitialised.
+// Uninitialised. Says how much was asked for where there is no memory.
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like);
 // The same; a large one on the CPU takes the memory of one that was freed, so that it need not be touched first.
 Tensor empty_large(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like);

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,3 +23,34 @@ if not _FOUND:
 LIBRARY = _FOUND[0]
 torch.ops.load_library(str(LIBRARY))
 raw = torch.ops.moekernels
+raw._check_environment()
+
+
+def fake(name: str, *, on_cpu: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Registers the fake of a raw op: its results' shapes, for tensors without memory.
+
+    It is also what torch calls where some arguments are on meta and others not; then it refuses
+    the first that is not where the first argument is (those named in `on_cpu` may be on the CPU
+    instead), as the kernels do.
+    """
+    op = name.strip("_")
+
+    def register(fn: Callable) -> Callable:
+        names = tuple(inspect.signature(fn).parameters)
+
+        @functools.wraps(fn)
+        def checked(*args, **kwargs):
+            device = args[0].device
+            for argument, value in (*zip(names, args), *kwargs.items()):
+                if not isinstance(value, torch.Tensor) or value.device == device:
+                    continue
+                if not (argument in on_cpu and value.device.type == "cpu"):
+                    raise RuntimeError(
+                        f"{op}: {argument} must be on {device} like the first argument, "
+                        f"got {value.device}"
+                    )
+            return fn(*args, **kwargs)
+
+        return torch.library.register_fake(f"moekernels::{name}")(checked)
+
+    return register

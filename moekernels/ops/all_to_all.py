@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moekernels import reference
 from moekernels.ops import _derivatives, _spec
-from moekernels.ops._library import raw
+from moekernels.ops._library import fake, raw
 from moekernels.ops._op import op
 
 _pack = raw._pack.default
@@ -29,13 +29,13 @@ def _weight_elements(dtype: torch.dtype) -> int:
     return 1 if dtype in (torch.float32, torch.float64) else 2
 
 
-@torch.library.register_fake("moekernels::_pack")
+@fake("_pack")
 def _(x: Tensor, weights: Tensor | None, slot_of: Tensor, top_k: int) -> Tensor:
     extra = 0 if weights is None else _weight_elements(x.dtype)
     return x.new_empty(slot_of.shape[0], x.shape[1] + extra)
 
 
-@torch.library.register_fake("moekernels::_regroup")
+@fake("_regroup", on_cpu=("counts",))
 def _(message: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = message.shape[0]
     weighted = 0 if message.shape[1] == width else rows
@@ -46,7 +46,7 @@ def _(message: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor, Tens
     )
 
 
-@torch.library.register_fake("moekernels::_ungroup")
+@fake("_ungroup", on_cpu=("counts",))
 def _(rows: Tensor, counts: Tensor, weights: Tensor | None) -> Tensor:
     extra = 0 if weights is None else _weight_elements(rows.dtype)
     return rows.new_empty(rows.shape[0], rows.shape[1] + extra)
@@ -220,7 +220,7 @@ def _pack_messages():
         lambda: pack(x, torch.zeros(3, 1), slot_of, 2),
         "pack: weights must be float32 [T=3, K=2], got float32 [3, 1]",
     )
-    yield lambda: pack(x, None, slot_of, 0), "pack: top_k must be at least 1, got 0"
+    yield lambda: pack(x, None, slot_of, -1), "pack: top_k must be at least 0, got -1"
     yield lambda: _pack(x.T, None, slot_of, 2), "pack: x must be contiguous, got strides [1, 4]"
 
 
@@ -238,6 +238,12 @@ def _regroup_messages():
         lambda: regroup(message, -counts, 4),
         "regroup: counts must not be negative, got -1",
     )
+    # Added up in 64 bits they are the six rows of the message.
+    overflowing = torch.tensor([[2**62, 2**62], [2**63 - 1, 7]])
+    yield (
+        lambda: regroup(message, overflowing, 4),
+        "regroup: counts add up to more rows than int64 counts, got [6, 5]",
+    )
     yield (
         lambda: regroup(message, counts, 3),
         "regroup: message [6, 5] must hold width=3 elements a row, or 4 with weights",
@@ -249,6 +255,11 @@ def _ungroup_messages():
     yield (
         lambda: ungroup(rows[:4], counts),
         "ungroup: counts add up to 6 rows, got [4, 5]",
+    )
+    overflowing = torch.tensor([[2**62, 2**62], [2**63 - 1, 7]])
+    yield (
+        lambda: ungroup(rows, overflowing),
+        "ungroup: counts add up to more rows than int64 counts, got [6, 5]",
     )
     yield (
         lambda: ungroup(rows, counts, torch.zeros(5)),

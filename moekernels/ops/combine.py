@@ -9,19 +9,21 @@ from torch import Tensor
 
 from moekernels import ops, reference
 from moekernels.ops import _derivatives, _spec
-from moekernels.ops._library import raw
+from moekernels.ops._library import fake, raw
 from moekernels.ops._op import op, require_tensors
 
 _combine = raw._combine.default
 _combine_backward = raw._combine_backward.default
 
 
-@torch.library.register_fake("moekernels::_combine")
-def _(rows: Tensor, row_of: Tensor, weights: Tensor | None) -> Tensor:
+@fake("_combine")
+def _(
+    rows: Tensor, row_of: Tensor, weights: Tensor | None, token_of: Tensor | None = None
+) -> Tensor:
     return rows.new_empty(row_of.shape[0], rows.shape[1])
 
 
-@torch.library.register_fake("moekernels::_combine_backward")
+@fake("_combine_backward")
 def _(dout: Tensor, rows: Tensor, row_of: Tensor, token_of: Tensor, weights: Tensor):
     return torch.empty_like(rows), torch.empty_like(weights)
 
@@ -30,7 +32,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, row_of: Tensor, token_of: Tensor) -> Tensor:
         ctx.save_for_backward(row_of, token_of)
-        return _combine(rows, row_of, None)
+        return _combine(rows, row_of, None, token_of)
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None]:
@@ -42,7 +44,7 @@ class _WeightedCombine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, row_of: Tensor, token_of: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(rows, row_of, token_of, weights)
-        return _combine(rows, row_of, weights)
+        return _combine(rows, row_of, weights, token_of)
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None, Tensor]:
@@ -92,11 +94,11 @@ def combine(
     if weights is None:
         if rows.requires_grad and torch.is_grad_enabled():
             return _Combine.apply(rows, row_of, token_of)
-        return _combine(rows, row_of, None)
+        return _combine(rows, row_of, None, token_of)
     weights = weights.to(_spec.wide(rows.dtype)).contiguous()
     if (rows.requires_grad or weights.requires_grad) and torch.is_grad_enabled():
         return _WeightedCombine.apply(rows, row_of, token_of, weights)
-    return _combine(rows, row_of, weights)
+    return _combine(rows, row_of, weights, token_of)
 
 
 def _cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
@@ -147,6 +149,14 @@ def _messages():
     yield (
         lambda: combine(rows, row_of, token_of, weights[:2]),
         "combine: weights must be float32 [T=3, K=2], got float32 [2, 2]",
+    )
+    yield (
+        lambda: combine(rows, row_of, token_of[:5]),
+        "combine: token_of must be int32 [R=6], got int32 [5]",
+    )
+    yield (
+        lambda: combine(rows.clone().requires_grad_(), row_of, token_of.long(), weights),
+        "combine: token_of must be int32 [R=6], got int64 [6]",
     )
     yield (
         lambda: _combine(rows.T, row_of, None),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moekernels import reference
 from moekernels.ops import _derivatives, _main_grad, _spec
-from moekernels.ops._library import raw
+from moekernels.ops._library import fake, raw
 from moekernels.ops._main_grad import main_grad_of
 from moekernels.ops._op import op, require_tensors
 from moekernels.ops.grouped_gemm import autocast, tf32, wgrad_or_accumulate
@@ -22,7 +22,7 @@ _grouped_gemm = raw._grouped_gemm.default
 _combine = raw._combine.default
 
 
-@torch.library.register_fake("moekernels::_experts")
+@fake("_experts")
 def _(
     x,
     weights,
@@ -39,13 +39,14 @@ def _(
     transposed,
     keep_h,
     tf32=False,
+    row_of=None,
 ):
     rows = x.shape[0] if token_of is None else token_of.shape[0]
     width = w1.shape[2 if transposed else 1]
     return x.new_empty(rows, x.shape[1]), x.new_empty(rows if keep_h else 0, width)
 
 
-@torch.library.register_fake("moekernels::_experts_dact")
+@fake("_experts_dact")
 def _(
     dy,
     h,
@@ -74,12 +75,12 @@ def _(
     )
 
 
-@torch.library.register_fake("moekernels::_experts_dbias")
+@fake("_experts_dbias")
 def _(rows, weights, offsets, token_of, tokens):
     return rows.new_empty(offsets.shape[0] - 1, rows.shape[1])
 
 
-@torch.library.register_fake("moekernels::_experts_dbias_")
+@fake("_experts_dbias_")
 def _(main_grad, rows, weights, offsets, token_of, tokens):
     return None
 
@@ -105,7 +106,7 @@ class _Experts(torch.autograd.Function):
         ctx, x, weights, w1, w2, b1, b2, offsets, token_of, row_of, style, main_grads, recompute
     ):
         y, h = _experts(
-            x, weights, w1, w2, offsets, token_of, b1, b2, *style, not recompute, tf32(x)
+            x, weights, w1, w2, offsets, token_of, b1, b2, *style, not recompute, tf32(x), row_of
         )
         ctx.save_for_backward(x, weights, w1, w2, b1, b2, offsets, token_of, row_of, h)
         ctx.style, ctx.main_grads = style, main_grads
@@ -265,7 +266,8 @@ def experts(
             raise RuntimeError("experts: x seen through token_of needs row_of for its gradient")
         return _Experts.apply(*inputs, offsets, token_of, row_of, style, main_grads, recompute)
     x, weights, w1, w2, b1, b2 = inputs
-    return _experts(x, weights, w1, w2, offsets, token_of, b1, b2, *style, False, tf32(x))[0]
+    kernels = (*style, False, tf32(x), row_of)
+    return _experts(x, weights, w1, w2, offsets, token_of, b1, b2, *kernels)[0]
 
 
 _GATED = ("swiglu", "geglu", "reglu", "swiglu_oai", "swiglu_clamped")
@@ -379,6 +381,23 @@ def _messages():
             x.requires_grad_(), weights, w1, w2, offsets, token_of=torch.zeros(6).int()
         ),
         "experts: x seen through token_of needs row_of for its gradient",
+    )
+    for needs_grad in (False, True):
+        yield (
+            lambda needs_grad=needs_grad: experts(
+                x.detach().requires_grad_(needs_grad),
+                weights,
+                w1,
+                w2,
+                offsets,
+                token_of=torch.zeros(6).int(),
+                row_of=torch.zeros(5, 2).int(),
+            ),
+            "experts: row_of must be int32 [T=6, K], got int32 [5, 2]",
+        )
+    yield (
+        lambda: _dbias(x, None, offsets[:0], None, 0),
+        "experts_dbias: offsets must be int64 [E+1], got int64 [0]",
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moekernels import reference
 from moekernels.ops import _derivatives, _spec
-from moekernels.ops._library import raw
+from moekernels.ops._library import fake, raw
 from moekernels.ops._op import op
 from moekernels.reference import GateOutput
 
@@ -23,7 +23,7 @@ _SUM_TWO = {"max": False, "sum2": True}
 load_balancing_loss = op(reference.load_balancing_loss)(reference.load_balancing_loss)
 
 
-@torch.library.register_fake("moekernels::_gate")
+@fake("_gate")
 def _(
     logits: Tensor,
     top_k: int,
@@ -49,7 +49,7 @@ def _(
     )
 
 
-@torch.library.register_fake("moekernels::_gate_backward")
+@fake("_gate_backward")
 def _(
     logits: Tensor,
     ids: Tensor,
@@ -139,8 +139,9 @@ def gate(
         ValueError: an unknown `score` or `group_score`.
 
     Notes:
-        Where scores tie the smaller id wins. NaN logits rank first and give NaN weights; ids stay
-        distinct and in range. Sums are made over fixed pieces in a fixed order: the same bits for
+        Experts rank by their logits, under a bias or "sum2" by their scores; where these tie the
+        smaller id wins. NaN ranks as +infinity does and gives NaN weights (a softmax makes all
+        scores of its token NaN); ids stay distinct and in range. Sums are made over fixed pieces in a fixed order: the same bits for
         any number of threads. Only logits, ids and segments are kept for backward. T = 0 is
         ordinary. Under autocast the logits are taken in the dtype they come in, all else is fp32.
         Sources: Shazeer et al. 2017 (top-k), Fedus et al. 2021 (balancing loss), Zoph et al. 2022

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moekernels import reference
 from moekernels.ops import _derivatives, _main_grad, _spec
-from moekernels.ops._library import raw
+from moekernels.ops._library import fake, raw
 from moekernels.ops._main_grad import main_grad_of
 from moekernels.ops._op import op
 
@@ -17,18 +17,18 @@ _grouped_gemm = raw._grouped_gemm.default
 _wgrad = raw._grouped_gemm_wgrad.default
 
 
-@torch.library.register_fake("moekernels::_grouped_gemm")
+@fake("_grouped_gemm")
 def _(rows: Tensor, w: Tensor, offsets: Tensor, transposed: bool, tf32: bool = False) -> Tensor:
     return rows.new_empty(rows.shape[0], w.shape[2 if transposed else 1])
 
 
-@torch.library.register_fake("moekernels::_grouped_gemm_wgrad")
+@fake("_grouped_gemm_wgrad")
 def _(rows, drows, offsets, transposed, token_of, tokens, gather, tf32=False) -> Tensor:
     m, n = (rows, drows) if transposed else (drows, rows)
     return rows.new_empty(offsets.shape[0] - 1, m.shape[1], n.shape[1])
 
 
-@torch.library.register_fake("moekernels::_grouped_gemm_wgrad_")
+@fake("_grouped_gemm_wgrad_")
 def _(main_grad, rows, drows, offsets, transposed, token_of, tokens, gather, tf32=False) -> None:
     return None
 

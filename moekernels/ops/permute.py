@@ -9,15 +9,15 @@ from torch import Tensor
 
 from moekernels import ops, reference
 from moekernels.ops import _spec
-from moekernels.ops._library import raw
+from moekernels.ops._library import fake, raw
 from moekernels.ops._op import op, require_tensors
 from moekernels.reference import Routing
 
 _permute = raw._permute.default
 
 
-@torch.library.register_fake("moekernels::_permute")
-def _(x: Tensor, token_of: Tensor) -> Tensor:
+@fake("_permute")
+def _(x: Tensor, token_of: Tensor, row_of: Tensor | None = None) -> Tensor:
     return x.new_empty(token_of.shape[0], x.shape[1])
 
 
@@ -25,7 +25,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
         ctx.save_for_backward(token_of, row_of)
-        return _permute(x, token_of)
+        return _permute(x, token_of, row_of)
 
     @staticmethod
     def backward(ctx, drows: Tensor) -> tuple[Tensor, None, None]:
@@ -60,7 +60,7 @@ def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
     x = x.contiguous()
     if x.requires_grad and torch.is_grad_enabled():
         return _Permute.apply(x, token_of, row_of)
-    return _permute(x, token_of)
+    return _permute(x, token_of, row_of)
 
 
 @op(reference.permute_weights)
@@ -103,6 +103,14 @@ def _messages():
     yield (
         lambda: permute(x, token_of[::2], row_of),
         "permute: token_of must be contiguous, got strides [2]",
+    )
+    yield (
+        lambda: permute(x, token_of, row_of[:2]),
+        "permute: row_of must be int32 [T=3, K], got int32 [2, 2]",
+    )
+    yield (
+        lambda: permute(x.clone().requires_grad_(), token_of, row_of.flatten()),
+        "permute: row_of must be int32 [T=3, K], got int32 [6]",
     )
     yield (
         lambda: _permute(x.T, token_of),

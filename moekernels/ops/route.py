@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moekernels import reference
 from moekernels.ops import _spec
-from moekernels.ops._library import raw
+from moekernels.ops._library import fake, raw
 from moekernels.ops._op import op
 from moekernels.reference import Routing
 
@@ -17,7 +17,7 @@ _route = raw._route.default
 _DROP = ("position", "weight")
 
 
-@torch.library.register_fake("moekernels::_route")
+@fake("_route")
 def _(ids: Tensor, num_experts: int, weights: Tensor | None, capacity: int, alignment: int):
     tokens, top_k = ids.shape
     rows = tokens * top_k + num_experts * (alignment - 1)
@@ -114,6 +114,23 @@ def _messages():
     yield lambda: route(ids[0], 4), "route: ids must be int32|int64 [T, K], got int32 [2]"
     yield lambda: route(ids, 0), "route: num_experts must be at least 1, got 0"
     yield lambda: route(ids, 4, alignment=0), "route: alignment must be at least 1, got 0"
+    yield (
+        lambda: route(ids, 2**31),
+        "route: num_experts must fit int32, got 2147483648",
+    )
+    yield (
+        lambda: route(ids, 4, alignment=2**62),
+        "route: alignment must fit int32, got 4611686018427387904",
+    )
+    yield (
+        lambda: route(ids, 4, alignment=2**63 - 1),
+        "route: alignment must fit int32, got 9223372036854775807",
+    )
+    yield (
+        lambda: route(ids, 2**31 - 1, alignment=2**31 - 1),
+        "route: T*K + E*(alignment-1) must fit int32, got 4611686011984936968 with "
+        "num_experts=2147483647 and alignment=2147483647",
+    )
     yield lambda: route(ids, 4, drop="random"), "route: drop must be position|weight, got 'random'"
     yield lambda: route(ids, 4, capacity=-2), "route: capacity must be at least 0, got -2"
     yield (

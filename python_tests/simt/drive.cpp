@@ -73,7 +73,7 @@ void make_runs() {
   constexpr int64_t kPeers = 40, kExperts = 8, kRuns = kPeers * kExperts;
   Array<int64_t> counts(kRuns), begin(kRuns + 1), source(kRuns), offsets(kExperts + 1);
   for (int64_t i = 0; i < kRuns; ++i) counts[i] = i % 5;
-  moekernels::cuda::make_runs({counts, begin, source, offsets, kPeers, kExperts}, nullptr);
+  moekernels::cuda::make_runs({counts, begin, source, offsets, kPeers, kExperts, INT64_MAX / kRuns}, nullptr);
   expect(begin[kRuns] == std::accumulate(counts.data, counts.data + kRuns, int64_t{0}), "make_runs: wrong begins");
 }
 

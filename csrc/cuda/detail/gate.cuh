@@ -104,6 +104,18 @@ __device__ float soften(const float (&x)[Tm::values], float (&p)[Tm::values], ui
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
+// Below this softplus is exp to rounding, and its square root exp(x / 2), which has a value where exp itself has none.
+constexpr float kFarBelow = -18.0f;
+
+__device__ inline float sqrt_softplus(float x) {
+  return x < kFarBelow ? expf(0.5f * x) : sqrtf(x > 20.0f ? x : log1pf(expf(x)));
+}
+
+// The slope of sqrt_softplus at x, given its value there.
+__device__ inline float sqrt_softplus_slope(float x, float value) {
+  return x < kFarBelow ? 0.5f * value : sigmoid(x) / (2 * value);
+}
+
 // s: sigmoid or sqrt(softplus) of x, zero past the experts; returns their sum, at least kTiny.
 template <class Tm>
 __device__ float score(const float (&x)[Tm::values], bool is_sigmoid, int64_t experts,
@@ -111,7 +123,7 @@ __device__ float score(const float (&x)[Tm::values], bool is_sigmoid, int64_t ex
   float total = 0;
 #pragma unroll
   for (int i = 0; i < Tm::values; ++i) {
-    const float value = is_sigmoid ? sigmoid(x[i]) : sqrtf(x[i] > 20.0f ? x[i] : log1pf(expf(x[i])));
+    const float value = is_sigmoid ? sigmoid(x[i]) : sqrt_softplus(x[i]);
     s[i] = Tm::expert(i) < experts ? value : 0.0f;
     total += s[i];
   }

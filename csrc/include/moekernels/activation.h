@@ -41,7 +41,7 @@ MOEKERNELS_BOTH inline Curve<V> gelu_curve(V g) {
 }
 template <class S, class V>
 MOEKERNELS_BOTH inline Curve<V> relu_curve(V g) {
-  return {g > S(0) ? g : V{}, g > S(0) ? V{} + S(1) : V{}};
+  return {g <= S(0) ? V{} : g, g <= S(0) ? V{} : V{} + S(1)};  // NaN stays NaN
 }
 template <class V>
 MOEKERNELS_BOTH inline Activated<V> gated(Curve<V> c, V up) {

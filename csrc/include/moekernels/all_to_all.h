@@ -29,6 +29,7 @@ struct RunsArgs {
   int64_t* source;        // [P*e]
   int64_t* offsets;       // [e+1] where each expert's rows begin, or null
   int64_t peers, experts;
+  int64_t rows;  // R': what a count exceeds of it is not counted, so that no sum overflows
 };
 
 struct RegroupArgs {

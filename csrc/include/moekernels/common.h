@@ -36,6 +36,10 @@ Bf16Unit bf16_unit();
 
 const char* isa_name();
 
+inline constexpr const char* kIsaNames = "generic|avx2|avx512|avx512_bf16|amx";
+// What MOEKERNELS_ISA holds where that names no level, else null.
+const char* unknown_isa();
+
 template <class F>
 F* select(F* generic, F* avx2, F* avx512) {
   switch (isa()) {

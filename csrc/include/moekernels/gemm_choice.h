@@ -53,7 +53,7 @@ inline const char* why_not_wgmma(const GemmProblem& p) {
   if (!p.wgmma) return "this build holds no wgmma kernels";
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "wgmma takes 16-bit inputs";
   if (p.alignment < 16) return "TMA needs rows and addresses of whole 16 bytes";
-  if (p.k == 0) return "there is nothing to sum";
+  if (p.m == 0 || p.n == 0 || p.k == 0 || p.experts == 0) return "there is nothing to multiply";
   if (!wgmma_counts(p)) return "wgmma counts up to 4096 experts and 2^30 tiles";
   return nullptr;
 }
