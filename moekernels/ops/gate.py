@@ -141,9 +141,10 @@ def gate(
     Notes:
         Experts rank by their logits, under a bias or "sum2" by their scores; where these tie the
         smaller id wins. NaN ranks as +infinity does and gives NaN weights (a softmax makes all
-        scores of its token NaN); ids stay distinct and in range. Sums are made over fixed pieces in a fixed order: the same bits for
-        any number of threads. Only logits, ids and segments are kept for backward. T = 0 is
-        ordinary. Under autocast the logits are taken in the dtype they come in, all else is fp32.
+        scores of its token NaN); ids stay distinct and in range. Sums are made over fixed pieces
+        in a fixed order: the same bits for any number of threads. Only logits, ids and segments
+        are kept for backward. T = 0 is ordinary. Under autocast the logits are taken in the dtype
+        they come in, all else is fp32.
         Sources: Shazeer et al. 2017 (top-k), Fedus et al. 2021 (balancing loss), Zoph et al. 2022
         (z-loss), DeepSeek-V3 2024 (sigmoid, groups, selection bias).
     """
