@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moekernels import ops, reference
+from moekernels.ops._library import raw
 from moekernels.ops._spec import all_specs, randn, wide
 from python_tests import emulated
 from python_tests.test_contract import assert_close, assert_same, evaluate, lift
@@ -260,6 +261,20 @@ def test_one_argument_without_memory(spec, inputs, name, needs_grad):
             inputs[wanted] = inputs[wanted].clone().requires_grad_()
     with pytest.raises(RuntimeError, match=" must be on (cpu|meta) like the first argument, got "):
         spec.fn(**inputs)
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_only_the_backward_reads_is_checked(backend, needs_grad):
+    inputs = expert_inputs(torch.float32, T=5, K=2, H=6, F=7, E=3)
+    inputs["x"].requires_grad_(needs_grad)
+    inputs["row_of"] = inputs["row_of"][:4]
+    message = r"^experts: row_of must be int32 \[T=5, K\], got int32 \[4, 2\]$"
+    with backend(), pytest.raises(RuntimeError, match=message):
+        ops.experts(**inputs)
+    message = r"^experts_dbias: offsets must be int64 \[E\+1\], got int64 \[0\]$"
+    with backend(), pytest.raises(RuntimeError, match=message):
+        raw._experts_dbias(inputs["x"], None, inputs["offsets"][:0], None, 0)
 
 
 def test_what_only_the_backward_reads_is_needed():
