@@ -142,7 +142,7 @@ class Checkpoints:
         ]
         note = partial / f"note-{self.mesh.rank}.json"
         try:
-            with shards.writing(partial, 0):
+            with shards.writing(partial):
                 partial.mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(min(manifests.HASH_THREADS, os.cpu_count() or 1)) as pool:
                 written = list(pool.map(shards.write, paths, parts))
@@ -186,7 +186,7 @@ class Checkpoints:
         manifest.files.update({k: tuple(v) for note in notes for k, v in note["files"].items()})
         final = self.folder / manifests.step_name(manifest.step)
         try:
-            with shards.writing(partial / manifests.MANIFEST, 0):
+            with shards.writing(partial / manifests.MANIFEST):
                 manifest.write(partial)
                 _sync(partial)
                 if final.exists():  # one that could not be used is in the way

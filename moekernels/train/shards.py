@@ -35,7 +35,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def writing(path: Path, size: int) -> Iterator[None]:
+def writing(path: Path, size: int | None = None) -> Iterator[None]:
     """A failed write of `size` bytes becomes one line: which file, why, and how much is missing.
     What was written of it is removed first."""
     try:
@@ -43,11 +43,17 @@ def writing(path: Path, size: int) -> Iterator[None]:
     except OSError as error:
         with contextlib.suppress(OSError):
             path.unlink()
-        text = f"{path}: cannot be written: {error.strerror}"
-        if error.errno in FULL:
-            free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-            text += f"; it needs {size:,} bytes, {free:,} are free"
-        raise RunError(f"{text}; make room, or give another --out") from error
+        raise RunError(no_room(path, error, size)) from error
+
+
+def no_room(path: Path, error: OSError, size: int | None = None) -> str:
+    """The one line: which file, why, and where the disk is full how much is missing."""
+    text = f"{path}: cannot be written: {error.strerror}"
+    if error.errno in FULL:
+        folder = next(p for p in path.absolute().parents if p.exists())
+        needs = "" if size is None else f"it needs {size:,} bytes, "
+        text += f"; {needs}{shutil.disk_usage(folder).free:,} are free"
+    return f"{text}; make room, or give another --out"
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-from moekernels.errors import UsageError
+from moekernels.errors import RunError, UsageError
 from moekernels.train import assembly, launch, microbatches, resume
 from moekernels.train import config as cfg
 from moekernels.train.checkpoint import sweep
 from moekernels.train.launcher import launched
 from moekernels.train.loop import Job, Trainer
 from moekernels.train.metrics import RunFolder
+from moekernels.train.shards import FULL, no_room
 from moekernels.train.stop import Forward
 
 
@@ -129,6 +130,11 @@ def _work(env: launch.RankEnv, job: Job) -> int:
         code = trainer.run_steps()
         failed = False
         return code
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        place = Path(error.filename or job.folder.path)
+        raise RunError(no_room(place, error)) from error
     finally:
         trainer.progress.close()
         trainer.checkpoints.close(failed)
