@@ -1,18 +1,27 @@
-# `make train` and `make test` do all the set-up themselves: a virtual environment in .venv, torch, the build.
+# `make train` and `make test` do all the set-up themselves: a virtual environment in .venv with the versions of
+# requirements/lock-*.txt, and the build. NEWEST=1: the newest of everything instead, in an environment of its own.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= $(if $(NEWEST),.venv-newest,.venv)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 SOURCES := CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/cuda/* csrc/cuda/*/* csrc/simt/* csrc/cutlass/*)
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
 
-.PHONY: train test sanitize sanitizers cuda-all verify bench build lint format clean setup
+.PHONY: train test compat lock sanitize sanitizers cuda-all verify bench build lint format clean setup newest
 
 setup: $(STAMP)
 
-$(STAMP): setup.py pyproject.toml tools/setup_env.sh
-	PYTHON="$(PYTHON)" VENV="$(VENV)" GPU="$(GPU)" tools/setup_env.sh
+$(STAMP): setup.py pyproject.toml tools/setup_env.sh $(wildcard requirements/*) $(if $(NEWEST),newest)
+	PYTHON="$(PYTHON)" VENV="$(VENV)" GPU="$(GPU)" VERSIONS=$(if $(NEWEST),newest,locked) tools/setup_env.sh
 	touch $@
+
+# Resolves all versions anew, for every Python, into requirements/; ARGS="--upgrade-package NAME" moves only that one.
+lock:
+	$(PYTHON) tools/lock.py $(ARGS)
+
+# The lowest and the newest versions that pyproject.toml promises, each from a source distribution; minutes.
+compat:
+	GPU="$(GPU)" $(PYTHON) tools/compat.py $(ARGS)
 
 # Training builds CUDA only where a GPU is visible; tests build it wherever nvcc is found, for one architecture.
 build: $(STAMP) $(SOURCES)
@@ -53,4 +62,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf build dist *.egg-info moekernels/*.so
+	rm -rf build dist *.egg-info moekernels/*.so .venv-newest
