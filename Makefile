@@ -34,7 +34,7 @@ train: build
 test: export MOEKERNELS_CUDA_ARCHS := 90a-real
 test: export MOEKERNELS_EMULATED := 1
 test: sanitizers
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 # The CUDA kernels under g++'s sanitizers, and bugs planted into them; needs nvcc's headers. `make test` runs it too.
 sanitize: export MOEKERNELS_CUDA_ARCHS := 90a-real

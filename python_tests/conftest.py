@@ -1,6 +1,13 @@
-"""What every test has: a seed from its own name, few threads, and the device it runs on."""
+"""What every test has: a seed from its own name, few threads, the device it runs on, and the
+tests that may run beside it."""
 
 from __future__ import annotations
+
+import os
+
+# Threads that wait sleep instead of spinning (read when torch is loaded, inherited by children):
+# on a busy machine that halves what a test costs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import signal
 import zlib
@@ -8,7 +15,26 @@ import zlib
 import pytest
 import torch
 
-THREADS = 2  # what the suite is budgeted for; more only makes ranks fight
+# What the suite is budgeted for; more only makes ranks fight. Workers of pytest-xdist share it.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+GIB_A_WORKER = 4  # half of it the emulator's largest kernels, the rest 8 ranks of the tiny model
+SPAWNS_RANKS = {"test_checkpoint", "test_cli", "test_launch", "test_train", "test_verify"}
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """`-n auto`: a worker a core, as far as memory allows; 0 is this process alone."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    workers = min(len(os.sched_getaffinity(0)), int(memory / 2**30 / GIB_A_WORKER))
+    return workers if workers > 1 else 0
+
+
+def pytest_collection_modifyitems(items):
+    """With `--dist loadgroup` a file stays together, for its fixtures and caches; and whatever
+    spawns ranks, or limits the time they take, runs in one worker, never beside its like."""
+    for item in items:
+        spawns = item.module.__name__ in SPAWNS_RANKS
+        spawns |= not {"RankPool", "run_ranks"}.isdisjoint(vars(item.module))
+        item.add_marker(pytest.mark.xdist_group("ranks" if spawns else item.module.__name__))
 
 
 def pytest_configure(config):
