@@ -1,4 +1,5 @@
-"""`make compat`: what pyproject.toml's ranges promise. Not part of `make test`: it downloads torch twice, and takes minutes.
+"""`make compat`: what pyproject.toml's ranges promise. Not part of `make test`: it downloads torch
+twice, and takes minutes.
 
 `lowest` installs exactly the lower bound of every range, `newest` the newest of everything. Each
 in an environment of its own (build/compat/NAME/venv) builds a wheel out of the source
@@ -22,12 +23,12 @@ WORK = ROOT / "build" / "compat"
 SETS = ("lowest", "newest")
 TESTS = (
     "contract grouped_gemm gate transformers transformers_gates transformers_inputs "
-    "nn_against_transformers nn_layers data_corpus data_loader optimizer checkpoint parallel_expert "
-    "pipeline_runtime train"
+    "nn_against_transformers nn_layers data_corpus data_loader optimizer checkpoint "
+    "parallel_expert pipeline_runtime train"
 ).split()
 # The lower ISA levels run the contract again, which says nothing of versions.
 LEFT_OUT = "not isa_level"
-REPORTED = ("torch", "transformers", "tokenizers", "numpy")
+REPORTED = "torch transformers tokenizers numpy"
 
 
 def lower_bounds() -> str:
@@ -54,31 +55,30 @@ def hold(name: str, pytest_arguments: list[str]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     constraints = work / "constraints.txt"
     constraints.write_text(lower_bounds() if name == "lowest" else "", encoding="utf-8")
-    how = {"PYTHON": sys.executable, "VENV": str(work / "venv"), "PACKAGE": "no"}
-    how["VERSIONS"] = str(constraints) if name == "lowest" else "newest"
-    run(["tools/setup_env.sh"], **how)
+    versions = str(constraints) if name == "lowest" else "newest"
+    setup = {"PYTHON": sys.executable, "VENV": str(work / "venv"), "VERSIONS": versions}
+    run(["tools/setup_env.sh"], **setup, PACKAGE="no")
 
     tools = work / "venv" / "bin"
     python = [tools / "python", "-m"]
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     run([tools / "python", "setup.py", "-q", "sdist", "--dist-dir", work / "dist"])
     (archive,) = (work / "dist").glob("*.tar.gz")
-    install = [*python, "pip", "--quiet", "--disable-pip-version-check", "install"]
-    install += ["--no-build-isolation", "--force-reinstall", "--no-deps", archive]
-    run(install, PATH=path, MOEKERNELS_CUDA="0")
-    requirements = [f"moekernels[test] @ {archive.as_uri()}", "--constraint", constraints]
-    run(
-        [*install[:6], "--no-build-isolation", "--upgrade", *requirements],
-        PATH=path,
-        MOEKERNELS_CUDA="0",
-    )
-    run([*python, "pip", "--disable-pip-version-check", "check"])
+    pip = [*python, "pip", "--quiet", "--disable-pip-version-check"]
+    wheel = ["wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", work / "dist", archive]
+    run([*pip, *wheel], PATH=path, MOEKERNELS_CUDA="0")
+    (wheel,) = (work / "dist").glob("*.whl")
+    run([*pip, "install", "--force-reinstall", "--no-deps", wheel])
+    newer = ["--upgrade", "--upgrade-strategy", "eager"] if name == "newest" else []
+    run([*pip, "install", *newer, "-c", constraints, f"moekernels[test] @ {wheel.as_uri()}"])
+    run([*pip, "check"])
 
     shutil.rmtree(work / "python_tests", ignore_errors=True)
     ignored = shutil.ignore_patterns("__pycache__", ".*")
     shutil.copytree(ROOT / "python_tests", work / "python_tests", ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", work)
-    run([*python, "pip", "--disable-pip-version-check", "freeze"])
+    facts = "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in '%s'.split()))"
+    run([tools / "python", "-c", facts % REPORTED])
     tests = [f"python_tests/test_{stem}.py" for stem in TESTS]
     command = [*python, "pytest", "-q", "-n", "auto", "--dist", "loadgroup", "-k", LEFT_OUT, *tests]
     run([*command, *pytest_arguments], cwd=work, PATH=path)
