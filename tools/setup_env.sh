@@ -60,5 +60,5 @@ locked) how=(--no-deps) ;;
 newest) how=(--upgrade --upgrade-strategy eager) ;;
 *) how=(-c "$versions") ;;
 esac
-PATH="$PWD/$venv/bin:$PATH" pip install --no-build-isolation "${how[@]}" --editable '.[test]'
+PYTHONWARNINGS=ignore PATH="$PWD/$venv/bin:$PATH" pip install --no-build-isolation "${how[@]}" --editable '.[test]'
 pip check
