@@ -18,7 +18,7 @@ import torch
 # What the suite is budgeted for; more only makes ranks fight. Workers of pytest-xdist share it.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 GIB_A_WORKER = 4  # half of it the emulator's largest kernels, the rest 8 ranks of the tiny model
-SPAWNS_RANKS = {"test_checkpoint", "test_cli", "test_launch", "test_train", "test_verify"}
+SPAWNS_RANKS = ("test_checkpoint", "test_cli", "test_launch", "test_train", "test_verify")
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
     """With `--dist loadgroup` a file stays together, for its fixtures and caches; and whatever
     spawns ranks, or limits the time they take, runs in one worker, never beside its like."""
     for item in items:
-        spawns = item.module.__name__ in SPAWNS_RANKS
+        spawns = item.module.__name__.startswith(SPAWNS_RANKS)
         spawns |= not {"RankPool", "run_ranks"}.isdisjoint(vars(item.module))
         item.add_marker(pytest.mark.xdist_group("ranks" if spawns else item.module.__name__))
 
