@@ -44,6 +44,14 @@ Not modelled; what is met of it raises Unsupported unless said otherwise:
 
 from . import access, arithmetic, bits, copy_ops, matrix, types  # noqa: F401
 from .errors import *  # noqa: F403
-from .launch import Module, Packed, Stats, compile_ptx, load, nvcc  # noqa: F401
+from .launch import (  # noqa: F401
+    Module,
+    Packed,
+    Stats,
+    compile_ptx,
+    load,
+    number_bytes,
+    nvcc,
+)
 from .memory import Uninitialized  # noqa: F401
 from .tensor_map import TensorMap  # noqa: F401

@@ -179,6 +179,19 @@ def _three(shape: int | tuple[int, ...]) -> tuple[int, int, int]:
     return tuple(int(v) for v in shape + (1,) * (3 - len(shape)))
 
 
+def number_bytes(value, type_name: str) -> bytes:
+    """A number (None: 0) as a parameter of that PTX type."""
+    dtype = DTYPES[type_name]
+    if value is None:
+        value = 0
+    if isinstance(value, float) and dtype.kind == "u":  # untyped bits that hold a float
+        return np.array(value, f"f{dtype.itemsize}").tobytes()
+    if dtype.kind == "f":
+        return np.array(value, dtype).tobytes()
+    bits = int(value) & ((1 << 8 * dtype.itemsize) - 1)
+    return bits.to_bytes(dtype.itemsize, "little")
+
+
 class _Launch:
     def __init__(self, module: Module, kernel: Kernel, grid, block, args, shared_bytes: int):
         self.kernel, self.grid, self.block, self.dynamic = kernel, grid, block, shared_bytes
@@ -240,23 +253,11 @@ class _Launch:
             elif isinstance(arg, bytes):
                 value = arg
             else:
-                value = self._number(arg, type_name)
+                value = number_bytes(arg, type_name)
             if len(value) != variable.size:
                 raise PtxError(f"{variable.name} has {variable.size} bytes, got {len(value)}")
             params[here] = np.frombuffer(value, np.uint8)
         return params
-
-    @staticmethod
-    def _number(value, type_name: str) -> bytes:
-        dtype = DTYPES[type_name]
-        if value is None:
-            value = 0
-        if isinstance(value, float) and dtype.kind == "u":  # untyped bits that hold a float
-            return np.array(value, f"f{dtype.itemsize}").tobytes()
-        if dtype.kind == "f":
-            return np.array(value, dtype).tobytes()
-        bits = int(value) & ((1 << 8 * dtype.itemsize) - 1)
-        return bits.to_bytes(dtype.itemsize, "little")
 
     def _grain(self, space: str) -> int:
         """The smallest access to a space that the kernel has: no two lanes share a smaller cell."""
@@ -323,4 +324,4 @@ class _Launch:
         return machine
 
 
-__all__ = ["Module", "Packed", "Stats", "compile_ptx", "load", "nvcc"]
+__all__ = ["Module", "Packed", "Stats", "compile_ptx", "load", "number_bytes", "nvcc"]

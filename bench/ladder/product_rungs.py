@@ -1,0 +1,224 @@
+"""Rungs 7 to 11: the products of the built library, one store path after another, each against
+fp64 on data that any exchange of rows, columns or experts would change."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ladder.diagnose import close, same
+from ladder.kit import Kit, expect_products, require, rung
+from moekernels import ops, reference
+from moekernels.ops._library import raw
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+GATED = ("swiglu", "geglu", "reglu", "swiglu_oai", "swiglu_clamped")
+UNGATED = ("relu2", "silu", "gelu")
+CHAIN = 8  # roundings that add up where one product feeds the next
+
+
+def normal(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed * 1009 + sum(shape))
+    return torch.randn(*shape, generator=draw).to(dtype)
+
+
+def offsets_of(*counts: int) -> Tensor:
+    return torch.tensor([0, *counts]).cumsum(0)
+
+
+def grouped(dtype, width: int, out: int, *counts: int, transposed=False, unused=0) -> dict:
+    """Inputs of grouped_gemm; `unused` rows lie past the last expert."""
+    shape = (len(counts), width, out) if transposed else (len(counts), out, width)
+    return {
+        "rows": normal(dtype, sum(counts) + unused, width),
+        "w": normal(dtype, *shape, seed=1),
+        "offsets": offsets_of(*counts),
+        "transposed": transposed,
+    }
+
+
+def exact(inputs: dict) -> dict:
+    wide = {
+        n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for n, v in inputs.items()
+    }
+    return {n: v for n, v in wide.items() if n != "recompute"}
+
+
+def _rows(kit: Kit, inputs: dict, what: str) -> Tensor:
+    placed = kit.place(inputs)
+    with kit.ops() as launched:
+        y = ops.grouped_gemm(**placed)
+    expect_products(kit, launched, {"StoreRows"})
+    close(what, y, reference.grouped_gemm(**exact(inputs)), inputs["rows"].dtype)
+    return y
+
+
+# ---- 7: StoreRows
+ROWS_NEED = ("ring", "wgmma_k_major", "wgmma_n128", "tma_3d", "setmaxnreg", "attributes")
+
+
+@rung(7, *ROWS_NEED, look="stage_rows and StoreRows in rows_sm90.cuh, fragments of multiply()")
+def rows_one_tile(kit: Kit) -> dict:
+    """One whole tile of 128 x 128, then of 128 x 256, one step and five."""
+    for out in (128, 256):
+        for width in (64, 320):
+            _rows(kit, grouped(BF16, width, out, 128), f"one tile of {out} columns, K {width}")
+    return {"tiles": 4}
+
+
+@rung(7, "rows_one_tile", "tma_edges", look="row_end in StoreRows, row_begin in count_tiles")
+def rows_ragged(kit: Kit) -> dict:
+    """Experts of any size, widths past whole tiles, rows past the last expert, bf16 and fp16."""
+    for dtype in (BF16, F16):
+        inputs = grouped(dtype, 88, 136, 70, 0, 1, 65, unused=9)
+        y = _rows(kit, inputs, f"ragged rows, {dtype}")
+        require(not y[136:].cpu().any(), "rows past the last expert are not zero")
+    return {"dtypes": 2}
+
+
+@rung(7, "rows_ragged", "wgmma_mn_major", look="kAlongN in load_stage and the B descriptor")
+def rows_transposed(kit: Kit) -> dict:
+    """Weights that lie along N: dgrad's layout."""
+    _rows(kit, grouped(BF16, 72, 264, 130, 9, transposed=True), "w along N")
+    return {"columns": 264}
+
+
+@rung(7, "rows_ragged", look="find_tile, the ring's phase from tile to tile, staging reused")
+def rows_many_tiles(kit: Kit) -> dict:
+    """More tiles than blocks: every block walks on with its ring."""
+    blocks = 132 if kit.hardware else 4
+    counts = (130, 0, 257) if not kit.hardware else (1300, 0, 2570, 128 * blocks)
+    _rows(kit, grouped(BF16, 200, 392, *counts), "many tiles a block")
+    return {"rows": sum(counts)}
+
+
+# ---- 8: StoreGradient
+@rung(8, "rows_ragged", "wgmma_mn_major", look="clear_rows and StoreGradient, both operands along M")
+def wgrad(kit: Kit) -> dict:
+    """Sets in 16 bits and adds to fp32; an empty expert; one row; rows that fill no step."""
+    counts, m, n = (0, 40, 129, 1), 136, 264
+    inputs = {"rows": normal(BF16, 170, n), "drows": normal(BF16, 170, m, seed=2)}
+    inputs["offsets"] = offsets_of(*counts)
+    begin = normal(F32, 4, m, n, seed=3)
+    placed, total = kit.place(inputs), kit.place({"total": begin.clone()})["total"]
+    with kit.ops() as launched:
+        dw = ops.grouped_gemm_wgrad(**placed)
+        ops.grouped_gemm_wgrad(**placed, out=total)
+    expect_products(kit, launched, {"StoreGradient"})
+    wanted = reference.grouped_gemm_wgrad(**exact(inputs))
+    close("dw", dw, wanted, BF16)
+    close("fp32 +=", total.cpu() - begin, wanted, F32, factor=64)
+    same("an empty expert's total", total[0], begin[0])
+    return {"experts": 4}
+
+
+@rung(8, "wgrad", look="rows_that_count, clear_rows, fence_async_proxy and its barrier")
+def wgrad_tail(kit: Kit) -> dict:
+    """Rows without a token count as zero whatever they hold, and so does the next expert's row."""
+    token_of = (torch.arange(150, dtype=torch.int32) * 7) % 5 - 1  # -1 to 3, of 3 tokens
+    used = (token_of >= 0) & (token_of < 3)
+    rows, drows, offsets = normal(BF16, 150, 72), normal(BF16, 150, 24, seed=1), offsets_of(70, 80)
+    clean = [torch.where(used[:, None], t, 0) for t in (rows, drows)]
+    rows[~used], drows[~used] = float("inf"), float("nan")
+    placed = kit.place({"rows": rows, "drows": drows, "offsets": offsets, "token_of": token_of})
+    with kit.ops() as launched:
+        dw = raw._grouped_gemm_wgrad(*list(placed.values())[:3], False, placed["token_of"], 3, False)
+    expect_products(kit, launched, {"StoreGradient"})
+    close("dw", dw, reference.grouped_gemm_wgrad(*[t.double() for t in clean], offsets), BF16)
+    return {"unused": int((~used).sum())}
+
+
+# ---- 9, 10: the experts
+def _ffn(dtype, hidden: int, ffn: int, rows: int, kind: str, **options) -> dict:
+    width = ffn * (2 if kind in GATED else 1)
+    tokens = torch.arange(rows, dtype=torch.int32).roll(3)
+    tokens[1] = -1  # a row that no token has
+    return {
+        "x": normal(dtype, rows, hidden),
+        "weights": normal(F32, rows, seed=1).abs() + 0.1,
+        "w1": normal(dtype, 2, width, hidden, seed=2) * hidden**-0.5,
+        "w2": normal(dtype, 2, hidden, ffn, seed=3) * ffn**-0.5,
+        "offsets": offsets_of(rows - rows // 3, rows // 3),
+        "token_of": tokens,
+        "row_of": torch.argsort(tokens).int()[:, None].contiguous(),
+        "activation": kind,
+        "limit": 0.8,
+        "b1": normal(dtype, 2, width, seed=4),
+        "b2": normal(dtype, 2, hidden, seed=5),
+        **options,
+    }
+
+
+LEAVES = ("x", "weights", "w1", "w2", "b1", "b2")
+
+
+def _experts(fn, inputs: dict, backward: bool) -> list[Tensor]:
+    leaves = {n: inputs[n].detach().requires_grad_(backward) for n in LEAVES if n in inputs}
+    y = fn(**{**inputs, **leaves})
+    if not backward:
+        return [y]
+    dy = normal(F32, *y.shape, seed=6).to(y.dtype).to(y.device)
+    return [y, *torch.autograd.grad(y, list(leaves.values()), dy)]
+
+
+def _hold_experts(kit: Kit, inputs: dict, wanted: set[str], backward: bool, what: str) -> None:
+    with kit.ops() as launched:
+        ours = _experts(ops.experts, kit.place(inputs), backward)
+    expect_products(kit, launched, wanted)
+    others = _experts(reference.experts, exact(inputs), backward)
+    dtype = inputs["x"].dtype
+    for name, a, b in zip(("y", *(f"d{n}" for n in LEAVES)), ours, others):
+        close(f"{what}: {name}", a, b, dtype, CHAIN)
+
+
+@rung(9, "rows_many_tiles", look="StoreUp in experts_sm90.cuh: gate beside up, the activation", limit=30)
+def up(kit: Kit) -> dict:
+    """Every activation, gate and up apart and interleaved."""
+    for kind in GATED + UNGATED:
+        inputs = _ffn(BF16, 72, 136, 90, kind)
+        _hold_experts(kit, inputs, {"StoreUp", "StoreRows"}, False, kind)
+    inputs = _ffn(F16, 72, 136, 90, "swiglu", interleaved=True)
+    _hold_experts(kit, inputs, {"StoreUp", "StoreRows"}, False, "interleaved, fp16")
+    return {"activations": len(GATED + UNGATED)}
+
+
+@rung(10, "up", "wgrad_tail", look="StoreDAct: dots, h read and dh written in its place", limit=30)
+def dact(kit: Kit) -> dict:
+    """Gradients of x, weights (the dots), both products' weights and biases; h kept and recomputed."""
+    every = {"StoreUp", "StoreRows", "StoreDAct", "StoreGradient"}
+    for kind, options in (
+        ("swiglu", {}),
+        ("swiglu", {"recompute": True, "interleaved": True}),
+        ("relu2", {}),
+    ):
+        inputs = _ffn(BF16, 136, 264, 80, kind, **options)
+        _hold_experts(kit, inputs, every, True, f"{kind} {' '.join(options)}".strip())
+    return {"cases": 3}
+
+
+# ---- 11: limits
+@rung(11, "rows_ragged", look="run_sm90.cuh: what reaches tensor_map, shared memory, alignment")
+def limits(kit: Kit) -> dict:
+    """No experts, one, as many as leave four stages (366) and no more (367), more than threads;
+    no rows; a bias that begins at an odd element."""
+    taken = (0, 1, 366, 367, 420)
+    for experts in taken:
+        counts = [0] * experts
+        for i in {0, experts // 2, experts - 1} if experts else ():
+            counts[i] = 5 + i % 7
+        inputs = grouped(BF16, 64, 136, *counts, unused=3)
+        with kit.ops():
+            y = ops.grouped_gemm(**kit.place(inputs))
+        close(f"E {experts}", y, reference.grouped_gemm(**exact(inputs)), BF16)
+    with kit.ops():
+        empty = kit.place({"rows": normal(BF16, 0, 64), "drows": normal(BF16, 0, 72)})
+        dw = ops.grouped_gemm_wgrad(*empty.values(), **kit.place({"offsets": offsets_of(0, 0)}))
+    require(not dw.cpu().any(), "the gradient over no rows is not zero")
+    inputs = _ffn(BF16, 72, 136, 20, "swiglu")
+    odd = {n: torch.cat([inputs[n].new_zeros(1), inputs[n].flatten()])[1:] for n in ("b1", "b2")}
+    inputs |= {n: t.view(inputs[n].shape) for n, t in odd.items()}
+    with kit.ops():
+        y = _experts(ops.experts, kit.place(inputs), False)
+    close("misaligned biases", y[0], _experts(reference.experts, exact(inputs), False)[0], BF16, CHAIN)
+    return {"experts": taken}
