@@ -58,11 +58,11 @@ def test_probes_pass_in_any_order():
         ("tma_2d", {"order": lambda at: at}, "no layout known"),
         ("tma_3d", {"order": lambda at: (at[2], at[1], 0)}, "no layout known"),
         ("tma_edges", {"bytes": 128 * 128 + 16}, "16 bytes that no copy brings"),
-        ("wgmma_k_major", {"layout_b": (32, 8192, 2048)}, r"\(n 8, k 0\).* at \(n 16, k 0\)"),
-        ("wgmma_k_major", {"layout_a": (64, 8192, 1024)}, "A is read in another order"),
-        ("wgmma_mn_major", {"layout_b": (2048, 1024, 8192)}, r"\(n 64, k 0\) holds"),
-        ("wgmma_mn_major", {"layout_a": (1024, 8192, 1024)}, r"\(m 0, k 16\).*\(m 0, k 8\)"),
-        ("wgmma_n128", {"layout_b": (32, 8192, 2048)}, r"\(n 8, k 0\)"),
+        ("wgmma_k_major", {"layout_b_k": (32, 8192, 2048)}, r"\(n 8, k 0\).* at \(n 16, k 0\)"),
+        ("wgmma_k_major", {"layout_a_k": (64, 8192, 1024)}, "A is read in another order"),
+        ("wgmma_mn_major", {"layout_b_mn": (2048, 1024, 8192)}, r"\(n 0, k 8\) holds what lies at \(n 64, k 0\)"),
+        ("wgmma_mn_major", {"layout_a_mn": (1024, 8192, 1024)}, r"\(m 0, k 16\).*\(m 0, k 8\)"),
+        ("wgmma_n128", {"layout_b_k": (32, 8192, 2048)}, r"\(n 8, k 0\)"),
         ("ring", {"waits": 0}, "another stage|expects|arriv"),
         ("ring", {"arrivals": 9}, "wait"),
     ],
@@ -82,7 +82,7 @@ def test_fp16_read_as_bf16(as_hardware, monkeypatch):
 
 
 def test_more_registers_than_a_launch_has():
-    text = kit.probes(None).text.replace("setmaxnreg.inc.sync.aligned.u32 232", "setmaxnreg.inc 240")
+    text = kit.probes(None).text.replace("setmaxnreg.inc.sync.aligned.u32 232", "setmaxnreg.inc.sync.aligned.u32 240")
     with pytest.raises(RungFailed, match="wait for ever"):
         probe_rungs.setmaxnreg(Kit(planted={"text": text}))
 
@@ -93,29 +93,29 @@ INSTANCE = """
 #include "detail/{header}"
 namespace moekernels::cuda::sm90 {{
 using Kind = {kind};
-template __global__ void product<Kind, {rows}, {rows}>(
+template __global__ void product<Kind, {flags}>(
     const __grid_constant__ CUtensorMap, const __grid_constant__ CUtensorMap, const ProductArgs,
     const Kind::Args);
 }}
 """
-ROWS = ("rows_sm90.cuh", "StoreRows<__nv_bfloat16, 256>", "false", "grouped_gemm_sm90")
-ROWS128 = ("rows_sm90.cuh", "StoreRows<__nv_bfloat16, 128>", "false", "grouped_gemm_sm90")
-ADD = ("rows_sm90.cuh", "StoreGradient<__nv_bfloat16, 256, true>", "true", "grouped_gemm_sm90")
-SET = ("rows_sm90.cuh", "StoreGradient<__nv_bfloat16, 256, false>", "true", "grouped_gemm_sm90")
-UP = ("experts_sm90.cuh", "StoreUp<__nv_bfloat16>", "false", "experts_sm90")
-DACT = ("experts_sm90.cuh", "StoreDAct<__nv_bfloat16>", "false", "experts_sm90")
+ROWS = ("rows_sm90.cuh", "StoreRows<__nv_bfloat16, 256>", "false, false", "grouped_gemm_sm90")
+ROWS128 = ("rows_sm90.cuh", "StoreRows<__nv_bfloat16, 128>", "false, false", "grouped_gemm_sm90")
+ADD = ("rows_sm90.cuh", "StoreGradient<__nv_bfloat16, 256, true>", "true, true", "grouped_gemm_sm90")
+SET = ("rows_sm90.cuh", "StoreGradient<__nv_bfloat16, 256, false>", "true, true", "grouped_gemm_sm90")
+UP = ("experts_sm90.cuh", "StoreUp<__nv_bfloat16>", "false, false", "experts_sm90")
+DACT = ("experts_sm90.cuh", "StoreDAct<__nv_bfloat16>", "false, true", "experts_sm90")
 
 
 def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wrong: str) -> None:
     """One product of the library compiled again with a line exchanged, in the library's place."""
-    header, kind, rows, stem = product
+    header, kind, flags, stem = product
     shutil.copytree(ROOT / "csrc" / "cuda" / "detail", folder / "detail")
     target = folder / "detail" / file
     text = target.read_text()
     assert text.count(right) == 1, f"{file} holds {text.count(right)} of {right!r}"
     target.write_text(text.replace(right, wrong))
     source = folder / "planted.cu"
-    source.write_text(INSTANCE.format(header=header, kind=kind, rows=rows))
+    source.write_text(INSTANCE.format(header=header, kind=kind, flags=flags))
     buggy = ptx.Module(
         ptx.compile_ptx(
             source,
@@ -148,8 +148,8 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
             "rows_one_tile",
             ROWS128,
             "rows_sm90.cuh",
-            "const int r = i * 2 + lane / 16, chunk = lane % 16;",
-            "const int r = i * 2 + lane / 16, chunk = lane % 16 ^ 1;",
+            "(row + r) * to.width + at, staged_chunk(staging, r, chunk));",
+            "(row + r) * to.width + at, staged_chunk(staging, r, chunk ^ 1));",
             "128 columns, K 320 is wrong",
         ),
         (

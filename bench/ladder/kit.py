@@ -15,7 +15,6 @@ from python_tests import emulated, ptx, ptx_hardware
 ROOT = Path(__file__).parents[2]
 PROBES = Path(__file__).parent / "probes.cu"
 INCLUDE = (ROOT / "csrc", ROOT / "csrc" / "include")
-STEMS = ("experts_sm90", "grouped_gemm_sm90")  # whose cubins are looked at one by one
 
 
 class RungFailed(AssertionError):

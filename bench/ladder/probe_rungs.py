@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ladder.diagnose import LINE, explain_box, explain_order, swizzled, where
-from ladder.kit import STEMS, Kit, RungFailed, probes, require, rung
+from ladder.kit import Kit, RungFailed, probes, require, rung
 from python_tests import ptx, ptx_hardware
 from python_tests.ptx.types import bf16_to_f32, f32_to_bf16
 
@@ -62,9 +62,9 @@ def _kernels(kit: Kit) -> dict[str, dict]:
     if not kit.hardware:
         return {name: facts for kernels in named.values() for name, facts in kernels.items()}
     found = {}
-    for stem in STEMS:
-        program = ptx_hardware.Program((kit.pack / f"{stem}.cubin").read_bytes())
-        for name in named[stem]:
+    for file, kernels in named.items():
+        program = ptx_hardware.Program((kit.pack / file).read_bytes())
+        for name in kernels:
             found[name] = program.attributes(name)
             program.allow_shared(name, ptx.launch.MAX_SHARED)
     return found
@@ -156,7 +156,8 @@ def _multiply(kit: Kit, name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         transposed = major != "k"
         side = "b" if operand is b else "a"
         layout = (2048 if transposed else 32, 8192, 1024)  # step, leading, stride
-        args.append((_image(operand, transposed, dtype), kit.wrong(f"layout_{side}", layout)))
+        layout = kit.wrong(f"layout_{side}_{'mn' if transposed else 'k'}", layout)
+        args.append((_image(operand, transposed, dtype), layout))
     (image_a, layout_a), (image_b, layout_b) = args
     out = np.full((64, len(b)), np.nan, np.float32)
     # What a wrong stride reaches for is there.
