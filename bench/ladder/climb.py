@@ -158,7 +158,9 @@ def main() -> int:
             return 2
     load_rungs(True)
     if unknown := [name for name in args.only if name not in RUNGS]:
-        print(f"ladder: no rung is called {unknown[0]}; there are {' '.join(RUNGS)}", file=sys.stderr)
+        print(
+            f"ladder: no rung is called {unknown[0]}; there are {' '.join(RUNGS)}", file=sys.stderr
+        )
         return 2
     kits.probes(args.pack)  # parsed once, before the forks
     if args.rehearse:

@@ -51,7 +51,9 @@ def attributes(kit: Kit) -> dict:
     require(found, "the library holds no Hopper product")
     for name, facts in found.items():
         require(facts["local"] == 0, f"{name} uses {facts['local']} bytes of local memory")
-        require(facts["registers"] <= 168, f"{name} is launched with {facts['registers']} registers")
+        require(
+            facts["registers"] <= 168, f"{name} is launched with {facts['registers']} registers"
+        )
     return {"products": len(found), "registers": max(f["registers"] for f in found.values())}
 
 
@@ -129,7 +131,12 @@ def tma_3d(kit: Kit) -> dict:
     return {"boxes": 3}
 
 
-@rung(3, "tma_2d", look="sizes in tensor_map.cuh; bytes announced must count what lies outside", probe=True)
+@rung(
+    3,
+    "tma_2d",
+    look="sizes in tensor_map.cuh; bytes announced must count what lies outside",
+    probe=True,
+)
 def tma_edges(kit: Kit) -> dict:
     """Boxes that reach over an edge, and one larger than its array: zeros, and all bytes counted."""
     for shape, at in (((100, 72), (90, 0)), ((100, 72), (0, 64)), ((5, 24), (0, 0))):

@@ -93,7 +93,9 @@ def rows_many_tiles(kit: Kit) -> dict:
 
 
 # ---- 8: StoreGradient
-@rung(8, "rows_ragged", "wgmma_mn_major", look="clear_rows and StoreGradient, both operands along M")
+@rung(
+    8, "rows_ragged", "wgmma_mn_major", look="clear_rows and StoreGradient, both operands along M"
+)
 def wgrad(kit: Kit) -> dict:
     """Sets in 16 bits and adds to fp32; an empty expert; one row; rows that fill no step."""
     counts, m, n = (0, 40, 129, 1), 136, 264
@@ -122,7 +124,9 @@ def wgrad_tail(kit: Kit) -> dict:
     rows[~used], drows[~used] = float("inf"), float("nan")
     placed = kit.place({"rows": rows, "drows": drows, "offsets": offsets, "token_of": token_of})
     with kit.ops() as launched:
-        dw = raw._grouped_gemm_wgrad(*list(placed.values())[:3], False, placed["token_of"], 3, False)
+        dw = raw._grouped_gemm_wgrad(
+            *list(placed.values())[:3], False, placed["token_of"], 3, False
+        )
     expect_products(kit, launched, {"StoreGradient"})
     close("dw", dw, reference.grouped_gemm_wgrad(*[t.double() for t in clean], offsets), BF16)
     return {"unused": int((~used).sum())}
@@ -172,7 +176,12 @@ def _hold_experts(kit: Kit, inputs: dict, wanted: set[str], backward: bool, what
         close(f"{what}: {name}", a, b, dtype, CHAIN)
 
 
-@rung(9, "rows_many_tiles", look="StoreUp in experts_sm90.cuh: gate beside up, the activation", limit=30)
+@rung(
+    9,
+    "rows_many_tiles",
+    look="StoreUp in experts_sm90.cuh: gate beside up, the activation",
+    limit=30,
+)
 def up(kit: Kit) -> dict:
     """Every activation, gate and up apart and interleaved."""
     kinds = GATED + UNGATED if kit.hardware else ("swiglu", "relu2")  # tests emulate every one
@@ -224,5 +233,7 @@ def limits(kit: Kit) -> dict:
     inputs |= {n: t.view(inputs[n].shape) for n, t in odd.items()}
     with kit.ops():
         y = _experts(ops.experts, kit.place(inputs), False)
-    close("misaligned biases", y[0], _experts(reference.experts, exact(inputs), False)[0], BF16, CHAIN)
+    close(
+        "misaligned biases", y[0], _experts(reference.experts, exact(inputs), False)[0], BF16, CHAIN
+    )
     return {"experts": taken}
