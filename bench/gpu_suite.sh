@@ -1,37 +1,47 @@
 #!/usr/bin/env bash
-# Proves a build on a GPU: builds, runs the contract on the device, sanitises a slice of it, measures. Needs CUDA 13,
-# torch 2.11 or newer for CUDA, CMake and ninja, and no network; what else is missing comes from the folder that
-# bench/pack_gpu_suite.py makes.
+# Proves and measures a build on a GPU, in sections that bench/PLAN.md puts into calls of ten minutes.
+# Needs torch 2.11 or newer for CUDA and numpy; `test` also pytest and hypothesis; no network. Where the
+# library is not built here, it comes from the folder that bench/pack_gpu_suite.py makes.
 #
-#   bench/gpu_suite.sh [build] [test] [sanitize] [bench] [experts] [train]     all six without arguments
-#   QUICK=1            few shapes in the benches
+#   bench/gpu_suite.sh SECTION ...
+#     ladder     every part by itself, from the driver up: what is wrong, and where to look
+#     calibrate  what this card gives: tensor cores, L2, device memory, latencies, cuBLAS
+#     trace      cycles of the parts of a tile against the prediction
+#     tune       settings of the products, checked and timed; writes rows of gemm_tuned.h
+#     test       the contract on the device          sanitize   a slice of it under compute-sanitizer
+#     bench      the routing ops                     experts    the products and the layer beside peers
+#     train      training steps on CPU and GPU       build      compile here (minutes)
+#   QUICK=1            few shapes in the benches and the tuner
 #   PACK=folder        what to use beside what is installed (default: gpu_pack, where it exists)
-#   OUT=folder         where the JSON and logs go (default: build/gpu_suite)
-#   ARCHS=90a-real     what to build for
+#   OUT=folder         where JSON and logs go, line by line (default: build/gpu_suite)
+#   ARCHS=90a-real     what `build` builds for
 #   MOEKERNELS_CUTLASS=1  also CUTLASS's grouped GEMM, held to the contract and measured beside ours
 #
 # The exit code is 0 where every section went well, 1 where one failed, 2 where no GPU was there to prove anything on.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python3}
-PACK=${PACK:-gpu_pack}
+export PACK=${PACK:-gpu_pack}
 OUT=${OUT:-build/gpu_suite}
 mkdir -p "$OUT"
 OUT=$(realpath "$OUT")
 export OUT
-all="build test sanitize bench experts train"
-sections=" ${*:-$all} "
-for name in $sections; do
+all="build ladder calibrate trace tune test sanitize bench experts train"
+[ $# -gt 0 ] || { echo "gpu_suite: give sections, in the order of bench/PLAN.md: $all" >&2; exit 2; }
+for name in "$@"; do
   [[ " $all " == *" $name "* ]] || { echo "gpu_suite: no section is called $name; give some of: $all" >&2; exit 2; }
 done
 failed=0
 
-if [ -d "$PACK" ] && [ ! -d build/gpu_site ]; then
+if [ -f "$PACK/built.tar.xz" ]; then
+  tar -xJf "$PACK/built.tar.xz" || exit 1
+fi
+if [ ! -d build/gpu_site ] && compgen -G "$PACK/*.whl" >/dev/null; then
   "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target build/gpu_site "$PACK"/*.whl ||
     exit 1
-  for archive in "$PACK"/*.tar.xz; do
-    [ ! -e "$archive" ] || tar -xJf "$archive" -C build/gpu_site || exit 1
-  done
+fi
+if [ -f "$PACK/sonic.tar.xz" ] && [ ! -f build/gpu_site/.sonic ]; then
+  mkdir -p build/gpu_site && tar -xJf "$PACK/sonic.tar.xz" -C build/gpu_site && touch build/gpu_site/.sonic || exit 1
 fi
 export PYTHONPATH=$PWD:$PWD/build/gpu_site${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1
@@ -44,7 +54,6 @@ if not torch.cuda.is_available():
 
 section() { # name, time limit in seconds, function
   local name=$1 limit=$2 begin=$SECONDS rc
-  [[ $sections == *" $name "* ]] || return 0
   echo "== $name"
   if [ "$name" != build ] && [ -n "$no_gpu" ]; then
     echo "not run: $no_gpu" | tee "$OUT/$name.log"
@@ -64,15 +73,14 @@ build() {
 }
 
 run_tests() {
-  "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$OUT/tests.xml" python_tests/test_cuda_device.py \
-    python_tests/test_cutlass.py
+  "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$OUT/tests.xml" python_tests
 }
 
 # One slice of the cases under each tool: the emulator has seen the others.
 sanitize() {
   local sanitizer tool
   sanitizer=$(command -v compute-sanitizer) || sanitizer=/usr/local/cuda/bin/compute-sanitizer
-  [ -x "$sanitizer" ] || { echo "compute-sanitizer is not installed here"; return 0; }
+  [ -x "$sanitizer" ] || { echo "compute-sanitizer is not installed here"; return 1; }
   for tool in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all \
       "$PYTHON" -m pytest -q -x -m gpu -p no:cacheprovider python_tests/test_cuda_device.py \
@@ -80,18 +88,30 @@ sanitize() {
   done
 }
 
+ladder() { "$PYTHON" bench/ladder/climb.py --pack "$PACK" --out "$OUT/ladder.jsonl"; }
+calibrate() { "$PYTHON" bench/calibrate.py --pack "$PACK" --out "$OUT/calibrate.jsonl"; }
+trace() { MOEKERNELS_LIBRARY=$PWD/moekernels/_C_trace.so "$PYTHON" bench/trace_tiles.py --out "$OUT/trace.jsonl"; }
+tune() { "$PYTHON" bench/tune.py ${QUICK:+--quick} --out "$OUT/tune.jsonl" --rows "$OUT/gemm_tuned_rows.txt"; }
 bench() { "$PYTHON" bench/bench_cuda.py ${QUICK:+--quick} --json "$OUT/bench.json"; }
 experts() { "$PYTHON" bench/bench_cuda_experts.py ${QUICK:+--quick} --json "$OUT/experts.json"; }
 train() { "$PYTHON" bench/gpu_train.py "$OUT"; }
-export -f build run_tests sanitize bench experts train
+export -f build run_tests sanitize ladder calibrate trace tune bench experts train
 
 : >"$OUT/sections.txt"
-rm -f "$OUT"/{bench,experts,train,gpu_suite}.json "$OUT/tests.xml" # what an earlier run left proves nothing of this one
-section build 240 build
-section test 240 run_tests
-section sanitize 180 sanitize
-section bench 240 bench
-section experts 300 experts
-section train 240 train
+rm -f "$OUT"/{bench,experts,train,gpu_suite}.json "$OUT/tests.xml" "$OUT"/*.jsonl # what an earlier run left proves nothing
+monitor=
+if [ -z "$no_gpu" ] && command -v nvidia-smi >/dev/null; then # clocks and power beside everything
+  nvidia-smi --query-gpu=timestamp,clocks.sm,power.draw,temperature.gpu,clocks_event_reasons.active \
+    --format=csv,noheader,nounits -lms 100 >"$OUT/clocks.csv" 2>/dev/null &
+  monitor=$!
+fi
+declare -A limits=([build]=240 [ladder]=240 [calibrate]=60 [trace]=60 [tune]=220 [test]=240 [sanitize]=120 [bench]=120
+  [experts]=300 [train]=120)
+for name in "$@"; do
+  run=$name
+  [ "$name" != test ] || run=run_tests
+  section "$name" "${limits[$name]}" "$run"
+done
+[ -z "$monitor" ] || kill "$monitor"
 "$PYTHON" bench/gpu_report.py "$OUT" || failed=1
 exit $failed

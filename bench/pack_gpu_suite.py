@@ -1,7 +1,7 @@
 """Makes the folder that bench/gpu_suite.sh needs on a machine without a network and without time to
 compile: at most 64 MiB.
 
-python bench/pack_gpu_suite.py gpu_pack [--built] [--wheels | --peers | --sonic] [--with NAME==VERSION ...]
+python bench/pack_gpu_suite.py gpu_pack [--built] [--wheels | --peers | --sonic] [--with ...]
 
 --built packs what is built here: the library, its watchdog and trace builds, the host module for
 --host-python, the probes' PTX and machine code, the products' cubins. --wheels adds what the tests

@@ -1,6 +1,6 @@
-"""Runs kernels on the GPU through CUDA's driver, with the arguments that the emulator takes, so that
-the two can be compared: PTX, the very text that the emulator executes, which the driver compiles,
-or a cubin, the machine code that nvcc made of it."""
+"""Runs kernels on the GPU through CUDA's driver, with the arguments that the emulator takes, so
+that the two can be compared: PTX, the very text that the emulator executes, which the driver
+compiles, or a cubin, the machine code that nvcc made of it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def tensor_map(map: ptx.TensorMap, address: int) -> ctypes.Array:
 
 
 class Program:
-    """A module for this GPU: PTX (text), or a cubin (bytes) beside the PTX that says its parameters.
+    """A module for this GPU: PTX (text), or a cubin (bytes) beside the PTX of its parameters.
 
     `launch` takes the arguments that the emulator's `Module.launch` takes.
     """

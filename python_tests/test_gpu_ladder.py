@@ -191,7 +191,7 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
             ROWS,
             "product_sm90.cuh",
             "uint64_t rows_in = kOverRows && steps > 0 ? counting(0) : 0;",
-            "ring = Ring{args.stages}; uint64_t rows_in = kOverRows && steps > 0 ? counting(0) : 0;",
+            "ring = {args.stages}; uint64_t rows_in = kOverRows && steps > 0 ? counting(0) : 0;",
             "many tiles a block is wrong|wait",
         ),
         (

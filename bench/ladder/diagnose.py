@@ -49,9 +49,9 @@ def where(wrong: np.ndarray) -> str:
 
 
 def close(name: str, ours: Tensor, exact: Tensor, dtype: torch.dtype, factor: float = 4) -> float:
-    """Holds every element to |ours - exact| <= factor eps (|exact| + its rms); the worst share of it.
+    """Holds every element to |ours - exact| <= factor eps (|exact| + its rms); the worst share.
 
-    A wrong layout is off by the rms itself, a hundred times the bound. dtype: what was rounded to.
+    A wrong layout is off by the rms itself, a hundred times the bound. dtype: the rounding's.
     """
     ours, exact = ours.detach().double().cpu(), exact.detach().double().cpu()
     require(ours.shape == exact.shape, f"{name} is {tuple(ours.shape)}, not {tuple(exact.shape)}")

@@ -138,7 +138,7 @@ def tma_3d(kit: Kit) -> dict:
     probe=True,
 )
 def tma_edges(kit: Kit) -> dict:
-    """Boxes that reach over an edge, and one larger than its array: zeros, and all bytes counted."""
+    """Boxes that reach over an edge, one larger than its array: zeros, all bytes counted."""
     for shape, at in (((100, 72), (90, 0)), ((100, 72), (0, 64)), ((5, 24), (0, 0))):
         _hold_box(kit, _array(*shape), at, 128)
     _hold_box(kit, _array(2, 70, 72), (1, 64, 64), 128)  # the next expert's rows must not show

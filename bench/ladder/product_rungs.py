@@ -196,7 +196,7 @@ def up(kit: Kit) -> dict:
 
 @rung(10, "up", "wgrad_tail", look="StoreDAct: dots, h read and dh written in its place", limit=30)
 def dact(kit: Kit) -> dict:
-    """Gradients of x, weights (the dots), both products' weights and biases; h kept and recomputed."""
+    """Gradients of x, weights (the dots), w1, w2 and biases; h kept and recomputed."""
     every = {"StoreUp", "StoreRows", "StoreDAct", "StoreGradient"}
     cases = [
         ("swiglu", {}),

@@ -183,7 +183,7 @@ def _capture(kit: Kit, fn: Callable[[], list[Tensor]]):
 
 @rung(13, "dact", look="a call that waits for the device, allocates, or takes another stream")
 def capture(kit: Kit) -> dict:
-    """The layer captured once and replayed over other inputs, so with another routing: eager's bits."""
+    """The layer captured once, replayed over other inputs and so another routing: eager's bits."""
     shape = (512, 256, 192, 16, 4) if kit.hardware else TINY[0]
     capturing, layer = kit.wrong("capture", _capture), _layer if kit.hardware else _movers
     static = _layer_inputs(kit, shape)
