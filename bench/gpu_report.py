@@ -1,17 +1,24 @@
 """Gathers what gpu_suite.sh left in a folder into one JSON (device, driver, commit, every figure)
-and prints a table.
+and prints tables: what failed, and every figure beside its prediction (bench/predicted.json).
+
+python bench/gpu_report.py FOLDER
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+import statistics
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from moekernels import jsonio
+
+PREDICTED = json.loads((Path(__file__).parent / "predicted.json").read_text())
+STREAMS = ("ladder", "calibrate", "trace", "tune")
 
 
 def output_of(*command: str) -> str:
@@ -52,6 +59,38 @@ def figures(folder: Path, name: str) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def lines_of(folder: Path, name: str) -> list[dict]:
+    """The whole lines of a stream; what was cut off in the middle of one is left out."""
+    path, found = folder / f"{name}.jsonl", []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            found.append({"cut_off": text[:60]})
+    return found
+
+
+def clocks(folder: Path) -> dict:
+    """Of the nvidia-smi log, while the card drew more than half of its most: MHz, W, degrees."""
+    path = folder / "clocks.csv"
+    numbers = []
+    for row in csv.reader(path.read_text().splitlines()) if path.exists() else ():
+        try:
+            numbers.append((*map(float, row[1:4]), row[4].strip()))
+        except (ValueError, IndexError):
+            continue
+    busy = [n for n in numbers if n[1] > max(x[1] for x in numbers) / 2]
+    if not busy:
+        return {}
+    return {
+        "samples": len(busy),
+        "mhz": [min(n[0] for n in busy), statistics.median(n[0] for n in busy)],
+        "watts": [statistics.median(n[1] for n in busy), max(n[1] for n in busy)],
+        "celsius": max(n[2] for n in busy),
+        "reasons": sorted({n[3] for n in busy}),
+    }
+
+
 def verdict(rc: int) -> str:
     return {0: "ok", 77: "NOT RUN, no GPU", 124: "TIMED OUT"}.get(rc, f"FAILED ({rc})")
 
@@ -71,6 +110,57 @@ def experts_table(rows: list[dict]) -> list[str]:
     return lines
 
 
+# ---- predicted beside measured
+def expected(value: float | list, card: str) -> float:
+    """A prediction, of two the one for this card: [H100, H200]."""
+    return value if isinstance(value, int | float) else value["H200" in card]
+
+
+def compared(what: str, predicted: float, measured: float) -> str:
+    return f"  {what:44}{predicted:9.0f}{measured:9.0f}{measured / predicted:8.2f}"
+
+
+def against_prediction(report: dict) -> list[str]:
+    """A line for each figure that was predicted: predicted, measured, their ratio."""
+    card, lines = report["device"]["name"], []
+    for figure in report["calibrate"]:
+        for key, value in PREDICTED["calibrate"].get(figure.get("name"), {}).items():
+            what = f"{figure['name']}, {key.replace('_', ' ')}"
+            lines.append(compared(what, expected(value, card), figure[key]))
+    for line in report["trace"]:
+        for key, value in line.get("predicted", {}).items():
+            lines.append(compared(f"{line['op']} {line['layer']} {key}", value, line[key]))
+    for line in report["tune"]:
+        if "best" not in line:
+            continue
+        shape = "T{T} H{H} F{F} E{E} K{K}".format(**line)
+        if value := PREDICTED["products"].get(shape, {}).get(line["op"]):
+            rate = 2e-9 * line["m"] * line["n"] * line["k"] / line["default_ms"]
+            what = f"{line['op']} {shape}"
+            lines.append(compared(f"{what} TFLOP/s", expected(value, card), rate))
+            lines.append(compared(f"{what} tuned", expected(value, card), line["best"]["tflops"]))
+    for row in report["experts"].get("rows", []):
+        shape = "T{T} H{H} F{F} E{E} K{K}".format(**row)
+        value = PREDICTED["layers"].get(shape)
+        if value is None or row["implementation"] != "ours" or "tflops" not in row:
+            continue
+        if row["op"] == "layer forward" and row["routing"] == "balanced":
+            what = f"layer forward {shape} TFLOP/s"
+            lines.append(compared(what, expected(value["forward"], card), row["tflops"]))
+    return lines
+
+
+def ladder_table(lines: list[dict]) -> list[str]:
+    broken = [line for line in lines if line.get("status") not in (None, "pass")]
+    text = [f"  ladder: {sum(x.get('status') == 'pass' for x in lines)} of {len(lines)} rungs hold"]
+    for line in broken:
+        text.append(f"  {line['rung']} ({line['way']}) {line['status']}: {line.get('error', '')}")
+        text += [
+            f"      {key}: {line[key]}" for key in ("look", "legend", "watchdog") if key in line
+        ]
+    return text
+
+
 def main() -> int:
     folder = Path(sys.argv[1])
     report = {
@@ -78,6 +168,8 @@ def main() -> int:
         "commit": output_of("git", "rev-parse", "HEAD"),
         "torch": output_of(sys.executable, "-c", "import torch; print(torch.__version__)"),
         "sections": sections(folder),
+        "clocks": clocks(folder),
+        **{name: lines_of(folder, name) for name in STREAMS},
         "tests": tests(folder),
         "bench": figures(folder, "bench"),
         "experts": figures(folder, "experts"),
@@ -89,8 +181,16 @@ def main() -> int:
     print(f"\n{card['name']}, driver {card['driver']}, torch {report['torch']}")
     for name, facts in report["sections"].items():
         print(f"  {name:10}{verdict(facts['rc']):17}{facts['seconds']:5} s")
+    if c := report["clocks"]:
+        print(
+            f"  busy: {c['mhz'][1]:.0f} MHz (least {c['mhz'][0]:.0f}), {c['watts'][0]:.0f} W "
+            f"(most {c['watts'][1]:.0f}), {c['celsius']:.0f} C"
+        )
+    if report["ladder"]:
+        print("\n".join(ladder_table(report["ladder"])))
     if t := report["tests"]:
         print(f"  {t['tests']} tests: {t['failures'] + t['errors']} failed, {t['skipped']} skipped")
+        print("\n".join(f"      {name}" for name in t["failed"][:20]))
     ours = [r for r in report["bench"].get("rows", []) if r["implementation"].startswith("ours")]
     for op in dict.fromkeys(r["op"] for r in ours):
         shares = [r["share_of_copy"] * 100 for r in ours if r["op"] == op]
@@ -98,6 +198,9 @@ def main() -> int:
     if rows := report["experts"].get("rows"):
         print("  TFLOP/s:")
         print("\n".join(experts_table(rows)))
+    if table := against_prediction(report):
+        print(f"  {'':44}{'predicted':>9}{'measured':>9}{'ratio':>8}")
+        print("\n".join(table))
     print(f"  {target}")
     if any(facts["rc"] == 77 for facts in report["sections"].values()):
         print("  No GPU was here: this run proves nothing about one.")

@@ -73,7 +73,8 @@ build() {
 }
 
 run_tests() {
-  "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$OUT/tests.xml" python_tests
+  "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$OUT/tests.xml" python_tests/test_cuda_*.py \
+    python_tests/test_cutlass.py
 }
 
 # One slice of the cases under each tool: the emulator has seen the others.

@@ -95,6 +95,18 @@ class Program:
         )
         check(result, f"cuFuncSetAttribute({name}, {shared_bytes} bytes)")
 
+    def start(
+        self, name: str, blocks: int, threads: int, buffers: list[ctypes.Array], shared_bytes: int
+    ) -> None:
+        """Launches a kernel on torch's stream with the bytes of its arguments; does not wait."""
+        parameters = (ctypes.c_void_p * len(buffers))(*map(ctypes.addressof, buffers))
+        if shared_bytes > 48 << 10:
+            self.allow_shared(name, shared_bytes)
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        shape = (blocks, 1, 1, threads, 1, 1, shared_bytes)
+        launched = driver().cuLaunchKernel(self.function(name), *shape, stream, parameters, None)
+        check(launched, name)
+
     def launch(
         self, name: str, blocks: int, threads: int, args: list, shared_bytes: int = 0
     ) -> None:
@@ -107,13 +119,7 @@ class Program:
         addresses = {key: copy.data_ptr() for key, copy in copies.items()}
         types = self._parsed.kernels[name].params if self._parsed else [(None, None)] * len(args)
         buffers = [_buffer(arg, kind, addresses) for arg, (_, kind) in zip(args, types)]
-        parameters = (ctypes.c_void_p * len(buffers))(*map(ctypes.addressof, buffers))
-        if shared_bytes > 48 << 10:
-            self.allow_shared(name, shared_bytes)
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        shape = (blocks, 1, 1, threads, 1, 1, shared_bytes)
-        launched = driver().cuLaunchKernel(self.function(name), *shape, stream, parameters, None)
-        check(launched, name)
+        self.start(name, blocks, threads, buffers, shared_bytes)
         torch.cuda.synchronize()
         for key, a in arrays.items():
             a.reshape(-1).view(np.uint8)[:] = copies[key].cpu().numpy()

@@ -9,7 +9,6 @@ passed, 1 where one did not, 2 where there is no GPU and no --rehearse.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import subprocess
@@ -23,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from ladder import kit as kits  # noqa: E402
 from ladder.kit import RUNGS, Kit, Rung  # noqa: E402
+from moekernels import jsonio  # noqa: E402
 
 # What the first words of CUDA's errors mean here.
 LEGEND = {
@@ -140,7 +140,7 @@ def climb(ways: list[str], hardware: bool, pack: Path | None, only: list[str], o
                 if line["status"] == "hang" and watch and not rung.probe:
                     line["watchdog"] = under_the_watchdog(rung, pack, watch)
             passed[rung.name, way] = line["status"] == "pass"
-            out.write(json.dumps(line) + "\n")
+            out.write(jsonio.dumps(line) + "\n")
             out.flush()
             print(sentence(line), flush=True)
     return all(passed.values())

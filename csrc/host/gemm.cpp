@@ -35,6 +35,8 @@ py::dict choice(const std::string& op, const std::string& dtype, int64_t m, int6
   out["kernel"] = kKernels[static_cast<int>(chosen.kernel)];
   out["tile"] = py::make_tuple(chosen.tile_m, chosen.tile_n, chosen.tile_k);
   out["stages"] = chosen.stages;
+  out["order"] = py::dict(py::arg("band") = chosen.order.band, py::arg("grid") = chosen.order.grid,
+                          py::arg("promotion") = chosen.order.promotion, py::arg("prefetch") = chosen.order.prefetch);
   out["reason"] = chosen.reason;
   out["obstacle"] = chosen.obstacle != nullptr ? py::object(py::str(chosen.obstacle)) : py::none();
   return out;

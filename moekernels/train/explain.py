@@ -11,6 +11,7 @@ from moekernels.errors import UsageError
 
 KEYS = ("T", "H", "F", "E", "K")
 DTYPES = ("bf16", "fp16", "fp32")
+ORDER = {"band": 0, "grid": 0, "promotion": 0, "prefetch": True}  # where the table says nothing
 EXAMPLE = 'for example "T=16384 H=2048 F=4096 E=64 K=2"'
 
 
@@ -85,6 +86,7 @@ def explain(text: str, device: str | None = None) -> str:
         f"R={rows} rows, {rows / shape['E']:.0f} an expert if all are alike; "
         f"wgmma kernels in this build: {'yes' if wgmma else 'no'}"
     ]
+    measured = 0
     for name, op, m, n, k in products(shape):
         chosen = _host.choose_gemm(
             op,
@@ -102,11 +104,17 @@ def explain(text: str, device: str | None = None) -> str:
         # Of wgrad, k is shared out among the experts; of the others, m is.
         size = f"{shape['E']} of {m} x {n}, k {k} in all" if op == "wgrad" else f"{m} x {n} x {k}"
         reason = chosen["reason"]
+        measured += reason.startswith("measured")
+        if told := [
+            f"{key} {value}" for key, value in chosen["order"].items() if value != ORDER[key]
+        ]:
+            reason = f"{', '.join(told)}: {reason}"
         if chosen["obstacle"] is not None:
             reason += f"; no wgmma: {chosen['obstacle']}"
         lines.append(
             f"{name:<18} {size:<36} {2e-12 * m * n * k:7.3f} TFLOP  {chosen['kernel']:<6}"
             f"{tile:<12} {chosen['stages']} stages  {reason}"
         )
-    lines.append("tiles are predicted from the H200's arithmetic, not measured on one")
+    if not measured:
+        lines.append("tiles are predicted from the H200's arithmetic, not measured on one")
     return "\n".join(lines)

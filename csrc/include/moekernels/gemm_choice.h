@@ -29,6 +29,7 @@ struct GemmChoice {
   int tile_m, tile_n, tile_k, stages;
   const char* reason;    // for the tile
   const char* obstacle;  // why not wgmma; null where it is taken
+  GemmOrder order = {};
 };
 
 // The largest power of two up to 16 that divides all values: addresses and row lengths in bytes.
@@ -70,7 +71,7 @@ inline GemmChoice choose_gemm(const GemmProblem& p) {
   for (const GemmTuned& entry : kGemmTuned) {
     const bool fits = entry.kernel == wanted && (entry.ops & gemm_op_bit(p.op)) != 0 && p.n >= entry.least_n &&
                       p.m >= entry.least_m && p.rows_an_expert() >= entry.least_rows_an_expert;
-    if (fits) return {wanted, entry.tile_m, entry.tile_n, entry.tile_k, entry.stages, entry.reason, obstacle};
+    if (fits) return {wanted, entry.tile_m, entry.tile_n, entry.tile_k, entry.stages, entry.reason, obstacle, entry.order};
   }
   return {GemmKernel::mma, 64, 64, 32, 3, "the smallest tile", obstacle ? obstacle : "no tile of wgmma fits"};
 }

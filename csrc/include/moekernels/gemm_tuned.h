@@ -1,5 +1,5 @@
 // The tuned tiles, first fit wins. Predicted from the H200's arithmetic (132 SMs, 227 KiB of shared memory, 64-row
-// groups of 4 warps for wgmma), not measured: no GPU has run them yet. A measurement replaces a line and its reason.
+// groups of 4 warps for wgmma), not measured: no GPU has run them yet. What bench/tune.py measures goes above them.
 #pragma once
 
 #include <cstdint>
@@ -16,11 +16,19 @@ enum class GemmKernel : int { mma, fma, wgmma };
 constexpr unsigned gemm_op_bit(GemmOp op) { return 1u << static_cast<int>(op); }
 constexpr unsigned kEveryGemm = 63;
 
+// How a wgmma product walks its tiles and loads them; no bit of a result depends on it. 0: as the launcher's arithmetic
+// says, and moekernels/sm90.h what the numbers mean.
+struct GemmOrder {
+  int band = 0, grid = 0, promotion = 0;
+  bool prefetch = true;
+};
+
 struct GemmTuned {
   GemmKernel kernel;
   unsigned ops;  // of gemm_op_bit
   int64_t least_rows_an_expert, least_m, least_n;
   int tile_m, tile_n, tile_k, stages;
+  GemmOrder order;
   const char* reason;
 };
 
@@ -29,12 +37,14 @@ constexpr unsigned kRowGemm =
     gemm_op_bit(GemmOp::forward) | gemm_op_bit(GemmOp::dgrad) | gemm_op_bit(GemmOp::down);
 
 inline constexpr GemmTuned kGemmTuned[] = {
-    {GemmKernel::wgmma, kEveryGemm, 0, 0, 129, 128, 256, 64, 4,
+    // measured: begin
+    // measured: end
+    {GemmKernel::wgmma, kEveryGemm, 0, 0, 129, 128, 256, 64, 4, {},
      "the largest tile of two warpgroups: 48 KiB from L2 for 1024 cycles of tensor core"},
-    {GemmKernel::wgmma, kRowGemm, 0, 0, 0, 128, 128, 64, 6, "at most 128 columns: a tile that holds no more"},
-    {GemmKernel::wgmma, kEveryGemm, 0, 0, 0, 128, 256, 64, 4, "the one tile that this epilogue has"},
-    {GemmKernel::mma, kEveryGemm, 65, 65, 65, 128, 128, 32, 3, "more than 64 rows an expert: the large tile"},
-    {GemmKernel::mma, kEveryGemm, 0, 0, 0, 64, 64, 32, 3, "few rows an expert: the small tile wastes less"},
+    {GemmKernel::wgmma, kRowGemm, 0, 0, 0, 128, 128, 64, 6, {}, "at most 128 columns: a tile that holds no more"},
+    {GemmKernel::wgmma, kEveryGemm, 0, 0, 0, 128, 256, 64, 4, {}, "the one tile that this epilogue has"},
+    {GemmKernel::mma, kEveryGemm, 65, 65, 65, 128, 128, 32, 3, {}, "more than 64 rows an expert: the large tile"},
+    {GemmKernel::mma, kEveryGemm, 0, 0, 0, 64, 64, 32, 3, {}, "few rows an expert: the small tile wastes less"},
 };
 
 }  // namespace moekernels

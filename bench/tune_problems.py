@@ -1,0 +1,144 @@
+"""What the tuner times: the products of a layer at shapes, each as a call on the device."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+OPS = ("up", "down", "dact", "dgrad", "wgrad")
+PREFETCHING = ("dact", "wgrad")  # whose epilogues read what a prefetch brings
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Legend: T tokens, H hidden, F expert hidden, E experts, K top-k."""
+
+    T: int
+    H: int
+    F: int
+    E: int
+    K: int
+
+    @property
+    def rows(self) -> int:
+        return self.T * self.K
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}{value}" for name, value in asdict(self).items())
+
+
+# Ours, OLMoE, Qwen3-30B, and SonicMoE's 30B and 120B.
+LAYERS = (
+    Layer(32768, 2048, 4096, 64, 4),
+    Layer(16384, 2048, 4096, 64, 2),
+    Layer(32768, 2048, 1024, 64, 8),
+    Layer(32768, 2048, 768, 128, 8),
+    Layer(32768, 4096, 1024, 64, 4),
+    Layer(32768, 4096, 2048, 64, 4),
+)
+QUICK = LAYERS[:1]
+TINY = (Layer(24, 136, 136, 2, 2),)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a launch may be told (moekernels/sm90.h); 0: the default. stages 0: the table's."""
+
+    stages: int = 0
+    band: int = 0
+    grid: int = 0
+    promotion: int = 0
+    prefetch: bool = True
+
+    def __str__(self) -> str:
+        told = [f"{n} {v}" for n, v in asdict(self).items() if v != Setting.__dict__[n]]
+        return ", ".join(told) or "the default"
+
+
+def settings_of(op: str, multiprocessors: int) -> list[Setting]:
+    """Every setting of an op, the default first."""
+    fewer = multiprocessors // 8 * 8 if multiprocessors % 8 else multiprocessors - 4
+    axes = itertools.product(
+        (0, 3),
+        (0, 8, 32, -16),
+        (0, fewer),
+        (0, 128),
+        (True, False) if op in PREFETCHING else (True,),
+    )
+    return [Setting(*values) for values in axes]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A product at a shape. m, n, k: as the table of tiles counts them.
+
+    run: one call -> its result; alone: what else a call of `run` holds, timed and taken off."""
+
+    op: str
+    layer: Layer
+    m: int
+    n: int
+    k: int
+    run: Callable[[], Tensor]
+    alone: Callable[[], Tensor] | None = None
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.m * self.n * self.k
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.layer}"
+
+
+def balanced_offsets(layer: Layer, device: str) -> Tensor:
+    """[E+1] int64 of a uniform random routing."""
+    draw = torch.Generator().manual_seed(0)
+    counts = torch.multinomial(torch.ones(layer.E), layer.rows, True, generator=draw)
+    counts = counts.bincount(minlength=layer.E)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(device)
+
+
+def problems(layer: Layer, device: str) -> Iterator[Problem]:
+    """The products of one layer, in bf16, gradients added to fp32."""
+    from moekernels.ops._library import raw
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, device=device) * scale).bfloat16()
+
+    rows, h, f, e = layer.rows, layer.H, layer.F, layer.E
+    torch.manual_seed(0)
+    offsets = balanced_offsets(layer, device)
+    x, a, dy = normal(rows, h), normal(rows, f), normal(rows, h)
+    w1, w2 = normal(e, 2 * f, h, scale=h**-0.5), normal(e, h, f, scale=f**-0.5)
+    kept, weights = normal(rows, 2 * f), torch.rand(rows, device=device)
+    style = ("swiglu", 1.702, 7.0, False, False)
+
+    def down() -> Tensor:
+        return raw._grouped_gemm(a, w2, offsets, False)
+
+    def both() -> Tensor:
+        return raw._experts(x, weights, w1, w2, offsets, None, None, None, *style, True)[1]
+
+    def dact() -> Tensor:
+        arguments = (x, weights, w1, w2, offsets, None, None, None)
+        return raw._experts_dact(dy, kept, *arguments, *style, False, False)[0]
+
+    def dgrad() -> Tensor:
+        return raw._grouped_gemm(kept, w1, offsets, True)
+
+    total = torch.zeros(e, 2 * f, h, device=device)
+
+    def wgrad() -> Tensor:
+        raw._grouped_gemm_wgrad_(total, x, kept, offsets, False, None, 0, False)
+        return total
+
+    yield Problem("up", layer, rows, 2 * f, h, both, down)
+    yield Problem("down", layer, rows, h, f, down)
+    yield Problem("dact", layer, rows, f, h, dact)
+    yield Problem("dgrad", layer, rows, h, 2 * f, dgrad)
+    yield Problem("wgrad", layer, 2 * f, h, rows, wgrad)
