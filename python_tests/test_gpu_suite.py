@@ -142,7 +142,8 @@ def test_rows_compile_and_are_taken_where_they_fit(tmp_path):
         using namespace moekernels;
         int main() {
           for (int64_t rows : {511, 512, 2047, 2048}) {
-            const GemmProblem p{GemmOp::dact, DType::bf16, rows * 64, 4096, 2048, 64, 16, 90, true, false};
+            const GemmProblem p{GemmOp::dact, DType::bf16, rows * 64, 4096, 2048, 64,
+                                16, 90, true, false};
             const GemmChoice c = choose_gemm(p);
             std::printf("%d %d ", c.order.band, c.order.prefetch);
           }
