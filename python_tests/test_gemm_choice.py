@@ -58,6 +58,7 @@ def test_hopper_takes_wgmma(op, dtype):
         chosen = choose(op, dtype, capability=90, wgmma=True, m=rows)
         assert chosen["kernel"] == "wgmma" and chosen["obstacle"] is None
         assert chosen["tile"] == (128, 256, 64) and chosen["stages"] >= 3
+        assert set(chosen["order"]) == {"band", "grid", "promotion", "prefetch"}
 
 
 def test_every_problem_has_one_choice_and_always_the_same():

@@ -101,16 +101,17 @@ def test_the_time_is_kept_and_what_is_skipped_is_said(tmp_path, monkeypatch, cap
     assert len(lines) == 5 and all(x["skipped"] for x in lines)
 
 
-def rehearsed(folder: Path) -> list[dict]:
-    command = [sys.executable, str(ROOT / "bench" / "tune.py"), "--rehearse"]
-    command += ["--out", str(folder / "tune.jsonl"), "--rows", str(folder / "rows.txt")]
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    return [json.loads(x) for x in (folder / "tune.jsonl").read_text().splitlines()]
+@pytest.fixture
+def rehearsed(tmp_path, monkeypatch) -> list[dict]:
+    """The lines of a tuner's rehearsal; they and its rows are in tmp_path."""
+    monkeypatch.setattr(sys, "argv", ["tune", "--rehearse"])
+    sys.argv += ["--out", str(tmp_path / "tune.jsonl"), "--rows", str(tmp_path / "rows.txt")]
+    assert tune.main() == 0
+    return [json.loads(x) for x in (tmp_path / "tune.jsonl").read_text().splitlines()]
 
 
-def test_rows_go_into_the_table_and_are_replaced_there(tmp_path):
-    lines = rehearsed(tmp_path)
-    assert [x["op"] for x in lines] == list(tune_problems.OPS)
+def test_rows_go_into_the_table_and_are_replaced_there(tmp_path, rehearsed):
+    assert [x["op"] for x in rehearsed] == list(tune_problems.OPS)
     found, table = (tmp_path / "rows.txt").read_text(), tune.TABLE.read_text()
     once = tune.write_rows(table, found)
     assert found in once and tune.write_rows(once, found) == once
@@ -139,6 +140,7 @@ def test_rows_compile_and_are_taken_where_they_fit(tmp_path):
     (tmp_path / "main.cpp").write_text(
         """#include "moekernels/gemm_choice.h"
         #include <cstdio>
+        #include <initializer_list>
         using namespace moekernels;
         int main() {
           for (int64_t rows : {511, 512, 2047, 2048}) {
@@ -184,8 +186,7 @@ def test_the_trace_reads_records_back():
 
 
 # ---- the report
-def test_the_report_sets_measured_beside_predicted(tmp_path, capsys, monkeypatch):
-    rehearsed(tmp_path)
+def test_the_report_sets_measured_beside_predicted(tmp_path, rehearsed, capsys, monkeypatch):
     line = {"op": "dact", **tune.asdict(LAYERS[0]), "m": 131072, "n": 4096, "k": 2048}
     line |= {"default_ms": 4.524, "best": {"ms": 4.0, "tflops": 550.0}}
     with (tmp_path / "tune.jsonl").open("a") as out:
