@@ -188,6 +188,7 @@ def build_parser() -> Parser:
     verify.add_argument("--experts", type=_number(int), default=8, metavar="INT")
     verify.add_argument("--top-k", type=_number(int), default=2, metavar="INT")
     verify.add_argument("--steps", type=_number(int), default=3, metavar="INT")
+    verify.add_argument("--balance-scope", default="microbatch", help="microbatch or sequence")
     verify.add_argument("--dtype", default="fp64", help="fp64 (to 1e-9) or fp32 (to 1e-5)")
     verify.add_argument("--device", default="auto", help="auto, cpu or cuda")
     verify.set_defaults(run=_verify)
@@ -262,6 +263,7 @@ def _verify(args) -> int:
         experts=args.experts,
         top_k=args.top_k,
         steps=args.steps,
+        balance_scope=args.balance_scope,
         dtype=args.dtype,
         device=args.device,
     )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from distributed import RankPool
-from layouts import TINY, assemble, compare, micro_batches, variant
+from layouts import TINY, assemble, compare, micro_batches, run_model, variant
+from torch import Tensor
 
 from moekernels import ops
 from moekernels.balance import dead_experts, max_over_mean, update_selection_biases
-from moekernels.nn.config import RouterConfig
+from moekernels.data.batch import MicroBatch
+from moekernels.nn.config import ModelConfig, RouterConfig
+from moekernels.nn.router import _counts
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Layout, Mesh
 
@@ -91,6 +95,70 @@ def test_losses_of_an_even_router_are_one_a_layer() -> None:
     _, losses = model.take_statistics()
     expected = torch.tensor([2.0, 2 * torch.log(torch.tensor(8.0)).item() ** 2])
     torch.testing.assert_close(losses, expected.double(), rtol=1e-6, atol=0)
+
+
+SEQUENCES = [7, 2, 12, 5, 1, 9, 3, 3]
+SPLITS = {  # places of the sequences in each micro-batch, and rows that each segment is padded to
+    "one": ([[0, 1, 2, 3, 4, 5, 6, 7]], None),
+    "two": ([[0, 1, 2], [3, 4, 5, 6, 7]], None),
+    "each": ([[i] for i in range(8)], None),
+    "another order": ([[7, 4, 1], [6, 0], [5, 3, 2]], None),
+    "padded": ([[6, 0, 1, 2], [4, 3, 5, 7]], 12),
+}
+
+
+def split(name: str) -> list[MicroBatch]:
+    generator = torch.Generator().manual_seed(5)
+    texts = [torch.randint(0, 61, (n + 1,), generator=generator) for n in SEQUENCES]
+    groups, pad = SPLITS[name]
+    return [
+        MicroBatch.pack(
+            [(texts[i][:-1], texts[i][1:]) for i in group],
+            loss_scale=1 / sum(SEQUENCES),
+            align=4,
+            pad_to=pad,
+        )
+        for group in groups
+    ]
+
+
+def step_of(config: ModelConfig, name: str, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Both losses of the router, and every gradient."""
+    result = run_model(Layout(), config, split(name), {"dtype": torch.float64, **options})
+    return result["losses"], {key: x for key, (x, _) in result["gradients"].items()}
+
+
+def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(float((a[n] - b[n]).abs().max() / a[n].abs().max()) for n in a)
+
+
+@pytest.mark.parametrize("name", [n for n in SPLITS if n != "one"])
+def test_balance_by_sequence_does_not_depend_on_the_split(name: str) -> None:
+    config = replace(TINY, router=RouterConfig(balance_coef=1.0, balance_scope="sequence"))
+    losses, gradients = step_of(config, "one")
+    other, others = step_of(config, name, checkpoint_layers={1})
+    torch.testing.assert_close(other, losses, rtol=1e-12, atol=0)
+    assert apart(gradients, others) < 1e-12
+    by_batch = replace(TINY, router=RouterConfig(balance_coef=1.0))
+    if name != "padded":
+        assert apart(step_of(by_batch, "one")[1], step_of(by_batch, name)[1]) > 1e-4
+
+
+def test_balance_by_sequence_is_each_sequences_own_loss() -> None:
+    """Weighted by its tokens: what one micro-batch a sequence gives in the other scope."""
+    losses, gradients = step_of(replace(TINY, router=RouterConfig(balance_coef=1.0)), "each")
+    config = replace(TINY, router=RouterConfig(balance_coef=1.0, balance_scope="sequence"))
+    other, others = step_of(config, "one")
+    torch.testing.assert_close(other, losses, rtol=1e-12, atol=0)
+    assert apart(gradients, others) < 1e-12
+
+
+def test_counts_of_replaced_choices_by_segment() -> None:
+    ids = torch.tensor([[0, 1], [2, -1], [1, 1], [3, 0]])
+    segments = torch.tensor([0, 2, 2, 4])
+    expected = [[1, 1, 1, 0], [0, 0, 0, 0], [1, 2, 0, 1]]
+    assert _counts(ids, 4, segments).tolist() == expected
+    assert _counts(ids, 4, None).tolist() == [[2, 3, 1, 1]]
 
 
 def test_losses_do_not_depend_on_how_ranks_share_tokens() -> None:

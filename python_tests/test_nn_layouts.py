@@ -80,8 +80,9 @@ def test_experts_that_are_not_a_power_of_two(four: RankPool) -> None:
         RouterConfig(score="sigmoid", renormalize=True, scale=2.5, num_groups=4, groups_kept=2),
         RouterConfig(score="softmax_topk", balance_coef=0.0),
         RouterConfig(score="sqrtsoftplus", bias_update_rate=0.01),
+        RouterConfig(balance_coef=1.0, balance_scope="sequence"),
     ],
-    ids=lambda r: r.score,
+    ids=lambda r: f"{r.score}-{r.balance_scope}",
 )
 def test_routers(four: RankPool, router: RouterConfig) -> None:
     compare(four, LAYOUTS["tp2 dp2 ep4"], variant(router=router), UNEVEN)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moekernels import ops
 from moekernels.nn.batch import Batch
 from moekernels.nn.config import ModelConfig
-from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.mesh import Group, Mesh
 from moekernels.parallel.tensor import reduce_from
 
 
@@ -34,8 +34,9 @@ class _Inject(torch.autograd.Function):
 class Auxiliary(nn.Module):
     """Load-balancing and z-loss of a micro-batch over its tp ranks, and the counts behind them.
 
-    Each layer's loss weighs what its micro-batch's tokens weigh in the step, so the sums do not
-    depend on the split. The chunk's layers share one message over tp.
+    Each layer's loss weighs what its micro-batch's tokens weigh in the step. The z-loss is a sum
+    over tokens and does not depend on the split; the load-balancing loss does, unless it is made of
+    sequences (`RouterConfig.balance_scope`). The chunk's layers share one message over tp.
     """
 
     def __init__(self, config: ModelConfig, mesh: Mesh, layers: int, device: torch.device) -> None:
@@ -48,16 +49,17 @@ class Auxiliary(nn.Module):
     def forward(
         self, x: Tensor, batch: Batch, score_sum: Tensor, counts: Tensor, z_sum: Tensor
     ) -> Tensor:
-        """x [T/tp, H]; score_sum, counts [L, E] and z_sum [L] of own tokens -> x with the losses
-        behind it."""
-        self.loads += counts
+        """x [T/tp, H]; score_sum, counts [L*S, E] and z_sum [L*S] of own tokens, S segments a layer
+        -> x with the losses behind it."""
+        layers = len(self.loads)
+        self.loads += counts.unflatten(0, (layers, -1)).sum(1)
         if self.balance_coef == 0 and self.z_coef == 0:
             return x
-        layers, experts = counts.shape
+        experts = counts.shape[1]
         # Counts are exact in fp32 up to 2^24 choices of an expert in a micro-batch.
         message = torch.cat([score_sum, counts.to(score_sum.dtype), z_sum[:, None]], dim=1)
         score_sum, counts, z_sum = reduce_from(message, self.tp).split([experts, experts, 1], dim=1)
-        # As L segments of equally many tokens: their mean.
+        # Segments weigh by their tokens, and layers have equally many: the mean over layers.
         balance = ops.load_balancing_loss(score_sum, counts.detach(), self.top_k) * layers
         z = z_sum.sum() / max(batch.num_tokens, 1)
         weight = batch.num_tokens * batch.loss_scale
@@ -70,3 +72,12 @@ class Auxiliary(nn.Module):
         self.loads.zero_()
         self.losses.zero_()
         return taken
+
+
+def own_segments(cu_seqlens: list[int], tp: Group, device: torch.device) -> Tensor:
+    """cu_seqlens 0 ... T of a micro-batch -> [S+1] int64 within this rank's [T/tp] tokens; a
+    sequence that lies elsewhere is empty here."""
+    own = cu_seqlens[-1] // tp.size
+    first = tp.rank * own
+    bounds = [min(max(bound - first, 0), own) for bound in cu_seqlens]
+    return torch.tensor(bounds, dtype=torch.int64, device=device)

@@ -9,6 +9,7 @@ from moekernels.errors import UsageError
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_oai", "swiglu_clamped")
 PLAIN_ACTIVATIONS = ("relu2", "silu", "gelu")
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
+SCOPES = ("microbatch", "sequence")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,15 @@ class ExpertSpec:
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How tokens choose experts, and what keeps the choice balanced."""
+    """How tokens choose experts, and what keeps the choice balanced.
+
+    The load-balancing loss multiplies an expert's share of choices by its share of scores, so it
+    depends on which tokens the shares are of. `balance_scope` "microbatch": those of a micro-batch,
+    as most programs have it; another number of micro-batches, of data-parallel ranks, or another
+    packing is then another loss. "sequence": those of each sequence, weighted by its tokens
+    (DeepSeek-V3): the same loss whatever the split, and a stricter one, for it asks for balance
+    within every sequence. All other losses and statistics are sums over tokens.
+    """
 
     score: str = "softmax"
     renormalize: bool = False
@@ -42,7 +51,8 @@ class RouterConfig:
     num_groups: int = 1
     groups_kept: int = 1
     group_score: str = "max"
-    balance_coef: float = 0.01  # load-balancing loss, per micro-batch
+    balance_coef: float = 0.01  # load-balancing loss
+    balance_scope: str = "microbatch"
     z_coef: float = 0.0
     bias_update_rate: float = 0.0  # selection bias (aux-loss-free) where above 0
 
@@ -108,6 +118,11 @@ class ModelConfig:
         if router.score not in SCORES:
             raise UsageError(
                 f"model: router score {router.score!r}; one of {', '.join(SCORES)} would do"
+            )
+        if router.balance_scope not in SCOPES:
+            raise UsageError(
+                f"model: balance_scope {router.balance_scope!r}; one of {', '.join(SCOPES)} would "
+                f"do"
             )
         if self.num_experts % router.num_groups or not 1 <= router.groups_kept <= router.num_groups:
             raise UsageError(

@@ -47,14 +47,16 @@ class MoE(nn.Module):
         x: Tensor,
         valid: Tensor | None,
         hook: RouteHook | None = None,
+        segments: Tensor | None = None,
         kept: Kept | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x [T/tp, H] ([T, H] where replicated), valid [T/tp] -> the same shape, and of own tokens
-        the scores' sum [1, E], the counts [1, E] and the z-loss' sum [1]."""
+        the scores' sum [1, E], the counts [1, E] and the z-loss' sum [1]; S of each with segments
+        [S+1]."""
         logits = self.router.logits(x)
         if self.replicated:
             x = split_tokens(x, self.tp)
-        weights, ids, *sums = self.router.gate(logits, valid, hook)
+        weights, ids, *sums = self.router.gate(logits, valid, hook, segments)
         rows, routing = self.dispatcher.dispatch(x, ids, weights, kept)
         y = self.dispatcher.combine(self.experts(rows, routing), routing)
         return (join_tokens(y, self.tp) if self.replicated else y, *sums)

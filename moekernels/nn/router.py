@@ -69,10 +69,14 @@ class Router(nn.Module):
         return swap_columns(F.linear(copy_to(x, self.tp).to(wide), weight), self.tp)
 
     def gate(
-        self, logits: Tensor, valid: Tensor | None, hook: RouteHook | None = None
+        self,
+        logits: Tensor,
+        valid: Tensor | None,
+        hook: RouteHook | None = None,
+        segments: Tensor | None = None,
     ) -> ops.GateOutput:
-        """logits [T, E] -> weights and ids [T, K] and the sums of the losses; tokens that are not
-        valid go nowhere."""
+        """logits [T, E] -> weights and ids [T, K] and the sums of the losses, over each of the
+        segments [S+1] where they are given; tokens that are not valid go nowhere."""
         config = self.config
         out = ops.gate(
             logits,
@@ -84,6 +88,7 @@ class Router(nn.Module):
             group_score=config.group_score,
             renormalize=config.renormalize,
             scale=config.scale,
+            segments=segments,
             valid=valid,
         )
         if hook is None:
@@ -91,7 +96,8 @@ class Router(nn.Module):
         ids = hook(self.layer, logits.detach(), out.ids)
         if ids is None or torch.equal(ids, out.ids):
             return out
-        weights, counts = self._weights_of(logits, ids), _counts(ids, logits.shape[1])
+        weights = self._weights_of(logits, ids)
+        counts = _counts(ids, logits.shape[1], segments)
         return out._replace(weights=weights, ids=ids, counts=counts)
 
     def _weights_of(self, logits: Tensor, ids: Tensor) -> Tensor:
@@ -111,6 +117,11 @@ class Router(nn.Module):
         return torch.where(used, weights * self.config.scale, 0)
 
 
-def _counts(ids: Tensor, num_experts: int) -> Tensor:
-    """ids [T, K] -> [1, E] int64."""
-    return torch.bincount(ids[ids >= 0].long(), minlength=num_experts)[None]
+def _counts(ids: Tensor, num_experts: int, segments: Tensor | None) -> Tensor:
+    """ids [T, K] -> [1, E] int64, or [S, E] with segments [S+1], which hold every token."""
+    parts = 1 if segments is None else len(segments) - 1
+    places = ids.long()
+    if segments is not None:
+        token = torch.arange(len(ids), device=ids.device)
+        places = places + num_experts * torch.searchsorted(segments[1:], token, right=True)[:, None]
+    return torch.bincount(places[ids >= 0], minlength=parts * num_experts).view(parts, num_experts)

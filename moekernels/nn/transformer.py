@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moekernels.errors import UsageError
 from moekernels.nn.attention import Attention, Packing
-from moekernels.nn.auxiliary import Auxiliary
+from moekernels.nn.auxiliary import Auxiliary, own_segments
 from moekernels.nn.batch import Batch
 from moekernels.nn.config import ExpertSpec, ModelConfig, RouterConfig
 from moekernels.nn.dispatcher import make_dispatcher
@@ -70,11 +70,12 @@ class Block(nn.Module):
         packing: Packing,
         valid: Tensor | None,
         hook: RouteHook | None = None,
+        segments: Tensor | None = None,
         kept: Kept | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x [T/tp, H] -> the same shape, and the layer's sums as `MoE` returns them."""
         x = x + self.attention(self.attention_norm(x), packing)
-        y, *sums = self.moe(self.moe_norm(x), valid, hook, kept)
+        y, *sums = self.moe(self.moe_norm(x), valid, hook, segments, kept)
         return (x + y, *sums)
 
 
@@ -166,12 +167,15 @@ class StageModel(nn.Module):
             batch.positions, batch.cu_seqlens, config.head_dim, config.rope_theta, self.dtype
         )
         hook = None if self.route_hook is None else partial(self.route_hook, batch)
+        segments = None
+        if config.router.balance_scope == "sequence":
+            segments = own_segments(batch.cu_seqlens, mesh.tp, mesh.device)
         sums = []
         for layer, block in self.layers.items():
             if int(layer) in self.checkpoint_layers and torch.is_grad_enabled():
-                x, *layer_sums = self._checkpointed(block, x, packing, valid, hook)
+                x, *layer_sums = self._checkpointed(block, x, packing, valid, hook, segments)
             else:
-                x, *layer_sums = block(x, packing, valid, hook)
+                x, *layer_sums = block(x, packing, valid, hook, segments)
             sums.append(layer_sums)
         if sums and torch.is_grad_enabled():
             x = self.auxiliary(x, batch, *map(torch.cat, zip(*sums)))

@@ -219,6 +219,7 @@ def model_config(m: ModelSection):
             groups_kept=m.groups_kept,
             group_score=m.group_score,
             balance_coef=m.balance_coef,
+            balance_scope=m.balance_scope,
             z_coef=m.z_coef,
             bias_update_rate=m.bias_update_rate,
         ),

@@ -72,6 +72,12 @@ class ModelSection:
         "max", "score of a group: of its best, or of its two best", choices=("max", "sum2")
     )
     balance_coef: float = _key(0.01, "coefficient of the load-balancing loss", low=0)
+    balance_scope: str = _key(
+        "microbatch",
+        "tokens that the load-balancing loss compares: of a micro-batch, which depends on how the "
+        "step is split, or of each sequence, which does not",
+        choices=("microbatch", "sequence"),
+    )
     z_coef: float = _key(0.001, "coefficient of the router's z-loss", low=0)
     bias_update_rate: float = _key(
         0.0, "step of the selection bias (aux-loss-free balancing); 0: none", low=0

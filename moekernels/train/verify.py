@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moekernels.data.batch import MicroBatch
 from moekernels.errors import UsageError
+from moekernels.nn.config import SCOPES
 from moekernels.parallel.mesh import Layout, Mesh
 from moekernels.parallel.tensor import own_part
 from moekernels.train import assembly, launch, launcher
@@ -55,9 +56,11 @@ class Variant:
     experts: int = 8
     top_k: int = 2
     steps: int = 3
+    balance_scope: str = "microbatch"
 
     def __str__(self) -> str:
-        return f"{self.schedule}, {self.experts} experts, top {self.top_k}, {self.steps} steps"
+        text = f"{self.schedule}, {self.experts} experts, top {self.top_k}, {self.steps} steps"
+        return text if self.balance_scope == "microbatch" else f"{text}, balance by sequence"
 
 
 @dataclass
@@ -100,6 +103,7 @@ def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
     if run.layout.pp > 1:
         found.append(Variant("interleaved", steps=steps))
     found += [Variant(top_k=k, steps=1) for k in range(1, 9) if k != 2]
+    found.append(Variant(steps=1, balance_scope="sequence"))
     if 6 % run.layout.ep == 0:
         found.append(Variant(experts=6, top_k=3, steps=1))
     return found
@@ -113,6 +117,7 @@ def verify(
     experts: int = 8,
     top_k: int = 2,
     steps: int = 3,
+    balance_scope: str = "microbatch",
     dtype: str = "fp64",
     device: str = "auto",
 ) -> int:
@@ -120,6 +125,7 @@ def verify(
     for flag, value, known in (
         ("dtype", dtype, TOLERANCE),
         ("schedule", schedule, SCHEDULES),
+        ("balance-scope", balance_scope, SCOPES),
         ("device", device, ("auto", "cpu", "cuda")),
     ):
         if value not in known:
@@ -130,8 +136,8 @@ def verify(
     if everything and launched is not None:
         raise UsageError("--all starts the ranks of each layout by itself; leave torchrun out")
     if not everything:
-        variants = [Variant(schedule, experts, top_k, steps)]
-        return verify_layout(degrees, variants, dtype, device, launched)
+        variant = Variant(schedule, experts, top_k, steps, balance_scope)
+        return verify_layout(degrees, [variant], dtype, device, launched)
     codes = [verify_layout(d, variants_of(d, steps), dtype, device) for d in LAYOUTS]
     print("all agree" if not any(codes) else f"{sum(codes)} of {len(codes)} layouts disagree")
     return max(codes)
@@ -174,6 +180,7 @@ def _configure(
     m.vocab_size, m.d_model, m.head_dim, m.num_heads = VOCABULARY, 32, 4, 8
     m.num_kv_heads = 4 if 4 % lay.tp == 0 else 8
     m.num_experts, m.top_k = variant.experts, variant.top_k
+    m.balance_scope = variant.balance_scope
     m.expert_d_in, m.expert_d_ff, m.renormalize, m.init_std = 48, 32, False, 0.1
     run.batch.microbatches = max(2, MICROBATCHES // lay.dp)
     run.batch.accumulation, run.batch.context = 1, 40
@@ -316,13 +323,15 @@ def _work(
     if env.leader:
         print(layout.describe(), flush=True)
     mesh = Mesh(layout, device=env.device)
-    known: dict[tuple[int, int], list[Recorded]] = {}  # on rank 0: one recording for all schedules
+    known: dict[
+        tuple[int, int, str], list[Recorded]
+    ] = {}  # on rank 0: one recording for all schedules
     failed = False
     for variant, run in zip(variants, runs):
         run.train.steps = variant.steps
         steps = [None]
         if env.leader:
-            key = (variant.experts, variant.top_k)
+            key = (variant.experts, variant.top_k, variant.balance_scope)
             if key not in known or len(known[key]) < variant.steps:
                 known[key] = record(run, env.device)
             steps = [known[key][: variant.steps]]
