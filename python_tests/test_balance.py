@@ -124,6 +124,7 @@ def split(name: str) -> list[MicroBatch]:
 
 def step_of(config: ModelConfig, name: str, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Both losses of the router, and every gradient."""
+    torch.set_num_threads(1)  # threads of so small a model only wait for each other
     result = run_model(Layout(), config, split(name), {"dtype": torch.float64, **options})
     return result["losses"], {key: x for key, (x, _) in result["gradients"].items()}
 

@@ -272,7 +272,9 @@ def facts_of(run, step=3):
         ("model", "init_std", 0.5, "--init-std was 0.02 when the checkpoint was saved, is 0.5"),
         ("batch", "data", "b.txt", "--data was 'stdlib' when the checkpoint was saved"),
         ("batch", "policy", "padded", "--policy was 'packed'"),
-        ("batch", "microbatches", 4, "a step had 32 micro-batches, has 16: sums run in another"),
+        ("model", "balance_scope", "sequence", "--balance-scope was 'microbatch'"),
+        ("batch", "microbatches", 4, "had 32 micro-batches, has 16: the load-balancing loss of"),
+        ("layout", "dp", 2, "the layout was dp 1, is dp 2: the load-balancing loss of"),
         ("layout", "tp", 2, "the layout was tp 1, is tp 2: sums run in another order"),
         ("train", "lr", 1e-4, "--lr was 0.003 when the checkpoint was saved, is 0.0001"),
         ("train", "steps", 200, "the learning rate follows the new length, 0.00"),
@@ -286,6 +288,18 @@ def test_what_may_change_is_said(section, key, value, said):
     setattr(getattr(run, section), key, value)
     notes = resume.compare("step", facts, run)
     assert len(notes) == (said is not None) and all(said in note for note in notes)
+
+
+@pytest.mark.parametrize("change", [{"balance_coef": 0.0}, {"balance_scope": "sequence"}])
+def test_only_a_loss_of_micro_batches_changes_with_their_number(change):
+    run = cfg.RunConfig()
+    for key, value in change.items():
+        setattr(run.model, key, value)
+    facts = facts_of(run)
+    run.batch.microbatches = 4
+    assert resume.compare("step", facts, run) == [
+        f"a step had 32 micro-batches, has 16: {resume.TO_ROUNDING}"
+    ]
 
 
 @pytest.mark.parametrize("key", ["d_model", "top_k", "activation", "rope_theta", "vocab_size"])

@@ -115,6 +115,7 @@ def write_identity(folder: Path, value: str) -> None:
 # decides what its tensors mean.
 MODEL_MAY_CHANGE = (
     "balance_coef",
+    "balance_scope",
     "z_coef",
     "bias_update_rate",
     "init_std",
@@ -149,19 +150,31 @@ def compare(path: Path, facts: dict, run: cfg.RunConfig, tune: bool = False) -> 
             )
         if section == "layout" and changed:
             was, now_ = (", ".join(f"{k} {x[k]}" for k in changed) for x in (before, now))
-            notes.append(f"the layout was {was}, is {now_}: {TO_ROUNDING}")
+            effect = _of_another_split(run) if "dp" in changed else TO_ROUNDING
+            notes.append(f"the layout was {was}, is {now_}: {effect}")
     if "batch" in then:
         was, count = (
             b["microbatches"] * b["accumulation"] for b in (then["batch"], asdict(run.batch))
         )
         if was != count and not tune:
-            notes.append(f"a step had {was} micro-batches, has {count}: {TO_ROUNDING}")
+            effect = _of_another_split(run)
+            notes.append(f"a step had {was} micro-batches, has {count}: {effect}")
     if "train" in then and then["train"]["steps"] != run.train.steps:
         notes.append(_longer(facts["step"] + 1, then["train"], asdict(run.train)))
     return notes
 
 
 TO_ROUNDING = "sums run in another order, so losses agree to rounding, not bit for bit"
+
+
+def _of_another_split(run: cfg.RunConfig) -> str:
+    """What other tokens in each micro-batch change."""
+    if run.model.balance_coef == 0 or run.model.balance_scope == "sequence":
+        return TO_ROUNDING
+    return (
+        "the load-balancing loss of a micro-batch is another one; --balance-scope sequence has one "
+        "that does not depend on it"
+    )
 
 
 def _longer(step: int, then: dict, now: dict) -> str:
