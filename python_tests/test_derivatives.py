@@ -213,3 +213,24 @@ def test_main_grad_takes_a_gradient_penalty():
     loss(plain).backward()
     for name, w in weights.items():
         torch.testing.assert_close(w.main_grad, plain[name].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_of_a_compiled_op_is_not_lost():
+    routing = ops.route(torch.tensor([[0], [1], [0]]).int(), 2)
+
+    def rows(x: Tensor) -> Tensor:
+        return ops.permute(x, routing.token_of, routing.row_of)
+
+    x = torch.randn(3, 4)
+    torch._dynamo.reset()
+    for fullgraph in (False, True):
+        compiled = torch.compile(rows, backend="aot_eager", fullgraph=fullgraph)
+        compiled(x)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, 1 - x)
+            if fullgraph:
+                with pytest.raises(RuntimeError, match="permute: is not compiled under torch.func"):
+                    compiled(dual)
+            else:
+                tangent = forward_ad.unpack_dual(compiled(dual)).tangent
+                assert torch.equal(tangent, rows(1 - x))

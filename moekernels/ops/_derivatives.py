@@ -18,9 +18,11 @@ _functorch = torch._C._functorch
 
 def transformed() -> bool:
     """Whether forward mode or a `torch.func` transform looks at what is computed now."""
-    if torch.compiler.is_compiling():
-        return forward_ad._current_level >= 0
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+# A compiler need not keep the question in its graph: it guards on the transforms by itself.
+transformed._dynamo_marked_constant = True
 
 
 def refuse_transforms(name: str) -> None:
@@ -63,6 +65,8 @@ def under_transforms(
 ) -> Any:
     """`fn(**arguments)` under the transforms that are active, in plain torch where one of them
     takes derivatives. `vmap` alone runs the kernel once for each entry, as torch does."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(f"{name}: is not compiled under torch.func and forward mode")
     if not _differentiates(arguments.values()):
         return fn(**arguments)
     if plain is None:
@@ -79,9 +83,7 @@ def under_transforms(
 def needs_plain() -> bool:
     """Asked in a backward: whether what it returns is differentiated again (`create_graph`) or
     looked at by a transform."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch.is_grad_enabled() or transformed()
+    return (torch.is_grad_enabled() or transformed()) and not torch.compiler.is_compiling()
 
 
 def vjp(

@@ -40,11 +40,10 @@ def op(plain: Callable | None) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def require_tensors(*values: Any) -> None:
-    """For arguments that only a backward reads: `op` says which of them is no tensor."""
-    for value in values:
-        if not isinstance(value, Tensor):
-            raise TypeError(f"must be a tensor, got {type(value).__name__}")
+def require_tensor(value: Any) -> None:
+    """For an argument that only a backward reads: `op` says which of them is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"must be a tensor, got {type(value).__name__}")
 
 
 # Annotation -> what a message calls it, and whether a value is one.

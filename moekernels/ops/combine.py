@@ -10,7 +10,7 @@ from torch import Tensor
 from moekernels import ops, reference
 from moekernels.ops import _derivatives, _spec
 from moekernels.ops._library import fake, raw
-from moekernels.ops._op import op, require_tensors
+from moekernels.ops._op import op, require_tensor
 
 _combine = raw._combine.default
 _combine_backward = raw._combine_backward.default
@@ -89,7 +89,7 @@ def combine(
         drows = weight * dout and dweights = <dout, row>. A layer whose experts apply the weights
         (`experts`) therefore combines without them.
     """
-    require_tensors(token_of)
+    require_tensor(token_of)
     rows = rows.contiguous()
     if weights is None:
         if rows.requires_grad and torch.is_grad_enabled():

@@ -12,7 +12,7 @@ from moekernels import reference
 from moekernels.ops import _derivatives, _main_grad, _spec
 from moekernels.ops._library import fake, raw
 from moekernels.ops._main_grad import main_grad_of
-from moekernels.ops._op import op, require_tensors
+from moekernels.ops._op import op, require_tensor
 from moekernels.ops.grouped_gemm import autocast, tf32, wgrad_or_accumulate
 
 _experts = raw._experts.default
@@ -254,7 +254,7 @@ def experts(
         threads.
     """
     if row_of is not None:
-        require_tensors(row_of)
+        require_tensor(row_of)
     main_grads = _MainGrads(*[main_grad_of(p) for p in (w1, w2, b1, b2)])
     x, w1, w2, b1, b2 = autocast(x.device, x, w1, w2, b1, b2)
     if weights is not None and weights.dtype != torch.float64 and x.dtype != torch.float64:

@@ -10,7 +10,7 @@ from torch import Tensor
 from moekernels import ops, reference
 from moekernels.ops import _spec
 from moekernels.ops._library import fake, raw
-from moekernels.ops._op import op, require_tensors
+from moekernels.ops._op import op, require_tensor
 from moekernels.reference import Routing
 
 _permute = raw._permute.default
@@ -56,7 +56,7 @@ def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
         rows in the order of k, so `row_of` and `token_of` must be each other's inverse.
         Deterministic; T = 0 and R = 0 are ordinary.
     """
-    require_tensors(row_of)
+    require_tensor(row_of)
     x = x.contiguous()
     if x.requires_grad and torch.is_grad_enabled():
         return _Permute.apply(x, token_of, row_of)
