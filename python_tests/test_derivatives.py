@@ -222,8 +222,8 @@ def test_forward_mode_of_a_compiled_op_is_not_lost():
         return ops.permute(x, routing.token_of, routing.row_of)
 
     x = torch.randn(3, 4)
-    torch._dynamo.reset()
     for fullgraph in (False, True):
+        torch._dynamo.reset()
         compiled = torch.compile(rows, backend="aot_eager", fullgraph=fullgraph)
         compiled(x)
         with forward_ad.dual_level():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moekernels.nn.config import ModelConfig
 from moekernels.nn.norm import RMSNorm
+from moekernels.ops import _derivatives
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import seeded_normal, shard
 from moekernels.parallel.tensor import copy_to, gather_tokens, reduce_from, scatter_tokens
@@ -62,6 +63,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         cos, sin = ctx.angles
+        if _derivatives.needs_plain():
+            return _plainly_rotated(grad, cos, -sin), None, None
         return _rotated(grad, cos, -sin), None, None
 
 
@@ -75,7 +78,15 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def _plainly_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same, for derivatives that write nothing in place."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
 def rotate(x: Tensor, packing: Packing) -> Tensor:
+    if _derivatives.transformed():
+        return _plainly_rotated(x, packing.cos, packing.sin)
     return _Rotate.apply(x, packing.cos, packing.sin)
 
 

@@ -1,5 +1,5 @@
-"""The router's auxiliary losses, injected into the activations so that they ride through the
-pipeline.
+"""The router's auxiliary losses: the last chunk's join the loss, those of earlier chunks are
+injected into the activations and so ride through the pipeline.
 
 Legend: T tokens, H hidden, E experts, K top-k, L layers of the chunk.
 """
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from moekernels import ops
 from moekernels.nn.batch import Batch
 from moekernels.nn.config import ModelConfig
+from moekernels.ops import _derivatives
 from moekernels.parallel.mesh import Group, Mesh
 from moekernels.parallel.tensor import reduce_from
 
 
 class _Inject(torch.autograd.Function):
     """x passes through; in backward the loss gets the gradient one, as if it were part of the final
-    loss."""
+    loss: for a chunk whose output is not that loss, and which cannot know what scales it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:
@@ -29,6 +30,46 @@ class _Inject(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (loss,) = ctx.saved_tensors
         return grad, torch.ones_like(loss)
+
+
+class _Join(torch.autograd.Function):
+    """The final loss passes through; in backward `auxiliary` gets its gradient, whatever scales it.
+
+    `alone` says that no other chunk holds auxiliary losses. Where others do they count as they are,
+    so that a scale is an error.
+    """
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, auxiliary: Tensor, alone: bool) -> Tensor:
+        ctx.dtype, ctx.alone = auxiliary.dtype, alone
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if not ctx.alone:
+            torch._assert_async(
+                grad == 1,
+                "the loss of a pipeline was scaled behind its last chunk, where the auxiliary "
+                "losses of earlier chunks do not see it: scale batch.loss_scale instead",
+            )
+        return grad, grad.to(ctx.dtype), None
+
+
+def inject(x: Tensor, auxiliary: Tensor | None) -> Tensor:
+    """x with the chunk's auxiliary losses behind it, for the chunk after."""
+    if auxiliary is None:
+        return x
+    _derivatives.refuse_transforms("auxiliary losses of a pipeline's chunk")
+    return _Inject.apply(x, auxiliary)
+
+
+def join(loss: Tensor, auxiliary: Tensor | None, *, alone: bool) -> Tensor:
+    """The final loss, whose value stays, with the last chunk's auxiliary losses behind it."""
+    if auxiliary is None:
+        return loss
+    if _derivatives.transformed():
+        return loss + (auxiliary - auxiliary.detach()).to(loss.dtype)
+    return _Join.apply(loss, auxiliary, alone)
 
 
 class Auxiliary(nn.Module):
@@ -43,18 +84,20 @@ class Auxiliary(nn.Module):
         super().__init__()
         self.top_k, self.tp = config.top_k, mesh.tp
         self.balance_coef, self.z_coef = config.router.balance_coef, config.router.z_coef
+        self.weighs = self.balance_coef != 0 or self.z_coef != 0
         self.loads = torch.zeros(layers, config.num_experts, dtype=torch.int64, device=device)
         self.losses = torch.zeros(2, dtype=torch.float64, device=device)
 
     def forward(
-        self, x: Tensor, batch: Batch, score_sum: Tensor, counts: Tensor, z_sum: Tensor
-    ) -> Tensor:
-        """x [T/tp, H]; score_sum, counts [L*S, E] and z_sum [L*S] of own tokens, S segments a layer
-        -> x with the losses behind it."""
+        self, batch: Batch, score_sum: Tensor, counts: Tensor, z_sum: Tensor
+    ) -> Tensor | None:
+        """score_sum, counts [L*S, E] and z_sum [L*S] of own tokens, S segments a layer -> the
+        chunk's auxiliary losses, a scalar for `inject` or `join`; None where they have no part in
+        the loss."""
         layers = len(self.loads)
         self.loads += counts.unflatten(0, (layers, -1)).sum(1)
-        if self.balance_coef == 0 and self.z_coef == 0:
-            return x
+        if not self.weighs:
+            return None
         experts = counts.shape[1]
         # Counts are exact in fp32 up to 2^24 choices of an expert in a micro-batch.
         message = torch.cat([score_sum, counts.to(score_sum.dtype), z_sum[:, None]], dim=1)
@@ -64,7 +107,7 @@ class Auxiliary(nn.Module):
         z = z_sum.sum() / max(batch.num_tokens, 1)
         weight = batch.num_tokens * batch.loss_scale
         self.losses += torch.stack([balance.detach(), z.detach()]).double() * weight
-        return _Inject.apply(x, (self.balance_coef * balance + self.z_coef * z) * weight)
+        return (self.balance_coef * balance + self.z_coef * z) * weight
 
     def take(self) -> tuple[Tensor, Tensor]:
         """(loads [L, E], losses [2]) since the last call."""

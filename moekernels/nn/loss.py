@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekernels.ops import _derivatives
 from moekernels.parallel.mesh import Group
 from moekernels.parallel.tensor import all_gather, reduce_scatter
 
@@ -76,6 +77,11 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        if _derivatives.needs_plain():
+            raise RuntimeError(
+                "cross_entropy: its gradient is not differentiable (only the gradient is kept, not "
+                "what it was made of); take second derivatives of a loss over all logits"
+            )
         # In place: both are large. Asked for a second time, autograd refuses what was written to.
         dx, dweight = (t.mul_(grad) for t in ctx.saved_tensors)
         return dx, dweight.to(ctx.weight_dtype), None, None, None, None, None
@@ -90,6 +96,7 @@ def cross_entropy(
     `first`; labels [T]. Without `split` the gradient of hidden is this rank's part: enter through
     `copy_to`.
     """
+    _derivatives.refuse_transforms("cross_entropy")
     # Asked here: inside a function's forward inputs look as if they needed gradients even under
     # no_grad.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
+from moekernels.ops import _derivatives
 from moekernels.parallel.shard import shard
+
+
+def _plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * rstd * weight).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -18,11 +27,16 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
         ctx.save_for_backward(x, weight, rstd)
+        ctx.eps = eps
         return (wide * rstd).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, rstd = ctx.saved_tensors
+        if _derivatives.needs_plain():
+            needed = ctx.needs_input_grad[:2]
+            plain = partial(_plain, eps=ctx.eps)
+            return *_derivatives.vjp(plain, (x, weight), needed, (grad,)), None
         if x.dtype not in (torch.float32, torch.float64):
             grad, wide = grad.float(), x.float()
         else:
@@ -59,4 +73,6 @@ class RMSNorm(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
+        if _derivatives.transformed():
+            return _plain(x, self.weight, self.eps)
         return _RMSNorm.apply(x, self.weight, self.eps)

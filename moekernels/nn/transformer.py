@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moekernels.errors import UsageError
 from moekernels.nn.attention import Attention, Packing
-from moekernels.nn.auxiliary import Auxiliary, own_segments
+from moekernels.nn.auxiliary import Auxiliary, inject, join, own_segments
 from moekernels.nn.batch import Batch
 from moekernels.nn.config import ExpertSpec, ModelConfig, RouterConfig
 from moekernels.nn.dispatcher import make_dispatcher
@@ -156,8 +156,10 @@ class StageModel(nn.Module):
 
         The loss is this micro-batch's share of the step's mean loss, sum over tokens times
         `batch.loss_scale`: a scalar in fp32 at least, the same on every tp rank. Shares add up over
-        micro-batches and dp ranks. Without sequence parallel activations are whole, [T, H], on
-        every tp rank.
+        micro-batches and dp ranks. The auxiliary losses of the layers have no part in its value,
+        and in its gradient as if they were added, scaled as it is; where chunks before this one
+        hold some, only `batch.loss_scale` may scale it. Without sequence parallel activations are
+        whole, [T, H], on every tp rank.
         """
         mesh, config = self.mesh, self.config
         if self.first:
@@ -177,9 +179,15 @@ class StageModel(nn.Module):
             else:
                 x, *layer_sums = block(x, packing, valid, hook, segments)
             sums.append(layer_sums)
+        auxiliary = None
         if sums and torch.is_grad_enabled():
-            x = self.auxiliary(x, batch, *map(torch.cat, zip(*sums)))
-        return self._loss(batch, x) if self.last else x
+            auxiliary = self.auxiliary(batch, *map(torch.cat, zip(*sums)))
+        if not self.last:
+            return inject(x, auxiliary)
+        loss = self._loss(batch, x)
+        if auxiliary is None and self.auxiliary.weighs and loss.requires_grad:
+            auxiliary = torch.zeros_like(loss)  # no layers here, but others have some
+        return join(loss, auxiliary, alone=self.first)
 
     @staticmethod
     def _checkpointed(block: Block, *inputs) -> tuple[Tensor, ...]:

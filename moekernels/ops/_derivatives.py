@@ -16,13 +16,17 @@ from torch.autograd import forward_ad
 _functorch = torch._C._functorch
 
 
+def _in_functorch() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+# A compiler guards on torch.func's transforms by itself, so none need stay in its graph.
+_in_functorch._dynamo_marked_constant = True
+
+
 def transformed() -> bool:
     """Whether forward mode or a `torch.func` transform looks at what is computed now."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-# A compiler need not keep the question in its graph: it guards on the transforms by itself.
-transformed._dynamo_marked_constant = True
+    return forward_ad._current_level >= 0 or _in_functorch()
 
 
 def refuse_transforms(name: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moekernels import ops
+from moekernels.ops import _derivatives
 from moekernels.parallel import tensor
 from moekernels.parallel.mesh import Group
 from moekernels.parallel.stopwatch import Stopwatch
@@ -76,47 +77,97 @@ class ExchangePlan:
         )
 
 
+def _scatter(
+    x: Tensor, weights: Tensor, plan: ExchangePlan, kept: Kept | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, their weights and offsets of the local experts: what `dispatch` computes."""
+
+    def exchange() -> tuple[Tensor, Tensor, Tensor]:
+        message = ops.pack(x, weights, plan.slot_of, weights.shape[1])
+        message = all_to_all(message, plan.group, plan.receive, plan.send)
+        return ops.regroup(message, plan.counts, x.shape[1])
+
+    return _kept(kept, exchange)
+
+
+def _gather(drows: Tensor, dweights: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
+    """Its transpose: rows [R', H] and weights [R'] -> their sums [T, H] and [T, K]."""
+    message = ops.ungroup(drows.contiguous(), plan.counts, dweights.contiguous())
+    message = all_to_all(message, plan.group, plan.send, plan.receive)
+    # As one source with one expert, regroup keeps the order and takes rows and weights apart.
+    count = torch.tensor([[sum(plan.send)]])
+    drows, dweights, _ = ops.regroup(message, count, drows.shape[1])
+    dx = ops.combine(drows, plan.row_of, plan.token_of)
+    return dx, _by_slot(dweights, plan.row_of)
+
+
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weights: Tensor, plan: ExchangePlan, kept: Kept | None):
-        ctx.plan, ctx.width = plan, x.shape[1]
-
-        def exchange() -> tuple[Tensor, Tensor, Tensor]:
-            message = ops.pack(x, weights, plan.slot_of, weights.shape[1])
-            message = all_to_all(message, plan.group, plan.receive, plan.send)
-            return ops.regroup(message, plan.counts, x.shape[1])
-
-        rows, row_weights, offsets = _kept(kept, exchange)
+        ctx.plan = plan
+        rows, row_weights, offsets = _scatter(x, weights, plan, kept)
         ctx.mark_non_differentiable(offsets)
         ctx.set_materialize_grads(True)
         return rows, row_weights, offsets
 
     @staticmethod
     def backward(ctx, drows: Tensor, dweights: Tensor, _):
-        plan = ctx.plan
-        message = ops.ungroup(drows.contiguous(), plan.counts, dweights.contiguous())
-        message = all_to_all(message, plan.group, plan.send, plan.receive)
-        # As one source with one expert, regroup keeps the order and takes rows and weights apart.
-        drows, dweights, _ = ops.regroup(message, torch.tensor([[sum(plan.send)]]), ctx.width)
-        dx = ops.combine(drows, plan.row_of, plan.token_of)
-        return dx, _by_slot(dweights, plan.row_of), None, None
+        if _differentiable("dispatch"):
+            return *_DispatchBack.apply(drows, dweights, ctx.plan), None, None
+        return *_gather(drows, dweights, ctx.plan), None, None
+
+
+class _DispatchBack(torch.autograd.Function):
+    """The backward of `dispatch`, whose own is `dispatch` again: both are linear."""
+
+    @staticmethod
+    def forward(ctx, drows: Tensor, dweights: Tensor, plan: ExchangePlan):
+        ctx.plan = plan
+        ctx.set_materialize_grads(True)
+        return _gather(drows, dweights, plan)
+
+    @staticmethod
+    def backward(ctx, ddx: Tensor, ddweights: Tensor):
+        if _differentiable("dispatch"):
+            return *_Dispatch.apply(ddx, ddweights, ctx.plan, None)[:2], None
+        return *_scatter(ddx, ddweights, ctx.plan)[:2], None
+
+
+def _bring(rows: Tensor, plan: ExchangePlan) -> Tensor:
+    """Rows of the local experts -> each token's sum: what `combine` computes."""
+    message = ops.ungroup(rows.contiguous(), plan.counts)
+    message = all_to_all(message, plan.group, plan.send, plan.receive)
+    return ops.combine(message, plan.row_of, plan.token_of)
+
+
+def _spread(dout: Tensor, plan: ExchangePlan) -> Tensor:
+    """Its transpose."""
+    message = ops.permute(dout.contiguous(), plan.token_of, plan.row_of)
+    message = all_to_all(message, plan.group, plan.receive, plan.send)
+    return ops.regroup(message, plan.counts, dout.shape[1])[0]
 
 
 class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, plan: ExchangePlan) -> Tensor:
-        ctx.plan = plan
-        message = ops.ungroup(rows, plan.counts)
-        message = all_to_all(message, plan.group, plan.send, plan.receive)
-        return ops.combine(message, plan.row_of, plan.token_of)
+    """`combine`, or with `back` its backward: each is the other's transpose."""
 
     @staticmethod
-    def backward(ctx, dout: Tensor):
-        plan = ctx.plan
-        message = ops.permute(dout.contiguous(), plan.token_of, plan.row_of)
-        message = all_to_all(message, plan.group, plan.receive, plan.send)
-        drows, _, _ = ops.regroup(message, plan.counts, dout.shape[1])
-        return drows, None
+    def forward(ctx, x: Tensor, plan: ExchangePlan, back: bool) -> Tensor:
+        ctx.plan, ctx.back = plan, back
+        return (_spread if back else _bring)(x, plan)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if _differentiable("combine"):
+            return _Combine.apply(grad, ctx.plan, not ctx.back), None, None
+        return (_bring if ctx.back else _spread)(grad, ctx.plan), None, None
+
+
+def _differentiable(name: str) -> bool:
+    """Asked in a backward: whether it must be differentiable itself."""
+    if not _derivatives.needs_plain():
+        return False
+    _derivatives.refuse_transforms(name)
+    return True
 
 
 def _by_slot(row_values: Tensor, row_of: Tensor) -> Tensor:
@@ -164,12 +215,14 @@ def dispatch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, H], weights [T, K] -> rows [R', H] of the local experts in expert order, their weights
     [R'], offsets [e+1]."""
+    _derivatives.refuse_transforms("dispatch")
     return _Dispatch.apply(x, weights, plan, kept)
 
 
 def combine(rows: Tensor, plan: ExchangePlan) -> Tensor:
     """Weighted rows [R', H] of the local experts -> [T, H], each token's rows summed."""
-    return _Combine.apply(rows, plan)
+    _derivatives.refuse_transforms("combine")
+    return _Combine.apply(rows, plan, False)
 
 
 # The all-gather form, for more choices than peers: every rank sees all tokens of the group and
@@ -211,35 +264,52 @@ def sum_uneven(parts: list[Tensor], sizes: list[int], group: Group) -> list[Tens
     return summed
 
 
+def _gather_all(x: Tensor, weights: Tensor, ids: Tensor, sizes: list[int], group: Group):
+    likes = [x, weights, ids]
+    return _from_bytes(gather_uneven(_to_bytes(likes), sizes, group), likes)
+
+
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, ids, sizes, group, kept):
         ctx.sizes, ctx.group = sizes, group
-
-        def exchange() -> tuple[Tensor, ...]:
-            message = _to_bytes([x, weights, ids])
-            return _from_bytes(gather_uneven(message, sizes, group), [x, weights, ids])
-
-        x, weights, ids = _kept(kept, exchange)
+        x, weights, ids = _kept(kept, lambda: _gather_all(x, weights, ids, sizes, group))
         ctx.mark_non_differentiable(ids)
         ctx.set_materialize_grads(True)
         return x, weights, ids
 
     @staticmethod
     def backward(ctx, dx: Tensor, dweights: Tensor, _):
-        dx, dweights = sum_uneven([dx, dweights], ctx.sizes, ctx.group)
+        if _differentiable("gather_tokens"):  # each is a sum over the peers
+            dx = _SumTokens.apply(dx, ctx.sizes, ctx.group, False)
+            dweights = _SumTokens.apply(dweights, ctx.sizes, ctx.group, False)
+        else:
+            dx, dweights = sum_uneven([dx, dweights], ctx.sizes, ctx.group)
         return dx, dweights, None, None, None, None
 
 
+def _sum_one(partial: Tensor, sizes: list[int], group: Group) -> Tensor:
+    return sum_uneven([partial], sizes, group)[0]
+
+
+def _gather_one(dout: Tensor, sizes: list[int], group: Group) -> Tensor:
+    return gather_uneven(dout.contiguous(), sizes, group)
+
+
 class _SumTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, partial: Tensor, sizes: list[int], group: Group) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return sum_uneven([partial], sizes, group)[0]
+    """`sum_tokens`, or with `back` its backward: each is the other's transpose."""
 
     @staticmethod
-    def backward(ctx, dout: Tensor):
-        return gather_uneven(dout.contiguous(), ctx.sizes, ctx.group), None, None
+    def forward(ctx, x: Tensor, sizes: list[int], group: Group, back: bool) -> Tensor:
+        ctx.sizes, ctx.group, ctx.back = sizes, group, back
+        return (_gather_one if back else _sum_one)(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if _differentiable("sum_tokens"):
+            return _SumTokens.apply(grad, ctx.sizes, ctx.group, not ctx.back), None, None, None
+        grad = (_sum_one if ctx.back else _gather_one)(grad, ctx.sizes, ctx.group)
+        return grad, None, None, None
 
 
 def token_counts(x: Tensor, group: Group, *, alike: bool, kept: Kept | None = None) -> list[int]:
@@ -260,9 +330,11 @@ def gather_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, H], weights and ids [T, K] of every peer, one after the other. Backward sums the
     gradients of own tokens."""
+    _derivatives.refuse_transforms("gather_tokens")
     return _GatherTokens.apply(x, weights, ids, sizes, group, kept)
 
 
 def sum_tokens(partial: Tensor, sizes: list[int], group: Group) -> Tensor:
     """Partial sums [all tokens, H] of every peer -> the sums of own tokens [T, H]."""
-    return _SumTokens.apply(partial, sizes, group)
+    _derivatives.refuse_transforms("sum_tokens")
+    return _SumTokens.apply(partial, sizes, group, False)

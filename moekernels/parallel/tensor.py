@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moekernels.ops import _derivatives
 from moekernels.parallel.mesh import Group
 
 # torch 2.13 renamed these two and warns at the old names.
@@ -120,23 +121,32 @@ def _identity(x: Tensor, group: Group) -> Tensor:
 
 
 def _conjugate(name: str, forward, backward, doc: str):
-    """An autograd function of (x, group) from two raw ones, skipped where the group is one rank."""
+    """An autograd function of (x, group) from two raw ones, skipped where the group is one rank.
+
+    Both are linear and each other's transpose: the backward of the backward is the forward.
+    """
 
     class Conjugate(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x: Tensor, group: Group) -> Tensor:
-            ctx.group = group
-            out = forward(x, group)
+        def forward(ctx, x: Tensor, group: Group, back: bool) -> Tensor:
+            ctx.group, ctx.back = group, back
+            out = (backward if back else forward)(x, group)
             return x.view_as(x) if out is x else out
 
         @staticmethod
-        def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-            return backward(grad, ctx.group), None
+        def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+            if _derivatives.needs_plain():
+                _derivatives.refuse_transforms(name)
+                return Conjugate.apply(grad, ctx.group, not ctx.back), None, None
+            return (forward if ctx.back else backward)(grad, ctx.group), None, None
 
     Conjugate.__name__ = Conjugate.__qualname__ = name
 
     def function(x: Tensor, group: Group) -> Tensor:
-        return x if group.size == 1 else Conjugate.apply(x, group)
+        if group.size == 1:
+            return x
+        _derivatives.refuse_transforms(name)
+        return Conjugate.apply(x, group, False)
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = doc
