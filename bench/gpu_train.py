@@ -21,7 +21,8 @@ FIRST, LATER = 1e-4, 1e-2  # relative: one step's rounding; what training makes 
 
 def losses(device: str, steps: int, folder: Path) -> list[float]:
     command = [sys.executable, "-m", "moekernels", "train", *RUN.split()]
-    command += ["--device", device, "--steps", str(steps), "--out", str(folder)]
+    command += ["--device", device, "--steps", str(steps), "--save-every", "0"]
+    command += ["--out", str(folder)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [jsonio.restore(json.loads(line))["loss"] for line in lines]

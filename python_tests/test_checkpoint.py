@@ -183,6 +183,13 @@ def test_only_a_verified_checkpoint_lets_an_older_one_go(tmp_path, where):
     assert {"step-0000006", "step-0000008"} <= set(names(tmp_path))
 
 
+def test_the_one_just_written_stays(tmp_path):
+    """Though newer ones are good: a disk may have come back since they were passed over."""
+    write(tmp_path, ONE, 8, 9)
+    write(tmp_path, ONE, 3, keep=2)
+    assert names(tmp_path) == ["step-0000003", "step-0000008", "step-0000009"]
+
+
 def test_another_runs_checkpoint_keeps_nothing_s_place(tmp_path):
     write(tmp_path, ONE, 9, run="b")
     write(tmp_path, ONE, 3, keep=1, run="a")

@@ -63,7 +63,7 @@ class Checkpoints:
         self.token = _agreed_token(mesh)  # no note of an earlier attempt is taken for one of ours
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
-        self._final: Path | None = None  # of the save under way
+        self._partial: Path | None = None  # where the save under way is written
         self._given_up = threading.Event()
 
     def save(self, step: int, state: State, facts: dict) -> Path:
@@ -86,8 +86,8 @@ class Checkpoints:
         else:  # no memory for a copy: the step waits for the disk
             self._write_own(partial, own)
             self._pending = self._worker.submit(self._complete, partial, manifest)
-        self._final = self.folder / manifests.step_name(step)
-        return self._final
+        self._partial = partial
+        return self.folder / manifests.step_name(step)
 
     def poll(self) -> None:
         """Raise what went wrong in the save under way, if that is known by now."""
@@ -97,8 +97,8 @@ class Checkpoints:
     def wait(self) -> None:
         """Until the save under way is whole, on every rank; RunError where it cannot be."""
         self._own_part()
-        while self._final is not None and not self._final.exists():
-            time.sleep(POLL_SECONDS)  # for rank 0, which ends the run if it cannot
+        while self._partial is not None and self._partial.exists():
+            time.sleep(POLL_SECONDS)  # for rank 0 to rename it, which ends the run if it cannot
 
     def _own_part(self) -> None:
         """Until this rank's part of the save under way is on the disk."""
@@ -107,7 +107,7 @@ class Checkpoints:
             try:
                 pending.result()
             except BaseException:
-                self._final = None
+                self._partial = None
                 raise
 
     def close(self, failed: bool = False) -> None:
@@ -201,14 +201,14 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         self.trusted[final] = manifests.signature(final, manifest.files)
-        self._prune()
+        self._prune(final)
 
-    def _prune(self) -> None:
+    def _prune(self, written: Path) -> None:
         """Delete what is older than the `keep` newest that are verified: those count alone, so the
-        last good one always stays."""
+        last good one always stays, and so does the one just written."""
         good = 0
         for path in steps(self.folder):
-            if good >= self.keep:
+            if good >= self.keep and path != written:
                 shutil.rmtree(path, ignore_errors=True)
             elif self._good(path):
                 good += 1
