@@ -6,119 +6,26 @@ interrupted, 143 terminated.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
 import os
-import re
 import signal
 import subprocess
 import sys
-import typing
 from importlib.util import find_spec
 from pathlib import Path
 
-from moekernels import __version__
+from moekernels import __version__, console
 from moekernels.errors import PlaceError, RunError, UsageError
+from moekernels.flags import Parser, add_config_flags, default_text, number, path, word
 from moekernels.train import config as cfg
 from moekernels.train.stop import Terminated, end_now, handled
 
 RUNS = ("numpy", "tokenizers", "rich", "matplotlib", "safetensors")
 NEEDS = {"train": RUNS, "plan": RUNS, "verify": ("numpy",), "bench": (*RUNS, "pytest-benchmark")}
 
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line, with the nearest flag that exists."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        commands = next((a.choices for a in self._actions if a.dest == "command"), None)
-        if commands and "command" in message:
-            given = re.search(r"invalid choice: '([^']*)'", message)
-            near = difflib.get_close_matches(given[1], commands, n=1, cutoff=0.5) if given else []
-            message = f"unknown command {given[1]}" if given else "no command given"
-            message += f": did you mean {near[0]}?" if near else f"; one of {', '.join(commands)}"
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            wrong = message[len(prefix) :].split()[0]
-            flags = list(self._option_string_actions) if wrong.startswith("-") else []
-            near = difflib.get_close_matches(wrong.split("=")[0], flags, n=1, cutoff=0.5)
-            message = f"unknown argument {wrong}" + (
-                f": did you mean {near[0]}?" if near else f"; see {self.prog} -h"
-            )
-        raise UsageError(message)
-
-    def parse_known_args(self, args=None, namespace=None):
-        # A subparser hands what it does not know up to the main parser, which knows no flag to
-        # suggest.
-        namespace, rest = super().parse_known_args(args, namespace)
-        if rest and self.prog.count(" "):
-            self.error(f"unrecognized arguments: {' '.join(rest)}")
-        return namespace, rest
-
-
-class _Given(argparse.Action):
-    """Collects configuration flags as given, by (section, key), so that presets and files stay
-    beneath them."""
-
-    def __init__(self, option_strings, dest, key=None, **kwargs):
-        super().__init__(option_strings, dest, **kwargs)
-        self.key = key
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        if self.nargs == 0:
-            values = not option_string.startswith("--no-")
-        namespace.flags = {**namespace.flags, self.key: values}
-
-
-def _number(kind: type, auto: bool = False):
-    def parse(text: str):
-        if auto and text == "auto":
-            return text
-        try:
-            return kind(text)
-        except ValueError:
-            wanted = "a whole number" if kind is int else "a number"
-            wanted += " or auto" if auto else ""
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}") from None
-
-    return parse
-
-
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """`--preset`, `--config`, and one flag for every key of the sections that drive a run."""
-    parser.set_defaults(flags={})
-    parser.add_argument(
-        "--preset", help=f"a configuration of the package: {', '.join(cfg.preset_names())}"
-    )
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="a TOML file over the preset; flags come last"
-    )
-    for name in cfg.FLAG_SECTIONS:
-        section = cfg.SECTIONS[name]
-        group = parser.add_argument_group(section.__doc__.rstrip("."))
-        for f in dataclasses.fields(section):
-            flag = cfg.flag_of(section, f.name)
-            kind = typing.get_type_hints(section)[f.name]
-            text = f.metadata["help"].replace("%", "%%")
-            common = {
-                "action": _Given,
-                "key": (name, f.name),
-                "dest": argparse.SUPPRESS,
-                "help": text,
-            }
-            if kind is bool:
-                group.add_argument(f"--{flag}", f"--no-{flag}", nargs=0, **common)
-            else:
-                auto = bool(f.metadata.get("auto"))
-                parse = str if kind is str else _number(kind, auto)
-                metavar = (
-                    "|".join(f.metadata["choices"])
-                    if f.metadata.get("choices")
-                    else kind.__name__.upper() + "|auto" * auto
-                )
-                group.add_argument(f"--{flag}", type=parse, metavar=metavar, **common)
-
-
+DEGREE_DEFAULTS = {
+    "ep": " (default: tp/etp where that is whole, else 1)",
+    "dp": " (default: 1, under torchrun what remains of its ranks)",
+}
 PLAN_FLAGS = {  # flags of `plan` alone: section, key, type, help
     "gpus": ("hardware", "gpus", int, "cards"),
     "gpus_per_node": ("hardware", "gpus_per_node", int, "cards of a node"),
@@ -155,7 +62,7 @@ def build_parser() -> Parser:
         "of its ranks).",
         allow_abbrev=False,
     )
-    train.add_argument("--out", type=Path, help="folder of the run (default runs/<name>)")
+    train.add_argument("--out", type=path, help="folder of the run (default: runs/<name>)")
     train.add_argument(
         "--name", help="name of the run under runs/ (default: the preset's, or the file's)"
     )
@@ -168,7 +75,7 @@ def build_parser() -> Parser:
         help="go on from the newest whole checkpoint in --out; auto: or begin anew where there is "
         "none (default must; torchrun's restarts take auto by themselves)",
     )
-    add_config_flags(train)
+    add_config_flags(train, "tiny")
     train.set_defaults(run=_train)
 
     verify = commands.add_parser(
@@ -180,17 +87,24 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     for degree in cfg.DEGREES:
-        verify.add_argument(f"--{degree}", type=_number(int), metavar="INT")
+        text = cfg.help_of("layout", degree) + DEGREE_DEFAULTS.get(degree, " (default: 1)")
+        verify.add_argument(f"--{degree}", type=number(int), metavar="INT", help=text)
     verify.add_argument(
         "--all", action="store_true", help="every layout and variant that the project promises"
     )
-    verify.add_argument("--schedule", default="1f1b", help="gpipe, 1f1b or interleaved")
-    verify.add_argument("--experts", type=_number(int), default=8, metavar="INT")
-    verify.add_argument("--top-k", type=_number(int), default=2, metavar="INT")
-    verify.add_argument("--steps", type=_number(int), default=3, metavar="INT")
-    verify.add_argument("--balance-scope", default="microbatch", help="microbatch or sequence")
-    verify.add_argument("--dtype", default="fp64", help="fp64 (to 1e-9) or fp32 (to 1e-5)")
-    verify.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    for flag, kind, value, text in (
+        ("schedule", str, "1f1b", "gpipe, 1f1b or interleaved"),
+        ("experts", int, 8, "experts of a layer"),
+        ("top-k", int, 2, "experts that a token visits"),
+        ("steps", int, 3, "steps to compare"),
+        ("balance-scope", str, "microbatch", "microbatch or sequence"),
+        ("dtype", str, "fp64", "fp64 (to 1e-9) or fp32 (to 1e-5)"),
+        ("device", str, "auto", "auto, cpu or cuda"),
+    ):
+        parse, metavar = (str, None) if kind is str else (number(kind), "INT")
+        verify.add_argument(
+            f"--{flag}", type=parse, default=value, metavar=metavar, help=text + default_text(value)
+        )
     verify.set_defaults(run=_verify)
 
     plan = commands.add_parser(
@@ -203,27 +117,36 @@ def build_parser() -> Parser:
         "search. Needs no GPU and runs nothing.",
         allow_abbrev=False,
     )
-    for name, (_, _, kind, text) in PLAN_FLAGS.items():
-        parse = str if kind is str else _number(kind)
+    run = cfg.resolve("spec-30b", None, {})
+    for name, (section, key, kind, text) in PLAN_FLAGS.items():
+        parse = word if kind is str else number(kind)
         flag, metavar = "--" + name.replace("_", "-"), kind.__name__.upper()
+        text += default_text(getattr(getattr(run, section), key))
         plan.add_argument(flag, type=parse, metavar=metavar, help=text)
-    plan.add_argument(
-        "--lengths-from", type=Path, metavar="FILE", help="lengths of a step's sequences"
-    )
-    plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots")
-    plan.add_argument("--trace", type=Path, metavar="FILE", help="write the flush as Chrome trace")
+    for flag, text in (
+        ("lengths-from", "lengths of a step's sequences (default: as --lengths)"),
+        ("html", "write a page with plots (default: none)"),
+        ("trace", "write the flush as Chrome trace (default: none)"),
+    ):
+        plan.add_argument(f"--{flag}", type=path, metavar="FILE", help=text)
+    plan.add_argument("--json", action="store_true", help="print JSON, not the screen")
     plan.add_argument(
         "--calibrate", action="store_true", help="measure this machine's constants and store them"
     )
     plan.add_argument(
-        "--here", type=_number(int), metavar="RANKS", help="plan for ranks of this machine"
+        "--here",
+        type=number(int),
+        metavar="RANKS",
+        help="plan for ranks of this machine (default: for the cards of [hardware])",
     )
     plan.add_argument(
-        "--against", type=Path, metavar="RUN", help="a run's measured times beside the prediction"
+        "--against",
+        type=path,
+        metavar="RUN",
+        help="a run's measured times beside the prediction (default: plan)",
     )
     plan.add_argument("--all", action="store_true", help="every table, every rejected layout")
-    add_config_flags(plan)
+    add_config_flags(plan, "spec-30b")
     plan.set_defaults(run=_plan)
 
     bench = commands.add_parser(
@@ -235,10 +158,11 @@ def build_parser() -> Parser:
     info.add_argument(
         "--explain",
         metavar="SHAPE",
-        help='which CUDA kernel each product of a layer takes: "T=16384 H=2048 F=4096 E=64 K=2"',
+        help='which CUDA kernel each product of a layer takes: "T=16384 H=2048 F=4096 E=64 K=2" '
+        "(default: none)",
     )
     info.add_argument(
-        "--device", metavar="ARCH", help="with --explain: for sm_90, say, not the device here"
+        "--device", metavar="ARCH", help="with --explain: for sm_90, say (default: the one here)"
     )
     info.set_defaults(run=_info)
     return parser
@@ -353,7 +277,9 @@ def _check_environment() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        console.prepare()
     # Under a launcher one rank a machine says what all find.
     quiet = (os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or "0") != "0"
     try:
@@ -367,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
                 return args.run(args)
         except UsageError as error:
             if not quiet or isinstance(error, PlaceError):
-                print(f"moekernels: {' '.join(str(error).split())}", file=sys.stderr)
+                print(f"moekernels: {error}", file=sys.stderr)
             return 2
     except KeyboardInterrupt:
         print("moekernels: interrupted", file=sys.stderr)
@@ -375,12 +301,9 @@ def main(argv: list[str] | None = None) -> int:
     except Terminated:
         print("moekernels: terminated", file=sys.stderr)
         return 128 + signal.SIGTERM
-    except BrokenPipeError:  # the reader of our output is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except RunError as error:
         if not quiet:
-            print(f"moekernels: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"moekernels: {error}", file=sys.stderr)
         return 1
     except Exception as error:  # noqa: BLE001
         from moekernels.train.launch import RankFailure, say

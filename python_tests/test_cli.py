@@ -42,7 +42,7 @@ def run(capsys, *argv):
         (["train", "--resume", "--out", "/tmp/moekernels-never-there"], ["no checkpoint"]),
         (["verify", "--tp", "3"], ["tp 3"]),
         (["verify", "--experts", "6", "--dp", "4", "--ep", "4"], ["ep 4", "6 experts"]),
-        (["verify", "--dtype", "bf16"], ["bf16", "did you mean fp"]),
+        (["verify", "--dtype", "bf16"], ["bf16", "it is one of fp32, fp64"]),
         (["verify", "--schedule", "1f1d"], ["1f1d", "1f1b"]),
         (["info", "--explain", "T=4 H=8 F=8 E=2"], ["K missing", "T=16384"]),
         (["info", "--explain", "T=4 H=8 F=8 E=2 K=3"], ["K=3", "E=2"]),

@@ -47,6 +47,7 @@ def test_folder_of_a_run(whole):
         "loads.json",
         "loss.png",
         "metrics.jsonl",
+        "tokenizer.json",
         "trace.json",
         "trace_planned.json",
     ]

@@ -88,7 +88,7 @@ def plan_batch(
     """
     cost = cost or Cost()
     lengths = [int(n) for n in lengths]
-    _check(lengths, microbatches, dp, align, policy)
+    check(lengths, microbatches, dp, align, policy)
     parts = dp * microbatches
     if policy == "packed":
         groups = _packed(lengths, parts, align, cost, max_tokens)
@@ -118,7 +118,8 @@ def plan_batch(
     return BatchPlan(groups=deal(groups), rows=deal(rows), costs=deal(costs), pad_to=deal(pads))
 
 
-def _check(lengths, microbatches, dp, align, policy) -> None:
+def check(lengths: list[int], microbatches: int, dp: int, align: int, policy: str) -> None:
+    """UsageError where there is no plan, whatever the costs."""
     for name, value in (("microbatches", microbatches), ("dp", dp), ("align", align)):
         if value < 1:
             raise UsageError(f"batch: {name} is {value}; at least 1 would do")

@@ -18,12 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from moekernels import jsonio
+from moekernels.data.documents import Documents, survey
+from moekernels.data.progress import Progress
 from moekernels.data.shuffle import permutation
-from moekernels.data.sources import STDLIB, fingerprint, list_files, read_documents
+from moekernels.data.sources import STDLIB, TextFile, fingerprint, list_files
 from moekernels.data.tokenizer import Tokenizer, check_vocab_size, library_version
 from moekernels.errors import UsageError
+from moekernels.files import cache_folder
 
-_FORMAT = 1  # part of the cache's key; raise it when the files or the way to them change
+_FORMAT = 2  # part of the cache's key; raise it when the files or the way to them change
 _SAMPLE_BYTES = 4_000_000  # what the tokenizer is trained on: more text hardly changes the merges
 _SHUFFLE_SEED = 0  # the same documents are held out in every run, whatever the run's seed
 
@@ -84,48 +87,61 @@ def load_corpus(
     cache: str | os.PathLike | None = None,
     text_field: str = "text",
     log: Callable[[str], None] | None = None,
+    tokenizer: str | os.PathLike | None = None,
 ) -> Corpus:
     """The tokenised corpus: from the cache, or built there once, whoever comes first.
 
     Every rank may call this; a lock lets one of them build and the others wait for it.
+    `tokenizer`: a file that a run keeps, to be used instead of learning one.
     """
     check_vocab_size(vocab_size)  # before any work, and where a cache would hide it
     files = list_files(source)
-    key = [_FORMAT, library_version(), _SAMPLE_BYTES, vocab_size, text_field, fingerprint(files)]
-    identity = hashlib.sha256(jsonio.dumps(key).encode()).hexdigest()[:24]
-    root = Path(cache) if cache is not None else default_cache()
-    folder = root / f"corpus-{identity}"
-    if (corpus := _open(folder, identity)) is not None:
+    text = [_FORMAT, text_field, fingerprint(files)]
+    key = [*text, library_version(), _SAMPLE_BYTES, vocab_size]
+    root = Path(cache) if cache is not None else cache_folder()
+    given = None
+    if tokenizer is not None:
+        given = Tokenizer.load(tokenizer)
+        if given.vocab_size > vocab_size:
+            raise UsageError(
+                f"{tokenizer}: {given.vocab_size} entries, but the vocabulary has {vocab_size}"
+            )
+        known = _open(root / f"corpus-{_hash(key)}")  # of the same release, as a rule
+        if isinstance(known, Corpus) and known.identity == _identity(text, given):
+            return known
+        key = [*text, given.hash()]
+    folder = root / f"corpus-{_hash(key)}"
+    corpus = _open(folder)
+    if isinstance(corpus, Corpus):
         return corpus
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _lock(root / f"corpus-{identity}.lock"):
-            if (corpus := _open(folder, identity)) is None:
+        with _lock(folder.with_suffix(".lock")):
+            corpus = _open(folder)
+            if not isinstance(corpus, Corpus):
                 if log is not None:
                     what = f"{len(files)} files" if len(files) > 1 else str(files[0].path)
-                    log(f"tokenising {what}, once; the result is kept in {folder}")
-                documents, skipped = read_documents(files, text_field)
+                    damage = f"{folder} is damaged ({corpus}); " if corpus else ""
+                    log(f"{damage}tokenising {what}, once; the result is kept in {folder}")
                 name = source if isinstance(source, str) else ", ".join(source)
-                _build(folder, name, len(files), documents, skipped, vocab_size)
-                corpus = _open(folder, identity)
+                with Progress(log) as progress:
+                    progress.stage("reading", sum(map(_size, files)))
+                    documents = survey(files, text_field, progress.advance)
+                    _build(folder, name, documents, vocab_size, given, text, progress)
+                corpus = _open(folder)
     except OSError as error:
         raise UsageError(
             f"data: the tokenised corpus cannot be kept in {root} ({error.strerror}); "
             "another cache folder, or XDG_CACHE_HOME set to one, would do"
         ) from error
-    if corpus is None:
-        raise RuntimeError(f"data: {folder} was written, but does not read back whole")
+    if not isinstance(corpus, Corpus):
+        raise RuntimeError(f"data: {folder} was written, but does not read back whole: {corpus}")
     return corpus
 
 
-def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moekernels"
-
-
-def unigram_entropy(tokens: np.ndarray) -> float:
-    """Entropy of the token frequencies, in nats."""
-    counts = np.bincount(tokens)
-    p = counts[counts > 0] / len(tokens)
+def unigram_entropy(counts: np.ndarray) -> float:
+    """Entropy of tokens that occur so often, in nats."""
+    p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
 
 
@@ -136,33 +152,79 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(folder, source, files, documents, skipped, vocab_size) -> None:
+def _hash(key: list) -> str:
+    return hashlib.sha256(jsonio.dumps(key).encode()).hexdigest()[:24]
+
+
+def _identity(text: list, tokenizer: Tokenizer) -> str:
+    """Of the same text in the same tokens, whichever release of tokenizers made them."""
+    return _hash([*text, tokenizer.hash()])
+
+
+def _size(file: TextFile) -> int:
+    try:
+        return file.path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _build(
+    folder: Path,
+    source: str,
+    documents: Documents,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    text: list,
+    progress: Progress,
+) -> None:
     """Write everything beside the folder, then rename: a folder of this name is always whole."""
     for leftover in folder.parent.glob(f"{folder.name}.partial-*"):  # ours alone: we hold the lock
         shutil.rmtree(leftover, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)  # what is there did not open
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
-        documents = [documents[i] for i in permutation(len(documents), _SHUFFLE_SEED, 0)]
-        tokenizer = Tokenizer.train(_sample(documents), vocab_size)
-        dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-        tokens, lengths = tokenizer.encode_documents(documents, dtype)
+        order = permutation(len(documents), _SHUFFLE_SEED, 0)
+        characters = int(documents.characters.sum())
+        if tokenizer is None:
+            progress.stage(f"learning {vocab_size} tokens")
+            sample = _sample(documents, order, characters)
+            tokenizer = progress.wait_for(lambda: Tokenizer.train(sample, vocab_size))
+        progress.stage("tokenising", len(documents))
+        dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        lengths, counts = np.zeros(len(order), np.int64), np.zeros(vocab_size, np.int64)
+        pieces = tokenizer.encode_documents(map(documents.parts, order), dtype)
+        with open(partial / "tokens.npy", "wb") as file:
+            begin = _header(file, 0, dtype)
+            done = 0
+            for number, tokens in pieces:
+                file.write(tokens.tobytes())
+                lengths[number] += len(tokens)
+                counts += np.bincount(tokens, minlength=vocab_size)
+                progress.advance(number - done)
+                done = number
+            file.seek(0)
+            if _header(file, int(lengths.sum()), dtype) != begin:
+                raise RuntimeError("data: numpy's header is not as long for every length")
+        documents.close()
         stats = CorpusStats(
             source=source,
-            files=files,
-            skipped=skipped,
+            files=len(documents.files),
+            skipped=documents.skipped,
             documents=len(documents),
-            characters=sum(map(len, documents)),
-            tokens=len(tokens),
+            characters=characters,
+            tokens=int(lengths.sum()),
             vocab_size=tokenizer.vocab_size,
-            unigram_entropy=unigram_entropy(tokens),
+            unigram_entropy=unigram_entropy(counts),
         )
         tokenizer.save(partial / "tokenizer.json")
-        np.save(partial / "tokens.npy", tokens)
         np.save(partial / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
-        sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
-        meta = {"stats": asdict(stats), "sizes": sizes}
-        (partial / "corpus.json").write_text(jsonio.dumps(meta, indent=1))
+        meta = {
+            "identity": _identity(text, tokenizer),
+            "stats": asdict(stats),
+            "hashes": {path.name: _hash_of(path) for path in sorted(partial.iterdir())},
+        }
+        meta["hash"] = _hash([meta])
+        (partial / "corpus.json").write_text(jsonio.dumps(meta, indent=1), encoding="utf-8")
         for path in partial.iterdir():  # a name must not reach the disk before its contents
             with open(path) as file:
                 os.fsync(file.fileno())
@@ -173,25 +235,45 @@ def _build(folder, source, files, documents, skipped, vocab_size) -> None:
         raise
 
 
-def _open(folder: Path, identity: str) -> Corpus | None:
-    """The corpus in a folder, or None if it is not there or not whole."""
+def _header(file, length: int, dtype: np.dtype) -> int:
+    """Begin a .npy file of so many tokens; the header's end. numpy leaves room for the length to
+    grow in place."""
+    shape = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(file, {**shape, "shape": (length,)})
+    return file.tell()
+
+
+def _hash_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open(folder: Path) -> Corpus | str:
+    """The corpus in a folder; else why it is not whole, empty where there is no folder."""
+    if not folder.exists():
+        return ""
     try:
-        meta = json.loads((folder / "corpus.json").read_text())
-        if any((folder / name).stat().st_size != size for name, size in meta["sizes"].items()):
-            return None
+        meta = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        if meta.pop("hash") != _hash([meta]):
+            return "corpus.json is not as it was written"
+        for name, value in meta["hashes"].items():
+            if _hash_of(folder / name) != value:
+                return f"{name} is not as it was written"
         return Corpus(
             folder=folder,
-            identity=identity,
+            identity=meta["identity"],
             stats=CorpusStats(**meta["stats"]),
             tokens=np.load(folder / "tokens.npy", mmap_mode="r"),
             offsets=np.load(folder / "offsets.npy"),
         )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except OSError as error:
+        return f"{Path(error.filename or folder).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "corpus.json is not as it was written"
 
 
-def _sample(documents: list[str]) -> list[str]:
+def _sample(documents: Documents, order: np.ndarray, characters: int) -> Iterator[str]:
     """Up to _SAMPLE_BYTES of text: an equal share of the beginning of every document."""
-    total = sum(map(len, documents))
-    share = min(1.0, _SAMPLE_BYTES / total)
-    return [document[: math.ceil(len(document) * share)] for document in documents]
+    share = min(1.0, _SAMPLE_BYTES / characters)
+    for number in order:
+        yield documents.beginning(number, math.ceil(documents.characters[number] * share))

@@ -208,7 +208,7 @@ class BatchLoader:
             if name == "corpus":
                 raise UsageError(
                     f"data: {self.corpus.stats.source} is not the text that the checkpoint was "
-                    "trained on; the same files, vocabulary and release of tokenizers would do"
+                    "trained on; the same files and vocabulary would do"
                 )
             raise UsageError(
                 f"batch: {name} is {here}, but was {saved} when the checkpoint was saved; "

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sysconfig
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from moekernels.errors import UsageError
 
 STDLIB = "stdlib"
+JSONL = (".jsonl", ".ndjson")
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_REMEDY = "name a UTF-8 text file, a directory of them, a .jsonl file, or stdlib"
+REMEDY = "name a UTF-8 text file, a directory of them, a .jsonl file, or stdlib"
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,19 @@ class TextFile:
     path: Path
     name: str  # relative to what the user named: the order of documents hangs on it
     named: bool
+    fault: str = ""  # why it is to be skipped, known without reading it
 
 
-class _Unfit(Exception):
+class Unfit(Exception):
     """A file that yields no text: a reason to count it under, and the details for a message."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
         self.reason, self.detail = reason, detail
+
+
+def is_jsonl(path: Path) -> bool:
+    return path.suffix.lower() in JSONL
 
 
 def list_files(source: str | Sequence[str]) -> list[TextFile]:
@@ -43,102 +50,101 @@ def list_files(source: str | Sequence[str]) -> list[TextFile]:
         files = _walk(root, lambda path: path.suffix == ".py", skip=_NOT_LIBRARY)
     elif os.path.isdir(source):
         files = _walk(Path(source), lambda path: True)
+    elif not source:
+        raise UsageError(f"data: the name is empty; {REMEDY}")
     else:
         files = [TextFile(Path(source), Path(source).name, named=True)]
     if not files:
-        raise UsageError(f"data: there are no files in {source!r}; {_REMEDY}")
+        raise UsageError(f"data: there are no files in {source!r}; {REMEDY}")
     return files
 
 
 def _walk(root: Path, wanted, skip: set[str] = frozenset()) -> list[TextFile]:
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [f for f in folders if f not in skip and not f.startswith(".")]
-        paths = (Path(folder, name) for name in names if not name.startswith("."))
-        files += [TextFile(p, p.relative_to(root).as_posix(), False) for p in paths if wanted(p)]
+    """Files below a folder. Linked folders are followed when all that lies here is known, and none
+    is read twice: where links make a circle, or lead up to a folder that holds this one, they are
+    counted as skipped."""
+    files: list[TextFile] = []
+    above = {_identity(path) for path in root.resolve().parents}
+    seen: set[tuple[int, int]] = set()
+    folders, linked = deque([root]), deque()
+    while folders or linked:
+        followed = not folders
+        folder = linked.popleft() if followed else folders.popleft()
+
+        def leave_out(path: Path, reason: str) -> None:
+            files.append(TextFile(path, path.relative_to(root).as_posix(), False, reason))
+
+        try:
+            identity = _identity(folder)
+            if followed and identity in above | seen:
+                leave_out(folder, "a link to a folder that is read already")
+                continue
+            seen.add(identity)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            if folder == root:
+                raise UsageError(f"data: {root} is unreadable; {REMEDY}") from None
+            leave_out(folder, "unreadable")
+            continue
+        for entry in entries:
+            path = Path(folder, entry.name)
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry):
+                if entry.name not in skip:
+                    (linked if entry.is_symlink() else folders).append(path)
+            elif wanted(path):
+                files.append(TextFile(path, path.relative_to(root).as_posix(), False))
     return sorted(files, key=lambda file: file.name)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: reading it as a file says so
+        return False
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def fingerprint(files: list[TextFile]) -> str:
     """A hash over names and contents: equal text gives the same tokens, whatever the clock says."""
     digest = hashlib.sha256()
     for file in files:
+        content = hashlib.sha256()
         try:
-            content = _read(file.path)
-        except _Unfit as fault:
-            _refuse_if_named(file, fault)
-            content = b""
-        digest.update(f"{file.name}\0{file.named}\0{len(content)}\0".encode())
-        digest.update(content)
+            with open_file(file) as handle:
+                content = hashlib.file_digest(handle, "sha256")
+        except (Unfit, OSError) as error:
+            refuse_if_named(file, error if isinstance(error, Unfit) else unreadable(error))
+        digest.update(os.fsencode(file.name) + b"\0%d" % file.named + content.digest())
     return digest.hexdigest()
 
 
-def read_documents(files: list[TextFile], field: str = "text") -> tuple[list[str], dict[str, int]]:
-    """All documents in the files' order, and how many files were skipped, by reason."""
-    documents: list[str] = []
-    skipped: dict[str, int] = {}
-    for file in files:
-        try:
-            documents += _documents_of(file, field)
-        except _Unfit as fault:
-            _refuse_if_named(file, fault)
-            skipped[fault.reason] = skipped.get(fault.reason, 0) + 1
-    if not documents:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-        raise UsageError(f"data: no text in any of the {len(files)} files ({reasons}); {_REMEDY}")
-    return documents, skipped
-
-
-def _refuse_if_named(file: TextFile, fault: _Unfit) -> None:
+def refuse_if_named(file: TextFile, fault: Unfit) -> None:
     if file.named:
         where = f"data: {file.path} is {fault.reason}{fault.detail}"
-        raise UsageError(f"{where}; {_REMEDY}") from None
+        raise UsageError(f"{where}; {REMEDY}") from None
 
 
-def _read(path: Path) -> bytes:
+def unreadable(error: OSError) -> Unfit:
+    return Unfit("unreadable", f" ({error.strerror})")
+
+
+def open_file(file: TextFile) -> BinaryIO:
+    """The file, to be read; Unfit where that is not possible."""
+    if file.fault:
+        raise Unfit(file.fault)
     try:
-        if path.exists() and not path.is_file():  # reading a pipe would hang
-            raise _Unfit("not a regular file")
-        return path.read_bytes()
+        if file.path.exists() and not file.path.is_file():  # reading a pipe would hang
+            raise Unfit("not a regular file")
+        return open(file.path, "rb")
     except FileNotFoundError:
-        raise _Unfit("missing") from None
+        raise Unfit("missing") from None
     except OSError as error:
-        raise _Unfit("unreadable", f" ({error.strerror})") from None
-
-
-def _documents_of(file: TextFile, field: str) -> list[str]:
-    content = _read(file.path)
-    if not content.strip():
-        raise _Unfit("empty")
-    if (zero := content.find(b"\0")) >= 0:
-        raise _Unfit("binary", f" (a zero byte at offset {zero})")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = content[error.start]
-        raise _Unfit("not UTF-8", f" (byte 0x{byte:02x} at offset {error.start})") from None
-    if file.path.suffix != ".jsonl":
-        return [text]
-    documents = [
-        _jsonl_text(line, number, field)
-        for number, line in enumerate(text.split("\n"), start=1)
-        if line.strip()
-    ]
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise _Unfit("empty", f" (every {field!r} is blank)")
-    return documents
-
-
-def _jsonl_text(line: str, number: int, field: str) -> str:
-    reason = "not JSONL"
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise _Unfit(reason, f" (line {number}: {error.msg} at column {error.colno})") from None
-    if not isinstance(row, dict):
-        raise _Unfit(reason, f" (line {number}: an object was expected, got {type(row).__name__})")
-    if not isinstance(row.get(field), str):
-        got = type(row[field]).__name__ if field in row else "no such field"
-        raise _Unfit(reason, f" (line {number}: {field!r} must be a string, got {got})")
-    return row[field]
+        raise unreadable(error) from None
+    except ValueError as error:  # a zero byte in the name
+        raise Unfit("no file", f" ({error})") from None

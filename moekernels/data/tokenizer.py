@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
+from moekernels import files
 from moekernels.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of a text
 _CHUNK = 1 << 17  # characters
-_CHUNKS_AT_ONCE = 64
+_CHUNKS_AT_ONCE = 1024
+_CHARACTERS_AT_ONCE = _CHUNK * min(max(os.cpu_count() or 1, 4), 16)  # about 30 bytes for each
+_SAMPLE_PIECE = 1 << 18  # characters
+_LONG_RUN = re.compile(r"\S{256}|\s{256}")  # longer than any word: data, or one letter repeated
 
 
 def library_version() -> str:
@@ -40,8 +46,10 @@ class Tokenizer:
 
     end_of_text = 0
 
-    def __init__(self, model) -> None:
+    def __init__(self, model, text: str | None = None) -> None:
         self._model = model  # tokenizers.Tokenizer, imported only when one is needed
+        # As it was written: another release may write the same tokenizer in other words.
+        self._json = model.to_str() if text is None else text
         self._model.encode_special_tokens = (
             True  # a text that spells END_OF_TEXT does not end there
         )
@@ -68,7 +76,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        model.train_from_iterator(texts, trainer)
+        model.train_from_iterator(_bounded(texts), trainer)
         return cls(model)
 
     @classmethod
@@ -76,10 +84,18 @@ class Tokenizer:
         library_version()
         from tokenizers import Tokenizer as Model
 
-        return cls(Model.from_file(str(path)))
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            return cls(Model.from_str(text), text)
+        except Exception as error:  # noqa: BLE001, tokenizers raises nothing more specific
+            raise UsageError(f"{path}: no tokenizer that can be read: {error}") from None
 
     def save(self, path: str | os.PathLike) -> None:
-        Path(path).write_text(self._model.to_str(), encoding="utf-8")
+        files.write(path, self._json)
+
+    def hash(self) -> str:
+        """Of all that decides how a text is encoded."""
+        return hashlib.sha256(self._json.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
@@ -87,32 +103,66 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode(list(ids), skip_special_tokens=True)
 
-    def encode_documents(self, texts: Sequence[str], dtype) -> tuple[np.ndarray, np.ndarray]:
-        """Documents -> (tokens [N], lengths [documents] int64), the end of text behind each.
+    def encode_documents(
+        self, documents: Iterable[Iterable[str]], dtype
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Documents, each in parts of any size -> (its number, tokens), piece by piece and in
+        order; behind each document the end of text.
 
-        Long documents go in chunks that end at a line, which keeps the encoder's memory small and
-        all cores busy.
+        The encoder gets chunks that end at a line, several at once: its memory stays small and all
+        cores are busy.
         """
-        chunks = [(i, chunk) for i, text in enumerate(texts) for chunk in _chunks(text)]
-        parts: list[np.ndarray] = []
-        lengths = np.zeros(len(texts), dtype=np.int64)
-        for first in range(0, len(chunks), _CHUNKS_AT_ONCE):
-            group = chunks[first : first + _CHUNKS_AT_ONCE]
-            following = [i for i, _ in chunks[first + 1 : first + 1 + len(group)]] + [-1]
+        for group in _groups(_numbered_chunks(documents)):
             encoded = self._model.encode_batch_fast(
-                [chunk for _, chunk in group], add_special_tokens=False
+                [chunk for _, chunk, _ in group], add_special_tokens=False
             )
-            for (document, _), after, encoding in zip(group, following, encoded):
-                ids = encoding.ids if after == document else [*encoding.ids, self.end_of_text]
-                parts.append(np.array(ids, dtype=dtype))
-                lengths[document] += len(ids)
-        return np.concatenate(parts), lengths
+            for (number, _, last), encoding in zip(group, encoded):
+                ids = [*encoding.ids, self.end_of_text] if last else encoding.ids
+                yield number, np.array(ids, dtype=dtype)
 
 
-def _chunks(text: str) -> Iterable[str]:
-    start = 0
-    while len(text) - start > _CHUNK:
-        cut = text.rfind("\n", start, start + _CHUNK) + 1 or start + _CHUNK
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
+def _bounded(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut within words of hundreds of letters: learning takes the square of a word's
+    length. And cut behind a line where they are long: it takes 100 bytes for each letter."""
+    for piece in (piece for text in texts for piece in _chunks([text], _SAMPLE_PIECE)):
+        start = 0
+        for run in _LONG_RUN.finditer(piece):
+            yield piece[start : run.end()]
+            start = run.end()
+        yield piece[start:]
+
+
+def _numbered_chunks(documents: Iterable[Iterable[str]]) -> Iterator[tuple[int, str, bool]]:
+    """(document, chunk, whether it is the document's last)."""
+    for number, parts in enumerate(documents):
+        before = None
+        for chunk in _chunks(parts):
+            if before is not None:
+                yield number, before, False
+            before = chunk
+        yield number, before, True
+
+
+def _chunks(parts: Iterable[str], most: int = _CHUNK) -> Iterator[str]:
+    """At least one, each of at most so many characters, cut behind a line where there is one."""
+    text = ""
+    for part in parts:
+        text, start = text + part, 0
+        while len(text) - start > most:
+            cut = text.rfind("\n", start, start + most) + 1 or start + most
+            yield text[start:cut]
+            start = cut
+        text = text[start:]
+    yield text
+
+
+def _groups(chunks: Iterable[tuple[int, str, bool]]) -> Iterator[list[tuple[int, str, bool]]]:
+    group, size = [], 0
+    for chunk in chunks:
+        group.append(chunk)
+        size += len(chunk[1])
+        if size >= _CHARACTERS_AT_ONCE or len(group) == _CHUNKS_AT_ONCE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moekernels import jsonio
+from moekernels import files, jsonio
 
 from .schedule import Action, Kind
 
@@ -120,10 +120,7 @@ def trace_events(events: Iterable[Event], **args: Any) -> list[dict[str, Any]]:
 
 def write_trace(path: str | Path, entries: list[dict[str, Any]]) -> None:
     """Write `{"traceEvents": [...]}` whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(jsonio.dumps({"traceEvents": entries, "displayTimeUnit": "ms"}))
-    temporary.replace(path)
+    files.write(path, jsonio.dumps({"traceEvents": entries, "displayTimeUnit": "ms"}))
 
 
 def _metadata(name: str, pid: int, tid: int, args: dict[str, Any]) -> dict[str, Any]:

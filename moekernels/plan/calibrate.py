@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moekernels import jsonio
+from moekernels import files, jsonio
 from moekernels.errors import UsageError
 from moekernels.pipeline.schedule import Kind
 from moekernels.plan.cost import layer_cost, loss_cost, update_bytes
@@ -44,8 +44,7 @@ SECONDS = 0.6  # a sample
 
 
 def store() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "moekernels" / "calibration.json"
+    return files.cache_folder() / "calibration.json"
 
 
 def cluster_of(found: dict[str, float], ranks: int = 1, slower: float = 1.0) -> Cluster:
@@ -164,7 +163,7 @@ def calibrate(dtype: str = "fp32", seconds: float = SECONDS) -> dict:
     }
     path = store()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(jsonio.dumps(found, indent=2) + "\n")
+    files.write(path, jsonio.dumps(found, indent=2) + "\n")
     return found
 
 
@@ -172,7 +171,7 @@ def stored() -> dict:
     """What `calibrate` left here."""
     again = "moekernels plan --calibrate would do it"
     try:
-        found = json.loads(store().read_text())
+        found = json.loads(store().read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"plan: this machine is not calibrated; {again}") from None
     except (OSError, ValueError) as error:
@@ -208,7 +207,7 @@ def against(folder: Path, found: dict) -> dict:
     try:
         run = cfg.resolve(None, folder / "config.toml", {})
         lines = read_metrics(folder)
-        events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+        events = json.loads((folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     except (OSError, ValueError) as error:
         if isinstance(error, UsageError):
             raise

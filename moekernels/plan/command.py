@@ -6,7 +6,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-from moekernels import jsonio
+from moekernels import files, jsonio
 from moekernels.errors import UsageError
 from moekernels.plan import problem as asked
 from moekernels.train import config as cfg
@@ -102,7 +102,7 @@ def _write(html: Path | None, trace: Path | None, report) -> None:
         if html is not None:
             from moekernels.plan.page import page
 
-            html.write_text(page(report), encoding="utf-8")
+            files.write(html, page(report))
         if trace is not None:
             from moekernels.pipeline.trace import write_trace
             from moekernels.plan.report import trace as entries

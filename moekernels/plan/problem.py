@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+from moekernels import files
 from moekernels.errors import UsageError
 from moekernels.plan.evaluate import Problem
 from moekernels.plan.search import Space
 from moekernels.plan.strategy import Batch, Cluster, Objective, Strategy
 from moekernels.train import config as cfg
+from moekernels.train.schema import LONGEST, MOST
 
+MOST_ROWS = 1e30  # of an expert, to whatever scale: sums of more are not finite
 PINNED = ("tp", "dp", "pp", "ep", "etp", "schedule", "dispatcher")
 
 
@@ -22,14 +26,17 @@ def even_lengths(low: int, high: int, count: int) -> tuple[int, ...]:
 def read_lengths(path: Path) -> tuple[int, ...]:
     """Whole numbers, however separated."""
     try:
-        words = path.read_text(encoding="utf-8").replace(",", " ").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--lengths-from {path}: cannot be read: {error}") from None
+        words = files.read(path).replace(",", " ").split()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--lengths-from {path}: cannot be read: {files.said(error)}") from None
     for word in words:
-        if not word.isdigit() or int(word) < 1:
+        if not cfg.whole(word) or not 1 <= int(word) <= LONGEST:
             raise UsageError(
-                f"--lengths-from {path}: {word!r} is no length; whole numbers from 1 would do"
+                f"--lengths-from {path}: {word!r} is no length; whole numbers from 1 to "
+                f"{LONGEST} would do"
             )
+    if len(words) > MOST:
+        raise UsageError(f"--lengths-from {path}: {len(words)} lengths; at most {MOST} would do")
     if not words:
         raise UsageError(f"--lengths-from {path}: no lengths in it; one a sequence would do")
     return tuple(map(int, words))
@@ -37,16 +44,30 @@ def read_lengths(path: Path) -> tuple[int, ...]:
 
 def read_loads(path: Path) -> object:
     """A list of numbers, or one a layer: JSON, or what a run has left in its folder."""
-    file = path / "loads.json" if path.is_dir() else path
+    would = "[rows of expert 1, ...], or such a list a layer, would do"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"loads_from {path}: cannot be read: {error}") from None
-    except ValueError as error:
-        raise UsageError(
-            f"loads_from {path}: not JSON: {error}; [rows of expert 1, ...], or such a list a "
-            "layer, would do"
-        ) from None
+        text = files.read(path / "loads.json" if os.path.isdir(path) else path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"loads_from {path}: cannot be read: {files.said(error)}") from None
+    try:
+        loads = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, json.JSONDecodeError) else "no such numbers"
+        raise UsageError(f"loads_from {path}: not JSON: {reason}; {would}") from None
+    if not isinstance(loads, list) or not loads:
+        raise UsageError(f"loads_from {path}: {_kind(loads)}; {would}")
+    return loads
+
+
+def _kind(value: object) -> str:
+    kinds = {dict: "an object", list: "an empty list", str: "a text", type(None): "null"}
+    return kinds.get(type(value), "a single value")
+
+
+def _is_load(value: object) -> bool:
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MOST_ROWS
+    )
 
 
 def loads_of(run: cfg.RunConfig) -> tuple[tuple[float, ...], ...]:
@@ -68,12 +89,11 @@ def loads_of(run: cfg.RunConfig) -> tuple[tuple[float, ...], ...]:
     where = f"workload.{named[0]}"
     for number, layer in enumerate(layers, 1):
         if not isinstance(layer, list) or len(layer) != experts:
-            size = len(layer) if isinstance(layer, list) else layer
+            has = f"{len(layer)} loads" if isinstance(layer, list) else _kind(layer)
             raise UsageError(
-                f"{where}: layer {number} has {size} loads; one for each of {experts} experts "
-                "would do"
+                f"{where}: layer {number} has {has}; one for each of {experts} experts would do"
             )
-        if not all(isinstance(x, (int, float)) and 0 <= x < float("inf") for x in layer):
+        if not all(_is_load(x) for x in layer):
             raise UsageError(f"{where}: layer {number} has a load that is no number from 0")
         if not sum(layer):
             raise UsageError(f"{where}: layer {number} has no row at all; one above 0 would do")
@@ -85,8 +105,9 @@ def batch_of(run: cfg.RunConfig, lengths: tuple[int, ...] | None = None) -> Batc
     if lengths is None and w.lengths_from:
         lengths = read_lengths(Path(w.lengths_from))
     if lengths is None and w.lengths:
-        if min(w.lengths) < 1:
-            raise UsageError(f"workload.lengths has {min(w.lengths)}; from 1 would do")
+        if not 1 <= min(w.lengths) <= max(w.lengths) <= LONGEST:
+            bad = min(w.lengths) if min(w.lengths) < 1 else max(w.lengths)
+            raise UsageError(f"workload.lengths has {bad}; from 1 to {LONGEST} would do")
         lengths = tuple(w.lengths)
     if lengths is not None:
         return Batch(lengths, b.policy, f"{len(lengths)} lengths as given")

@@ -60,7 +60,7 @@ def layer_ranges(run: cfg.RunConfig) -> list[range]:
         sizes = [layers // stages] * stages
     else:
         parts = [p.strip() for p in lay.layers_per_stage.split(",")]
-        if not all(p.isdigit() for p in parts):
+        if not all(map(cfg.whole, parts)):
             raise UsageError(
                 f"--layers-per-stage must be numbers, as in 4,4,4,4, got {lay.layers_per_stage!r}"
             )
@@ -85,7 +85,7 @@ def checkpointed(run: cfg.RunConfig) -> set[int]:
     chosen: set[int] = set()
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
+        if not cfg.whole(low) or (dash and not cfg.whole(high)):
             raise UsageError(
                 f"--checkpoint-layers must be all, none, or as in 2-15 or 1,3-5, got {text!r}"
             )

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import math
 import tomllib
 import types
 import typing
 from pathlib import Path
 
-from moekernels import jsonio
+from moekernels import files, jsonio
 from moekernels.errors import UsageError
 from moekernels.nn.config import ExpertSpec, ModelConfig, RouterConfig
 from moekernels.train.schema import (
     AUTO,
     FLAG_SECTIONS,
+    MOST,
     SECTIONS,
     LayoutSection,
     ModelSection,
@@ -28,18 +31,32 @@ from moekernels.train.schema import (
 )
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
+LARGEST = 1 << 20  # bytes of a configuration
+FLUSH = 1 << 14  # micro-batches of a flush: its schedule is built before anything runs
 DEGREES = ("tp", "dp", "pp", "ep", "etp")
 
 
+def near(name: str, names) -> str | None:
+    """The one name that is meant, or None where none is near: a path or another word is not."""
+    close = difflib.get_close_matches(name[:60], sorted(names), n=1, cutoff=0.7)
+    return close[0] if close else None
+
+
 def nearest(name: str, names) -> str:
-    """`; did you mean X?`, or the list of names where none is near."""
-    names = sorted(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"it is one of {', '.join(names)}"
+    """`did you mean X?`, or the list of names where none is near."""
+    close = near(name, names)
+    return f"did you mean {close}?" if close else f"it is one of {', '.join(sorted(names))}"
 
 
-def _type_of(section: type, name: str):
-    return typing.get_type_hints(section)[name]
+def whole(text: str) -> bool:
+    """Whether it is a whole number from 0 as people write it, of a size that anything has."""
+    return text.isascii() and text.isdigit() and len(text) <= 18
+
+
+@functools.cache
+def types_of(section: type) -> dict[str, type]:
+    """The type of every key of a section."""
+    return typing.get_type_hints(section)
 
 
 def _fits(value, kind) -> bool:
@@ -55,7 +72,7 @@ def _fits(value, kind) -> bool:
 def check_value(where: str, section: type, name: str, value):
     """The value, converted to its field's type; UsageError `<where> must be ...` where it is none
     of its values."""
-    kind = _type_of(section, name)
+    kind = types_of(section)[name]
     meta = {f.name: f for f in dataclasses.fields(section)}[name].metadata
     if meta.get("auto") and value == "auto":
         return AUTO
@@ -63,12 +80,15 @@ def check_value(where: str, section: type, name: str, value):
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
         text = wanted.get(kind, "a list of numbers") + (" or auto" if meta.get("auto") else "")
         raise UsageError(f"{where} must be {text}, got {value!r}")
+    if kind is str:
+        return _text(where, meta, value)
     if kind is float:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = float("inf")
         if value != value or value in (float("inf"), float("-inf")):
             raise UsageError(f"{where} must be a finite number, got {value}")
-    if meta.get("choices") and value not in meta["choices"]:
-        raise UsageError(f"{where} is {value!r}: {nearest(value, meta['choices'])}")
     for bound, bad, text in (
         ("low", lambda v, b: v < b, "at least"),
         ("high", lambda v, b: v > b, "at most"),
@@ -77,22 +97,39 @@ def check_value(where: str, section: type, name: str, value):
         limit = meta.get(bound)
         if limit is not None and bad(value, limit):
             raise UsageError(f"{where} must be {text} {limit}, got {value}")
+    if isinstance(value, list) and (len(value) > MOST or not all(map(math.isfinite, value))):
+        raise UsageError(f"{where} must be a list of at most {MOST} finite numbers")
+    return value
+
+
+def _text(where: str, meta, value: str) -> str:
+    if meta.get("choices") and value not in meta["choices"]:
+        raise UsageError(f"{where} is {value!r}: {nearest(value, meta['choices'])}")
+    try:
+        files.portable(value)
+    except ValueError:  # a run writes it down, for whoever goes on with it
+        raise UsageError(
+            f"{where} is {value!r}, which is not UTF-8; another name would do"
+        ) from None
     return value
 
 
 def read_toml(path: Path) -> dict[str, dict]:
     """Sections of a TOML file, every key and value checked."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = files.read(path, LARGEST)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; give a TOML file or use --preset") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"{path}: cannot be read: {reason}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {files.said(error)}") from None
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: not valid TOML: {error}") from None
+    except ValueError:
+        raise UsageError(f"{path}: a number of thousands of digits is no value here") from None
+    except RecursionError:
+        raise UsageError(f"{path}: nested too deeply to be a configuration") from None
     for name, keys in data.items():
         if name not in SECTIONS:
             raise UsageError(f"{path}: unknown section [{name}]: {nearest(name, SECTIONS)}")
@@ -104,6 +141,7 @@ def read_toml(path: Path) -> dict[str, dict]:
                 raise UsageError(
                     f"{path}: unknown key {name}.{key} = {value!r}: {nearest(key, known)}"
                 )
+            value = files.native(value) if isinstance(value, str) else value
             keys[key] = check_value(f"{path}: {name}.{key}", SECTIONS[name], key, value)
     return data
 
@@ -180,6 +218,21 @@ def check(config: RunConfig, world: int | None = None) -> None:
     model_config(config.model)
     length_range(b.lengths, b.context)
     ranks = lay.tp * lay.dp * lay.pp
+    if max(ranks, lay.ep * lay.etp) > MOST:
+        raise UsageError(
+            f"tp {lay.tp} x dp {lay.dp} x pp {lay.pp}, ep {lay.ep} x etp {lay.etp}: "
+            f"more than {MOST} ranks; smaller degrees would do"
+        )
+    if b.microbatches * b.accumulation > FLUSH:
+        raise UsageError(
+            f"--microbatches {b.microbatches} x --accumulation {b.accumulation} = "
+            f"{b.microbatches * b.accumulation} micro-batches in a flush; at most {FLUSH} would do"
+        )
+    if lay.pp * lay.virtual_stages > config.model.num_layers:
+        raise UsageError(
+            f"--pp {lay.pp} x --virtual-stages {lay.virtual_stages} is more than the "
+            f"{config.model.num_layers} layers; each virtual stage needs one"
+        )
     if world is not None and ranks != world:
         raise UsageError(
             f"tp {lay.tp} x dp {lay.dp} x pp {lay.pp} = {ranks} ranks, but {world} were started; "
@@ -239,7 +292,7 @@ def length_range(text: str, context: int) -> tuple[int, int] | None:
     if not text:
         return None
     low, _, high = text.partition(":")
-    if not (low.isdigit() and high.isdigit() and 2 <= int(low) <= int(high)):
+    if not (whole(low) and whole(high) and 2 <= int(low) <= int(high)):
         raise UsageError(
             f"--lengths must be LOW:HIGH with 2 <= LOW <= HIGH, as in 128:10240, got {text!r}"
         )
@@ -256,6 +309,12 @@ def flag_of(section: type, key: str) -> str:
     return meta.get("flag") or key.replace("_", "-")
 
 
+def help_of(section: str, key: str) -> str:
+    """What a key is."""
+    fields = {f.name: f for f in dataclasses.fields(SECTIONS[section])}
+    return fields[key].metadata["help"]
+
+
 def to_toml(config: RunConfig, sections=FLAG_SECTIONS) -> str:
     """The sections as TOML that `read_toml` reads back to the same values."""
     lines = []
@@ -265,6 +324,8 @@ def to_toml(config: RunConfig, sections=FLAG_SECTIONS) -> str:
             value = getattr(getattr(config, name), f.name)
             if f.metadata.get("auto") and value == AUTO:
                 value = "auto"
-            lines.append(f"{f.name} = {jsonio.dumps(value, ensure_ascii=False)}")
+            value = files.portable(value) if isinstance(value, str) else value
+            text = jsonio.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"{f.name} = {text}")
         lines.append("")
     return "\n".join(lines)

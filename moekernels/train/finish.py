@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from moekernels import jsonio
+from moekernels import files, jsonio
 from moekernels.pipeline.schedule import Schedule
 from moekernels.pipeline.simulate import Simulator
 from moekernels.pipeline.trace import Event, trace_events, write_trace
@@ -26,7 +26,7 @@ def finish(trainer: Trainer, events: list[Event], step: int, seconds: float) -> 
         dist.gather_object(mine, gathered, 0)
     if not trainer.env.leader:
         return
-    from moekernels.train.plots import plot_experts, plot_loss
+    from moekernels.train.plots import draw
 
     path = trainer.job.folder.path
     measured = sorted((e for part in gathered for e in part), key=lambda e: e.start)
@@ -36,11 +36,9 @@ def finish(trainer: Trainer, events: list[Event], step: int, seconds: float) -> 
     )
     lines = read_metrics(path)
     entropy = trainer.job.corpus.stats.unigram_entropy
-    plot_loss(path / "loss.png", lines, entropy)
-    (path / "loads.json").write_text(jsonio.dumps(trainer.heat.tolist()) + "\n")
-    plot_experts(
-        path / "experts.png", trainer.heat.numpy(), "load of each expert over its layer's mean"
-    )
+    files.write(path / "loads.json", jsonio.dumps(trainer.heat.tolist()) + "\n")
+    for said in draw(path, lines, trainer.heat.numpy(), entropy):
+        print(said)
     print(table(closing(lines, trainer.first_step, seconds, entropy, path)), flush=True)
 
 

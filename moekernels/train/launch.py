@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moekernels.errors import RunError, UsageError
+from moekernels.errors import RunError, UsageError, one_line
 from moekernels.parallel.host import share_cores
 from moekernels.train.launcher import TIMEOUT, Launched
 from moekernels.train.stop import ONE_REQUEST, Forward, Stop, end_now, handled
@@ -297,7 +297,3 @@ def say(error: BaseException) -> str:
     """`Type: message` on one line; KeyboardInterrupt and the like say only their name."""
     text = one_line(str(error))
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -3,6 +3,7 @@ meanwhile."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -10,11 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-from moekernels import jsonio
+from moekernels import files, jsonio
 from moekernels.errors import UsageError
 from moekernels.train import config as cfg
 
 METRICS = "metrics.jsonl"
+TOKENIZER = "tokenizer.json"  # so that a run goes on under another release of tokenizers
 LOCK_SECONDS = 1.0
 
 
@@ -26,12 +28,17 @@ class RunFolder:
         self.path = path
         self._lock = None
         self._metrics = None
+        self._made: list[Path] = []  # folders that `open` made
 
     @staticmethod
     def choose(out: Path | None, name: str, resume: bool) -> Path:
         """--out, or runs/<name>; a fresh run without a place of its own takes runs/<name>-2, -3,
         ... when that is used."""
         if out is not None:
+            try:
+                out.exists()
+            except OSError as error:
+                raise UsageError(f"{out}: cannot be a run's folder: {error.strerror}") from None
             return out
         path, number = Path("runs") / name, 1
         while not resume and _used(path):
@@ -43,6 +50,8 @@ class RunFolder:
         """Take the folder, or raise UsageError: it is no folder, a live run has it, or it is used
         (not)."""
         try:
+            missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+            self._made = self._made or missing  # it may have been opened for its checkpoints
             self.path.mkdir(parents=True, exist_ok=True)
             # noqa: SIM115, held for the life of the run
             self._lock = open(self.path / ".lock", "a")
@@ -61,17 +70,25 @@ class RunFolder:
                 f"--out"
             )
 
+    def abandon(self) -> None:
+        """Leave nothing behind of a run that never began: what `open` made and is empty goes."""
+        if self._made:
+            (self.path / ".lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
+
     def begin(self, config: cfg.RunConfig, step: int) -> None:
         """Write the configuration and cut `metrics.jsonl` behind the step that the run goes on
         from."""
         self.configure(config)
         kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
-        _replace(self.path / METRICS, "".join(jsonio.dumps(line) + "\n" for line in kept))
-        self._metrics = open(self.path / METRICS, "a", buffering=1)  # noqa: SIM115
+        files.write(self.path / METRICS, "".join(jsonio.dumps(line) + "\n" for line in kept))
+        self._metrics = open(self.path / METRICS, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     def configure(self, config: cfg.RunConfig) -> None:
         """Write the effective configuration, which a run may learn only on its way."""
-        _replace(self.path / "config.toml", cfg.to_toml(config))
+        files.write(self.path / "config.toml", cfg.to_toml(config))
 
     def write(self, line: dict) -> None:
         """One step's line, whole or not at all for a reader."""
@@ -82,12 +99,21 @@ class RunFolder:
         os.fsync(self._metrics.fileno())
 
 
+def check_name(name: str) -> None:
+    """UsageError where it cannot be the name of a folder under runs/."""
+    if not name or name != Path(name).name or name[0] == "." or len(os.fsencode(name)) > 200:
+        raise UsageError(
+            f"--name {name!r}: a run's folder under runs/ needs a name of at most 200 bytes, "
+            f"without / and not beginning with a dot; --out takes any path"
+        )
+
+
 def read_metrics(path: Path) -> list[dict]:
     """The whole lines of a run's `metrics.jsonl`, numbers that were not finite as NaN; a line
     that a kill cut short is left out."""
     lines = []
     try:
-        text = (path / METRICS).read_text()
+        text = (path / METRICS).read_text(encoding="utf-8")
     except FileNotFoundError:
         return lines
     for line in text.splitlines():
@@ -113,15 +139,6 @@ def _lock(file) -> None:
 
 def _used(path: Path) -> bool:
     return any((path / name).exists() for name in ("config.toml", METRICS, "checkpoints"))
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 class Progress:

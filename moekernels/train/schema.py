@@ -8,6 +8,8 @@ import typing
 from dataclasses import dataclass, field
 
 AUTO = 0  # what the word `auto` stands for where a number is wanted
+# Beyond any use: a number with a digit too many is refused before anything counts up to it.
+MOST, WIDEST, LONGEST, STEPS = 1 << 16, 1 << 20, 1 << 24, 10**9
 
 
 def _key(default, help, *, low=None, high=None, above=None, choices=None, flag=None, auto=False):
@@ -30,27 +32,35 @@ class ModelSection:
     """[model]: the decoder and its experts."""
 
     vocab_size: int = _key(
-        1024, "entries of the vocabulary; the tokenizer is trained to this size", low=258
+        1024,
+        "entries of the vocabulary; the tokenizer is trained to this size",
+        low=258,
+        high=LONGEST,
     )
-    d_model: int = _key(1024, "width of a token", low=2)
-    num_layers: int = _key(16, "decoder layers", low=1, flag="layers")
-    num_heads: int = _key(16, "attention heads", low=1, flag="heads")
+    d_model: int = _key(1024, "width of a token", low=2, high=WIDEST)
+    num_layers: int = _key(16, "decoder layers", low=1, flag="layers", high=4096)
+    num_heads: int = _key(16, "attention heads", low=1, flag="heads", high=MOST)
     num_kv_heads: int = _key(
-        0, "key/value heads (grouped-query attention); 0: as many as heads", low=0, flag="kv-heads"
+        0,
+        "key/value heads (grouped-query attention); 0: as many as heads",
+        low=0,
+        flag="kv-heads",
+        high=MOST,
     )
-    head_dim: int = _key(64, "width of a head, even", low=2)
+    head_dim: int = _key(64, "width of a head, even", low=2, high=MOST)
     qk_norm: bool = _key(True, "RMSNorm on queries and keys, per head")
-    rope_theta: float = _key(10000.0, "base of the rotary embedding", above=0)
-    norm_eps: float = _key(1e-6, "epsilon of RMSNorm", above=0)
-    num_experts: int = _key(64, "experts of a layer", low=1, flag="experts")
-    top_k: int = _key(2, "experts that a token visits", low=1)
+    rope_theta: float = _key(10000.0, "base of the rotary embedding", low=1, high=1e15)
+    norm_eps: float = _key(1e-6, "epsilon of RMSNorm", low=1e-30, high=1)
+    num_experts: int = _key(64, "experts of a layer", low=1, flag="experts", high=MOST)
+    top_k: int = _key(2, "experts that a token visits", low=1, high=MOST)
     expert_d_in: int = _key(
         0,
         "width inside an expert before its FFN; 0: d_model. Where it differs, the expert lifts "
         "and lowers",
         low=0,
+        high=WIDEST,
     )
-    expert_d_ff: int = _key(2048, "hidden width of an expert's FFN", low=1)
+    expert_d_ff: int = _key(2048, "hidden width of an expert's FFN", low=1, high=WIDEST)
     gated: bool = _key(True, "gated FFN (three matrices) or plain (two)")
     activation: str = _key(
         "swiglu",
@@ -63,11 +73,11 @@ class ModelSection:
         choices=("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus"),
     )
     renormalize: bool = _key(True, "weights of a token's experts sum to one")
-    scale: float = _key(1.0, "factor on the routing weights", above=0)
+    scale: float = _key(1.0, "factor on the routing weights", above=0, high=1e6)
     num_groups: int = _key(
-        1, "groups of experts (group-limited routing)", low=1, flag="expert-groups"
+        1, "groups of experts (group-limited routing)", low=1, flag="expert-groups", high=MOST
     )
-    groups_kept: int = _key(1, "groups that a token may choose from", low=1)
+    groups_kept: int = _key(1, "groups that a token may choose from", low=1, high=MOST)
     group_score: str = _key(
         "max", "score of a group: of its best, or of its two best", choices=("max", "sum2")
     )
@@ -80,12 +90,12 @@ class ModelSection:
     )
     z_coef: float = _key(0.001, "coefficient of the router's z-loss", low=0)
     bias_update_rate: float = _key(
-        0.0, "step of the selection bias (aux-loss-free balancing); 0: none", low=0
+        0.0, "step of the selection bias (aux-loss-free balancing); 0: none", low=0, high=1000
     )
     tie_embeddings: bool = _key(False, "one matrix for the embedding and the head")
-    init_std: float = _key(0.02, "standard deviation of the initial weights", above=0)
+    init_std: float = _key(0.02, "standard deviation of the initial weights", above=0, high=100)
     embedding_std: float = _key(
-        0.0, "standard deviation of the initial embedding; 0: init_std", low=0
+        0.0, "standard deviation of the initial embedding; 0: init_std", low=0, high=100
     )
     recompute_experts: bool = _key(
         False, "experts keep no pre-activation and compute it again in backward"
@@ -99,21 +109,26 @@ class BatchSection:
     data: str = _key(
         "stdlib", "a text file, a directory or a .jsonl file; stdlib: Python's own library sources"
     )
-    sequences: int = _key(128, "sequences of a step, over all data-parallel ranks", low=1)
+    sequences: int = _key(
+        128, "sequences of a step, over all data-parallel ranks", low=1, high=MOST
+    )
     lengths: str = _key(
         "",
         "draw lengths uniformly from LOW:HIGH; empty: whole documents, cut to the context",
         flag="lengths",
     )
-    context: int = _key(10240, "longest sequence", low=2)
+    context: int = _key(10240, "longest sequence", low=2, high=LONGEST)
     microbatches: int = _key(
         8,
         "micro-batches of one accumulation step, per data-parallel rank; auto: of the whole flush, "
         "chosen from what the first steps take",
         low=1,
         auto=True,
+        high=MOST,
     )
-    accumulation: int = _key(4, "accumulation steps, folded into one pipeline flush", low=1)
+    accumulation: int = _key(
+        4, "accumulation steps, folded into one pipeline flush", low=1, high=MOST
+    )
     policy: str = _key(
         "packed", "how sequences become micro-batches", choices=("packed", "buckets", "padded")
     )
@@ -123,13 +138,15 @@ class BatchSection:
 class LayoutSection:
     """[layout]: world = tp*dp*pp = etp*ep*edp*pp."""
 
-    tp: int = _key(1, "tensor-parallel ranks", low=1)
-    dp: int = _key(1, "data-parallel ranks", low=1)
-    pp: int = _key(1, "pipeline stages", low=1)
-    ep: int = _key(1, "expert-parallel ranks, folded on tp*dp", low=1)
-    etp: int = _key(1, "tensor-parallel ranks inside the experts", low=1)
+    tp: int = _key(1, "tensor-parallel ranks", low=1, high=MOST)
+    dp: int = _key(1, "data-parallel ranks", low=1, high=MOST)
+    pp: int = _key(1, "pipeline stages", low=1, high=4096)
+    ep: int = _key(1, "expert-parallel ranks, folded on tp*dp", low=1, high=MOST)
+    etp: int = _key(1, "tensor-parallel ranks inside the experts", low=1, high=MOST)
     schedule: str = _key("1f1b", "pipeline schedule", choices=("gpipe", "1f1b", "interleaved"))
-    virtual_stages: int = _key(1, "chunks of layers a rank holds (interleaved 1F1B)", low=1)
+    virtual_stages: int = _key(
+        1, "chunks of layers a rank holds (interleaved 1F1B)", low=1, high=4096
+    )
     layers_per_stage: str = _key("", "layers of each stage, as in 4,4,4,4; empty: equal")
     checkpoint_layers: str = _key(
         "none", "layers whose activations are computed again: all, none, or 2-15, 3,5"
@@ -144,23 +161,24 @@ class LayoutSection:
 class TrainSection:
     """[train]: optimiser, length, precision, what is written."""
 
-    steps: int = _key(100, "optimiser steps in total", low=1)
+    steps: int = _key(100, "optimiser steps in total", low=1, high=STEPS)
     lr: float = _key(3e-3, "highest learning rate", above=0)
     min_lr_ratio: float = _key(0.1, "last learning rate over the highest", low=0, high=1)
-    warmup: int = _key(10, "steps of linear warm-up", low=0)
+    warmup: int = _key(10, "steps of linear warm-up", low=0, high=STEPS)
     clip: float = _key(1.0, "largest gradient norm; 0: none", low=0)
     skip_bad_steps: int = _key(
         0,
         "steps in a row that may be left out, where the loss or the gradient's norm is not finite, "
         "before the run stops",
         low=0,
+        high=STEPS,
     )
     weight_decay: float = _key(
         0.1, "decay of matrices; norms, biases and embeddings have none", low=0
     )
     beta1: float = _key(0.9, "AdamW beta1", low=0, high=0.9999)
     beta2: float = _key(0.95, "AdamW beta2", low=0, high=0.99999)
-    eps: float = _key(1e-8, "AdamW epsilon", above=0)
+    eps: float = _key(1e-8, "AdamW epsilon", low=1e-30, high=1)
     dtype: str = _key(
         "fp32", "dtype of parameters and activations", choices=("fp32", "bf16", "fp64")
     )
@@ -171,20 +189,25 @@ class TrainSection:
     )
     seed: int = _key(0, "seed of parameters and data order", low=0, high=2**31 - 1)
     device: str = _key("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    eval_every: int = _key(0, "steps between held-out losses; 0: only at the end", low=0)
-    eval_sequences: int = _key(64, "held-out sequences", low=1)
-    save_every: int = _key(
-        -1, "steps between checkpoints; -1: only one, at the end; 0: none", low=-1
+    eval_every: int = _key(
+        0, "steps between held-out losses; 0: only at the end", low=0, high=STEPS
     )
-    keep: int = _key(2, "newest checkpoints kept", low=1)
+    eval_sequences: int = _key(64, "held-out sequences", low=1, high=MOST)
+    save_every: int = _key(
+        -1,
+        "steps between checkpoints; -1: only one, at the end; 0: none",
+        low=-1,
+        high=STEPS,
+    )
+    keep: int = _key(2, "newest checkpoints kept", low=1, high=STEPS)
 
 
 @dataclass
 class HardwareSection:
     """[hardware]: a machine that a plan is made for; a run ignores it."""
 
-    gpus: int = _key(1, "cards", low=1)
-    gpus_per_node: int = _key(8, "cards of a node", low=1)
+    gpus: int = _key(1, "cards", low=1, high=MOST)
+    gpus_per_node: int = _key(8, "cards of a node", low=1, high=MOST)
     tflops: float = _key(400.0, "dense bf16 TFLOP/s of a card", above=0)
     memory_gb: float = _key(64.0, "memory of a card, 1e9 bytes", above=0)
     bandwidth_gbps: float = _key(1800.0, "memory bandwidth of a card, 1e9 bytes/s", above=0)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
+from moekernels.data.batch_plan import check
 from moekernels.errors import RunError, UsageError
-from moekernels.train import assembly, launch, microbatches, resume
+from moekernels.train import assembly, launch, microbatches, resume, room
 from moekernels.train import config as cfg
 from moekernels.train.checkpoint import sweep
 from moekernels.train.launcher import launched
 from moekernels.train.loop import Job, Trainer
-from moekernels.train.metrics import RunFolder
+from moekernels.train.metrics import TOKENIZER, RunFolder, check_name
 from moekernels.train.shards import FULL, no_room
 from moekernels.train.stop import Forward
 
@@ -37,7 +38,10 @@ def train(
     peers = told or resume.Alone()
     if told is not None and told.attempt:
         resume_how = "auto"
-    name = name or (file.stem if file else preset or "tiny")
+    if name is None:
+        name = (file.stem or "run") if file else Path(preset or "tiny").name
+    else:
+        check_name(name)
 
     def choose() -> Path:
         return RunFolder.choose(out, name, resume_how is not None)
@@ -57,37 +61,37 @@ def train(
         first = min(run.layout.pp, microbatches.most(run))
         run = microbatches.with_count(run, facts.get("microbatches", first))
     layout = assembly.layout_of(run)
+    b = run.batch
+    check([2] * b.sequences, b.microbatches * b.accumulation, layout.dp, layout.tp, b.policy)
     notes = resume.compare(path, facts, run, tune) if path else []
     if tune and run.layout.pp > 1:
         microbatches.check(run, facts.get("step", 0))
 
-    from moekernels.data.corpus import load_corpus
-
-    corpus = load_corpus(
-        run.batch.data, vocab_size=run.model.vocab_size, log=print if speaks else None
-    )
-    loader = assembly.build_loader(run, corpus)
-    if path:
-        loader.load_state_dict(facts["data"])
-        if facts["step"] >= run.train.steps:
-            done = f"{path}: step {facts['step']} of --steps {run.train.steps} is done"
-            if resume_how == "auto":
-                if speaks:
-                    print(f"{done}: nothing is left to do")
-                return 0
-            raise UsageError(f"{done}; give more --steps to go on")
-    if speaks:
+    device = launch.choose_device(run.train.device, told.local_size if told else layout.world)
+    room.check(run, told.size if told else None, told.local_size if told else None, device)
+    if speaks:  # a place that will not do is said before text is read for minutes
         folder.open(resume_how is not None)
-        for note in notes:
-            print(f"resume   {note}", flush=True)
+    try:
+        corpus = _corpus(run, folder, found, speaks)
+    except BaseException:
+        folder.abandon()
+        raise
+    if path and facts["step"] >= run.train.steps:
+        done = f"{path}: step {facts['step']} of --steps {run.train.steps} is done"
+        if resume_how != "auto":
+            raise UsageError(f"{done}; give more --steps to go on")
+        if speaks:
+            print(f"{done}: nothing is left to do")
+        return 0
+    for note in notes if speaks else ():
+        print(f"resume   {note}", flush=True)
     identity = found.manifest.run if path else peers.tell("run", secrets.token_hex(8))
     job = Job(run, folder, corpus, found, identity, tune)
     describe = assembly.rank_names(layout)
 
     if told is not None:
-        device = launch.choose_device(run.train.device, told.local_size)
         return launch.run_launched(told, device, _work, job, describe=describe)
-    device, forward = launch.choose_device(run.train.device, layout.world), Forward()
+    forward = Forward()
     try:
         code = launch.run_local(
             layout.world, device, _work, job, describe=describe, forward=forward
@@ -120,6 +124,26 @@ def _find(folder: Path, how: str, peers: resume.Peers) -> resume.Found:
     if peers.rank == 0 and folder.is_dir():
         print(f"resume   no checkpoint in {folder}: the run begins anew", flush=True)
     return found
+
+
+def _corpus(run: cfg.RunConfig, folder: RunFolder, found: resume.Found, speaks: bool):
+    """The run's text in the tokens that the run's folder keeps; UsageError where it cannot be
+    cut into the batches that are asked for, or is another than the checkpoint's."""
+    from moekernels.data.corpus import load_corpus
+
+    kept = folder.path / TOKENIZER
+    corpus = load_corpus(
+        run.batch.data,
+        vocab_size=run.model.vocab_size,
+        log=print if speaks else None,
+        tokenizer=kept if found.path and kept.exists() else None,
+    )
+    loader = assembly.build_loader(run, corpus)
+    if found.path:
+        loader.load_state_dict(found.facts["data"])
+    if speaks:
+        corpus.tokenizer.save(kept)
+    return corpus
 
 
 def _work(env: launch.RankEnv, job: Job) -> int:

@@ -25,14 +25,15 @@ from moekernels.errors import UsageError
 from moekernels.nn.config import SCOPES
 from moekernels.parallel.mesh import Layout, Mesh
 from moekernels.parallel.tensor import own_part
-from moekernels.train import assembly, launch, launcher
+from moekernels.train import assembly, launch, launcher, room
 from moekernels.train import config as cfg
 from moekernels.train.optimizer import AdamWConfig, Optimizer
-from moekernels.train.schema import LayoutSection
+from moekernels.train.schema import LayoutSection, ModelSection
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}  # of max|a-b| / max|b|
 TIE = {"fp64": 1e-12, "fp32": 1e-5}  # scores this close are a tie
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
+MOST_STEPS = 1000
 MICROBATCHES = 8  # of a step, but at least two on each data-parallel rank
 VOCABULARY = 131  # a prime: no tensor-parallel size divides it
 
@@ -130,8 +131,10 @@ def verify(
     ):
         if value not in known:
             raise UsageError(f"--{flag} {value!r}: {cfg.nearest(value, known)}")
-    if steps < 1:
-        raise UsageError(f"--steps must be at least 1, got {steps}")
+    for flag, key, value in (("experts", "num_experts", experts), ("top-k", "top_k", top_k)):
+        cfg.check_value(f"--{flag}", ModelSection, key, value)
+    if not 1 <= steps <= MOST_STEPS:  # all are recorded before the first is compared
+        raise UsageError(f"--steps must be from 1 to {MOST_STEPS}, got {steps}")
     launched = launcher.launched()
     if everything and launched is not None:
         raise UsageError("--all starts the ranks of each layout by itself; leave torchrun out")
@@ -155,10 +158,12 @@ def verify_layout(
     runs = [_configure(degrees, variant, dtype, world) for variant in variants]
     layout = [assembly.layout_of(run) for run in runs][0]
     parts, describe = (layout, variants, runs), assembly.rank_names(layout)
+    local = launched.local_size if launched else None
+    device = launch.choose_device(device, local or layout.world)
+    for run in runs:
+        room.check(run, world, local, device)
     if launched is None:
-        device = launch.choose_device(device, layout.world)
         return launch.run_local(layout.world, device, _work, *parts, describe=describe)
-    device = launch.choose_device(device, launched.local_size)
     return launch.run_launched(launched, device, _work, *parts, describe=describe)
 
 
