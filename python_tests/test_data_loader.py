@@ -166,7 +166,7 @@ def test_resume_with_other_data_is_refused(corpus):
         data.load_state_dict(state | {"corpus": "another"})
     assert str(error.value) == (
         f"data: {corpus.stats.source} is not the text that the checkpoint was trained on; "
-        "the same files, vocabulary and release of tokenizers would do"
+        "the same files and vocabulary would do"
     )
 
 
