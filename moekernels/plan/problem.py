@@ -106,8 +106,9 @@ def batch_of(run: cfg.RunConfig, lengths: tuple[int, ...] | None = None) -> Batc
         lengths = read_lengths(Path(w.lengths_from))
     if lengths is None and w.lengths:
         if not 1 <= min(w.lengths) <= max(w.lengths) <= LONGEST:
-            bad = min(w.lengths) if min(w.lengths) < 1 else max(w.lengths)
-            raise UsageError(f"workload.lengths has {bad}; from 1 to {LONGEST} would do")
+            low = min(w.lengths)
+            bad = f"{low}; from 1" if low < 1 else f"{max(w.lengths)}; up to {LONGEST}"
+            raise UsageError(f"workload.lengths has {bad} would do")
         lengths = tuple(w.lengths)
     if lengths is not None:
         return Batch(lengths, b.policy, f"{len(lengths)} lengths as given")
