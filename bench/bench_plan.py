@@ -27,16 +27,16 @@ import pytest
 
 from moekernels import jsonio
 from moekernels.cli import main as main_of_package
-from moekernels.nn.config import ExpertSpec, ModelConfig
-from moekernels.parallel.mesh import Layout
+from moekernels.model.decoder import DecoderSpec
+from moekernels.model.layout import Layout
 from moekernels.plan import calibrate
 from moekernels.plan.evaluate import Problem, evaluate
 from moekernels.plan.problem import problem_of
 from moekernels.plan.search import search
 from moekernels.plan.strategy import Batch, Cluster, Strategy
-from moekernels.train import config as cfg
+from moekernels.run import files as cfg
 
-QWEN3_30B = ModelConfig(
+QWEN3_30B = DecoderSpec(
     vocab_size=151936,
     d_model=2048,
     num_layers=48,
@@ -45,7 +45,7 @@ QWEN3_30B = ModelConfig(
     head_dim=128,
     num_experts=128,
     top_k=8,
-    expert=ExpertSpec(2048, 2048, 768),
+    expert_d_ff=768,
     qk_norm=True,
 )
 MEDIAN_ERROR, TAU = 0.10, 0.8

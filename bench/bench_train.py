@@ -24,9 +24,10 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moekernels.data.batch import NO_LABEL, MicroBatch
-from moekernels.integrations.qwen3_moe import load_, model_config
+from moekernels.integrations.families import decoder_spec, load_
+from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
-from moekernels.parallel.mesh import Layout, Mesh
+from moekernels.parallel.mesh import Mesh
 from moekernels.train.optimizer import AdamWConfig, Optimizer
 
 MUST = 1.25  # our tokens/s over theirs
@@ -106,11 +107,11 @@ def their_step(model: Qwen3MoeForCausalLM) -> Callable[[Tensor], float]:
 
 def our_step(theirs: Qwen3MoeForCausalLM) -> Callable[[Tensor], float]:
     """The same from a copy of their weights."""
-    config = model_config(theirs.config)
+    config = decoder_spec(theirs.config)
     layers = range(1, config.num_layers + 1)
     mesh = Mesh(Layout())
     model = StageModel(config, mesh, layers, True, True)
-    load_(model, theirs.state_dict())
+    load_(model, theirs.state_dict(), "qwen3_moe")
     optimizer = Optimizer(
         model.named_shards(),
         mesh,

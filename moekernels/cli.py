@@ -1,4 +1,4 @@
-"""The command line: `moekernels train | verify | bench | info`.
+"""The command line: `moekernels train | verify | plan | bench | info`.
 
 Exit codes: 0 done, 1 failed, 2 bad usage or configuration (one line on stderr, no traceback), 130
 interrupted, 143 terminated.
@@ -16,7 +16,8 @@ from pathlib import Path
 from moekernels import __version__, console
 from moekernels.errors import PlaceError, RunError, UsageError
 from moekernels.flags import Parser, add_config_flags, default_text, number, path, word
-from moekernels.train import config as cfg
+from moekernels.pipeline.schedule import SCHEDULES
+from moekernels.run import files as cfg
 from moekernels.train.stop import Terminated, end_now, handled
 
 RUNS = ("numpy", "tokenizers", "rich", "matplotlib", "safetensors")
@@ -93,7 +94,7 @@ def build_parser() -> Parser:
         "--all", action="store_true", help="every layout and variant that the project promises"
     )
     for flag, kind, value, text in (
-        ("schedule", str, "1f1b", "gpipe, 1f1b or interleaved"),
+        ("schedule", str, "1f1b", ", ".join(SCHEDULES)),
         ("experts", int, 8, "experts of a layer"),
         ("top-k", int, 2, "experts that a token visits"),
         ("steps", int, 3, "steps to compare"),

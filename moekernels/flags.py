@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 
 from moekernels.errors import UsageError
-from moekernels.train import config as cfg
+from moekernels.run import files as cfg
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,12 +10,13 @@ from distributed import RankPool
 from torch import Tensor
 
 from moekernels.data.batch import MicroBatch
-from moekernels.nn.config import ExpertSpec, ModelConfig, RouterConfig
+from moekernels.model.decoder import DecoderSpec
+from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
-from moekernels.parallel.mesh import Layout, Mesh
+from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.tensor import all_reduce
 
-TINY = ModelConfig(
+TINY = DecoderSpec(
     vocab_size=61,
     d_model=16,
     num_layers=2,
@@ -24,8 +25,11 @@ TINY = ModelConfig(
     head_dim=4,
     num_experts=8,
     top_k=2,
-    expert=ExpertSpec(16, 16, 12),
-    router=RouterConfig(balance_coef=0.1, z_coef=0.01),
+    expert_d_ff=12,
+    qk_norm=False,
+    renormalize=False,
+    balance_coef=0.1,
+    z_coef=0.01,
     init_std=0.3,
 )
 
@@ -48,7 +52,7 @@ def micro_batches(
 
 
 def run_model(
-    layout: Layout, config: ModelConfig, batches: list[MicroBatch], options: dict[str, Any]
+    layout: Layout, config: DecoderSpec, batches: list[MicroBatch], options: dict[str, Any]
 ) -> dict[str, Any]:
     """One step on this rank: dp rank i takes micro-batches i, i + dp, ..."""
     mesh = Mesh(layout)
@@ -105,7 +109,7 @@ def assemble(results: list[dict[str, Any]], what: str) -> dict[str, Tensor]:
 def compare(
     pool: RankPool | None,
     layout: Layout,
-    config: ModelConfig,
+    config: DecoderSpec,
     batches: list[MicroBatch],
     *,
     tolerance: float = 1e-9,
@@ -134,5 +138,5 @@ def compare(
     return many
 
 
-def variant(**changes: Any) -> ModelConfig:
+def variant(**changes: Any) -> DecoderSpec:
     return replace(TINY, **changes)

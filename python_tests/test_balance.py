@@ -14,10 +14,11 @@ from torch import Tensor
 from moekernels import ops
 from moekernels.balance import dead_experts, max_over_mean, update_selection_biases
 from moekernels.data.batch import MicroBatch
-from moekernels.nn.config import ModelConfig, RouterConfig
+from moekernels.model.decoder import DecoderSpec
+from moekernels.model.layout import Layout
 from moekernels.nn.router import _counts
 from moekernels.nn.transformer import StageModel
-from moekernels.parallel.mesh import Layout, Mesh
+from moekernels.parallel.mesh import Mesh
 
 
 def test_load_statistics() -> None:
@@ -78,7 +79,7 @@ def test_only_training_counts(evaluate: bool) -> None:
 
 
 def test_selection_bias_exists_where_it_moves() -> None:
-    with_bias = variant(router=RouterConfig(score="sigmoid", bias_update_rate=0.01))
+    with_bias = variant(score="sigmoid", bias_update_rate=0.01)
     model = StageModel(with_bias, Mesh(Layout()), range(1, 3), True, True)
     assert [b.shape for b in model.selection_biases] == [(8,), (8,)]
     assert StageModel(TINY, Mesh(Layout()), range(1, 3), True, True).selection_biases == []
@@ -122,7 +123,7 @@ def split(name: str) -> list[MicroBatch]:
     ]
 
 
-def step_of(config: ModelConfig, name: str, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def step_of(config: DecoderSpec, name: str, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Both losses of the router, and every gradient."""
     torch.set_num_threads(1)  # threads of so small a model only wait for each other
     result = run_model(Layout(), config, split(name), {"dtype": torch.float64, **options})
@@ -135,20 +136,20 @@ def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("name", [n for n in SPLITS if n != "one"])
 def test_balance_by_sequence_does_not_depend_on_the_split(name: str) -> None:
-    config = replace(TINY, router=RouterConfig(balance_coef=1.0, balance_scope="sequence"))
+    config = replace(TINY, balance_coef=1.0, z_coef=0.0, balance_scope="sequence")
     losses, gradients = step_of(config, "one")
     other, others = step_of(config, name, checkpoint_layers={1})
     torch.testing.assert_close(other, losses, rtol=1e-12, atol=0)
     assert apart(gradients, others) < 1e-12
-    by_batch = replace(TINY, router=RouterConfig(balance_coef=1.0))
+    by_batch = replace(TINY, balance_coef=1.0, z_coef=0.0)
     if name != "padded":
         assert apart(step_of(by_batch, "one")[1], step_of(by_batch, name)[1]) > 1e-4
 
 
 def test_balance_by_sequence_is_each_sequences_own_loss() -> None:
     """Weighted by its tokens: what one micro-batch a sequence gives in the other scope."""
-    losses, gradients = step_of(replace(TINY, router=RouterConfig(balance_coef=1.0)), "each")
-    config = replace(TINY, router=RouterConfig(balance_coef=1.0, balance_scope="sequence"))
+    losses, gradients = step_of(replace(TINY, balance_coef=1.0, z_coef=0.0), "each")
+    config = replace(TINY, balance_coef=1.0, z_coef=0.0, balance_scope="sequence")
     other, others = step_of(config, "one")
     torch.testing.assert_close(other, losses, rtol=1e-12, atol=0)
     assert apart(gradients, others) < 1e-12
@@ -163,7 +164,7 @@ def test_counts_of_replaced_choices_by_segment() -> None:
 
 
 def test_losses_do_not_depend_on_how_ranks_share_tokens() -> None:
-    config = replace(TINY, router=RouterConfig(balance_coef=1.0, z_coef=1.0))
+    config = replace(TINY, balance_coef=1.0, z_coef=1.0)
     batches = micro_batches([[7, 2], [12]])
     with RankPool(2) as pool:
         for layout in (Layout(tp=2, ep=2), Layout(dp=2, ep=2)):

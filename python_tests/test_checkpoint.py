@@ -12,10 +12,11 @@ import torch
 from distributed import run_ranks
 
 from moekernels.errors import RunError, UsageError
-from moekernels.parallel.mesh import Layout, Mesh
+from moekernels.model.layout import Layout
+from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import even_range, shard
+from moekernels.run import files as cfg
 from moekernels.train import checkpoint, resume, shards
-from moekernels.train import config as cfg
 from moekernels.train.checkpoint import Checkpoints
 
 SHAPES = {"head": (10, 6), "norm": (6,), "w1": (4, 8, 6), "bias": (4,)}
@@ -292,7 +293,8 @@ def test_what_may_change_is_said(section, key, value, said):
     run = cfg.RunConfig()
     facts = facts_of(run)
     assert resume.compare("step", facts, run) == []
-    setattr(getattr(run, section), key, value)
+    changed = {**vars(getattr(run, section)), key: value}
+    setattr(run, section, type(getattr(run, section))(**changed))
     notes = resume.compare("step", facts, run)
     assert len(notes) == (said is not None) and all(said in note for note in notes)
 

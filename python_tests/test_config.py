@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from moekernels.errors import UsageError
-from moekernels.train import config as cfg
+from moekernels.model.experts import one_expert
+from moekernels.run import files as cfg
 
 
 def flags(**given):
@@ -23,9 +24,9 @@ def degrees(run):
 )
 def test_presets_have_the_parameters_of_the_document(preset, billions, experts_billions):
     run = cfg.resolve(preset, None, {})
-    model = cfg.model_config(run.model)
+    model = run.model
     assert model.parameters_count() / 1e9 == pytest.approx(billions, abs=0.06)
-    experts = model.num_layers * model.num_experts * model.expert.parameters_count()
+    experts = model.num_layers * model.num_experts * one_expert(model)
     assert experts / 1e9 == pytest.approx(experts_billions, abs=0.006)
     assert degrees(run) == (2, 1, 4, 2, 1)
     assert run.claims.parameters == 30e9 and run.hardware.tflops == 400
@@ -105,7 +106,7 @@ def test_effective_configuration_reads_back_to_itself(tmp_path):
 
 @pytest.mark.parametrize("preset", cfg.preset_names())
 def test_every_preset_divides(preset):
-    from moekernels.parallel.mesh import Layout
+    from moekernels.model.layout import Layout
 
     run = cfg.resolve(preset, None, {})
     m = run.model

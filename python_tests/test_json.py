@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from moekernels import jsonio
+from moekernels.run.sections import RunConfig
 from moekernels.train.metrics import METRICS, RunFolder, read_metrics
-from moekernels.train.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

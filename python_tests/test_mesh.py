@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekernels.errors import UsageError
-from moekernels.parallel.mesh import Group, Layout, Mesh
+from moekernels.model.layout import Layout
+from moekernels.parallel.mesh import Group, Mesh
 
 GROUPS = ("world", "stage", "tp", "dp", "pp", "exchange", "edp", "expert_copies")
 SMALL = st.sampled_from([1, 2, 3, 4])

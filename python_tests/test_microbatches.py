@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from moekernels.errors import UsageError
-from moekernels.train import config as cfg
+from moekernels.run import files as cfg
 from moekernels.train import microbatches as mb
 
 

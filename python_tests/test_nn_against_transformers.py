@@ -14,10 +14,17 @@ from transformers_models import tiny_model, worst
 
 from moekernels.data.batch import MicroBatch
 from moekernels.errors import UsageError
-from moekernels.integrations import _fields, qwen3_moe
-from moekernels.integrations.qwen3_moe import load_, model_config, their_names
+from moekernels.integrations import _fields, families
+from moekernels.integrations.families import (
+    decoder_spec,
+    family_of,
+    in_our_shape,
+    load_,
+    their_names,
+)
+from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
-from moekernels.parallel.mesh import Layout, Mesh
+from moekernels.parallel.mesh import Mesh
 
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
@@ -33,18 +40,18 @@ def sequences(lengths: tuple[int, ...] = LENGTHS) -> list[tuple[Tensor, Tensor]]
 
 
 def ours(hf, **options) -> StageModel:
-    config = model_config(hf.config)
+    config = decoder_spec(hf.config)
     layers = range(1, config.num_layers + 1)
     model = StageModel(config, Mesh(Layout()), layers, True, True, **options)
-    load_(model, hf.state_dict())
+    load_(model, hf.state_dict(), family_of(hf.config))
     return model
 
 
 def gradients_in_our_names(model: StageModel, hf) -> dict[str, Tensor]:
-    theirs = dict(hf.named_parameters())
+    theirs, family = dict(hf.named_parameters()), family_of(hf.config)
     return {
-        name: torch.cat([theirs[their].grad for their in their_names(name)])
-        for name, _, _ in model.named_shards()
+        name: in_our_shape([theirs[n].grad for n in their_names(name, family)], info.full_shape)
+        for name, _, info in model.named_shards()
     }
 
 
@@ -63,7 +70,9 @@ def compare(hf, **options) -> tuple[float, str]:
         part.backward()
         expected += part.detach()
     wanted = gradients_in_our_names(model, hf)
-    assert {p for name in wanted for p in their_names(name)} >= dict(hf.named_parameters()).keys()
+    family = family_of(hf.config)
+    known = {p for name in wanted for p in their_names(name, family)}
+    assert known >= dict(hf.named_parameters()).keys()
     return worst({"loss": loss, **got}, {"loss": expected, **wanted})
 
 
@@ -81,6 +90,30 @@ def test_loss_and_every_gradient_equal_transformers(overrides):
     assert error <= TOLERANCE, f"{where}: {error:.1e}"
 
 
+GUESTS = [
+    ("Qwen2Moe", {}),  # a gated shared expert
+    ("Qwen2Moe", {"mlp_only_layers": [0], "norm_topk_prob": True}),
+    ("Dots1", {}),  # a shared expert, a dense first layer, groups, sigmoid and a selection bias
+    ("Dots1", {"first_k_dense_replace": 0, "norm_topk_prob": True, "num_key_value_heads": 4}),
+]
+
+
+@pytest.mark.parametrize("family, overrides", GUESTS)
+@pytest.mark.parametrize("checkpoint", [(), (1, 2)])
+def test_shared_experts_and_dense_layers_equal_transformers(family, overrides, checkpoint):
+    hf = tiny_model(family, **overrides)
+    for name, buffer in hf.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.linspace(-0.3, 0.3, len(buffer)))
+    error, where = compare(hf, checkpoint_layers=checkpoint)
+    assert error <= TOLERANCE, f"{where}: {error:.1e}"
+
+
+def test_only_first_layers_may_be_dense():
+    with pytest.raises(UsageError, match=r"mlp_only_layers is \[1\]; only first layers"):
+        decoder_spec(tiny_model("Qwen2Moe", mlp_only_layers=[1]).config)
+
+
 def test_with_checkpointed_layers():
     error, where = compare(tiny_model("Qwen3Moe"), checkpoint_layers={1, 2})
     assert error <= TOLERANCE, f"{where}: {error:.1e}"
@@ -91,7 +124,7 @@ def test_logits_equal_transformers():
     model, data = ours(hf), sequences()
     layers = range(1, model.config.num_layers + 1)
     body = StageModel(model.config, model.mesh, layers, True, False)
-    load_(body, hf.state_dict())
+    load_(body, hf.state_dict(), "qwen3_moe")
     with torch.no_grad():
         hidden = body(MicroBatch.pack(data, loss_scale=1.0))
         logits = F.linear(model.norm(hidden), model.head.weight)
@@ -145,7 +178,7 @@ def test_a_wrong_weight_is_noticed():
 )
 def test_what_our_decoder_has_not_is_refused(overrides, named):
     with pytest.raises(UsageError, match=named):
-        model_config(Qwen3MoeConfig(**overrides))
+        decoder_spec(Qwen3MoeConfig(**overrides))
 
 
 def test_every_field_of_their_configuration_is_accounted_for():
@@ -155,14 +188,15 @@ def test_every_field_of_their_configuration_is_accounted_for():
         config = Qwen3MoeConfig(num_hidden_layers=2)
         object.__setattr__(config, name, another(value))
         try:
-            changed = model_config(config) != model_config(plain)
+            changed = decoder_spec(config) != decoder_spec(plain)
         except (UsageError, ValueError, TypeError, AttributeError):
             continue
-        known = qwen3_moe._IRRELEVANT | _fields.IRRELEVANT | {"router_aux_loss_coef"}
+        known = families._IRRELEVANT | families.FAMILIES["qwen3_moe"].irrelevant
+        known |= _fields.IRRELEVANT | {"router_aux_loss_coef"}
         assert changed or name in known, f"{name} is ignored"
     # The coefficient counts where the loss is asked for.
     config = Qwen3MoeConfig(output_router_logits=True, router_aux_loss_coef=0.5)
-    assert model_config(config).router.balance_coef == 0.5 * 8 / 24
+    assert decoder_spec(config).balance_coef == 0.5 * 8 / 24
 
 
 def another(value):
@@ -176,10 +210,10 @@ def another(value):
 def test_a_field_of_a_release_to_come_is_refused_unless_it_is_none():
     config = Qwen3MoeConfig()
     object.__setattr__(config, "new_gate", None)
-    model_config(config)
+    decoder_spec(config)
     object.__setattr__(config, "new_gate", 3)
     with pytest.raises(UsageError, match="new_gate is 3, and what it means is not known"):
-        model_config(config)
+        decoder_spec(config)
 
 
 def test_a_published_configuration_is_taken():
@@ -222,23 +256,23 @@ def test_a_published_configuration_is_taken():
             "vocab_size": 151936,
         }
     )
-    ours = model_config(config)
+    ours = decoder_spec(config)
     assert (ours.head_dim, ours.rope_theta, ours.num_experts, ours.top_k) == (128, 1e6, 128, 8)
     assert ours.parameters_count() == 30_532_122_624
 
 
 def test_another_architecture_is_refused():
-    with pytest.raises(UsageError, match="'mixtral'; of 'qwen3_moe' would do"):
-        model_config(MixtralConfig())
+    with pytest.raises(UsageError, match="mixtral: no family .* use one of .*qwen3_moe"):
+        decoder_spec(MixtralConfig())
 
 
 def test_their_defaults_are_ours_too():
     config = Qwen3MoeConfig(initializer_range=0.1)
-    assert model_config(config).head_dim == config.hidden_size // config.num_attention_heads
-    assert model_config(config).init_std == 0.1
+    assert decoder_spec(config).head_dim == config.hidden_size // config.num_attention_heads
+    assert decoder_spec(config).init_std == 0.1
 
 
 def test_weights_of_another_shape_are_refused():
     hf, wider = tiny_model("Qwen3Moe"), tiny_model("Qwen3Moe", moe_intermediate_size=32)
-    with pytest.raises(UsageError, match=r"w1 has shape \[6, 64, 32\] there; \[6, 48, 32\] would"):
-        load_(ours(hf), wider.state_dict())
+    with pytest.raises(UsageError, match=r"w1 has shape \[6, 64, 32\] there, \[6, 48, 32\] here"):
+        load_(ours(hf), wider.state_dict(), "qwen3_moe")

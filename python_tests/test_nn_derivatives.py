@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moekernels import ops
+from moekernels.model.layout import Layout
 from moekernels.nn.attention import Packing, rotate
 from moekernels.nn.loss import cross_entropy
 from moekernels.nn.norm import RMSNorm
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel import expert, tensor
-from moekernels.parallel.mesh import Group, Layout, Mesh
+from moekernels.parallel.mesh import Group, Mesh
 
 ALONE = Group(None, 0, 1, (0,))
 DOUBLE = {"dtype": torch.float64, "device": torch.device("cpu")}

@@ -9,8 +9,7 @@ import torch
 from distributed import RankPool
 from layouts import compare, micro_batches, variant
 
-from moekernels.nn.config import ExpertSpec, RouterConfig
-from moekernels.parallel.mesh import Layout
+from moekernels.model.layout import Layout
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def test_without_sequence_parallel(four: RankPool, name: str, dispatcher: str) -
 @pytest.mark.parametrize("name", ["tp4 ep4", "tp2 dp2 etp2 ep2", "dp4 ep2 etp2"])
 def test_lifted_experts_grouped_queries_and_tied_embeddings(four: RankPool, name: str) -> None:
     config = variant(
-        expert=ExpertSpec(16, 20, 12),
+        expert_d_in=20,
         num_heads=8,
         qk_norm=True,
         tie_embeddings=True,
@@ -77,15 +76,15 @@ def test_experts_that_are_not_a_power_of_two(four: RankPool) -> None:
 @pytest.mark.parametrize(
     "router",
     [
-        RouterConfig(score="sigmoid", renormalize=True, scale=2.5, num_groups=4, groups_kept=2),
-        RouterConfig(score="softmax_topk", balance_coef=0.0),
-        RouterConfig(score="sqrtsoftplus", bias_update_rate=0.01),
-        RouterConfig(balance_coef=1.0, balance_scope="sequence"),
+        dict(score="sigmoid", renormalize=True, scale=2.5, num_groups=4, groups_kept=2),
+        dict(score="softmax_topk", balance_coef=0.0),
+        dict(score="sqrtsoftplus", bias_update_rate=0.01),
+        dict(score="softmax", balance_coef=1.0, balance_scope="sequence"),
     ],
-    ids=lambda r: f"{r.score}-{r.balance_scope}",
+    ids=lambda r: f"{r['score']}-{r.get('balance_scope', 'microbatch')}",
 )
-def test_routers(four: RankPool, router: RouterConfig) -> None:
-    compare(four, LAYOUTS["tp2 dp2 ep4"], variant(router=router), UNEVEN)
+def test_routers(four: RankPool, router: dict) -> None:
+    compare(four, LAYOUTS["tp2 dp2 ep4"], variant(**router), UNEVEN)
 
 
 @pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])

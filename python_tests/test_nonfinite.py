@@ -10,7 +10,8 @@ from test_json import strict
 
 from moekernels.cli import main
 from moekernels.errors import RunError
-from moekernels.parallel.mesh import Layout, Mesh
+from moekernels.model.layout import Layout
+from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import shard
 from moekernels.train.loop import Trainer
 from moekernels.train.metrics import METRICS, read_metrics

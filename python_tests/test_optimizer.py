@@ -6,7 +6,8 @@ import pytest
 import torch
 from distributed import run_ranks
 
-from moekernels.parallel.mesh import Layout, Mesh
+from moekernels.model.layout import Layout
+from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import even_range, shard
 from moekernels.train.optimizer import AdamWConfig, Optimizer
 

@@ -13,7 +13,7 @@ import pytest
 
 from moekernels import cli, files
 from moekernels.errors import UsageError, one_line
-from moekernels.train import config as cfg
+from moekernels.run import files as cfg
 from moekernels.train import plots, room
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,9 +9,10 @@ import torch
 from distributed import RankPool
 from torch import Tensor
 
+from moekernels.model.layout import Layout
 from moekernels.nn.dispatcher import AllGatherDispatcher, AllToAllDispatcher, make_dispatcher
 from moekernels.parallel import expert
-from moekernels.parallel.mesh import Layout, Mesh
+from moekernels.parallel.mesh import Mesh
 
 HIDDEN = 6
 LAYOUTS = {"ep3": Layout(dp=3, ep=3), "etp3": Layout(dp=3, etp=3), "tp3 ep3": Layout(tp=3, ep=3)}

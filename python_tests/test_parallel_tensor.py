@@ -10,8 +10,9 @@ import torch
 from distributed import RankPool
 from torch import Tensor
 
+from moekernels.model.layout import Layout
 from moekernels.parallel import tensor
-from moekernels.parallel.mesh import Group, Layout, Mesh
+from moekernels.parallel.mesh import Group, Mesh
 from moekernels.parallel.shard import even_range, seeded_normal, shard
 
 WORLD = 3

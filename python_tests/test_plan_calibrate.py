@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from moekernels.cli import main
+from moekernels.model.decoder import chunk_parameters
 from moekernels.plan import calibrate as cal
 from moekernels.plan.cost import layer_cost, loss_cost, update_bytes
 from moekernels.plan.measure import Sample, Took, measure, numbers_of_ranks, samples
-from moekernels.plan.memory import chunk_parameters
+from moekernels.plan.memory import place_of
 from moekernels.plan.strategy import Strategy
-from moekernels.train import config as cfg
+from moekernels.run import files as cfg
 
 TRUE = {
     "dense": 2e-11, "attention": 5e-11, "grouped": 3e-11, "weights": 4e-10, "bytes": 1e-10,
@@ -39,7 +40,7 @@ def took(sample: Sample) -> Took:
     c = cal.cluster_of({**TRUE, **UPDATE}, layout.world)
     layer, size = layer_cost(model, c, s), (sample.tokens, sample.squares)
     loss = loss_cost(model, c, s)(*size) if sample.last else 0.0
-    held = chunk_parameters(model, layout, model.num_layers, False, sample.last)
+    held = chunk_parameters(model, place_of(s, 0.0), s.layer_range(0), False, sample.last)
     return Took(
         model.num_layers * layer.total(layer.forward)(*size) + c.action_overhead + loss,
         model.num_layers * layer.total(layer.backward)(*size) + c.action_overhead,

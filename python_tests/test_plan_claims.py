@@ -15,8 +15,8 @@ from moekernels.plan import claims as judge
 from moekernels.plan.document import formats, named_layouts, readings, recomputes
 from moekernels.plan.evaluate import evaluate
 from moekernels.plan.problem import configured, problem_of
+from moekernels.run import files as cfg
 from moekernels.train import assembly
-from moekernels.train import config as cfg
 
 
 @pytest.fixture(scope="module")

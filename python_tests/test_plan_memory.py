@@ -11,16 +11,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from moekernels.data.batch import MicroBatch
+from moekernels.model.decoder import DecoderSpec, chunk_parameters
+from moekernels.model.layout import Layout
+from moekernels.model.spec import Place
 from moekernels.nn import attention, dispatcher, embedding, experts, router
-from moekernels.nn.config import ExpertSpec, ModelConfig
 from moekernels.nn.transformer import StageModel
 from moekernels.ops._spec import all_specs, nbytes
 from moekernels.parallel import expert
 from moekernels.parallel.expert import ExchangePlan
-from moekernels.parallel.mesh import Layout, Mesh
-from moekernels.plan.memory import chunk_bytes, chunk_parameters, layer_bytes, stage_memory
+from moekernels.parallel.mesh import Mesh
+from moekernels.plan.memory import chunk_bytes, layer_bytes, place_of, stage_memory
 from moekernels.plan.strategy import Strategy
-from moekernels.train import config as cfg
+from moekernels.run import files as cfg
 from moekernels.train.optimizer import AdamWConfig, Optimizer
 
 CPU = torch.device("cpu")
@@ -36,16 +38,17 @@ LAYOUTS = [
 ]
 
 
-def small(d_in: int = 64, **options) -> ModelConfig:
-    options = {"num_kv_heads": 4, "num_experts": 8, **options}
-    return ModelConfig(
+def small(d_in: int = 64, **options) -> DecoderSpec:
+    options = {"num_kv_heads": 4, "num_experts": 8, "qk_norm": False, **options}
+    return DecoderSpec(
         vocab_size=515,
         d_model=64,
         num_layers=4,
         num_heads=4,
         head_dim=16,
         top_k=2,
-        expert=ExpertSpec(64, d_in, 128, options.pop("gated", True)),
+        expert_d_in=d_in,
+        expert_d_ff=128,
         **options,
     )
 
@@ -113,7 +116,7 @@ def total(tracker: MemTracker, kind: str) -> int:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("preset", ["spec-30b", "spec-26b"])
 def test_parameters_are_those_of_the_modules(layout, preset, bare, fake_world):
-    model = cfg.model_config(cfg.resolve(preset, None, {}).model)
+    model = cfg.resolve(preset, None, {}).model
     layers = model.num_layers // layout.pp
     for stage in {0, layout.pp - 1}:
         if dist.is_initialized():
@@ -121,16 +124,16 @@ def test_parameters_are_those_of_the_modules(layout, preset, bare, fake_world):
         first, last = stage == 0, stage == layout.pp - 1
         mesh = fake_world(layout, stage * layout.stage_ranks + layout.tp - 1)
         chunk = StageModel(model, mesh, range(1, layers + 1), first, last, device="meta")
-        counted = chunk_parameters(model, layout, layers, first, last, tp_index=layout.tp - 1)
+        at, held = Place(layout), range(1, layers + 1)
+        counted = chunk_parameters(model, at, held, first, last, tp_index=layout.tp - 1)
         assert sum(counted.values()) == sum(p.numel() for p in chunk.parameters())
         if first and layout.pp == 1:
             ranks = [
-                chunk_parameters(model, layout, layers, True, True, tp_index=i)
-                for i in range(layout.tp)
+                chunk_parameters(model, at, held, True, True, tp_index=i) for i in range(layout.tp)
             ]
             assert (
                 max(r["vocabulary"] for r in ranks)
-                == chunk_parameters(model, layout, layers, True, True)["vocabulary"]
+                == chunk_parameters(model, at, held, True, True)["vocabulary"]
             )
 
 
@@ -140,7 +143,7 @@ def test_parameters_are_those_of_the_modules(layout, preset, bare, fake_world):
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_of_variants(options, tied):
     model = small(tie_embeddings=tied, **options)
-    assert sum(chunk_parameters(model, Layout(), 4, True, True).values()) == (
+    assert sum(chunk_parameters(model, Place(), range(1, 5), True, True).values()) == (
         model.parameters_count()
     )
 
@@ -150,7 +153,7 @@ def test_parameters_of_variants(options, tied):
 def test_state_is_the_optimisers(dtype, moments, bare):
     """To the byte where every tensor fills whole lines of 16 elements; alignment is less than
     1 % in a model this small."""
-    model = cfg.model_config(cfg.resolve("tiny", None, {}).model)
+    model = cfg.resolve("tiny", None, {}).model
     with FakeTensorMode():
         chunk = StageModel(model, Mesh(Layout()), range(1, 5), True, False, dtype=DTYPES[dtype])
         optimizer = Optimizer(
@@ -168,7 +171,7 @@ def test_state_is_the_optimisers(dtype, moments, bare):
 def test_state_of_64_ranks(stage, etp, moments, bare, fake_world):
     """MemTracker sees parameters, gradients and the optimiser's state of a rank of R4, and no byte
     more or less than is counted."""
-    model = cfg.model_config(cfg.resolve("spec-30b", None, {}).model)
+    model = cfg.resolve("spec-30b", None, {}).model
     layout = Layout(tp=2, dp=8, pp=4, ep=8, etp=etp)
     mesh = fake_world(layout, stage * layout.stage_ranks)
     tracker = MemTracker()
@@ -215,8 +218,8 @@ def measure(model, mesh, layers, first, last, dtype, tokens, checkpoint, dispatc
 
 
 def counted(model, s, tokens, first, last, device="cpu"):
-    one = layer_bytes(model, s, tokens, device=device)
-    beside, loss, besides = chunk_bytes(model, s, tokens, first, last)
+    one = layer_bytes(model, place_of(s, tokens, device=device))
+    beside, loss, besides = chunk_bytes(model, place_of(s, tokens), first, last)
     again = s.checkpointed[0]
     kept = beside + loss + again * one.checkpointed + (s.layers[0] - again) * one.total
     return kept, kept + max(one.besides(again > 0) - loss, besides)
@@ -244,7 +247,7 @@ def test_activations_of_64_ranks(
     stage, checkpoint, kind, etp, layers, bare, fake_world, monkeypatch
 ):
     """The document's model on a fake world of 64: TP2 x EP8 (x ETP2) x PP4, within 2 %."""
-    model = cfg.model_config(cfg.resolve("spec-30b", None, {}).model)
+    model = cfg.resolve("spec-30b", None, {}).model
     layout = Layout(tp=2, dp=8, pp=4, ep=8, etp=etp)
     mesh, tokens = fake_world(layout, stage * layout.stage_ranks), 4096
     rows = tokens // layout.tp * layout.exchange * model.top_k // layout.ep
@@ -279,11 +282,11 @@ def test_layers_keep_what_the_ops_save(way, dtype, d_in, recompute):
     model, tokens = small(d_in, recompute_experts=recompute), 512
     layout, dispatcher = WAYS[way]
     s = Strategy(layout, (1,), (0,), 1, dtype=dtype, dispatcher=dispatcher)
-    one = layer_bytes(model, s, tokens, device="cpu")
+    one = layer_bytes(model, place_of(s, tokens, device="cpu"))
     specs = {spec.name: spec.saved for spec in all_specs()}
     hidden, k, e = model.d_model, model.top_k, model.num_experts // layout.ep
     own = tokens // layout.tp
-    seen = own * (layout.exchange if s.gathers else 1)  # tokens that are routed here
+    seen = own * (layout.exchange if way == "gathered" else 1)  # tokens that are routed here
     rows = own * layout.exchange * k // layout.ep
     slots = seen * k  # token_of has room for every choice
 
@@ -298,7 +301,7 @@ def test_layers_keep_what_the_ops_save(way, dtype, d_in, recompute):
     row_of = tensor(seen, k, dtype=torch.int32)
     offsets = tensor(e + 1, dtype=torch.int64)
     weights = tensor(rows, dtype=torch.float32)
-    w1, w2 = tensor(e, 2 * model.expert.d_ff, d_in), tensor(e, d_in, model.expert.d_ff)
+    w1, w2 = tensor(e, 2 * model.expert_d_ff, d_in), tensor(e, d_in, model.expert_d_ff)
     w_in, w_out = tensor(e, d_in, hidden), tensor(e, hidden, d_in)
     x, arrived = tensor(seen, hidden), tensor(rows, hidden)
     lifted, view = d_in != hidden, way != "exchanged"

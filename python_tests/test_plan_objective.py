@@ -13,12 +13,12 @@ from test_plan_search import problem
 
 from moekernels.cli import main
 from moekernels.errors import UsageError
-from moekernels.parallel.mesh import Layout
+from moekernels.model.layout import Layout
 from moekernels.plan.evaluate import evaluate
 from moekernels.plan.problem import configured, loads_of, problem_of
 from moekernels.plan.search import Space, candidates, search
 from moekernels.plan.strategy import Objective, busiest
-from moekernels.train import config as cfg
+from moekernels.run import files as cfg
 
 SPACE = Space(gpus=4, schedule="1f1b", microbatches=4, optimizer_state="bf16")
 

@@ -8,17 +8,17 @@ from dataclasses import replace
 import pytest
 
 from moekernels.errors import UsageError
-from moekernels.nn.config import ExpertSpec, ModelConfig
+from moekernels.model.decoder import DecoderSpec
 from moekernels.plan.evaluate import Problem, evaluate, lower_bound, slots
 from moekernels.plan.memory import stage_memory
 from moekernels.plan.problem import configured, problem_of
 from moekernels.plan.search import FORMATS, Space, candidates, fit, search
 from moekernels.plan.strategy import Batch, Cluster
-from moekernels.train import config as cfg
+from moekernels.run import files as cfg
 
 
 def problem(memory: float = 0.4e9, gpus: int = 4, **hardware) -> Problem:
-    model = ModelConfig(
+    model = DecoderSpec(
         vocab_size=4096,
         d_model=512,
         num_layers=4,
@@ -27,7 +27,8 @@ def problem(memory: float = 0.4e9, gpus: int = 4, **hardware) -> Problem:
         head_dim=64,
         num_experts=8,
         top_k=2,
-        expert=ExpertSpec(512, 512, 1024),
+        expert_d_ff=1024,
+        qk_norm=False,
     )
     cluster = Cluster(gpus, 8, 400e12, memory, 1.8e12, 450e9, 50e9, reserve=0.0)
     lengths = tuple(range(100, 2020, 120))

@@ -15,7 +15,10 @@ import transformers
 from torch import Tensor, nn
 
 from moekernels import reference
-from moekernels.nn.config import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
+from moekernels.model.experts import ACTIVATIONS
+
+GATED = [name for name, gated in ACTIVATIONS.items() if gated]
+PLAIN = [name for name, gated in ACTIVATIONS.items() if not gated]
 
 _SMALL = dict(
     vocab_size=96,
@@ -48,6 +51,19 @@ _DEEPSEEK = dict(
 )
 _OWN: dict[str, dict[str, Any]] = {
     "Qwen3Moe": dict(num_experts=6, num_experts_per_tok=3, norm_topk_prob=True),
+    "Qwen2Moe": dict(
+        num_experts=6, num_experts_per_tok=3, shared_expert_intermediate_size=20, qkv_bias=False
+    ),
+    "Dots1": dict(
+        n_routed_experts=8,
+        n_shared_experts=2,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=3,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.5,
+        sliding_window=None,
+    ),
     "Mixtral": dict(num_local_experts=5, num_experts_per_tok=2),
     "Olmoe": dict(num_experts=7, num_experts_per_tok=4),
     "DeepseekV3": _DEEPSEEK,
@@ -227,9 +243,9 @@ def own_activations(module: nn.Module, config: SimpleNamespace) -> set[str]:
 
     h = product(x[:, None].expand(-1, TOP_K, -1), w1, b1)
     if not gated:
-        return {name for name in PLAIN_ACTIVATIONS if agrees(activation=name)}
+        return {name for name in PLAIN if agrees(activation=name)}
     found = set()
-    for name, interleaved in itertools.product(GATED_ACTIVATIONS, (False, True)):
+    for name, interleaved in itertools.product(GATED, (False, True)):
         for limit in LIMITS if "clamped" in name or "oai" in name else LIMITS[:1]:
             for alpha in ALPHAS if "oai" in name else ALPHAS[:1]:
                 how = dict(limit=limit, alpha=alpha, interleaved=interleaved)

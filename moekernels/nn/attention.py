@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moekernels.nn.config import ModelConfig
+from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.norm import RMSNorm
 from moekernels.ops import _derivatives
 from moekernels.parallel.mesh import Mesh
@@ -121,7 +121,7 @@ class Attention(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: DecoderSpec,
         mesh: Mesh,
         *,
         sequence_parallel: bool,
@@ -131,10 +131,10 @@ class Attention(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        mesh.layout.validate(num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
+        mesh.layout.validate(num_heads=config.num_heads, num_kv_heads=config.kv_heads)
         self.tp, self.sequence_parallel = mesh.tp, sequence_parallel
         hd, hidden = config.head_dim, config.d_model
-        heads, kv_heads = config.num_heads, config.num_kv_heads
+        heads, kv_heads = config.num_heads, config.kv_heads
         self.head_dim = hd
         self.heads, self.kv_heads = heads // mesh.tp.size, kv_heads // mesh.tp.size
 

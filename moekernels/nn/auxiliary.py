@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from moekernels import ops
+from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.batch import Batch
-from moekernels.nn.config import ModelConfig
 from moekernels.ops import _derivatives
 from moekernels.parallel.mesh import Group, Mesh
 from moekernels.parallel.tensor import reduce_from
@@ -77,13 +77,13 @@ class Auxiliary(nn.Module):
 
     Each layer's loss weighs what its micro-batch's tokens weigh in the step. The z-loss is a sum
     over tokens and does not depend on the split; the load-balancing loss does, unless it is made of
-    sequences (`RouterConfig.balance_scope`). The chunk's layers share one message over tp.
+    sequences (`RouterSpec.balance_scope`). The chunk's layers share one message over tp.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, layers: int, device: torch.device) -> None:
+    def __init__(self, config: DecoderSpec, mesh: Mesh, layers: int, device: torch.device) -> None:
         super().__init__()
         self.top_k, self.tp = config.top_k, mesh.tp
-        self.balance_coef, self.z_coef = config.router.balance_coef, config.router.z_coef
+        self.balance_coef, self.z_coef = config.balance_coef, config.z_coef
         self.weighs = self.balance_coef != 0 or self.z_coef != 0
         self.loads = torch.zeros(layers, config.num_experts, dtype=torch.int64, device=device)
         self.losses = torch.zeros(2, dtype=torch.float64, device=device)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from moekernels import ops
 from moekernels.errors import UsageError
+from moekernels.model import dispatch
+from moekernels.model.router import RouterSpec
 from moekernels.parallel import expert
 from moekernels.parallel.mesh import Mesh
 
@@ -122,13 +124,17 @@ class AllGatherDispatcher:
         return expert.sum_tokens(partial, routing.way_back, self.group)
 
 
-def make_dispatcher(kind: str, mesh: Mesh, num_experts: int, top_k: int) -> Dispatcher:
-    """kind "auto" takes the all-gather where it moves less: a token meets K peers or all ep of
-    them."""
-    if kind not in ("auto", "all_to_all", "all_gather"):
-        raise UsageError(f"dispatcher {kind!r}; one of auto, all_to_all, all_gather would do")
+DISPATCHERS: dict[str, type] = {
+    "all_to_all": AllToAllDispatcher,
+    "all_gather": AllGatherDispatcher,
+}
+
+
+def make_dispatcher(kind: str, mesh: Mesh, spec: RouterSpec) -> Dispatcher:
+    """The dispatcher that `model.dispatch` chooses for a kind, one of its `WAYS` or `auto`."""
+    if kind != "auto" and kind not in DISPATCHERS:
+        raise UsageError(f"dispatcher {kind!r}; use one of auto, {', '.join(DISPATCHERS)}")
     if mesh.exchange.size == 1:
-        return LocalDispatcher(num_experts)
-    if kind == "all_gather" or (kind == "auto" and top_k > mesh.layout.ep):
-        return AllGatherDispatcher(mesh, num_experts)
-    return AllToAllDispatcher(mesh, num_experts)
+        return LocalDispatcher(spec.num_experts)
+    name = dispatch.choose(kind, spec, mesh.layout.ep)
+    return DISPATCHERS[name](mesh, spec.num_experts)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moekernels import ops
-from moekernels.nn.config import ModelConfig
+from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.dispatcher import Routed
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import ShardInfo, seeded_normal, shard
@@ -26,7 +26,7 @@ class Experts(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: DecoderSpec,
         mesh: Mesh,
         *,
         seed: int,
@@ -35,15 +35,15 @@ class Experts(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        spec, layout = config.expert, mesh.layout
-        layout.validate(num_experts=config.num_experts, d_ff=spec.d_ff)
+        layout, d_in, d_ff = mesh.layout, config.d_in, config.expert_d_ff
+        layout.validate(num_experts=config.num_experts, d_ff=d_ff)
         self.activation, self.recompute = config.activation, config.recompute_experts
-        e, f = config.num_experts // layout.ep, spec.d_ff // layout.etp
+        e, f = config.num_experts // layout.ep, d_ff // layout.etp
         experts = (mesh.ep_index * e, (mesh.ep_index + 1) * e)
         hidden = (mesh.etp_index * f, (mesh.etp_index + 1) * f)
         up = [hidden]
-        if spec.gated:  # the gate's and the up-projection's rows of a shard both lie here
-            up.append((spec.d_ff + hidden[0], spec.d_ff + hidden[1]))
+        if config.gated:  # the gate's and the up-projection's rows of a shard both lie here
+            up.append((d_ff + hidden[0], d_ff + hidden[1]))
         self.shards: dict[str, ShardInfo] = {}
         std = config.init_std
         narrow = std / (2 * config.num_layers) ** 0.5  # what ends in the residual stream
@@ -61,13 +61,12 @@ class Experts(nn.Module):
                 weight[local].copy_(one.take(full))
             setattr(self, key, nn.Parameter(weight))
 
-        rows = (2 if spec.gated else 1) * spec.d_ff
-        add("w1", (rows, spec.d_in), {1: up}, std, "edp")
-        add("w2", (spec.d_in, spec.d_ff), {2: [hidden]}, std if spec.lifted else narrow, "edp")
-        self.lifted = spec.lifted
-        if spec.lifted:
-            add("w_in", (spec.d_in, spec.d_model), {}, std, "expert_copies")
-            add("w_out", (spec.d_model, spec.d_in), {}, narrow, "expert_copies")
+        self.lifted = config.lifted
+        add("w1", (config.up_rows * d_ff, d_in), {1: up}, std, "edp")
+        add("w2", (d_in, d_ff), {2: [hidden]}, std if self.lifted else narrow, "edp")
+        if self.lifted:
+            add("w_in", (d_in, config.d_model), {}, std, "expert_copies")
+            add("w_out", (config.d_model, d_in), {}, narrow, "expert_copies")
 
     def forward(self, rows: Tensor, routing: Routed) -> Tensor:
         """rows [R, H] in expert order (or their view) -> their weighted results [R, H], partial

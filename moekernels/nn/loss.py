@@ -10,19 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekernels.model.vocabulary import chunk_tokens
 from moekernels.ops import _derivatives
 from moekernels.parallel.mesh import Group
 from moekernels.parallel.tensor import all_gather, reduce_scatter
 
 NO_LABEL = -100
-CACHED = 1 << 21  # logits held at a time, where that many fit a cache: 8 MiB of fp32
-MOST = 1 << 23  # and at the most, where the vocabulary is large
-FEW = 128  # tokens: with fewer the products with the head slow down
-
-
-def chunk_tokens(vocabulary: int) -> int:
-    """Tokens whose logits of a vocabulary's shard are held at a time."""
-    return max(1, CACHED // vocabulary, min(FEW, MOST // vocabulary))
 
 
 def _exponentials_(logits: Tensor, labels: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:

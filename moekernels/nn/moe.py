@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moekernels.nn.config import ModelConfig
+from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.dispatcher import Dispatcher
 from moekernels.nn.experts import Experts
+from moekernels.nn.ffn import SharedExpert
 from moekernels.nn.router import RouteHook, Router
 from moekernels.parallel.expert import Kept
 from moekernels.parallel.mesh import Mesh
@@ -17,7 +18,7 @@ from moekernels.parallel.tensor import join_tokens, split_tokens
 class MoE(nn.Module):
     def __init__(
         self,
-        config: ModelConfig,
+        config: DecoderSpec,
         mesh: Mesh,
         layer: int,
         dispatcher: Dispatcher,
@@ -39,6 +40,10 @@ class MoE(nn.Module):
             **common,
         )
         self.experts = Experts(config, mesh, name=f"{name}.experts", **common)
+        self.shared = None
+        if config.shared_d_ff:
+            parallel = {"sequence_parallel": sequence_parallel, **common}
+            self.shared = SharedExpert(config, mesh, name=f"{name}.shared", **parallel)
         self.dispatcher = dispatcher
         self.tp, self.replicated = mesh.tp, not sequence_parallel
 
@@ -54,9 +59,10 @@ class MoE(nn.Module):
         the scores' sum [1, E], the counts [1, E] and the z-loss' sum [1]; S of each with segments
         [S+1]."""
         logits = self.router.logits(x)
-        if self.replicated:
-            x = split_tokens(x, self.tp)
+        own = split_tokens(x, self.tp) if self.replicated else x
         weights, ids, *sums = self.router.gate(logits, valid, hook, segments)
-        rows, routing = self.dispatcher.dispatch(x, ids, weights, kept)
+        rows, routing = self.dispatcher.dispatch(own, ids, weights, kept)
         y = self.dispatcher.combine(self.experts(rows, routing), routing)
-        return (join_tokens(y, self.tp) if self.replicated else y, *sums)
+        if self.replicated:
+            y = join_tokens(y, self.tp)
+        return (y if self.shared is None else y + self.shared(x), *sums)

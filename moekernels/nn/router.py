@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moekernels import ops
 from moekernels.errors import UsageError
-from moekernels.nn.config import ModelConfig
+from moekernels.model.decoder import DecoderSpec
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import seeded_normal, shard
 from moekernels.parallel.tensor import copy_to, swap_columns
@@ -26,7 +26,7 @@ class Router(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: DecoderSpec,
         mesh: Mesh,
         layer: int,
         *,
@@ -37,7 +37,7 @@ class Router(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.config, self.top_k, self.layer = config.router, config.top_k, layer
+        self.config, self.top_k, self.layer = config, config.top_k, layer
         self.tp, self.by_columns = mesh.tp, not sequence_parallel and mesh.tp.size > 1
         full_shape = (config.num_experts, config.d_model)
         if self.by_columns:
@@ -55,7 +55,7 @@ class Router(nn.Module):
         full = seeded_normal(full_shape, config.init_std, seed, f"{name}.weight")
         self.weight = nn.Parameter(info.take(full).to(device, dtype))
         bias = None
-        if config.router.bias_update_rate > 0:  # moves the choice only, and by no gradient
+        if config.bias_update_rate > 0:  # moves the choice only, and by no gradient
             bias = torch.zeros(config.num_experts, device=device)
         self.register_buffer("selection_bias", bias)
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moekernels.errors import UsageError
+from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.attention import Attention, Packing
 from moekernels.nn.auxiliary import Auxiliary, inject, join, own_segments
 from moekernels.nn.batch import Batch
-from moekernels.nn.config import ExpertSpec, ModelConfig, RouterConfig
 from moekernels.nn.dispatcher import make_dispatcher
 from moekernels.nn.embedding import VocabularyWeight, embed
+from moekernels.nn.ffn import FeedForward
 from moekernels.nn.loss import cross_entropy
 from moekernels.nn.moe import MoE
 from moekernels.nn.norm import RMSNorm
@@ -31,8 +32,6 @@ from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import ShardInfo
 from moekernels.parallel.tensor import copy_to, own_part
 
-__all__ = ["Block", "ExpertSpec", "ModelConfig", "RouterConfig", "StageModel"]
-
 # (micro-batch, layer, logits and ids of own tokens) -> ids to use instead, or None; see
 # `RouteHook`.
 BatchRouteHook = Callable[[Batch, int, Tensor, Tensor], Tensor | None]
@@ -41,7 +40,7 @@ BatchRouteHook = Callable[[Batch, int, Tensor, Tensor], Tensor | None]
 class Block(nn.Module):
     def __init__(
         self,
-        config: ModelConfig,
+        config: DecoderSpec,
         mesh: Mesh,
         layer: int,
         dispatcher: str,
@@ -58,10 +57,15 @@ class Block(nn.Module):
         norm = partial(
             RMSNorm, config.d_model, config.norm_eps, partial=sequence_parallel, **common
         )
+        self.has_experts = layer > config.dense_layers
         self.attention_norm = norm()
         self.attention = Attention(config, mesh, name=f"{name}.attention", **parallel)
+        if not self.has_experts:
+            self.ffn_norm = norm()
+            self.ffn = FeedForward(config, mesh, config.dense_d_ff, name=f"{name}.ffn", **parallel)
+            return
         self.moe_norm = norm()
-        ways = make_dispatcher(dispatcher, mesh, config.num_experts, config.top_k)
+        ways = make_dispatcher(dispatcher, mesh, config)
         self.moe = MoE(config, mesh, layer, ways, name=f"{name}.moe", **parallel)
 
     def forward(
@@ -72,9 +76,12 @@ class Block(nn.Module):
         hook: RouteHook | None = None,
         segments: Tensor | None = None,
         kept: Kept | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [T/tp, H] -> the same shape, and the layer's sums as `MoE` returns them."""
+    ) -> tuple[Tensor, ...]:
+        """x [T/tp, H] -> the same shape, and the layer's sums as `MoE` returns them, if it has
+        experts."""
         x = x + self.attention(self.attention_norm(x), packing)
+        if not self.has_experts:
+            return (x + self.ffn(self.ffn_norm(x)),)
         y, *sums = self.moe(self.moe_norm(x), valid, hook, segments, kept)
         return (x + y, *sums)
 
@@ -90,7 +97,7 @@ class StageModel(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: DecoderSpec,
         mesh: Mesh,
         layers: range,
         first: bool,
@@ -148,7 +155,8 @@ class StageModel(nn.Module):
             )
             if not config.tie_embeddings:
                 self.head = table(name="head")
-        self.auxiliary = Auxiliary(config, mesh, len(layers), device)
+        routed = sum(layer > config.dense_layers for layer in layers)
+        self.auxiliary = Auxiliary(config, mesh, routed, device)
 
     def forward(self, batch: Batch, x: Tensor | None = None) -> Tensor:
         """x [T/tp, H] from the chunk before (None for the first) -> x for the chunk after, or the
@@ -170,7 +178,7 @@ class StageModel(nn.Module):
         )
         hook = None if self.route_hook is None else partial(self.route_hook, batch)
         segments = None
-        if config.router.balance_scope == "sequence":
+        if config.balance_scope == "sequence":
             segments = own_segments(batch.cu_seqlens, mesh.tp, mesh.device)
         sums = []
         for layer, block in self.layers.items():
@@ -178,7 +186,8 @@ class StageModel(nn.Module):
                 x, *layer_sums = self._checkpointed(block, x, packing, valid, hook, segments)
             else:
                 x, *layer_sums = block(x, packing, valid, hook, segments)
-            sums.append(layer_sums)
+            if layer_sums:
+                sums.append(layer_sums)
         auxiliary = None
         if sums and torch.is_grad_enabled():
             auxiliary = self.auxiliary(batch, *map(torch.cat, zip(*sums)))
@@ -222,7 +231,8 @@ class StageModel(nn.Module):
     @property
     def selection_biases(self) -> list[Tensor]:
         """Each layer's selection bias [E]; empty where the router has none."""
-        biases = [block.moe.router.selection_bias for block in self.layers.values()]
+        blocks = [block for block in self.layers.values() if block.has_experts]
+        biases = [block.moe.router.selection_bias for block in blocks]
         return [bias for bias in biases if bias is not None]
 
     def named_shards(self) -> Iterator[tuple[str, nn.Parameter, ShardInfo]]:

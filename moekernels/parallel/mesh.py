@@ -12,133 +12,13 @@ so tensor-parallel ranks are neighbours, and so are the ep*etp ranks that exchan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from moekernels.errors import UsageError
-
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _choices(values: Iterable[int]) -> str:
-    """[1, 2, 4] -> "1, 2 or 4"."""
-    texts = [str(v) for v in values]
-    return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " or " + texts[-1]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How many ways each thing is split. edp, the copies of an expert, follows from the others."""
-
-    tp: int = 1
-    dp: int = 1
-    pp: int = 1
-    ep: int = 1
-    etp: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("tp", "dp", "pp", "ep", "etp"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UsageError(f"layout: {name} is {value!r}; an integer of at least 1 would do")
-        if self.stage_ranks % (self.ep * self.etp):
-            if self.stage_ranks % self.etp == 0:
-                fitting = divisors(self.stage_ranks // self.etp)
-                fits = f"with etp {self.etp}, ep {_choices(fitting)} would"
-            elif self.stage_ranks % self.ep == 0:
-                fitting = divisors(self.stage_ranks // self.ep)
-                fits = f"with ep {self.ep}, etp {_choices(fitting)} would"
-            else:
-                fits = f"a product of {_choices(divisors(self.stage_ranks))} would"
-            raise UsageError(
-                f"layout: ep*etp = {self.ep}*{self.etp} does not divide the tp*dp = "
-                f"{self.tp}*{self.dp} ranks of a stage; {fits}"
-            )
-
-    @property
-    def stage_ranks(self) -> int:
-        """Ranks in a pipeline stage, S."""
-        return self.tp * self.dp
-
-    @property
-    def world(self) -> int:
-        return self.stage_ranks * self.pp
-
-    @property
-    def exchange(self) -> int:
-        """Ranks that exchange rows with one another."""
-        return self.ep * self.etp
-
-    @property
-    def edp(self) -> int:
-        """Copies of each expert (shard) within a stage."""
-        return self.stage_ranks // self.exchange
-
-    def rank_of(self, pp: int, dp: int, tp: int) -> int:
-        return (pp * self.dp + dp) * self.tp + tp
-
-    def validate(
-        self,
-        *,
-        world: int | None = None,
-        num_experts: int | None = None,
-        num_layers: int | None = None,
-        virtual_stages: int = 1,
-        num_heads: int | None = None,
-        num_kv_heads: int | None = None,
-        d_ff: int | None = None,
-        vocab_size: int | None = None,
-    ) -> None:
-        """Raise a UsageError that names the value which would do, if anything given does not
-        divide."""
-        if world is not None and world != self.world:
-            raise UsageError(
-                f"layout: tp*dp*pp = {self.tp}*{self.dp}*{self.pp} = {self.world} ranks, "
-                f"but {world} were started; "
-                + (
-                    f"dp {world // (self.tp * self.pp)} would do"
-                    if world % (self.tp * self.pp) == 0
-                    else f"{self.world} ranks would do"
-                )
-            )
-        self._divides("ep", num_experts, "experts")
-        if num_layers is not None and num_layers % (self.pp * virtual_stages):
-            times = f" x {virtual_stages} virtual stages" if virtual_stages > 1 else ""
-            fits = [p for p in divisors(num_layers) if num_layers % (p * virtual_stages) == 0]
-            would = f"pp {_choices(fits)} would" if fits else "fewer virtual stages would"
-            raise UsageError(
-                f"layout: pp {self.pp}{times} does not divide {num_layers} layers; {would}"
-            )
-        self._divides("tp", num_heads, "attention heads")
-        self._divides("tp", num_kv_heads, "key-value heads")
-        self._divides("etp", d_ff, "hidden units of an expert")
-        if vocab_size is not None and vocab_size < self.tp:
-            raise UsageError(
-                f"layout: a vocabulary of {vocab_size} cannot be split over tp {self.tp}; "
-                f"tp {vocab_size} or less would do"
-            )
-
-    def _divides(self, name: str, total: int | None, what: str) -> None:
-        value = getattr(self, name)
-        if total is not None and total % value:
-            near = [d for d in divisors(total) if d <= 1024]
-            raise UsageError(
-                f"layout: {name} {value} does not divide {total} {what}; "
-                f"{name} {_choices(near)} would"
-            )
-
-    def describe(self) -> str:
-        """Both factorisations, one a line."""
-        return (
-            f"dense    {self.world} ranks = tp {self.tp} x dp {self.dp} x pp {self.pp}\n"
-            f"experts  {self.world} ranks = "
-            f"etp {self.etp} x ep {self.ep} x edp {self.edp} x pp {self.pp}"
-        )
+from moekernels.model.layout import Layout
 
 
 @dataclass(frozen=True)

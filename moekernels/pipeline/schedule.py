@@ -21,13 +21,12 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from moekernels.errors import UsageError
-
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
 
 
 class Kind(enum.StrEnum):
@@ -135,8 +134,66 @@ class Schedule:
         return (action for action in self.actions[rank] if action.kind.computes)
 
 
+@dataclass(frozen=True)
+class ScheduleKind:
+    """What a schedule's name stands for. warmup(rank, stages, groups, virtual_stages): forward
+    passes that a rank does before it alternates. several: whether a rank holds several virtual
+    stages, or one. offered: worth running; the planner searches it and `verify --all` proves it."""
+
+    warmup: Callable[[int, int, list[int], int], int]
+    several: bool = False
+    offered: bool = True
+
+
+SCHEDULES = {
+    "gpipe": ScheduleKind(lambda rank, stages, groups, virtual: sum(groups), offered=False),
+    "1f1b": ScheduleKind(lambda rank, stages, groups, virtual: stages - 1 - rank),
+    "interleaved": ScheduleKind(
+        lambda rank, stages, groups, virtual: 2 * (stages - 1 - rank) + (virtual - 1) * max(groups),
+        several=True,
+    ),
+}
+
+
+def offered(several: bool) -> list[str]:
+    """Names of the schedules worth running, with several virtual stages a rank or with one."""
+    return [n for n, kind in SCHEDULES.items() if kind.offered and kind.several == several]
+
+
+@lru_cache(maxsize=512)  # a planner asks for the same again and again
+def in_flight_limits(
+    name: str, stages: int, microbatches: int, virtual_stages: int
+) -> tuple[int, ...]:
+    """Per rank, the (chunk, microbatch) pairs whose activations are kept at most."""
+    total, groups = microbatches * virtual_stages, _groups(stages, microbatches)
+    if name == "forward":
+        return (total,) * stages
+    warmup = SCHEDULES[name].warmup
+    return tuple(
+        min(warmup(rank, stages, groups, virtual_stages) + 1, total) for rank in range(stages)
+    )
+
+
+def check_virtual_stages(name: str, virtual_stages: int) -> None:
+    """UsageError where a schedule cannot have so many virtual stages a rank."""
+    if name not in SCHEDULES:
+        raise UsageError(f"unknown schedule {name!r}: one of {', '.join(SCHEDULES)}")
+    several = SCHEDULES[name].several
+    others = [n for n, kind in SCHEDULES.items() if kind.several != several and kind.offered]
+    if several and virtual_stages < 2:
+        raise UsageError(
+            f"schedule {name} needs at least 2 virtual stages a rank, got {virtual_stages}: "
+            f"use schedule {' or '.join(others)}, or 2 virtual stages"
+        )
+    if not several and virtual_stages > 1:
+        raise UsageError(
+            f"schedule {name} has one virtual stage a rank, got {virtual_stages}: "
+            f"use schedule {' or '.join(others)}, or 1 virtual stage"
+        )
+
+
 def build(name: str, stages: int, microbatches: int, virtual_stages: int = 1) -> Schedule:
-    """A schedule by name: `gpipe`, `1f1b`, `interleaved`, or `forward` for evaluation.
+    """A schedule by name: one of `SCHEDULES`, or `forward` for evaluation.
 
     Any number of microbatches will do, also fewer than stages and, for `interleaved`, no multiple
     of them.
@@ -148,36 +205,25 @@ def build(name: str, stages: int, microbatches: int, virtual_stages: int = 1) ->
     ):
         if value < 1:
             raise UsageError(f"{what} must be at least 1, got {value}")
-    if name in ("gpipe", "1f1b") and virtual_stages > 1:
-        raise UsageError(
-            f"schedule {name} has one virtual stage a rank, got {virtual_stages}: "
-            "use schedule interleaved, or 1 virtual stage"
-        )
-    if name == "interleaved" and virtual_stages < 2:
-        raise UsageError(
-            "schedule interleaved needs at least 2 virtual stages a rank, got 1: "
-            "use schedule 1f1b, or 2 virtual stages"
-        )
-    if name not in (*SCHEDULES, "forward"):
-        raise UsageError(f"unknown schedule {name!r}: one of {', '.join(SCHEDULES)}")
+    if name != "forward":
+        check_virtual_stages(name, virtual_stages)
 
     total = microbatches * virtual_stages
     groups = _groups(stages, microbatches)
     forward = _forward_order(groups, virtual_stages)
-    orders, limits = [], []
+    orders = []
     for rank in range(stages):
         if name == "forward":
             orders.append([Action(Kind.F, c, m) for c, m in forward])
-            limits.append(total)
             continue
-        ahead = min(_warmup(name, rank, stages, groups, virtual_stages), total)
+        ahead = min(SCHEDULES[name].warmup(rank, stages, groups, virtual_stages), total)
         backward = [(virtual_stages - 1 - c, m) for c, m in forward]
         orders.append(_one_forward_one_backward(forward, backward, ahead))
-        limits.append(min(ahead + 1, total))
     # One buffer in use and one ahead. With virtual stages, what comes round to the first rank for
     # its next chunk may come before that starts: at most a group, however many microbatches.
     receive_limit = 2 if virtual_stages == 1 else 2 + max(groups)
-    bare = Schedule(name, stages, microbatches, virtual_stages, (), tuple(limits), receive_limit)
+    limits = in_flight_limits(name, stages, microbatches, virtual_stages)
+    bare = Schedule(name, stages, microbatches, virtual_stages, (), limits, receive_limit)
     made = _production_order(bare, orders)
     actions = tuple(
         _with_communication(bare, rank, order, made) for rank, order in enumerate(orders)
@@ -231,15 +277,6 @@ def _forward_order(groups: list[int], virtual_stages: int) -> list[tuple[int, in
             order += [(chunk, microbatch) for microbatch in range(first, first + size)]
         first += size
     return order
-
-
-def _warmup(name: str, rank: int, stages: int, groups: list[int], virtual_stages: int) -> int:
-    """Forward passes that a rank does before it alternates."""
-    if name == "gpipe":
-        return sum(groups)
-    if name == "1f1b":
-        return stages - 1 - rank
-    return 2 * (stages - 1 - rank) + (virtual_stages - 1) * max(groups)
 
 
 def _one_forward_one_backward(

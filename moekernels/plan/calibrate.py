@@ -19,11 +19,12 @@ import numpy as np
 
 from moekernels import files, jsonio
 from moekernels.errors import UsageError
+from moekernels.model.decoder import chunk_parameters
 from moekernels.pipeline.schedule import Kind
 from moekernels.plan.cost import layer_cost, loss_cost, update_bytes
 from moekernels.plan.evaluate import Problem, evaluate, flush_costs, slots
 from moekernels.plan.measure import Sample, cores, measure, numbers_of_ranks, samples
-from moekernels.plan.memory import chunk_parameters
+from moekernels.plan.memory import place_of
 from moekernels.plan.strategy import Batch, Cluster, Strategy
 
 CONSTANTS = (
@@ -129,7 +130,8 @@ def constants_of(ranks: int, dtype: str, seconds: float) -> dict:
             rows.append(count[way])
             times.append(getattr(took, way))
         s = Strategy(sample.layout, (sample.model.num_layers,), (0,), 1, dtype=dtype)
-        held = chunk_parameters(sample.model, sample.layout, s.layers[0], False, sample.last)
+        at = place_of(s, 0.0)
+        held = chunk_parameters(sample.model, at, s.layer_range(0), False, sample.last)
         sizes.append([sum(held.values()) * update_bytes(s), 1.0])
         updates.append(took.update)
     rows, times = np.array(rows), np.array(times)
@@ -201,7 +203,7 @@ def here(found: dict, ranks: int) -> Cluster:
 def against(folder: Path, found: dict) -> dict:
     """A run's measured steps beside the prediction: the step, and every stage's F and B."""
     from moekernels.plan.problem import configured
-    from moekernels.train import config as cfg
+    from moekernels.run import files as cfg
     from moekernels.train.metrics import read_metrics
 
     try:
@@ -218,7 +220,7 @@ def against(folder: Path, found: dict) -> dict:
     lines = [x for x in lines if x.get("microbatches", s.microbatches) == s.microbatches] or lines
     tokens = statistics.mean(line["tokens"] for line in lines)
     length = max(1, round(tokens / run.batch.sequences))
-    model = cfg.model_config(run.model)
+    model = run.model
     problem = Problem(
         model,
         Batch((length,) * run.batch.sequences, run.batch.policy),
@@ -227,7 +229,7 @@ def against(folder: Path, found: dict) -> dict:
     )
     plan = evaluate(problem, s)
     sl = slots(model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp)
-    costs, _ = flush_costs(problem, s, sl)
+    costs = flush_costs(problem, s, sl)
     measured = defaultdict(list)
     for e in events:
         if e["ph"] == "X" and e["tid"] == 0:

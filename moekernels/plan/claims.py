@@ -12,8 +12,8 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 
-from moekernels.nn.config import ModelConfig
-from moekernels.parallel.mesh import Layout, divisors
+from moekernels.model.decoder import DecoderSpec
+from moekernels.model.layout import Layout, divisors
 from moekernels.plan import cost
 from moekernels.plan.document import readings
 from moekernels.plan.evaluate import Plan, Problem, evaluate, memory_of
@@ -157,7 +157,7 @@ class Point:
     values: dict[str, float]
 
 
-def _layouts(claims, model: ModelConfig):
+def _layouts(claims, model: DecoderSpec):
     base = claims.gpus or 8
     for world in (base << i for i in range(6)):
         for tp in sorted({1, claims.tp or 1}):

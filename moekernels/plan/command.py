@@ -9,7 +9,7 @@ from pathlib import Path
 from moekernels import files, jsonio
 from moekernels.errors import UsageError
 from moekernels.plan import problem as asked
-from moekernels.train import config as cfg
+from moekernels.run import files as cfg
 
 
 def check_claims(where: str, claims) -> None:
@@ -33,7 +33,7 @@ def check_claims(where: str, claims) -> None:
         raise wrong("mfu", f"is a part of 1; [{low / 100:g}, {high / 100:g}] would be per cent")
     if claims.checkpoint_layers:
         run = cfg.RunConfig()
-        run.model.num_layers = 10**6
+        run.model = replace(run.model, num_layers=10**6)
         run.layout.checkpoint_layers = claims.checkpoint_layers
         from moekernels.train import assembly
 

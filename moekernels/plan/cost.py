@@ -8,11 +8,13 @@ is then affine in m. Collectives cost `latency` a hop and bytes over bandwidth.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
-from moekernels.nn.config import ModelConfig
-from moekernels.parallel.mesh import Layout
-from moekernels.plan.memory import chunk_parameters
-from moekernels.plan.strategy import STATE_BYTES, WIDTH, Cluster, Strategy
+from moekernels.model.decoder import DecoderSpec, chunk_parameters, copies, layer_parts
+from moekernels.model.dispatch import routed_rows, way_of
+from moekernels.model.spec import WIDTH, Place
+from moekernels.plan.memory import place_of
+from moekernels.plan.strategy import STATE_BYTES, Cluster, Strategy
 
 GRADIENT = 4  # bytes of an accumulated gradient
 
@@ -52,7 +54,7 @@ class LayerCost:
         return sum(parts.values(), Affine())
 
 
-def forward_flops(model: ModelConfig, tokens: float, squares: float) -> float:
+def forward_flops(model: DecoderSpec, tokens: float, squares: float) -> float:
     """Of the whole model: two a parameter that a token meets, and causal attention's."""
     met = model.parameters_count(active=True) - model.vocab_size * model.d_model
     if model.tie_embeddings:
@@ -60,66 +62,60 @@ def forward_flops(model: ModelConfig, tokens: float, squares: float) -> float:
     return 2.0 * met * tokens + 2.0 * squares * model.num_layers * model.num_heads * model.head_dim
 
 
-def layer_flops(model: ModelConfig, tokens: float, squares: float) -> float:
-    """Forward FLOPs of one layer."""
-    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    met = model.d_model * (heads + model.num_experts)
-    met += model.top_k * model.expert.parameters_count()
-    return 2.0 * met * tokens + 2.0 * squares * model.num_heads * model.head_dim
+def layer_flops(model: DecoderSpec, tokens: float, squares: float, layer: int = 0) -> float:
+    """Forward FLOPs of layer number `layer`; 0: the last."""
+    one = Place(tokens=1.0)
+    works = [part.work(model, one) for _, part in layer_parts(model, layer or model.num_layers)]
+    a_token = sum(w.dense + w.wide + w.grouped * model.top_k for w in works)
+    return a_token * tokens + sum(w.pairs for w in works) * squares
 
 
-def layer_cost(model: ModelConfig, cluster: Cluster, s: Strategy) -> LayerCost:
-    """On one rank, for a micro-batch of T tokens per tensor-parallel group."""
-    c, layout, spec = cluster, s.layout, model.expert
-    tp, p, b, hidden = layout.tp, layout.exchange, WIDTH[s.dtype], model.d_model
-    hd, hq, hk = model.head_dim, model.num_heads / tp, model.num_kv_heads / tp
-    dense = c.flops * c.gemm_efficiency
+def layer_cost(model: DecoderSpec, cluster: Cluster, s: Strategy, layer: int = 0) -> LayerCost:
+    """Of layer number `layer` (0: the last) on one rank, for a micro-batch of T tokens per
+    tensor-parallel group."""
+    at = place_of(s, 1.0, imbalance=cluster.skew(s.layout))
+    return _layer_cost(model, cluster, at, layer or model.num_layers)
+
+
+@lru_cache(maxsize=4096)  # many candidates of a search differ elsewhere
+def _layer_cost(model: DecoderSpec, c: Cluster, at: Place, layer: int) -> LayerCost:
+    layout, tp = at.layout, at.layout.tp
     grouped = c.flops * c.grouped_efficiency
     bandwidth = c.memory_bandwidth * c.bandwidth_efficiency
+    slower = 8 if at.width < 4 else 1  # products in fp32 at least
+    rows = routed_rows(model, at)  # a token of the micro-batch
 
-    heads = 2 * (hq + hk) * hd
-    projections = 2.0 * hidden * heads / dense
-    pairs = 2.0 * hq * hd / (c.flops * c.attention_efficiency)
-    attention = Affine(projections * c.half_rows, projections, pairs)
-    slower = 8 if b < 4 else 1  # the router's product is in fp32 at least
-    router = Affine(0.0, 2.0 * hidden * model.num_experts / tp / dense * slower)
-
-    up = (2 if spec.gated else 1) * spec.d_ff / layout.etp
-    f = spec.d_ff / layout.etp
-    weights = (up + f) * spec.d_in + (2 * hidden * spec.d_in if spec.lifted else 0)
-    skew = c.skew(layout)
-    rows = model.top_k * layout.etp / tp * skew  # a token of the micro-batch
-    e = model.num_experts / layout.ep
-    product = 2.0 * weights / grouped
-    experts = Affine(product * e * c.grouped_half_rows, product * rows)
-
-    widths = 8 * hidden + 6 * hidden * 2 + (3 * hq + 4 * hk) * hd * tp + 2 * model.num_experts
-    traffic = widths * b / tp + rows * b * (6 * hidden + 2 * (up + f))
-    if spec.lifted:
-        traffic += rows * b * 4 * spec.d_in
+    products = {"attention": Affine(), "experts": Affine()}
+    traffic = 0.0
+    for name, part in layer_parts(model, layer):
+        w = part.work(model, at)
+        dense = w.dense / (c.flops * c.gemm_efficiency)
+        time = Affine(dense * c.half_rows, dense, w.pairs / (c.flops * c.attention_efficiency))
+        time += Affine(0.0, w.wide / (c.flops * c.gemm_efficiency) * slower)
+        product = w.grouped / grouped
+        time += Affine(product * w.experts * c.grouped_half_rows, product * rows)
+        products["attention" if name == "attention" else "experts"] += time
+        traffic += w.traffic
+    attention, experts = products["attention"], products["experts"]
     elementwise = Affine(0.0, traffic / bandwidth)
 
-    shuffle = _collective(c, tp, 1, 2.0 * hidden * b * (tp - 1) / tp, 2)
-    if p == 1:
-        exchange = Affine()
-    elif s.gathers:
-        exchange = _collective(c, p, 1, 2.0 * hidden * b * (p - 1) / tp, 2)
-    else:
-        exchange = _collective(c, p, 1, 2.0 * rows * hidden * b * (p - 1) / p, 3)
-    exchange = exchange * (1.0 - c.overlap)
-    overhead = Affine(c.overhead)
+    shuffle = _collective(c, tp, 1, 2.0 * model.d_model * at.width * (tp - 1) / tp, 2)
+    exchange = Affine()
+    if layer > model.dense_layers:
+        exchange = _collective(c, layout.exchange, 1, *way_of(at).traffic(model, at))
+        exchange = exchange * (1.0 - c.overlap)
 
     forward = {
         "attention": attention,
-        "experts": experts + router,
+        "experts": experts,
         "memory-bound": elementwise,
         "tensor exchange": shuffle,
         "expert exchange": exchange,
-        "overhead": overhead,
+        "overhead": Affine(c.overhead),
     }
     backward = {
         "attention": attention * 2.0 + Affine(0.0, 0.0, attention.per_square * 0.5),
-        "experts": (experts + router) * 2.0,
+        "experts": experts * 2.0,
         "memory-bound": elementwise * 2.0,
         "tensor exchange": shuffle,
         "expert exchange": exchange,
@@ -142,7 +138,7 @@ def _collective(c: Cluster, ranks: int, stride: int, bytes_per_token: float, cal
     return Affine(calls * c.latency * hops, bytes_per_token * per_byte)
 
 
-def loss_cost(model: ModelConfig, cluster: Cluster, s: Strategy) -> Affine:
+def loss_cost(model: DecoderSpec, cluster: Cluster, s: Strategy) -> Affine:
     """The head and the loss with all their gradients, which are made in the forward pass."""
     c, tp = cluster, s.layout.tp
     vocabulary = model.vocab_size / tp
@@ -152,7 +148,7 @@ def loss_cost(model: ModelConfig, cluster: Cluster, s: Strategy) -> Affine:
     return Affine(c.overhead, product + traffic) + gathers
 
 
-def message_seconds(model: ModelConfig, cluster: Cluster, s: Strategy, tokens: float) -> float:
+def message_seconds(model: DecoderSpec, cluster: Cluster, s: Strategy, tokens: float) -> float:
     """A micro-batch's activations from one stage to the next."""
     if s.layout.pp == 1:
         return 0.0
@@ -160,21 +156,21 @@ def message_seconds(model: ModelConfig, cluster: Cluster, s: Strategy, tokens: f
     return cluster.latency + size / cluster.bandwidth(2, s.layout.stage_ranks)
 
 
-def update_seconds(model: ModelConfig, cluster: Cluster, s: Strategy) -> dict[str, float]:
+def update_seconds(model: DecoderSpec, cluster: Cluster, s: Strategy) -> dict[str, float]:
     """Behind the flush: gradients summed over copies, then the optimiser; of the slowest rank."""
-    layout, c = s.layout, cluster
+    layout, c, at = s.layout, cluster, place_of(s, 0.0)
     worst = {"gradient sum": 0.0, "optimizer": 0.0, "step overhead": c.step_overhead}
     bandwidth = c.update_bandwidth or c.memory_bandwidth * c.bandwidth_efficiency
     per_parameter = update_bytes(s)
     for rank in {0, layout.pp - 1}:
         parts: dict[str, int] = {}
         for v in range(rank, s.depth, layout.pp):
-            chunk = chunk_parameters(model, layout, s.layers[v], v == 0, v == s.depth - 1)
+            chunk = chunk_parameters(model, at, s.layer_range(v), v == 0, v == s.depth - 1)
             for name, count in chunk.items():
                 parts[name] = parts.get(name, 0) + count
         summed = 0.0
         for part, count in parts.items():
-            ranks, stride = _copies(layout, part)
+            ranks, stride = copies(layout, part)
             if ranks > 1:
                 near = max(1, min(ranks, c.gpus_per_node // stride))
                 link = c.link_bandwidth if near == ranks else c.network_bandwidth
@@ -196,16 +192,7 @@ def update_bytes(s: Strategy) -> int:
     return 5 * GRADIENT + 2 * 4 + 2 * moments + WIDTH[s.dtype]
 
 
-def _copies(layout: Layout, part: str) -> tuple[int, int]:
-    """(ranks that share a part's gradient, how far apart they lie)."""
-    if part == "experts":
-        return layout.edp, layout.exchange
-    if part in ("router", "norms"):
-        return layout.stage_ranks, 1
-    return layout.dp, layout.tp
-
-
-def reduction_bytes(model: ModelConfig, s: Strategy, parameters: dict[str, int]) -> float:
+def reduction_bytes(model: DecoderSpec, s: Strategy, parameters: dict[str, int]) -> float:
     """The copy that the sum of the gradients over ranks makes of the largest bucket."""
-    shared = [n for part, n in parameters.items() if _copies(s.layout, part)[0] > 1]
+    shared = [n for part, n in parameters.items() if copies(s.layout, part)[0] > 1]
     return float(max(shared, default=0) * GRADIENT)

@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moekernels.errors import UsageError
-from moekernels.nn.config import GATED_ACTIVATIONS, ExpertSpec, ModelConfig
-from moekernels.parallel.mesh import Layout
+from moekernels.model.decoder import DecoderSpec
+from moekernels.model.experts import ACTIVATIONS, one_expert
+from moekernels.model.layout import Layout
 from moekernels.plan import cost
 from moekernels.plan.evaluate import Plan, Problem, evaluate, memory_of, slots
 from moekernels.plan.search import fit
@@ -30,7 +31,7 @@ class Reading:
     """One way to take the document's dimensions."""
 
     name: str
-    model: ModelConfig
+    model: DecoderSpec
     parameters: int
     active: int
     per_expert: int
@@ -41,18 +42,20 @@ class Reading:
 def readings(problem: Problem) -> list[Reading]:
     """The expert's widths and matrices, combined in every way that the model's numbers allow."""
     m = problem.model
-    spec = m.expert
-    shapes = [(m.d_model, m.d_model, spec.d_ff), (m.d_model, spec.d_in, spec.d_ff)]
-    if spec.lifted:
-        shapes += [(m.d_model, m.d_model, spec.d_in), (spec.d_in, spec.d_in, spec.d_ff)]
+    width, inner, hidden = m.d_model, m.d_in, m.expert_d_ff
+    shapes = [(width, width, hidden), (width, inner, hidden)]
+    if m.lifted:
+        shapes += [(width, width, inner), (inner, inner, hidden)]
     found = []
     for d_model, d_in, d_ff in sorted(set(shapes), key=lambda s: (s[0] * s[1] * s[2], s)):
         for gated in (False, True):
-            gate = m.activation if m.activation in GATED_ACTIVATIONS else "swiglu"
+            gate = m.activation if ACTIVATIONS[m.activation] else "swiglu"
             model = replace(
                 m,
                 d_model=d_model,
-                expert=ExpertSpec(d_model, d_in, d_ff, gated),
+                expert_d_in=d_in,
+                expert_d_ff=d_ff,
+                gated=gated,
                 activation=gate if gated else "gelu",
             )
             lift = f"{d_model}>" if d_in != d_model else ""
@@ -67,7 +70,7 @@ def readings(problem: Problem) -> list[Reading]:
                     model,
                     model.parameters_count(),
                     model.parameters_count(active=True),
-                    model.expert.parameters_count(),
+                    one_expert(model),
                     flops / tokens,
                     len(lengths) * peak / flops,
                 )
@@ -117,7 +120,7 @@ def named_layouts(problem: Problem, claims) -> list[NamedLayout]:
                 num_experts=model.num_experts,
                 num_layers=model.num_layers,
                 num_heads=model.num_heads,
-                d_ff=model.expert.d_ff,
+                d_ff=model.expert_d_ff,
             )
         except UsageError:
             continue

@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from moekernels.data.batch_plan import BatchPlan, Cost, plan_batch
-from moekernels.nn.config import ModelConfig
+from moekernels.model.decoder import DecoderSpec, alike
 from moekernels.pipeline.schedule import Kind
 from moekernels.pipeline.simulate import Simulator, Timeline
 from moekernels.plan import cost
@@ -21,7 +21,7 @@ from moekernels.plan.strategy import Batch, Cluster, Objective, Strategy
 class Problem:
     """What is to be trained, on what."""
 
-    model: ModelConfig
+    model: DecoderSpec
     batch: Batch
     cluster: Cluster
     dtype: str = "bf16"
@@ -50,12 +50,12 @@ class Slots:
 
 
 @lru_cache(maxsize=4096)
-def slots(model: ModelConfig, batch: Batch, dp: int, microbatches: int, align: int) -> Slots:
+def slots(model: DecoderSpec, batch: Batch, dp: int, microbatches: int, align: int) -> Slots:
     return _slots(batch, _plan(model, batch, dp, microbatches), align)
 
 
 @lru_cache(maxsize=1024)
-def _plan(model: ModelConfig, batch: Batch, dp: int, microbatches: int) -> BatchPlan:
+def _plan(model: DecoderSpec, batch: Batch, dp: int, microbatches: int) -> BatchPlan:
     return plan_batch(
         batch.lengths, microbatches, dp=dp, policy=batch.policy, cost=sequence_cost(model)
     )
@@ -73,7 +73,7 @@ def _slots(batch: Batch, plan: BatchPlan, align: int) -> Slots:
     return Slots(-(-tokens // align) * align, np.array(squares))
 
 
-def sequence_cost(model: ModelConfig) -> Cost:
+def sequence_cost(model: DecoderSpec) -> Cost:
     """As the loader weighs sequences."""
     return Cost.of_transformer(
         model.parameters_count(active=True), model.num_layers, model.num_heads * model.head_dim
@@ -145,24 +145,30 @@ def memory_of(problem: Problem, s: Strategy, rank: int, tokens: int) -> StageMem
 
 
 def flush_costs(problem: Problem, s: Strategy, sl: Slots):
-    """{(virtual stage, Kind): seconds [m]} and the layer's costs behind them."""
-    layer = cost.layer_cost(problem.model, problem.cluster, s)
-    ahead, back, again = (
-        layer.total(part)(sl.tokens, sl.squares).max(0)
-        for part in (layer.forward, layer.backward, layer.again)
-    )
+    """{(virtual stage, Kind): seconds [m]}."""
+    kinds = {}
+    for number, _ in alike(problem.model, range(1, problem.model.num_layers + 1)):
+        layer = cost.layer_cost(problem.model, problem.cluster, s, number)
+        kinds[number] = [
+            layer.total(part)(sl.tokens, sl.squares).max(0)
+            for part in (layer.forward, layer.backward, layer.again)
+        ]
     loss = cost.loss_cost(problem.model, problem.cluster, s)(sl.tokens, sl.squares).max(0)
     costs = {}
-    for v, (count, redone) in enumerate(zip(s.layers, s.checkpointed)):
-        action = problem.cluster.action_overhead
-        costs[v, Kind.F] = action + count * ahead + (loss if v == s.depth - 1 else 0.0)
-        costs[v, Kind.B] = action + count * back + redone * again
-    return costs, layer
+    for v in range(s.depth):
+        forward = backward = problem.cluster.action_overhead
+        for number, count, redone in s.kinds_of_layers(problem.model, v):
+            ahead, back, again = kinds[number]
+            forward = forward + count * ahead
+            backward = backward + count * back + redone * again
+        costs[v, Kind.F] = forward + (loss if v == s.depth - 1 else 0.0)
+        costs[v, Kind.B] = backward
+    return costs
 
 
 def play(problem: Problem, s: Strategy, sl: Slots) -> tuple[Timeline | float, dict]:
     """The makespan of the flush on the schedule that the runtime would run."""
-    costs, _ = flush_costs(problem, s, sl)
+    costs = flush_costs(problem, s, sl)
     run = simulator(s.schedule, s.layout.pp, s.microbatches, s.virtual_stages)
     run.latency = cost.message_seconds(problem.model, problem.cluster, s, float(sl.tokens.mean()))
     lists = {key: values.tolist() for key, values in costs.items()}
@@ -172,21 +178,25 @@ def play(problem: Problem, s: Strategy, sl: Slots) -> tuple[Timeline | float, di
 def lower_bound(problem: Problem, s: Strategy, sl: Slots) -> float:
     """A flush of `s` takes no less, whatever is checkpointed: a stage's own work, behind and
     before the shortest micro-batch of the stages in front of it."""
-    layer = cost.layer_cost(problem.model, problem.cluster, s)
-    ahead, back = layer.total(layer.forward), layer.total(layer.backward)
     tokens, squares = sl.sums
     m = s.microbatches
 
     def whole(a: cost.Affine) -> float:
         return a.fixed * m + a.per_token * tokens + a.per_square * squares
 
-    both, shortest = whole(ahead) + whole(back), ahead(*sl.least) + back(*sl.least)
+    model, both, shortest = problem.model, {}, {}
+    for number, _ in alike(model, range(1, model.num_layers + 1)):
+        layer = cost.layer_cost(model, problem.cluster, s, number)
+        pair = layer.total(layer.forward) + layer.total(layer.backward)
+        both[number], shortest[number] = whole(pair), pair(*sl.least)
     loss = whole(cost.loss_cost(problem.model, problem.cluster, s))
     best = 0.0
     for rank in range(s.layout.pp):
-        layers = sum(s.layers[rank :: s.layout.pp])
-        own = layers * both + (loss if rank == s.layout.pp - 1 else 0.0)
-        best = max(best, own + sum(s.layers[:rank]) * shortest)
+        own = loss if rank == s.layout.pp - 1 else 0.0
+        for v in range(rank, s.depth, s.layout.pp):
+            own += sum(count * both[n] for n, count in alike(model, s.layer_range(v)))
+        before = alike(model, range(1, 1 + sum(s.layers[:rank])))
+        best = max(best, own + sum(count * shortest[n] for n, count in before))
     return best
 
 
@@ -223,14 +233,14 @@ def _evaluate(problem: Problem, s: Strategy, exact_order: bool) -> tuple[Plan, T
     parts: dict[str, float] = {}
     for v in range(rank, s.depth, layout.pp):
         parts["overhead"] = parts.get("overhead", 0.0) + 2 * s.microbatches * c.action_overhead
-        for name in layer.forward:
-            time = s.layers[v] * (
-                layer.forward[name](sl.tokens, sl.squares)
-                + layer.backward[name](sl.tokens, sl.squares)
-            )
-            parts[name] = parts.get(name, 0.0) + float(time.mean(0).sum())
-            redone = s.checkpointed[v] * layer.again[name](sl.tokens, sl.squares)
-            parts["recomputation"] = parts.get("recomputation", 0.0) + float(redone.mean(0).sum())
+        for number, count, again in s.kinds_of_layers(model, v):
+            one = cost.layer_cost(model, c, s, number)
+            for name in one.forward:
+                time = count * (one.forward[name] + one.backward[name])(sl.tokens, sl.squares)
+                parts[name] = parts.get(name, 0.0) + float(time.mean(0).sum())
+                redone = again * one.again[name](sl.tokens, sl.squares)
+                mean = float(redone.mean(0).sum())
+                parts["recomputation"] = parts.get("recomputation", 0.0) + mean
         if v == s.depth - 1:
             loss = cost.loss_cost(model, c, s)(sl.tokens, sl.squares)
             parts["head and loss"] = float(loss.mean(0).sum())
@@ -240,7 +250,11 @@ def _evaluate(problem: Problem, s: Strategy, exact_order: bool) -> tuple[Plan, T
     tokens, squares = float(sl.tokens.sum()), float(sl.squares.sum())
     lengths = problem.batch.lengths
     useful = 3.0 * cost.forward_flops(model, sum(lengths), sum(n * n for n in lengths))
-    redone = sum(s.checkpointed) * cost.layer_flops(model, tokens, squares)
+    redone = sum(
+        again * cost.layer_flops(model, tokens, squares, number)
+        for v in range(s.depth)
+        for number, _, again in s.kinds_of_layers(model, v)
+    )
     done = 3.0 * cost.forward_flops(model, tokens, squares) + redone
     stages = tuple(memory_of(problem, s, r, sl.largest) for r in range(layout.pp))
     mean = float(sl.tokens.mean())

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from moekernels.data.batch import MicroBatch
-from moekernels.nn.config import ExpertSpec, ModelConfig
+from moekernels.model.decoder import DecoderSpec
+from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
-from moekernels.parallel.mesh import Layout, Mesh
+from moekernels.parallel.mesh import Mesh
 from moekernels.train import launch
 from moekernels.train.optimizer import AdamWConfig, Optimizer
 
@@ -30,7 +31,7 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 class Sample:
     """A chunk and its micro-batch: `tokens` in equal segments; the last chunk has the loss."""
 
-    model: ModelConfig
+    model: DecoderSpec
     layout: Layout
     tokens: int  # of a tensor-parallel group
     segments: int
@@ -83,10 +84,10 @@ def samples(ranks: int) -> list[Sample]:
     ):
         if layout.exchange == 1 and ranks > 1 and i % 2:
             continue  # without collectives half of them will do
-        model = ModelConfig(
+        model = DecoderSpec(
             vocab_size=1024, d_model=hidden, num_layers=layers, num_heads=hidden // 16,
             num_kv_heads=hidden // 16, head_dim=16, num_experts=16, top_k=2, qk_norm=True,
-            expert=ExpertSpec(hidden, d_in, d_ff),
+            expert_d_in=d_in, expert_d_ff=d_ff, renormalize=False, z_coef=0.0,
         )  # fmt: skip
         found.append(Sample(model, layout, tokens, segments, last=i % 3 == 1))
     return found

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from moekernels import files
 from moekernels.errors import UsageError
+from moekernels.model import dispatch
+from moekernels.model.spec import LONGEST, MOST
 from moekernels.plan.evaluate import Problem
 from moekernels.plan.search import Space
 from moekernels.plan.strategy import Batch, Cluster, Objective, Strategy
-from moekernels.train import config as cfg
-from moekernels.train.schema import LONGEST, MOST
+from moekernels.run import files as cfg
 
 MOST_ROWS = 1e30  # of an expert, to whatever scale: sums of more are not finite
 PINNED = ("tp", "dp", "pp", "ep", "etp", "schedule", "dispatcher")
@@ -142,7 +143,7 @@ def cluster_of(run: cfg.RunConfig) -> Cluster:
 
 def problem_of(run: cfg.RunConfig, lengths: tuple[int, ...] | None = None) -> Problem:
     return Problem(
-        cfg.model_config(run.model),
+        run.model,
         batch_of(run, lengths),
         cluster_of(run),
         run.train.dtype,
@@ -169,9 +170,6 @@ def configured(run: cfg.RunConfig) -> Strategy:
     layout, lay = assembly.layout_of(run), run.layout
     ranges = assembly.layer_ranges(run)
     again = assembly.checkpointed(run)
-    gathers = lay.dispatcher == "all_gather" or (
-        lay.dispatcher == "auto" and run.model.top_k > layout.ep
-    )
     return Strategy(
         layout=layout,
         layers=tuple(len(r) for r in ranges),
@@ -179,7 +177,7 @@ def configured(run: cfg.RunConfig) -> Strategy:
         microbatches=run.batch.microbatches * run.batch.accumulation,
         schedule=lay.schedule,
         virtual_stages=lay.virtual_stages,
-        dispatcher="all_gather" if gathers else "all_to_all",
+        dispatcher=dispatch.choose(lay.dispatcher, run.model, layout.ep),
         dtype=run.train.dtype,
         optimizer_state=run.train.optimizer_state,
     )

@@ -19,8 +19,8 @@ from moekernels.plan.evaluate import Plan, Problem, evaluate, timeline
 from moekernels.plan.problem import configured
 from moekernels.plan.search import Result, Space, _class, search
 from moekernels.plan.strategy import Strategy, ranges_text
+from moekernels.run import files as cfg
 from moekernels.train import assembly
-from moekernels.train import config as cfg
 
 UNCALIBRATED = "uncalibrated: the constants are assumed, not measured, and carry no error band"
 

@@ -8,12 +8,15 @@ bound is below the best. A stage checkpoints as few layers as fit: more never ma
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from moekernels.errors import UsageError
-from moekernels.parallel.mesh import Layout, divisors
+from moekernels.model.dispatch import WAYS
+from moekernels.model.layout import Layout, divisors
+from moekernels.pipeline.schedule import offered
 from moekernels.plan import cost
 from moekernels.plan.evaluate import Plan, Problem, evaluate, lower_bound, memory_of, slots
 from moekernels.plan.strategy import Strategy
@@ -65,7 +68,7 @@ def layouts(problem: Problem, world: int, space: Space) -> Iterator[Layout]:
     model, c = problem.model, problem.cluster
     sequences = len(problem.batch.lengths)
     for tp in divisors(world):
-        if tp > c.gpus_per_node or model.num_heads % tp or model.num_kv_heads % tp:
+        if tp > c.gpus_per_node or model.num_heads % tp or model.kv_heads % tp:
             continue
         if not space.allows("tp", tp):
             continue
@@ -76,7 +79,7 @@ def layouts(problem: Problem, world: int, space: Space) -> Iterator[Layout]:
             if not (space.allows("pp", pp) and space.allows("dp", dp)):
                 continue
             for etp in divisors(tp):
-                if model.expert.d_ff % etp or not space.allows("etp", etp):
+                if model.expert_d_ff % etp or not space.allows("etp", etp):
                     continue
                 for ep in divisors(tp * dp // etp):
                     if model.num_experts % ep == 0 and space.allows("ep", ep):
@@ -108,22 +111,22 @@ def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]
     vocabulary = 3 * model.vocab_size * model.d_model
     heavy = vocabulary > cost.layer_flops(model, 1.0, 0.0)
     for layout in layouts(problem, world, space):
-        ways = ["all_to_all"]
-        if layout.exchange > 1 and model.top_k >= layout.ep:
-            ways.append("all_gather")
+        ways = [name for name, way in WAYS.items() if way.suits(model, layout.ep)]
+        if layout.exchange == 1:
+            ways = ways[:1]  # nothing moves, whatever it is called
         most = sequences // layout.dp
         counts = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
         if space.microbatches is not None:
             counts = [space.microbatches] if space.microbatches <= most else []
         for virtual in [1, 2, 4] if layout.pp > 1 else [1]:
-            name = "1f1b" if virtual == 1 else "interleaved"
-            if layout.pp * virtual > model.num_layers or not space.allows("schedule", name):
+            names = [n for n in offered(virtual > 1) if space.allows("schedule", n)]
+            if layout.pp * virtual > model.num_layers:
                 continue
             for layers in splits(model.num_layers, layout.pp * virtual, heavy):
                 for microbatches in counts:
                     if microbatches < layout.pp and microbatches < most:
                         continue  # a pipeline that never fills: more micro-batches are better
-                    for way in ways:
+                    for name, way in itertools.product(names, ways):
                         if not space.allows("dispatcher", way):
                             continue
                         yield Strategy(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
 
-from moekernels.parallel.mesh import Layout
+from moekernels.model.decoder import DecoderSpec, alike
+from moekernels.model.layout import Layout
 
 # bytes of (weight, gradient, master, both moments) a parameter, by (dtype, optimizer_state)
 STATE_BYTES = {
@@ -16,7 +18,6 @@ STATE_BYTES = {
     ("fp64", "fp32"): (8, 8, 0, 16),
     ("fp64", "bf16"): (8, 8, 0, 16),
 }
-WIDTH = {"fp64": 8, "fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,21 @@ class Strategy:
             first += count
         return tuple(chosen)
 
-    @property
-    def gathers(self) -> bool:
-        return self.dispatcher == "all_gather" and self.layout.exchange > 1
+    def layer_range(self, stage: int) -> range:
+        """Numbers, from 1, of a virtual stage's layers."""
+        return self._layer_ranges[stage]
+
+    @cached_property
+    def _layer_ranges(self) -> list[range]:
+        ends = list(accumulate(self.layers, initial=1))
+        return [range(*bounds) for bounds in pairwise(ends)]
+
+    def kinds_of_layers(self, model: DecoderSpec, stage: int) -> list[tuple[int, int, int]]:
+        """(number of a layer, how many of the virtual stage's are made as it is, how many of them
+        are computed again), for each kind; those checkpointed come first."""
+        layers = self.layer_range(stage)
+        redone = dict(alike(model, layers[: self.checkpointed[stage]]))
+        return [(layer, count, redone.get(layer, 0)) for layer, count in alike(model, layers)]
 
 
 def ranges_text(numbers: tuple[int, ...]) -> str:

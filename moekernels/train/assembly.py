@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 
 from moekernels.errors import UsageError
+from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
-from moekernels.parallel.mesh import Layout, Mesh
+from moekernels.parallel.mesh import Mesh
 from moekernels.pipeline.runtime import PipelineRuntime
 from moekernels.pipeline.schedule import Schedule, build
 from moekernels.pipeline.simulate import Simulator
-from moekernels.train import config as cfg
+from moekernels.run import files as cfg
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 BACKWARD_COST = 2.0  # of a forward pass, for the order of micro-batches
@@ -22,7 +23,7 @@ def layout_of(run: cfg.RunConfig) -> Layout:
     """The layout, or UsageError where anything of the model does not divide by it."""
     lay, m = run.layout, run.model
     layout = Layout(lay.tp, lay.dp, lay.pp, lay.ep, lay.etp)
-    layout.validate(num_heads=m.num_heads, num_kv_heads=m.num_kv_heads or m.num_heads)
+    layout.validate(num_heads=m.num_heads, num_kv_heads=m.kv_heads)
     layout.validate(
         num_experts=m.num_experts,
         num_layers=None if lay.layers_per_stage else m.num_layers,
@@ -104,7 +105,7 @@ def build_chunks(run: cfg.RunConfig, mesh: Mesh) -> list[StageModel]:
     lay, ranges = run.layout, layer_ranges(run)
     return [
         StageModel(
-            cfg.model_config(run.model),
+            run.model,
             mesh,
             ranges[stage],
             first=stage == 0,
@@ -144,7 +145,6 @@ def build_loader(run: cfg.RunConfig, corpus, dp_rank: int = 0):
     from moekernels.data.loader import BatchLoader
 
     b, lay, m = run.batch, run.layout, run.model
-    model = cfg.model_config(m)
     simulator = Simulator(build_schedule(run))
     lengths = cfg.length_range(b.lengths, b.context)
     return BatchLoader(
@@ -158,7 +158,7 @@ def build_loader(run: cfg.RunConfig, corpus, dp_rank: int = 0):
         align=lay.tp,
         policy=b.policy,
         cost=Cost.of_transformer(
-            model.parameters_count(active=True), m.num_layers, m.num_heads * m.head_dim
+            m.parameters_count(active=True), m.num_layers, m.num_heads * m.head_dim
         ),
         makespan=lambda costs: simulator.makespan(costs, [BACKWARD_COST * c for c in costs]),
         seed=run.train.seed,

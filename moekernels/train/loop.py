@@ -19,8 +19,8 @@ from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import shard
 from moekernels.parallel.tensor import all_reduce
 from moekernels.pipeline.trace import Event
+from moekernels.run import files as cfg
 from moekernels.train import assembly, checkpoint, launch, microbatches, resume
-from moekernels.train import config as cfg
 from moekernels.train.finish import finish
 from moekernels.train.metrics import Progress, RunFolder
 from moekernels.train.nonfinite import Guard
@@ -65,7 +65,8 @@ class Trainer:
             self.run = run = microbatches.with_count(run, count)
         self.chunks = assembly.build_chunks(run, mesh)
         numbers = [sorted(map(int, chunk.layers)) for chunk in self.chunks]
-        self.rows = [slice(n[0] - 1, n[-1]) for n in numbers]  # of [all layers, experts]
+        before = 1 + run.model.dense_layers  # of [all layers with experts, experts]
+        self.rows = [slice(max(0, n[0] - before), max(0, n[-1] + 1 - before)) for n in numbers]
         self.runtime = assembly.build_runtime(run, mesh, self.chunks)
         self.loader = assembly.build_loader(run, job.corpus, mesh.dp_index)
         self.shards = [shard for chunk in self.chunks for shard in chunk.named_shards()]
@@ -101,7 +102,7 @@ class Trainer:
         if job.found.path is not None:
             checkpoint.load(job.found.path, job.found.manifest, self.state())
             self.optimizer.loaded(job.facts.get("updates", self.first_step))
-        self.heat = torch.zeros(run.model.num_layers, run.model.num_experts, dtype=torch.float64)
+        self.heat = torch.zeros(run.model.moe_layers, run.model.num_experts, dtype=torch.float64)
         self.peak = peak_flops(env.device)
         exchange_time.running = mesh.exchange.size > 1
         self.held_out = None
@@ -241,7 +242,7 @@ class Trainer:
         exchange, memory; and the loads [layers, experts]."""
         model, mesh = self.run.model, self.mesh
         loads = torch.zeros(
-            model.num_layers, model.num_experts, dtype=torch.float64, device=self.env.device
+            model.moe_layers, model.num_experts, dtype=torch.float64, device=self.env.device
         )
         scalars = torch.zeros(6 + self.env.world, dtype=torch.float64, device=self.env.device)
         for chunk, layers in zip(self.chunks, self.rows):
@@ -263,12 +264,12 @@ class Trainer:
         line = {
             "step": step,
             "loss": loss,
-            "aux": balance / model.num_layers,
-            "z": z / model.num_layers,
+            "aux": balance / model.moe_layers,
+            "z": z / model.moe_layers,
             "load_max_over_mean": max_over_mean(loads).max().item(),
             "dead_experts": int(dead_experts(loads).sum()),
             "microbatches": self.runtime.schedule.microbatches,
-            "dropped": self.loader.global_tokens(step) * model.top_k * model.num_layers
+            "dropped": self.loader.global_tokens(step) * model.top_k * model.moe_layers
             - int(loads.sum()),
             "bubble": bubble,
             "exchange": exchange,
@@ -290,7 +291,7 @@ class Trainer:
     def flops_per_token(self, batches) -> float:
         """Of a forward and backward pass, recomputation not counted."""
         m = self.run.model
-        active = cfg.model_config(m).parameters_count(active=True) - m.vocab_size * m.d_model
+        active = m.parameters_count(active=True) - m.vocab_size * m.d_model
         lengths = [b - a for x in batches for a, b in zip(x.cu_seqlens, x.cu_seqlens[1:])]
         attended = sum(n * n for n in lengths) / max(1, sum(lengths)) / 2
         return 6 * active + 12 * m.num_layers * m.num_heads * m.head_dim * attended

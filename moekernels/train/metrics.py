@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moekernels import files, jsonio
 from moekernels.errors import UsageError
-from moekernels.train import config as cfg
+from moekernels.run import files as cfg
 
 METRICS = "metrics.jsonl"
 TOKENIZER = "tokenizer.json"  # so that a run goes on under another release of tokenizers

@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from moekernels.errors import UsageError
 from moekernels.parallel.mesh import Mesh
+from moekernels.run import files as cfg
 from moekernels.train import assembly, launch
-from moekernels.train import config as cfg
 
 WARM, TIMED = 1, 2  # steps of a setting: those that are not counted, and those that are
 STEPS = 2 * (WARM + TIMED)
@@ -79,7 +79,7 @@ def least(run: cfg.RunConfig, corpus, memory: float, device: str) -> int:
     from moekernels.plan.memory import stage_memory
     from moekernels.plan.problem import configured
 
-    model = cfg.model_config(run.model)
+    model = run.model
 
     def fits(count: int) -> bool:
         tried = with_count(run, count)

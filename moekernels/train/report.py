@@ -10,8 +10,8 @@ import torch.distributed as dist
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Mesh
 from moekernels.pipeline.simulate import Simulator
+from moekernels.run import files as cfg
 from moekernels.train import assembly
-from moekernels.train import config as cfg
 from moekernels.train.metrics import duration
 from moekernels.train.optimizer import Optimizer
 
@@ -61,14 +61,13 @@ def layout_report(
         ranks = [None] * mesh.world.size
         dist.all_gather_object(ranks, mine)
     layout, m, b = mesh.layout, run.model, run.batch
-    modules = m.num_layers * m.num_experts
+    modules = m.moe_layers * m.num_experts
     total = sum(r["modules"] for r in ranks)
     if total != modules * layout.edp * layout.etp:
         raise RuntimeError(
             f"the ranks hold {total} expert modules, {modules} x edp {layout.edp} x etp "
             f"{layout.etp} were expected"
         )
-    model = cfg.model_config(m)
     shares = sorted({r["modules"] for r in ranks})
     each = str(shares[0]) if len(shares) == 1 else f"{shares[0]} to {shares[-1]}"
     copies = f" x {layout.edp} copies" if layout.edp > 1 else ""
@@ -82,9 +81,9 @@ def layout_report(
         .bubble
     )
     lines = [
-        f"model    {count(model.parameters_count())} parameters, "
-        f"{count(model.parameters_count(active=True))} "
-        f"active a token; {m.num_layers} layers x {m.num_experts} experts = {modules} expert "
+        f"model    {count(m.parameters_count())} parameters, "
+        f"{count(m.parameters_count(active=True))} "
+        f"active a token; {m.moe_layers} layers x {m.num_experts} experts = {modules} expert "
         f"modules",
         layout.describe(),
         f"modules  {modules}{copies}{parts} / {layout.world} ranks = {each} a rank (checked)",

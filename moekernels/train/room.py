@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from moekernels.errors import UsageError
-from moekernels.train import config as cfg
-from moekernels.train.schema import RunConfig
+from moekernels.run import files as cfg
+from moekernels.run.sections import RunConfig
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 RANK = 100e6  # bytes of a process that has imported torch, shared pages left out
@@ -52,7 +52,7 @@ def _cached(root: Path) -> float:
 def needed(run: RunConfig) -> dict[str, float]:
     """Bytes over all ranks, by what takes them."""
     lay, b, t = run.layout, run.batch, run.train
-    model = cfg.model_config(run.model)
+    model = run.model
     experts = model.num_layers * model.num_experts * model.expert.parameters_count()
     everything = model.parameters_count()
     edp = max(1, lay.tp * lay.dp // (lay.ep * lay.etp))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from moekernels.data.batch_plan import check
 from moekernels.errors import RunError, UsageError
+from moekernels.run import files as cfg
 from moekernels.train import assembly, launch, microbatches, resume, room
-from moekernels.train import config as cfg
 from moekernels.train.checkpoint import sweep
 from moekernels.train.launcher import launched
 from moekernels.train.loop import Job, Trainer

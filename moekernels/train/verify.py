@@ -22,17 +22,19 @@ from torch import Tensor
 
 from moekernels.data.batch import MicroBatch
 from moekernels.errors import UsageError
-from moekernels.nn.config import SCOPES
-from moekernels.parallel.mesh import Layout, Mesh
+from moekernels.model.decoder import DecoderSpec
+from moekernels.model.layout import Layout
+from moekernels.model.router import SCOPES
+from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.tensor import own_part
+from moekernels.pipeline.schedule import SCHEDULES, offered
+from moekernels.run import files as cfg
+from moekernels.run.sections import SECTIONS, LayoutSection
 from moekernels.train import assembly, launch, launcher, room
-from moekernels.train import config as cfg
 from moekernels.train.optimizer import AdamWConfig, Optimizer
-from moekernels.train.schema import LayoutSection, ModelSection
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}  # of max|a-b| / max|b|
 TIE = {"fp64": 1e-12, "fp32": 1e-5}  # scores this close are a tie
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
 MOST_STEPS = 1000
 MICROBATCHES = 8  # of a step, but at least two on each data-parallel rank
 VOCABULARY = 131  # a prime: no tensor-parallel size divides it
@@ -100,9 +102,9 @@ def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
     """Every variant that is promised for a layout."""
     run = cfg.RunConfig()
     cfg.set_degrees(run.layout, degrees)
-    found = [Variant(steps=steps)]
+    found = [Variant(name, steps=steps) for name in offered(several=False)]
     if run.layout.pp > 1:
-        found.append(Variant("interleaved", steps=steps))
+        found += [Variant(name, steps=steps) for name in offered(several=True)]
     found += [Variant(top_k=k, steps=1) for k in range(1, 9) if k != 2]
     found.append(Variant(steps=1, balance_scope="sequence"))
     if 6 % run.layout.ep == 0:
@@ -132,7 +134,7 @@ def verify(
         if value not in known:
             raise UsageError(f"--{flag} {value!r}: {cfg.nearest(value, known)}")
     for flag, key, value in (("experts", "num_experts", experts), ("top-k", "top_k", top_k)):
-        cfg.check_value(f"--{flag}", ModelSection, key, value)
+        cfg.check_value(f"--{flag}", SECTIONS["model"], key, value)
     if not 1 <= steps <= MOST_STEPS:  # all are recorded before the first is compared
         raise UsageError(f"--steps must be from 1 to {MOST_STEPS}, got {steps}")
     launched = launcher.launched()
@@ -176,17 +178,26 @@ def _configure(
     for name, value in degrees.items():
         cfg.check_value(f"--{name}", LayoutSection, name, value)
     cfg.set_degrees(run.layout, degrees, world)
-    lay, m = run.layout, run.model
+    lay = run.layout
     lay.schedule = variant.schedule
-    lay.virtual_stages = 2 if variant.schedule == "interleaved" else 1
+    lay.virtual_stages = 2 if SCHEDULES[variant.schedule].several else 1
     lay.checkpoint_layers = "2"
     stages = 2 * lay.pp  # the same model under every schedule
-    m.num_layers = stages * max(1, 4 // stages)
-    m.vocab_size, m.d_model, m.head_dim, m.num_heads = VOCABULARY, 32, 4, 8
-    m.num_kv_heads = 4 if 4 % lay.tp == 0 else 8
-    m.num_experts, m.top_k = variant.experts, variant.top_k
-    m.balance_scope = variant.balance_scope
-    m.expert_d_in, m.expert_d_ff, m.renormalize, m.init_std = 48, 32, False, 0.1
+    run.model = DecoderSpec(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        num_layers=stages * max(1, 4 // stages),
+        num_heads=8,
+        num_kv_heads=4 if 4 % lay.tp == 0 else 8,
+        head_dim=4,
+        num_experts=variant.experts,
+        top_k=variant.top_k,
+        balance_scope=variant.balance_scope,
+        renormalize=False,
+        expert_d_in=48,
+        expert_d_ff=32,
+        init_std=0.1,
+    )
     run.batch.microbatches = max(2, MICROBATCHES // lay.dp)
     run.batch.accumulation, run.batch.context = 1, 40
     run.train.dtype = dtype

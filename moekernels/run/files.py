@@ -19,16 +19,10 @@ from pathlib import Path
 
 from moekernels import files, jsonio
 from moekernels.errors import UsageError
-from moekernels.nn.config import ExpertSpec, ModelConfig, RouterConfig
-from moekernels.train.schema import (
-    AUTO,
-    FLAG_SECTIONS,
-    MOST,
-    SECTIONS,
-    LayoutSection,
-    ModelSection,
-    RunConfig,
-)
+from moekernels.model.decoder import DecoderSpec
+from moekernels.model.spec import AUTO, MOST
+from moekernels.pipeline.schedule import SCHEDULES, offered
+from moekernels.run.sections import FLAG_SECTIONS, SECTIONS, LayoutSection, RunConfig
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 LARGEST = 1 << 20  # bytes of a configuration
@@ -156,10 +150,15 @@ def preset_path(name: str) -> Path:
     return PRESETS / f"{name}.toml"
 
 
-def _overlay(config: RunConfig, data: dict[str, dict]) -> None:
+def _overlay(config: RunConfig, model: dict, data: dict[str, dict]) -> None:
+    """`data` over what is there; keys of the model are gathered in `model`, as it is judged
+    whole."""
     if any(d in data.get("layout", {}) for d in DEGREES):
         set_degrees(config.layout, {d: data["layout"][d] for d in DEGREES if d in data["layout"]})
     for name, keys in data.items():
+        if name == "model":
+            model |= keys
+            continue
         for key, value in keys.items():
             setattr(getattr(config, name), key, value)
 
@@ -194,18 +193,22 @@ def resolve(
     `world` is the number of ranks that torchrun gave, None without it. A file without a preset
     starts from the schema's defaults; neither means the preset `default`.
     """
-    config = RunConfig()
+    config, model = RunConfig(), {}
     if preset is not None or file is None:
-        _overlay(config, read_toml(preset_path(preset or default)))
+        _overlay(config, model, read_toml(preset_path(preset or default)))
     if file is not None:
-        _overlay(config, read_toml(file))
+        _overlay(config, model, read_toml(file))
     degrees = {}
     for (section, key), value in flags.items():
         name = "--" + flag_of(SECTIONS[section], key)
         value = check_value(name, SECTIONS[section], key, value)
+        if section == "model":
+            model[key] = value
+            continue
         if section == "layout" and key in DEGREES:
             degrees[key] = value
         setattr(getattr(config, section), key, value)
+    config.model = DecoderSpec(**model)
     if degrees:
         set_degrees(config.layout, degrees, world)
     check(config, world)
@@ -215,7 +218,6 @@ def resolve(
 def check(config: RunConfig, world: int | None = None) -> None:
     """What no single value shows; the mesh checks the layout against the model itself."""
     b, lay, t = config.batch, config.layout, config.train
-    model_config(config.model)
     length_range(b.lengths, b.context)
     ranks = lay.tp * lay.dp * lay.pp
     if max(ranks, lay.ep * lay.etp) > MOST:
@@ -243,48 +245,14 @@ def check(config: RunConfig, world: int | None = None) -> None:
             f"--beta2 {t.beta2} with --optimizer-state bf16: rounded by chance, a moment that slow "
             f"is noise by a fifth and more; give at most 0.9999, or --optimizer-state fp32"
         )
-    if lay.schedule == "interleaved" and lay.pp > 1 and lay.virtual_stages < 2:
-        raise UsageError("--schedule interleaved needs --virtual-stages of at least 2")
-    if lay.schedule != "interleaved" and lay.virtual_stages > 1:
+    several = SCHEDULES[lay.schedule].several
+    if several and lay.pp > 1 and lay.virtual_stages < 2:
+        raise UsageError(f"--schedule {lay.schedule} needs --virtual-stages of at least 2")
+    if not several and lay.virtual_stages > 1:
         raise UsageError(
-            f"--virtual-stages {lay.virtual_stages} needs --schedule interleaved, got "
-            f"{lay.schedule}"
+            f"--virtual-stages {lay.virtual_stages} needs --schedule {' or '.join(offered(True))}, "
+            f"got {lay.schedule}"
         )
-
-
-def model_config(m: ModelSection):
-    """The model that the section describes, as `nn` takes it."""
-    return ModelConfig(
-        vocab_size=m.vocab_size,
-        d_model=m.d_model,
-        num_layers=m.num_layers,
-        num_heads=m.num_heads,
-        num_kv_heads=m.num_kv_heads or m.num_heads,
-        head_dim=m.head_dim,
-        num_experts=m.num_experts,
-        top_k=m.top_k,
-        expert=ExpertSpec(m.d_model, m.expert_d_in or m.d_model, m.expert_d_ff, m.gated),
-        router=RouterConfig(
-            score=m.score,
-            renormalize=m.renormalize,
-            scale=m.scale,
-            num_groups=m.num_groups,
-            groups_kept=m.groups_kept,
-            group_score=m.group_score,
-            balance_coef=m.balance_coef,
-            balance_scope=m.balance_scope,
-            z_coef=m.z_coef,
-            bias_update_rate=m.bias_update_rate,
-        ),
-        activation=m.activation,
-        qk_norm=m.qk_norm,
-        rope_theta=m.rope_theta,
-        norm_eps=m.norm_eps,
-        tie_embeddings=m.tie_embeddings,
-        init_std=m.init_std,
-        embedding_std=m.embedding_std,
-        recompute_experts=m.recompute_experts,
-    )
 
 
 def length_range(text: str, context: int) -> tuple[int, int] | None:

@@ -1,0 +1,109 @@
+"""The routed experts: d_model -> (lift to I) -> F -> I (-> lowered to d_model), grouped by expert.
+
+The lift exists only where the input width I differs from d_model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moekernels.model.dispatch import routed_rows, way_of
+from moekernels.model.layout import Layout
+from moekernels.model.router import RouterSpec
+from moekernels.model.spec import WIDEST, Place, Work, key
+
+# Activation -> whether it multiplies an up-projection by a gate (three matrices, not two).
+ACTIVATIONS = {
+    "swiglu": True,
+    "geglu": True,
+    "reglu": True,
+    "swiglu_oai": True,
+    "swiglu_clamped": True,
+    "relu2": False,
+    "silu": False,
+    "gelu": False,
+}
+NEED_CONSTANTS = ("swiglu_oai", "swiglu_clamped")  # of the ops alone; no key carries them
+
+
+@dataclass(frozen=True)
+class ExpertsSpec(RouterSpec):
+    expert_d_in: int = key(
+        0,
+        "width inside an expert before its FFN; 0: d_model. Where it differs, the expert lifts "
+        "and lowers",
+        low=0,
+        high=WIDEST,
+    )
+    expert_d_ff: int = key(2048, "hidden width of an expert's FFN", low=1, high=WIDEST)
+    gated: bool = key(True, "gated FFN (three matrices) or plain (two)")
+    activation: str = key(
+        "swiglu",
+        "activation of the experts",
+        choices=[name for name in ACTIVATIONS if name not in NEED_CONSTANTS],
+    )
+    recompute_experts: bool = key(
+        False, "experts keep no pre-activation and compute it again in backward"
+    )
+
+    @property
+    def d_in(self) -> int:
+        """I: width of what an expert's FFN reads and writes."""
+        return self.expert_d_in or self.d_model
+
+    @property
+    def lifted(self) -> bool:
+        return self.d_in != self.d_model
+
+    @property
+    def up_rows(self) -> int:
+        """Rows of w1 a unit of F: gate and up, or up alone."""
+        return 2 if self.gated else 1
+
+
+def one_expert(spec: ExpertsSpec, etp: int = 1) -> int:
+    """Parameters of an expert, or of its etp shard; the lift is whole on each."""
+    ffn = (spec.up_rows + 1) * spec.d_in * (spec.expert_d_ff // etp)
+    return ffn + (2 * spec.d_model * spec.d_in if spec.lifted else 0)
+
+
+def parameters(spec: ExpertsSpec, at: Place, active: bool = False) -> int:
+    number = spec.top_k if active else spec.num_experts // at.layout.ep
+    return number * one_expert(spec, at.layout.etp)
+
+
+def copies(layout: Layout) -> tuple[int, int]:
+    """(ranks that share the gradient, how far apart they lie)."""
+    return layout.edp, layout.exchange
+
+
+def kept(spec: ExpertsSpec, at: Place) -> float:
+    way, b = way_of(at), at.width
+    rows = way.rows(spec, at)
+    up = spec.up_rows * spec.expert_d_ff / at.layout.etp
+    size = 0.0 if spec.recompute_experts else rows * up * b
+    size += (spec.num_experts // at.layout.ep + 1) * 8  # offsets
+    if not spec.lifted:
+        return size + way.arriving(spec, at)
+    size += rows * spec.d_model * b if way.view else way.arriving(spec, at)  # what is lifted
+    return size + 2 * rows * spec.d_in * b  # the lifted rows, and the results to be lowered
+
+
+def working(spec: ExpertsSpec, at: Place) -> float:
+    """Held by the backward besides: gradients of the output, of h, and the weighted activations or
+    the gradient of the input; the rows to be lowered are gone by then."""
+    rows, f = way_of(at).rows(spec, at), spec.expert_d_ff / at.layout.etp
+    size = rows * at.width * (spec.d_in + spec.up_rows * f + max(f, spec.d_in))
+    return size - (rows * spec.d_in * at.width if spec.lifted else 0.0)
+
+
+def work(spec: ExpertsSpec, at: Place) -> Work:
+    f = spec.expert_d_ff / at.layout.etp
+    up, b, hidden = spec.up_rows * f, at.width, spec.d_model
+    weights = (up + f) * spec.d_in + (2 * hidden * spec.d_in if spec.lifted else 0)
+    a_row = 6 * hidden + 2 * (up + f) + (4 * spec.d_in if spec.lifted else 0)
+    return Work(
+        grouped=2.0 * weights,
+        experts=spec.num_experts / at.layout.ep,
+        traffic=routed_rows(spec, at) / at.tokens * b * a_row,
+    )

@@ -1,0 +1,112 @@
+"""What the parts of a decoder share: fields that say what they take, and where a part is counted.
+
+Legend: T tokens of a micro-batch, t own tokens (T/tp), R routed rows that arrive at a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from moekernels.model.layout import Layout
+
+# Beyond any use: a number with a digit too many is refused before anything counts up to it.
+MOST, WIDEST, LONGEST, STEPS = 1 << 16, 1 << 20, 1 << 24, 10**9
+AUTO = 0  # what the word `auto` stands for where a number is wanted
+WIDTH = {"fp64": 8, "fp32": 4, "bf16": 2}  # bytes of an element
+
+
+def key(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: Iterable[str] | None = None,
+    flag: str | None = None,
+    auto: bool = False,
+) -> Any:
+    """A field with its help and the values it takes: `low <= value <= high`, `value > above`, or
+    one of `choices`; with `auto` also that word. `flag` names it on the command line."""
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "low": low,
+            "high": high,
+            "above": above,
+            "choices": None if choices is None else tuple(choices),
+            "flag": flag,
+            "auto": auto,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Width:
+    """The field that every part reads."""
+
+    d_model: int = key(1024, "width of a token", low=2, high=WIDEST)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A micro-batch of `tokens` (T, of a tensor-parallel group) on one rank, as far as sizes depend
+    on it.
+
+    runs: groups of neighbouring equal segments, which attention on the CPU takes one by one.
+    imbalance: rows of the busiest rank over the mean.
+    """
+
+    layout: Layout = Layout()
+    tokens: float = 0.0
+    dtype: str = "bf16"
+    dispatcher: str = "all_to_all"
+    sequence_parallel: bool = True
+    imbalance: float = 1.0
+    device: str = "cuda"
+    runs: int = 1
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation."""
+        return WIDTH[self.dtype]
+
+    @property
+    def wide(self) -> int:
+        """Bytes of what is kept in fp32 at least."""
+        return max(4, self.width)
+
+    @property
+    def own(self) -> float:
+        """t: tokens that this rank routes."""
+        return self.tokens / self.layout.tp
+
+    @property
+    def residual(self) -> float:
+        """Tokens of the residual stream on this rank."""
+        return self.own if self.sequence_parallel else self.tokens
+
+    @property
+    def gathered(self) -> float:
+        """Tokens of all ranks that exchange rows."""
+        return self.own * self.layout.exchange
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of a forward pass on one rank, a token of its tensor-parallel group's micro-batch."""
+
+    dense: float = 0.0  # FLOPs of products with weights that all tokens meet
+    wide: float = 0.0  # the same, computed in fp32 at least
+    grouped: float = 0.0  # FLOPs of the experts' products, a routed row
+    experts: float = 0.0  # that these products are grouped by
+    pairs: float = 0.0  # FLOPs a squared sequence length
+    traffic: float = 0.0  # bytes that pass through memory beside the products
+
+
+def norm_kept(spec: Width, at: Place) -> float:
+    """The input and the scale of each token that an RMSNorm keeps."""
+    return at.residual * (spec.d_model * at.width + at.wide)

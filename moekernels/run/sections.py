@@ -1,0 +1,205 @@
+"""The sections of a run's TOML file, one dataclass each: every key with its default, its help and
+the values it takes. [model] is `model.decoder.DecoderSpec`."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+
+from moekernels.model.decoder import DecoderSpec
+from moekernels.model.dispatch import WAYS
+from moekernels.model.spec import LONGEST, MOST, STEPS, key
+from moekernels.pipeline.schedule import SCHEDULES
+
+
+@dataclass
+class BatchSection:
+    """[batch]: what one optimiser step reads."""
+
+    data: str = key(
+        "stdlib", "a text file, a directory or a .jsonl file; stdlib: Python's own library sources"
+    )
+    sequences: int = key(128, "sequences of a step, over all data-parallel ranks", low=1, high=MOST)
+    lengths: str = key(
+        "",
+        "draw lengths uniformly from LOW:HIGH; empty: whole documents, cut to the context",
+        flag="lengths",
+    )
+    context: int = key(10240, "longest sequence", low=2, high=LONGEST)
+    microbatches: int = key(
+        8,
+        "micro-batches of one accumulation step, per data-parallel rank; auto: of the whole flush, "
+        "chosen from what the first steps take",
+        low=1,
+        auto=True,
+        high=MOST,
+    )
+    accumulation: int = key(
+        4, "accumulation steps, folded into one pipeline flush", low=1, high=MOST
+    )
+    policy: str = key(
+        "packed", "how sequences become micro-batches", choices=("packed", "buckets", "padded")
+    )
+
+
+@dataclass
+class LayoutSection:
+    """[layout]: world = tp*dp*pp = etp*ep*edp*pp."""
+
+    tp: int = key(1, "tensor-parallel ranks", low=1, high=MOST)
+    dp: int = key(1, "data-parallel ranks", low=1, high=MOST)
+    pp: int = key(1, "pipeline stages", low=1, high=4096)
+    ep: int = key(1, "expert-parallel ranks, folded on tp*dp", low=1, high=MOST)
+    etp: int = key(1, "tensor-parallel ranks inside the experts", low=1, high=MOST)
+    schedule: str = key("1f1b", "pipeline schedule", choices=SCHEDULES)
+    virtual_stages: int = key(
+        1, "chunks of layers a rank holds (interleaved 1F1B)", low=1, high=4096
+    )
+    layers_per_stage: str = key("", "layers of each stage, as in 4,4,4,4; empty: equal")
+    checkpoint_layers: str = key(
+        "none", "layers whose activations are computed again: all, none, or 2-15, 3,5"
+    )
+    sequence_parallel: bool = key(True, "split the tokens over tp between the matrix products")
+    dispatcher: str = key("auto", "how tokens reach experts", choices=("auto", *WAYS))
+
+
+@dataclass
+class TrainSection:
+    """[train]: optimiser, length, precision, what is written."""
+
+    steps: int = key(100, "optimiser steps in total", low=1, high=STEPS)
+    lr: float = key(3e-3, "highest learning rate", above=0)
+    min_lr_ratio: float = key(0.1, "last learning rate over the highest", low=0, high=1)
+    warmup: int = key(10, "steps of linear warm-up", low=0, high=STEPS)
+    clip: float = key(1.0, "largest gradient norm; 0: none", low=0)
+    skip_bad_steps: int = key(
+        0,
+        "steps in a row that may be left out, where the loss or the gradient's norm is not finite, "
+        "before the run stops",
+        low=0,
+        high=STEPS,
+    )
+    weight_decay: float = key(
+        0.1, "decay of matrices; norms, biases and embeddings have none", low=0
+    )
+    beta1: float = key(0.9, "AdamW beta1", low=0, high=0.9999)
+    beta2: float = key(0.95, "AdamW beta2", low=0, high=0.99999)
+    eps: float = key(1e-8, "AdamW epsilon", low=1e-30, high=1)
+    dtype: str = key(
+        "fp32", "dtype of parameters and activations", choices=("fp32", "bf16", "fp64")
+    )
+    optimizer_state: str = key(
+        "fp32",
+        "dtype of the moments; bf16 ones are rounded by chance, right on average",
+        choices=("fp32", "bf16"),
+    )
+    seed: int = key(0, "seed of parameters and data order", low=0, high=2**31 - 1)
+    device: str = key("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    eval_every: int = key(0, "steps between held-out losses; 0: only at the end", low=0, high=STEPS)
+    eval_sequences: int = key(64, "held-out sequences", low=1, high=MOST)
+    save_every: int = key(
+        -1,
+        "steps between checkpoints; -1: only one, at the end; 0: none",
+        low=-1,
+        high=STEPS,
+    )
+    keep: int = key(2, "newest checkpoints kept", low=1, high=STEPS)
+
+
+@dataclass
+class HardwareSection:
+    """[hardware]: a machine that a plan is made for; a run ignores it."""
+
+    gpus: int = key(1, "cards", low=1, high=MOST)
+    gpus_per_node: int = key(8, "cards of a node", low=1, high=MOST)
+    tflops: float = key(400.0, "dense bf16 TFLOP/s of a card", above=0)
+    memory_gb: float = key(64.0, "memory of a card, 1e9 bytes", above=0)
+    bandwidth_gbps: float = key(1800.0, "memory bandwidth of a card, 1e9 bytes/s", above=0)
+    link_gbps: float = key(
+        450.0, "bandwidth between cards of a node, a direction, 1e9 bytes/s", above=0
+    )
+    network_gbps: float = key(
+        50.0, "bandwidth of a card between nodes, a direction, 1e9 bytes/s", above=0
+    )
+    reserve_gb: float = key(
+        2.0, "memory of a card that context, collectives and allocator take", low=0
+    )
+    efficiency: float = key(
+        0.6, "part of its FLOP/s that a card reaches in large products", above=0, high=1
+    )
+    imbalance: float = key(1.1, "rows of the busiest rank's experts over the mean", low=1)
+
+
+@dataclass
+class WorkloadSection:
+    """[workload]: what a plan is told of the sequences and of the routing; a run finds out."""
+
+    lengths: list[int] = field(
+        default_factory=list, metadata={"help": "the lengths of a step's sequences"}
+    )
+    lengths_from: str = key("", "a file of them")
+    zipf: float = key(
+        0.0, "the expert in place n gets n^-zipf of the rows; 0: as [hardware] imbalance", low=0
+    )
+    loads: list[float] = field(
+        default_factory=list, metadata={"help": "rows of each expert of a layer, to any scale"}
+    )
+    loads_from: str = key("", "a file of them, a list a layer, or the folder of a run")
+
+
+@dataclass
+class ObjectiveSection:
+    """[objective]: what the recommended plan is best at."""
+
+    best: str = key(
+        "throughput",
+        "shortest step; shortest layer; most sequences/s a card; fewest cards; least memory a card",
+        choices=("throughput", "latency", "cost", "gpus", "memory"),
+    )
+    at_least: float = key(0.0, "sequences/s that it must reach", low=0)
+
+
+@dataclass
+class ClaimsSection:
+    """[claims]: what a specification says it reaches; a run ignores it. 0 or empty: nothing
+    said."""
+
+    parameters: float = key(0.0, "parameters of the model", low=0)
+    gpus: int = key(0, "cards", low=0)
+    experts_per_gpu: int = key(0, "experts of a layer on a card", low=0)
+    modules_per_gpu: int = key(0, "expert modules on a card", low=0)
+    layer_ms: list[float] = field(
+        default_factory=list, metadata={"help": "milliseconds of a layer, from, to"}
+    )
+    sequences_per_second: list[float] = field(
+        default_factory=list, metadata={"help": "throughput, from, to"}
+    )
+    memory_gb: float = key(0.0, "memory in use on a card, 1e9 bytes", low=0)
+    tp: int = key(0, "tensor-parallel ranks", low=0)
+    pp: int = key(0, "pipeline stages", low=0)
+    ep: int = key(0, "ranks that share a layer's experts", low=0)
+    checkpoint_layers: str = key("", "layers whose activations are computed again")
+    mfu: list[float] = field(
+        default_factory=list, metadata={"help": "model FLOPs utilisation, from, to"}
+    )
+
+
+@dataclass
+class RunConfig:
+    """All sections of a run."""
+
+    model: DecoderSpec = field(default_factory=DecoderSpec)
+    batch: BatchSection = field(default_factory=BatchSection)
+    layout: LayoutSection = field(default_factory=LayoutSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    hardware: HardwareSection = field(default_factory=HardwareSection)
+    workload: WorkloadSection = field(default_factory=WorkloadSection)
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    claims: ClaimsSection = field(default_factory=ClaimsSection)
+
+
+SECTIONS: dict[str, type] = {
+    f.name: typing.get_type_hints(RunConfig)[f.name] for f in dataclasses.fields(RunConfig)
+}
+FLAG_SECTIONS = ("model", "batch", "layout", "train")
