@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from moekernels.errors import UsageError
+from moekernels.model.experts import one_expert
+from moekernels.model.spec import WIDTH
 from moekernels.run import files as cfg
 from moekernels.run.sections import RunConfig
 
-BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 RANK = 100e6  # bytes of a process that has imported torch, shared pages left out
 SEQUENCE = 400  # bytes of an empty tensor pair and its place in a plan
 RANKS_A_CORE, RANKS = 8, 64
@@ -53,16 +54,16 @@ def needed(run: RunConfig) -> dict[str, float]:
     """Bytes over all ranks, by what takes them."""
     lay, b, t = run.layout, run.batch, run.train
     model = run.model
-    experts = model.num_layers * model.num_experts * model.expert.parameters_count()
+    experts = model.moe_layers * model.num_experts * one_expert(model)
     everything = model.parameters_count()
     edp = max(1, lay.tp * lay.dp // (lay.ep * lay.etp))
     copies = (everything - experts) * lay.dp + experts * edp
-    moments = 2 * (2 if t.optimizer_state == "bf16" else max(4, BYTES[t.dtype]))
-    gradient = max(4, BYTES[t.dtype])
+    moments = 2 * (2 if t.optimizer_state == "bf16" else max(4, WIDTH[t.dtype]))
+    gradient = max(4, WIDTH[t.dtype])
     low = (cfg.length_range(b.lengths, b.context) or (2, 2))[0]
     batch = (b.sequences + t.eval_sequences) * (SEQUENCE + 16.0 * low)
     return {
-        "weights and gradients": float(copies * (BYTES[t.dtype] + gradient)),
+        "weights and gradients": float(copies * (WIDTH[t.dtype] + gradient)),
         "moments of the optimizer": float(everything * moments),
         "batches": batch,
         "processes": RANK * (lay.tp * lay.dp * lay.pp - 1),
