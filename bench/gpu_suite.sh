@@ -34,6 +34,7 @@ done
 failed=0
 
 if [ -f "$PACK/built.tar.xz" ]; then
+  echo "gpu_suite: moekernels/*.so are those of $PACK/built.tar.xz"
   tar -xJf "$PACK/built.tar.xz" || exit 1
 fi
 if [ ! -d build/gpu_site ] && compgen -G "$PACK/*.whl" >/dev/null; then

@@ -155,6 +155,20 @@ def sentence(line: dict) -> str:
     return text
 
 
+def _ask_for_gpu() -> None:
+    import torch
+
+    sys.exit(0 if torch.cuda.is_available() else 1)
+
+
+def gpu_is_there() -> bool:
+    """Asked in a process of its own: once CUDA is touched here, the rungs' forks cannot use it."""
+    process = multiprocessing.get_context("fork").Process(target=_ask_for_gpu)
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="under the emulator, without a GPU")
@@ -162,11 +176,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_suite" / "ladder.jsonl")
     parser.add_argument("--only", nargs="*", default=[], help="these rungs, whatever lies below")
     args = parser.parse_args()
-    import torch
-
     if not args.rehearse:
-        # Asked of NVML, so that no context is made before the rungs are forked.
-        if not torch.version.cuda or torch._C._cuda_getDeviceCount() == 0:
+        if not gpu_is_there():
             print("ladder: no GPU here; --rehearse runs it under the emulator", file=sys.stderr)
             return 2
         if not args.pack or not (args.pack / "probes.cubin").exists():

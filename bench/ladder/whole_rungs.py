@@ -27,7 +27,7 @@ def _layer_inputs(kit: Kit, shape: tuple[int, ...], seed: int = 0) -> dict[str, 
     if not kit.hardware:
         made = {
             "x": normal(BF16, tokens, hidden, seed=seed),
-            "logits": normal(BF16, tokens, experts, seed=seed + 1),
+            "logits": normal(F32, tokens, experts, seed=seed + 1),  # of which no two tie
         }
         made["w1"] = normal(BF16, experts, 2 * ffn, hidden, seed=2) * hidden**-0.5
         made["w2"] = normal(BF16, experts, hidden, ffn, seed=3) * ffn**-0.5
@@ -37,7 +37,10 @@ def _layer_inputs(kit: Kit, shape: tuple[int, ...], seed: int = 0) -> dict[str, 
     def on_device(*sizes: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*sizes, generator=draw, device="cuda") * scale).bfloat16()
 
-    x, logits = on_device(tokens, hidden), on_device(tokens, experts)
+    x, logits = (
+        on_device(tokens, hidden),
+        torch.randn(tokens, experts, generator=draw, device="cuda"),
+    )
     draw.manual_seed(7)
     w1 = on_device(experts, 2 * ffn, hidden, scale=hidden**-0.5)
     w2 = on_device(experts, hidden, ffn, scale=ffn**-0.5)
