@@ -108,7 +108,10 @@ INSTANCE = """
 #include "detail/product_sm90.cuh"
 #include "detail/{header}"
 namespace moekernels::cuda::sm90 {{
-const void* planted() {{ return reinterpret_cast<const void*>(product<{kind}, {flags}>); }}
+using Kind = {kind};
+template __global__ void product<Kind, {flags}>(
+    const __grid_constant__ CUtensorMap, const __grid_constant__ CUtensorMap, const ProductArgs,
+    const Kind::Args);
 }}
 """
 ROWS = ("rows_sm90.cuh", "StoreRows<__nv_bfloat16, 256>", "false, false", "grouped_gemm_sm90")
@@ -171,16 +174,16 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
             "rows_one_tile",
             ROWS128,
             "rows_sm90.cuh",
-            "staged_at(lane % 16, 2 * i + lane / 16)",
-            "staged_at(lane % 16, 2 * i + 1 - lane / 16)",
+            "(row + r) * to.width + at, staged_chunk(staging, r, chunk));",
+            "(row + r) * to.width + at, staged_chunk(staging, r, chunk ^ 1));",
             "128 columns, K 320 is wrong",
         ),
         (
             "rows_ragged",
             ROWS,
-            "product_sm90.cuh",
-            "tile.row_end = kOverRows ? INT32_MAX : static_cast<int32_t>(rows.end);",
-            "tile.row_end = kOverRows ? INT32_MAX : static_cast<int32_t>(rows.end) - 1;",
+            "rows_sm90.cuh",
+            "if (row + r < tile.row_end && at < to.width) {",
+            "if (row + r <= tile.row_end && at < to.width) {",
             "ragged rows",
         ),
         (
@@ -211,16 +214,16 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
             "up",
             UP,
             "experts_sm90.cuh",
-            "const float* c = d + column_of(kPart, block) / 2 + half * 2;",
-            "const float* c = d + column_of(1 - kPart, block) / 2 + half * 2;",
+            "second = style.interleaved ? first + 1 : 8 + i;",
+            "second = style.interleaved ? first + 1 : i;",
             "swiglu: y is wrong",
         ),
         (
             "dact",
             DACT,
             "experts_sm90.cuh",
-            "const float* c = d + (kPart * 8 + block) * 4 + half * 2;",
-            "const float* c = d + (kPart * 8 + 7 - block) * 4 + half * 2;",
+            "u[e] = d * weight * act.by_up;",
+            "u[e] = d * act.by_up;",
             "swiglu: d.* is wrong",
         ),
         pytest.param(
