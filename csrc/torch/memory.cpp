@@ -1,6 +1,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <fstream>
 #include <mutex>
 #include <new>
 
@@ -11,10 +15,46 @@ namespace {
 
 constexpr int64_t kLarge = 4 << 20, kGranule = 1 << 20;
 
+// The memory that this process may use: the machine's, or what its control groups allow, whichever is less.
+int64_t memory_allowed() {
+  int64_t allowed = sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+  const auto lower_to = [&](const std::string& file) {
+    int64_t limit = 0;
+    if (std::ifstream(file) >> limit && limit > 0) allowed = std::min(allowed, limit);  // "max" is no number
+  };
+  std::ifstream groups("/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {  // 0::/path, or in version 1 4:memory:/path
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    if (!controllers.empty() && controllers != "memory") continue;
+    const std::string root = controllers.empty() ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
+    const char* name = controllers.empty() ? "/memory.max" : "/memory.limit_in_bytes";
+    for (std::string path = line.substr(second + 1);; path.resize(path.rfind('/'))) {
+      lower_to(root + path + name);
+      if (path.find('/') == std::string::npos) break;
+    }
+  }
+  return allowed;
+}
+
+// How many ranks share this machine, as torchrun says.
+int64_t processes_here() {
+  const char* size = std::getenv("LOCAL_WORLD_SIZE");
+  return std::max<int64_t>(size != nullptr ? std::atoll(size) : 1, 1);
+}
+
+// Few sizes, so that outputs of about the same size take each other's memory: at most an eighth is not used.
+int64_t rounded_up(int64_t bytes) {
+  int64_t step = kGranule;
+  while (step * 16 <= bytes) step *= 2;
+  return (bytes + step - 1) / step * step;
+}
+
 // Large outputs come back: a step frees the gradients and activations that the next step allocates at the same sizes,
 // and the page faults of fresh memory cost as much as the products. (Asking for huge pages instead takes five faults out
-// of six on some machines, and sextuples their cost on virtual ones whose host takes free memory back.) At most an
-// eighth of the machine's memory is kept.
+// of six on some machines, and sextuples their cost on virtual ones whose host takes free memory back.) Kept is at most
+// an eighth of this process's share of the memory, and nothing that nobody took for ten seconds.
 class Pool {
  public:
   static Pool& get() {
@@ -29,10 +69,11 @@ class Pool {
         if (kept_[i].bytes == bytes) {
           void* memory = kept_[i].memory;
           kept_.erase(kept_.begin() + i);
-          total_ -= bytes;
+          held_ -= bytes;
           return memory;
         }
       }
+      release(Clock::now());
     }
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -41,25 +82,41 @@ class Pool {
 
   void give(void* memory, int64_t bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
-    kept_.push_back({memory, bytes});
-    total_ += bytes;
-    while (total_ > limit_) {  // the oldest goes first
+    const Clock::time_point now = Clock::now();
+    kept_.push_back({memory, bytes, now});
+    held_ += bytes;
+    release(now);
+  }
+
+  int64_t held() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return held_;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::seconds kPatience{10};
+  struct Block {
+    void* memory;
+    int64_t bytes;
+    Clock::time_point since;
+  };
+
+  void release(Clock::time_point now) {  // the oldest goes first
+    while (!kept_.empty() && (held_ > limit_ || now - kept_.front().since > kPatience)) {
       munmap(kept_.front().memory, kept_.front().bytes);
-      total_ -= kept_.front().bytes;
+      held_ -= kept_.front().bytes;
       kept_.erase(kept_.begin());
     }
   }
 
- private:
-  struct Block {
-    void* memory;
-    int64_t bytes;
-  };
   std::mutex mutex_;
   std::vector<Block> kept_;
-  int64_t total_ = 0;
-  const int64_t limit_ = sysconf(_SC_PHYS_PAGES) / 8 * sysconf(_SC_PAGESIZE);
+  int64_t held_ = 0;
+  const int64_t limit_ = memory_allowed() / 8 / processes_here();
 };
+
+[[maybe_unused]] int64_t pool_held() { return Pool::get().held(); }
 
 }  // namespace
 
@@ -68,9 +125,15 @@ Tensor empty_large(std::initializer_list<int64_t> shape, ScalarType dtype, const
   for (size_t i = sizes.size() - 1; i-- > 0;) strides[i] = strides[i + 1] * sizes[i + 1];
   const int64_t wanted = strides[0] * sizes[0] * (dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2);
   if (wanted < kLarge || !like.is_cpu()) return empty(shape, dtype, like);
-  const int64_t bytes = (wanted + kGranule - 1) / kGranule * kGranule;
+  const int64_t bytes = rounded_up(wanted);
   return torch::stable::from_blob(Pool::get().take(bytes), sizes, strides, like.device(), dtype,
                                   [bytes](void* memory) { Pool::get().give(memory, bytes); });
 }
+
+#ifndef MOEKERNELS_EMULATED  // both libraries may be loaded at once
+STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) { m.def("_pool_held() -> int"); }
+
+STABLE_TORCH_LIBRARY_IMPL(moekernels, CompositeExplicitAutograd, m) { m.impl("_pool_held", TORCH_BOX(&pool_held)); }
+#endif
 
 }  // namespace moekernels::binding

@@ -18,17 +18,44 @@ from moekernels.parallel.tensor import all_gather, reduce_scatter
 NO_LABEL = -100
 
 
+def check_labels(labels: Tensor, vocabulary: int) -> None:
+    """Refuses labels outside [0, V) that are not `NO_LABEL`: ValueError; on CUDA, where asking
+    would wait for the device, an assertion that stops it."""
+    fine = ((labels >= 0) & (labels < vocabulary)) | (labels == NO_LABEL)
+    if labels.is_cuda:
+        torch._assert_async(fine.all(), f"cross_entropy: a label outside [0, {vocabulary})")
+    elif not labels.is_meta and not fine.all():
+        at = int(fine.logical_not().nonzero()[0])
+        raise ValueError(
+            f"cross_entropy: label {int(labels[at])} at position {at} is outside the vocabulary "
+            f"of {vocabulary}, and not {NO_LABEL}, which means none"
+        )
+
+
 def _exponentials_(logits: Tensor, labels: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [C, V/P], labels [C] relative to this shard -> (logsumexp over all of V, logit of the
-    label, this shard's largest logit), all [C]; logits become exp(logits - largest)."""
+    """logits [C, V/P], labels [C] relative to this shard -> (loss, the probability of all but the
+    label, what makes a probability of this shard's exponentials), all [C]; logits become
+    exp(logits - largest), zero at the label.
+
+    The others are summed without the label: of a confident token 1 - p would leave nothing.
+    """
     here = (labels >= 0) & (labels < logits.shape[1])
-    target = logits.gather(1, torch.where(here, labels, 0)[:, None])[:, 0] * here
-    largest = logits.amax(1)
-    lse = logits.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest)
+    at = torch.where(here, labels, 0)[:, None]
+    target = logits.gather(1, at)[:, 0] * here
+    mine = logits.amax(1)
+    logits.sub_(mine[:, None]).exp_()
+    logits.scatter_(1, at, torch.where(here[:, None], 0, logits.gather(1, at)))
+    others, largest = logits.sum(1), mine
     if group.size > 1:
-        both = all_gather(torch.stack([lse, target])[None], group)  # [P, 2, C]
-        lse, target = torch.logsumexp(both[:, 0], dim=0), both[:, 1].sum(0)
-    return lse, target, largest
+        shards = all_gather(torch.stack([mine, others, target])[None], group)  # [P, 3, C]
+        largest = shards[:, 0].amax(0)
+        others = (shards[:, 1] * torch.exp(shards[:, 0] - largest)).sum(0)
+        target = shards[:, 2].sum(0)
+    label = torch.exp(target - largest)
+    total = others + label
+    odds = others / label
+    loss = torch.where(odds < 1, torch.log1p(odds), torch.log(total) + (largest - target))
+    return loss, others / total, torch.exp(mine - largest) / total
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -36,6 +63,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, first, group, split, needs_grad):
         x = all_gather(hidden, group) if split else hidden
         wide = torch.promote_types(x.dtype, torch.float32)
+        check_labels(labels, weight.shape[0] * group.size)
         labels = torch.where(labels == NO_LABEL, -1, labels)
         total = torch.zeros((), dtype=wide, device=x.device)
         dx = torch.empty_like(x) if needs_grad else None
@@ -45,14 +73,14 @@ class _CrossEntropy(torch.autograd.Function):
             part, label = x[begin : begin + chunk], labels[begin : begin + chunk]
             counted, label = label >= 0, label - first
             logits = (part @ weight.T).to(wide)
-            lse, target, largest = _exponentials_(logits, label, group)
-            total += torch.where(counted, lse - target, 0).sum()
+            loss, missed, factor = _exponentials_(logits, label, group)
+            total += torch.where(counted, loss, 0).sum()
             if not needs_grad:
                 continue
             # softmax minus one at the label, zero where the token has no loss
-            p = logits.mul_((torch.exp(largest - lse) * counted)[:, None])
+            p = logits.mul_((factor * counted)[:, None])
             here = (label >= 0) & (label < p.shape[1])
-            p.scatter_add_(1, torch.where(here, label, 0)[:, None], -here[:, None].to(wide))
+            p.scatter_add_(1, torch.where(here, label, 0)[:, None], (-missed * here)[:, None])
             p = p.to(x.dtype)
             torch.mm(p, weight, out=dx[begin : begin + chunk])
             if dweight is None:
@@ -86,8 +114,8 @@ def cross_entropy(
     """Summed loss of a micro-batch, in fp32 at least, the same on every rank of the group.
 
     hidden [T/P, H] where `split` by tokens, else [T, H]; weight [V/P, H] beginning at token
-    `first`; labels [T]. Without `split` the gradient of hidden is this rank's part: enter through
-    `copy_to`.
+    `first`; labels [T], each in [0, V) or `NO_LABEL`, else ValueError. Without `split` the
+    gradient of hidden is this rank's part: enter through `copy_to`.
     """
     _derivatives.refuse_transforms("cross_entropy")
     # Asked here: inside a function's forward inputs look as if they needed gradients even under
