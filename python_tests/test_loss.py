@@ -24,7 +24,8 @@ def confident() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def loss_and_gradient(hidden, head, labels, first=0, group=ALONE):
     hidden = hidden.clone().requires_grad_()
-    loss = cross_entropy(hidden, head, labels, first, group, split=False)
+    whole = {"split": False, "vocabulary": VOCABULARY}
+    loss = cross_entropy(hidden, head, labels, first, group, **whole)
     return loss.detach(), torch.autograd.grad(loss, hidden)[0]
 
 
@@ -61,7 +62,7 @@ def on_a_shard(rank: int) -> None:
     torch.testing.assert_close(part.double(), exact, rtol=1e-5, atol=1e-36)
     labels[3] = VOCABULARY
     with pytest.raises(ValueError, match="label 64 at position 3 is outside the vocabulary of 64"):
-        cross_entropy(hidden, head[first : first + 32], labels, first, mesh.tp, split=False)
+        loss_and_gradient(hidden, head[first : first + 32], labels, first, mesh.tp)
 
 
 def test_over_two_shards() -> None:

@@ -63,7 +63,6 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, first, group, split, needs_grad):
         x = all_gather(hidden, group) if split else hidden
         wide = torch.promote_types(x.dtype, torch.float32)
-        check_labels(labels, weight.shape[0] * group.size)
         labels = torch.where(labels == NO_LABEL, -1, labels)
         total = torch.zeros((), dtype=wide, device=x.device)
         dx = torch.empty_like(x) if needs_grad else None
@@ -109,15 +108,24 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, first: int, group: Group, *, split: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    first: int,
+    group: Group,
+    *,
+    split: bool,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """Summed loss of a micro-batch, in fp32 at least, the same on every rank of the group.
 
     hidden [T/P, H] where `split` by tokens, else [T, H]; weight [V/P, H] beginning at token
-    `first`; labels [T], each in [0, V) or `NO_LABEL`, else ValueError. Without `split` the
-    gradient of hidden is this rank's part: enter through `copy_to`.
+    `first`; labels [T], each in [0, V) or `NO_LABEL`, else ValueError; V is `vocabulary`, None:
+    what weight holds. Without `split` the gradient of hidden is this rank's part: enter through
+    `copy_to`.
     """
     _derivatives.refuse_transforms("cross_entropy")
+    check_labels(labels, first + weight.shape[0] if vocabulary is None else vocabulary)
     # Asked here: inside a function's forward inputs look as if they needed gradients even under
     # no_grad.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)

@@ -218,7 +218,13 @@ class StageModel(nn.Module):
             x = copy_to(x, self.mesh.tp)
         head = self.head or self.embedding
         total = cross_entropy(
-            x, head.weight, batch.labels, head.first, self.mesh.tp, split=self.sequence_parallel
+            x,
+            head.weight,
+            batch.labels,
+            head.first,
+            self.mesh.tp,
+            split=self.sequence_parallel,
+            vocabulary=self.config.vocab_size,
         )
         return total * batch.loss_scale
 
