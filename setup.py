@@ -54,8 +54,9 @@ class CMakeBuild(build_ext):
         command = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         command += [f"-DMOEKERNELS_OUTPUT={output}", f"-DMOEKERNELS_CUDA={cuda}"]
         command += [f"-DPython_EXECUTABLE={sys.executable}"]
-        command += [f"-DMOEKERNELS_EMULATED={os.environ.get('MOEKERNELS_EMULATED', '0')}"]
-        command += [f"-DMOEKERNELS_CUTLASS={os.environ.get('MOEKERNELS_CUTLASS', '0')}"]
+        for option in ("EMULATED", "CUTLASS", "WATCHDOG", "TRACE"):
+            value = os.environ.get(f"MOEKERNELS_{option}", "0")
+            command += [f"-DMOEKERNELS_{option}={value}"]
         archs = os.environ.get("MOEKERNELS_CUDA_ARCHS")
         command += [f"-DMOEKERNELS_CUDA_ARCHS={archs}" if archs else "-UMOEKERNELS_CUDA_ARCHS"]
         subprocess.run(command, check=True)

@@ -148,6 +148,7 @@ class _Device:
         self.launches: list[str] = []
         self.bytes_read: dict[str, list[np.ndarray]] = {}
         self.error: Exception | None = None
+        self.lasting: dict[int, tuple[int, bool]] = {}  # known beyond one call
         self.forget()
         self._launch_fn = ctypes.CFUNCTYPE(
             ctypes.c_int,
@@ -157,21 +158,28 @@ class _Device:
             ctypes.c_uint64,
             ctypes.POINTER(ctypes.c_void_p),
         )(self._launch)
-        self._array_fn = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(self._array)
+        self._array_fn = ctypes.CFUNCTYPE(
+            None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        )(self._array)
         torch.ops.load_library(str(LIBRARY))
         self.library = ctypes.CDLL(str(LIBRARY))
         self.library.moekernels_emulate(self._launch_fn, self._array_fn)
 
     def forget(self) -> None:
-        self.spans: dict[int, tuple[int, bool]] = {}  # begin -> bytes, unwritten
+        self.spans = dict(self.lasting)  # begin -> bytes, unwritten
 
-    def _array(self, data: int | None, nbytes: int) -> None:
+    def _array(self, data: int | None, nbytes: int, lasts: int) -> None:
         if data and nbytes:
-            self.spans[data] = (nbytes, True)
+            self.spans[data] = (nbytes, not lasts)
+            if lasts:
+                self.lasting[data] = self.spans[data]
 
-    def know(self, tensor: Tensor) -> None:
+    def know(self, tensor: Tensor, lasts: bool = False) -> None:
         if tensor.numel():
-            self.spans[tensor.data_ptr()] = (tensor.numel() * tensor.element_size(), False)
+            span = (tensor.numel() * tensor.element_size(), False)
+            self.spans[tensor.data_ptr()] = span
+            if lasts:
+                self.lasting[tensor.data_ptr()] = span
 
     def _launch(self, name, blocks, threads, shared_bytes, params) -> int:
         try:

@@ -31,12 +31,15 @@ void wgrad(const GroupedWgradArgs& args, const GemmChoice& choice, Stream stream
       .column_step = kColumns,
       .second_half = 128,
       .stages = 0,
+      .band = 0,
       .skip_empty = kAccumulate,
+      .prefetch = false,
   };
   const int64_t tiles = args.experts * product.row_tiles * product.column_tiles;
+  const int promotion = settings().promotion;
   launch_product<Epilogue, true, true>("grouped_wgrad_sm90", choice, tiles,
-                                       tensor_map(args.dtype, args.a, {args.m, args.num_rows}, 64),
-                                       tensor_map(args.dtype, args.b, {args.n, args.num_rows}, 64), product,
+                                       tensor_map(args.dtype, args.a, {args.m, args.num_rows}, 64, promotion),
+                                       tensor_map(args.dtype, args.b, {args.n, args.num_rows}, 64, promotion), product,
                                        {args.dw, args.m, args.n}, stream);
 }
 

@@ -58,7 +58,7 @@ int encode_tensor_map(void* map, int type, uint32_t rank, void* address, const u
 
 namespace moekernels::emulated {
 void note_array(const void* data, int64_t bytes) {
-  if (new_array != nullptr) new_array(data, bytes);
+  if (new_array != nullptr) new_array(data, bytes, 0);
 }
 }  // namespace moekernels::emulated
 
@@ -127,6 +127,11 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
 int cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned, unsigned long long, int* result) {
   *found = std::strcmp(name, "cuTensorMapEncodeTiled") == 0 ? reinterpret_cast<void*>(&encode_tensor_map) : nullptr;
   if (result != nullptr) *result = 0;
+  return 0;
+}
+int cudaHostAlloc(void** memory, size_t bytes, unsigned) {
+  *memory = std::calloc(1, bytes);
+  if (new_array != nullptr) new_array(*memory, static_cast<int64_t>(bytes), 1);
   return 0;
 }
 int cudaFuncSetAttribute(const void*, int, int) { return 0; }

@@ -57,6 +57,7 @@ template <class T>
 struct StoreUp {
   using Type = T;
   static constexpr int kColumns = 256;
+  static constexpr bool kPrefetches = false;
   struct Args {
     T* h;         // [R, G] or null
     T* a;         // [R, F] or null
@@ -149,6 +150,7 @@ template <class T>
 struct StoreDAct {
   using Type = T;
   static constexpr int kColumns = 256, kPartColumns = 64;
+  static constexpr bool kPrefetches = true;
   static constexpr int kAtOnce = 4;  // items of a lane: 16 rows of 8 chunks by 32 lanes
   struct Args {
     const T* h;     // [R, G]; dh may take its place

@@ -7,6 +7,7 @@
 
 #include "launch.cuh"
 #include "moekernels/tile_order.h"
+#include "probe_sm90.cuh"
 #include "ptx_sm90.cuh"
 #include "scan.cuh"
 
@@ -25,6 +26,7 @@ constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp;
 constexpr int kTileRows = 64 * kConsumers, kDepth = 64, kLine = 128;  // a line: 64 elements of 16 bits
 constexpr int kBox = 64 * kLine;                                      // 64 lines
 constexpr int kStagingBytes = 4096;                                   // for every consumer warp, 16 rows of 256 bytes
+constexpr int kPrefetchBarrier = 2;  // of the producer's two warps; the consumers use 1
 constexpr int kMostStages = 8, kMostShared = 227 * 1024;
 
 struct ProductArgs {
@@ -34,8 +36,9 @@ struct ProductArgs {
   int32_t experts, depth;           // depth: of K, unless it is the rows
   int32_t row_tiles, column_tiles;  // row_tiles: of a product summed over rows
   int32_t column_step, second_half;  // columns from tile to tile, and from a tile's first 128 columns to its others
-  int32_t stages;
+  int32_t stages, band;
   bool skip_empty;  // a product summed over no rows is left alone, not set to zero
+  bool prefetch;
 };
 
 // One tile of C: rows [row, row_end) of group `group`, cut at kTileRows.
@@ -100,7 +103,7 @@ __device__ TileGrid count_tiles(const ProductShared& s, const ProductArgs& args)
         static_cast<int32_t>(kOverRows ? rows_of_group(args.offsets, args.experts, args.experts, args.rows).begin : args.rows);
   }
   __syncthreads();
-  return {s.first_row_tile, groups, args.column_tiles};
+  return {s.first_row_tile, groups, args.column_tiles, args.band};
 }
 
 // The rows that a group of the offsets has, as count_tiles wrote them.
@@ -181,7 +184,7 @@ __device__ inline void load_stage(const CUtensorMap* a_map, const CUtensorMap* b
 template <class Epilogue, bool kOverRows, bool kAlongN>
 __global__ void __launch_bounds__(kProductThreads, 1)
     product(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
-            const ProductArgs args, const typename Epilogue::Args to) {
+            const ProductArgs args, const typename Epilogue::Args to, const Probe probe) {
   using T = typename Epilogue::Type;
   constexpr int kColumns = Epilogue::kColumns;
   extern __shared__ __align__(1024) char shared[];
@@ -213,20 +216,31 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   int32_t first_row;
   Ring ring{args.stages};
 
+  Observer observer(probe, warpgroup * 4 + warp, lane);
+
   if (warpgroup == kConsumers) {
     give_registers<40>();
-    if (warp != 0) return;
+    const bool prefetches = Epilogue::kPrefetches && args.prefetch;
+    if (warp > (prefetches ? 1 : 0)) return;
     for (int32_t index = blockIdx.x; find_tile(grid, index, at); index += gridDim.x) {
       const int32_t steps = steps_of(at, tile, first_row);
       if (!kOverRows && at.group == args.experts) continue;
-      Epilogue::prefetch(to, tile, lane);
+      // The second warp prefetches, each lane in its turn: it may take the time of a tile, the loads need not wait.
+      if (prefetches) sync_named<2 * kWarp>(kPrefetchBarrier);
+      if (warp == 1) {
+        Epilogue::prefetch(to, tile, lane);
+        continue;
+      }
       if (lane == 0) {
+        observer.begin(tile, steps);
 #pragma unroll 1  // 40 registers
         for (int32_t step = 0; step < steps; ++step, ring.advance()) {
-          wait(s.empty + 8 * ring.stage, ring.phase ^ 1);
+          observer.wait({s.empty + 8 * ring.stage, ring.phase ^ 1, false, ring.stage, step});
           load_stage<kColumns, kOverRows, kAlongN>(&a_map, &b_map, args, tile, first_row, step,
                                                    s.stages + ring.stage * kStageBytes<kColumns>, s.full + 8 * ring.stage);
         }
+        observer.sums_done();
+        observer.end();
       }
       __syncwarp();
     }
@@ -246,12 +260,15 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       Epilogue::clear(to, tile, row, lane);
       continue;
     }
+    observer.begin(tile, steps);
     if (!kOverRows && tile.row + 64 * warpgroup >= tile.row_end) {  // all of this warpgroup's rows lie past the group
 #pragma unroll 1
       for (int32_t step = 0; step < steps; ++step, ring.advance()) {
-        wait(s.full + 8 * ring.stage, ring.phase);
+        observer.wait({s.full + 8 * ring.stage, ring.phase, true, ring.stage, step});
         release(ring.stage);
       }
+      observer.sums_done();
+      observer.end();
       continue;
     }
     const auto counting = [&](int32_t step) {
@@ -262,7 +279,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
 #pragma unroll 1
     for (int32_t step = 0; step < steps; ++step) {
       const uint32_t stage = s.stages + ring.stage * kStageBytes<kColumns>;
-      wait(s.full + 8 * ring.stage, ring.phase);
+      observer.wait({s.full + 8 * ring.stage, ring.phase, true, ring.stage, step});
       if (kOverRows && rows_in != ~uint64_t{0}) clear_rows<kColumns>(stage, rows_in, threadIdx.x);
       // Along K, 16 of it are 32 bytes of every line; along M or N they are 16 lines.
       constexpr int kStepA = (kOverRows ? 16 * kLine : 32) >> 4, kStepB = (kOverRows || kAlongN ? 16 * kLine : 32) >> 4;
@@ -288,7 +305,9 @@ __global__ void __launch_bounds__(kProductThreads, 1)
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) d[i] = 0;
     }
+    observer.sums_done();
     Epilogue::store(to, tile, d, staging, row, lane);
+    observer.end();
   }
 }
 

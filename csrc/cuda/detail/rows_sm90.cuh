@@ -87,6 +87,7 @@ template <class T, int kColumnsOfTile>
 struct StoreRows {
   using Type = T;
   static constexpr int kColumns = kColumnsOfTile;
+  static constexpr bool kPrefetches = false;
   struct Args {
     T* out;         // [R, width]
     const T* bias;  // [E, width] or null
@@ -145,6 +146,7 @@ template <class T, int kColumnsOfTile, bool kAccumulate>
 struct StoreGradient {
   using Type = T;
   static constexpr int kColumns = kColumnsOfTile;
+  static constexpr bool kPrefetches = kAccumulate;
   struct Args {
     void* out;
     int64_t m, n;

@@ -6,6 +6,7 @@
 #include "moekernels/gemm_choice.h"
 #include "product_sm90.cuh"
 #include "rows_sm90.cuh"
+#include "state_sm90.cuh"
 #include "tensor_map.cuh"
 
 namespace moekernels::cuda::sm90 {
@@ -17,16 +18,31 @@ inline int multiprocessors() {
   return count;
 }
 
-// `tiles`: the most there can be. The ring gives up stages where many experts take their room.
+// The ring gives up stages where many experts take their room, unless the settings ask for them.
+inline void set_stages(ProductArgs& args, const char* name, int columns, int wanted) {
+  const auto bytes = [&] { return product_shared_bytes(columns, args.stages, args.experts); };
+  const int asked = settings().stages;
+  args.stages = std::min(asked > 0 ? asked : wanted, kMostStages);
+  while (args.stages > 1 && bytes() > kMostShared) --args.stages;
+  if (asked > args.stages) {
+    throw std::runtime_error(std::string(name) + ": shared memory has room for " + std::to_string(args.stages) +
+                             " stages of a tile of " + std::to_string(columns) + " columns with " +
+                             std::to_string(args.experts) + " experts, the settings ask for " + std::to_string(asked));
+  }
+}
+
+// `tiles`: the most there can be.
 template <class Epilogue, bool kOverRows, bool kAlongN>
 void launch_product(const char* name, const GemmChoice& choice, int64_t tiles, const CUtensorMap& a,
                     const CUtensorMap& b, ProductArgs args, const typename Epilogue::Args& to, Stream stream) {
-  args.stages = std::min(choice.stages, kMostStages);
-  const auto bytes = [&] { return product_shared_bytes(Epilogue::kColumns, args.stages, args.experts); };
-  while (args.stages > 1 && bytes() > kMostShared) --args.stages;
+  set_stages(args, name, Epilogue::kColumns, choice.stages);
+  args.band = settings().band != 0 ? settings().band : kTileBand;
+  args.prefetch = settings().prefetch;
+  const int64_t bytes = product_shared_bytes(Epilogue::kColumns, args.stages, args.experts);
   const auto kernel = product<Epilogue, kOverRows, kAlongN>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes())), name);
-  launch(name, kernel, std::min<int64_t>(tiles, multiprocessors()), kProductThreads, bytes(), stream, a, b, args, to);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
+  const int64_t grid = settings().grid > 0 ? settings().grid : multiprocessors();
+  launch(name, kernel, std::min<int64_t>(tiles, grid), kProductThreads, bytes, stream, a, b, args, to, next_probe());
 }
 
 // rows [R, depth] of each expert times its w: [E, width, depth], or [E, depth, width] when it lies along N.
@@ -54,16 +70,18 @@ struct RowProduct {
         .column_step = static_cast<int32_t>(column_step),
         .second_half = static_cast<int32_t>(second_half),
         .stages = 0,
+        .band = 0,
         .skip_empty = true,
+        .prefetch = false,
     };
     if (num_rows == 0 || width == 0) return;
     const int64_t tiles = row_tiles_bound(num_rows, experts, kTileRows) * column_tiles;
-    const CUtensorMap a = tensor_map(dtype, rows, {depth, num_rows}, kTileRows);
+    const CUtensorMap a = tensor_map(dtype, rows, {depth, num_rows}, kTileRows, settings().promotion);
     if (along_n) {
-      const CUtensorMap b = tensor_map(dtype, w, {width, depth, experts}, 64);
+      const CUtensorMap b = tensor_map(dtype, w, {width, depth, experts}, 64, settings().promotion);
       launch_product<Epilogue, false, true>(name, choice, tiles, a, b, args, to, stream);
     } else {
-      const CUtensorMap b = tensor_map(dtype, w, {depth, width, experts}, 128);
+      const CUtensorMap b = tensor_map(dtype, w, {depth, width, experts}, 128, settings().promotion);
       launch_product<Epilogue, false, false>(name, choice, tiles, a, b, args, to, stream);
     }
   }

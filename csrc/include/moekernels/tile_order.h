@@ -13,6 +13,7 @@ namespace moekernels {
 struct TileGrid {
   const int32_t* first_row_tile;
   int32_t groups, column_tiles;
+  int32_t band;
 };
 
 struct TilePosition {
@@ -23,13 +24,18 @@ struct TilePosition {
 // 16 rows of tiles by 8 columns are a wave of the 132 SMs of an H200.
 constexpr int32_t kTileBand = 16;
 
-// The index-th of row_tiles x column_tiles tiles.
-MOEKERNELS_BOTH inline void place_in_bands(int32_t index, int32_t row_tiles, int32_t column_tiles,
+// The index-th of row_tiles x column_tiles tiles. A band of -n: at most n, of one height as far as that goes, so that no
+// short one is left.
+MOEKERNELS_BOTH inline void place_in_bands(int32_t index, int32_t row_tiles, int32_t column_tiles, int32_t band,
                                            TilePosition& position) {
-  const int32_t in_band = kTileBand * column_tiles;
-  const int32_t band = index / in_band, first = band * kTileBand;
-  const int32_t height = row_tiles - first < kTileBand ? row_tiles - first : kTileBand;
-  const int32_t rest = index - band * in_band;
+  if (band < 0) {
+    const int32_t bands = (row_tiles - 1 - band) / -band;
+    band = (row_tiles + bands - 1) / bands;
+  }
+  const int32_t in_band = band * column_tiles;
+  const int32_t before = index / in_band, first = before * band;
+  const int32_t height = row_tiles - first < band ? row_tiles - first : band;
+  const int32_t rest = index - before * in_band;
   position.column_tile = rest / height;
   position.row_tile = first + rest - position.column_tile * height;
 }
@@ -42,7 +48,7 @@ MOEKERNELS_BOTH inline bool find_tile(const TileGrid& grid, int32_t index, TileP
   position.group = group;
   if (group >= grid.groups) return false;
   const int32_t first = grid.first_row_tile[group];
-  place_in_bands(index - first * grid.column_tiles, grid.first_row_tile[group + 1] - first, grid.column_tiles,
+  place_in_bands(index - first * grid.column_tiles, grid.first_row_tile[group + 1] - first, grid.column_tiles, grid.band,
                  position);
   return true;
 }
