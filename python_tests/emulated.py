@@ -83,6 +83,20 @@ def module(stem: str) -> ptx.Module:
     return ptx.Module(source(stem))
 
 
+def products_as(monkeypatch, *defines: str) -> None:
+    """The row product and the gradient of 16 bits run as compiled with these definitions."""
+    text = ptx.compile_ptx(
+        ROOT / "python_tests" / "ptx" / "kernels" / "product_sm90.cu",
+        ARCH,
+        defines=[*defines, 'MOEKERNELS_CUDA_ARCHS="PTX"'],
+        include=[ROOT / "csrc" / "include", ROOT / "csrc" / "cuda"],
+        lines=False,
+    )
+    other, own = ptx.Module(text), module
+    stem = "grouped_gemm_sm90"
+    monkeypatch.setitem(globals(), "module", lambda name: other if name == stem else own(name))
+
+
 def _bytes_read(kernel: ptx.syntax.Kernel) -> list[np.ndarray]:
     """For each parameter, which of its bytes the kernel loads: all, where it cannot be told."""
     read = {variable.name: np.zeros(variable.size, bool) for variable, _ in kernel.params}
@@ -133,6 +147,11 @@ def _tensor_map(raw: bytes, spans: dict[int, tuple[int, bool]]) -> ptx.TensorMap
     )
 
 
+def _promotion(raw: bytes) -> int:
+    """How many bytes its loads bring to L2."""
+    return (0, 64, 128, 256)[struct.unpack_from("<I", raw, 120)[0]]
+
+
 @cache
 def program(module: ptx.Module) -> ptx_hardware.Program:
     """The module's PTX on the GPU."""
@@ -146,6 +165,7 @@ class _Device:
         self.schedule: int | None = None
         self.lazy = self.hardware = False
         self.launches: list[str] = []
+        self.shapes: list[dict] = []  # of the launches: blocks, shared bytes, promotions of maps
         self.bytes_read: dict[str, list[np.ndarray]] = {}
         self.error: Exception | None = None
         self.lasting: dict[int, tuple[int, bool]] = {}  # known beyond one call
@@ -217,6 +237,8 @@ class _Device:
             self.spans[begin] = (nbytes, False)
         maps = [_tensor_map(raw, self.spans) for raw in args]
         packed = [m or ptx.Packed(raw, arrays) for m, raw in zip(maps, args)]
+        promotions = [_promotion(raw) for m, raw in zip(maps, args) if m]
+        self.shapes.append({"blocks": blocks, "shared": shared_bytes, "promotions": promotions})
         if self.hardware:
             program(found).launch(name, blocks, threads, packed, shared_bytes)
             return
@@ -243,6 +265,7 @@ class _Fibers:
     def __init__(self):
         self.schedule: int | None = None
         self.launches: list[str] = []
+        self.shapes: list[dict] = []
         torch.ops.load_library(str(LIBRARY))
         library = ctypes.CDLL(str(LIBRARY))
         self._order, self._launched = (
@@ -281,7 +304,8 @@ def emulated_cuda(
     with `hardware` the GPU of this machine executes the same PTX on the same arrays instead."""
     emulator = device()
     emulator.hardware = hardware
-    emulator.schedule, emulator.lazy, emulator.launches = schedule, lazy, []
+    emulator.schedule, emulator.lazy = schedule, lazy
+    emulator.launches, emulator.shapes = [], []
     if not SANITIZER:  # the plain kernels are the same for every device
         emulator.library.moekernels_emulate_capability(capability)
     library = torch.library.Library("moekernels", "IMPL")

@@ -211,17 +211,7 @@ def planted(monkeypatch):
     """Replaces two products by the same kernels with a bug."""
 
     def plant(bug: str):
-        text = ptx.compile_ptx(
-            emulated.ROOT / "python_tests" / "ptx" / "kernels" / "product_sm90.cu",
-            emulated.ARCH,
-            defines=[f"MOEKERNELS_PLANTED={bug}", 'MOEKERNELS_CUDA_ARCHS="PTX"'],
-            include=[emulated.ROOT / "csrc" / "include", emulated.ROOT / "csrc" / "cuda"],
-            lines=False,
-        )
-        buggy, module = ptx.Module(text), emulated.module
-        monkeypatch.setattr(
-            emulated, "module", lambda stem: buggy if stem == "grouped_gemm_sm90" else module(stem)
-        )
+        emulated.products_as(monkeypatch, f"MOEKERNELS_PLANTED={bug}")
 
     return plant
 

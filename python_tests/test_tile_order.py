@@ -20,9 +20,9 @@ SOURCE = """
 #include "moekernels/tile_order.h"
 using namespace moekernels;
 extern "C" {
-int64_t walk(const int32_t* first, int32_t groups, int32_t columns, int64_t begin, int32_t stride,
-             int64_t most, TilePosition* out) {
-  const TileGrid grid{first, groups, columns};
+int64_t walk(const int32_t* first, int32_t groups, int32_t columns, int32_t band, int64_t begin,
+             int32_t stride, int64_t most, TilePosition* out) {
+  const TileGrid grid{first, groups, columns, band};
   TilePosition at{};
   int64_t n = 0;
   for (int32_t i = begin; n < most && find_tile(grid, i, at); i += stride) out[n++] = at;
@@ -47,7 +47,7 @@ def library(tmp_path_factory):
     return found
 
 
-def walk(library, row_tiles, columns, begin=0, stride=1, most=1 << 20) -> np.ndarray:
+def walk(library, row_tiles, columns, begin=0, stride=1, most=1 << 20, band=BAND) -> np.ndarray:
     """[n, 3]: group, row tile, column tile."""
     first = np.concatenate([[0], np.cumsum(row_tiles)]).astype(np.int32)
     out = np.zeros((most, 3), np.int32)
@@ -55,6 +55,7 @@ def walk(library, row_tiles, columns, begin=0, stride=1, most=1 << 20) -> np.nda
         first.ctypes.data_as(ctypes.c_void_p),
         ctypes.c_int32(len(row_tiles)),
         ctypes.c_int32(columns),
+        ctypes.c_int32(band),
         ctypes.c_int64(begin),
         ctypes.c_int32(stride),
         ctypes.c_int64(most),
@@ -68,8 +69,9 @@ GROUPS = [[1], [0], [3, 0, 0, 5], [0, 0, 40, 1], [16, 17, 33, 0], [7] * 9]
 
 @pytest.mark.parametrize("row_tiles", GROUPS)
 @pytest.mark.parametrize("columns", [1, 2, 7, 32])
-def test_every_tile_once_group_by_group(library, row_tiles, columns):
-    tiles = walk(library, row_tiles, columns)
+@pytest.mark.parametrize("band", [1, BAND, 64, -1, -BAND])
+def test_every_tile_once_group_by_group(library, row_tiles, columns, band):
+    tiles = walk(library, row_tiles, columns, band=band)
     expected = {
         (g, r, c) for g, n in enumerate(row_tiles) for r in range(n) for c in range(columns)
     }
@@ -120,3 +122,12 @@ def test_what_32_bits_cannot_count_is_refused(library):
     assert not library.fits(1 << 31, 64, 256, 128, 256)
     assert not library.fits(1 << 20, 64, 1 << 31, 128, 256)
     assert not library.fits((1 << 31) - 1, 1, 1 << 20, 128, 128)
+
+
+def test_balanced_bands_leave_no_short_one(library):
+    """17 rows of tiles are 9 and 8, not 16 and 1: the second operand is read twice, not three
+    times as it were."""
+    tiles = walk(library, [17], 3, band=-16)
+    assert tiles[: 9 * 3, 1].max() == 8 and tiles[9 * 3 :, 1].min() == 9
+    fixed = walk(library, [17], 3, band=16)
+    assert fixed[: 16 * 3, 1].max() == 15 and (fixed[16 * 3 :, 1] == 16).all()

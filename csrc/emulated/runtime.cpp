@@ -33,16 +33,18 @@ struct EncodedTensorMap {
   uint64_t magic, address;
   uint32_t type, rank, swizzle, box[5];
   uint64_t sizes[5], strides[4];
+  uint32_t promotion;
 };
 static_assert(sizeof(EncodedTensorMap) <= 128);
 
 int encode_tensor_map(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes, const uint64_t* strides,
-                      const uint32_t* box, const uint32_t*, int, int swizzle, int, int) {
+                      const uint32_t* box, const uint32_t*, int, int swizzle, int promotion, int) {
   constexpr int kInvalidValue = 1;
   if (rank < 1 || rank > 5 || address == nullptr) return kInvalidValue;
   EncodedTensorMap encoded{.magic = 0x70616d726f736e74, .address = reinterpret_cast<uint64_t>(address),
                            .type = static_cast<uint32_t>(type), .rank = rank, .swizzle = static_cast<uint32_t>(swizzle),
-                           .box = {}, .sizes = {}, .strides = {}};
+                           .box = {}, .sizes = {}, .strides = {},
+                           .promotion = static_cast<uint32_t>(promotion)};
   for (uint32_t i = 0; i < rank; ++i) {
     if (sizes[i] == 0) return kInvalidValue;
     encoded.sizes[i] = sizes[i];

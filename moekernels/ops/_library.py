@@ -1,10 +1,11 @@
 """Loads the kernels. Importing this registers the raw, private ops as
-`torch.ops.moekernels._<name>`."""
+`torch.ops.moekernels._<name>`. MOEKERNELS_LIBRARY names another build of them."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,11 @@ import torch
 import moekernels
 
 # Two folders where the package is a source tree and an installed one has the libraries.
-_FOUND = [path for folder in moekernels.__path__ if (path := Path(folder) / "_C.so").exists()]
+_NAMED = os.environ.get("MOEKERNELS_LIBRARY")
+_FOLDERS = [Path(folder) / "_C.so" for folder in moekernels.__path__]
+_FOUND = [path for path in ([Path(_NAMED)] if _NAMED else _FOLDERS) if path.exists()]
+if _NAMED and not _FOUND:
+    raise ImportError(f"MOEKERNELS_LIBRARY names {_NAMED}, which does not exist")
 if not _FOUND:
     raise ImportError(
         f"moekernels is not built: {Path(moekernels.__path__[0]) / '_C.so'} does not exist, and "

@@ -95,12 +95,13 @@ struct WatchdogObserver : PlainObserver {
 // The first lane of each role writes for it.
 struct TraceObserver {
   int64_t* record;  // of the next tile, or null
-  int64_t left, waited = 0;
+  int32_t left;
+  uint32_t waited = 0;  // cycles
 
   __device__ TraceObserver(const Probe& probe, int warp, int lane) : record(nullptr), left(probe.tiles) {
     const bool writes = warp % 4 == 0 && lane == 0 && static_cast<int32_t>(blockIdx.x) < probe.blocks;
     if (writes && probe.trace != nullptr && left > 0) {
-      record = probe.trace + (blockIdx.x * kTraceRoles + warp / 4) * left * kTraceFields;
+      record = probe.trace + int64_t{blockIdx.x * kTraceRoles + warp / 4} * left * kTraceFields;
     }
   }
   template <class Tile>
@@ -116,9 +117,9 @@ struct TraceObserver {
     put(TraceField::begin, clock_now());
   }
   __device__ void wait(const WaitAt& at) {
-    const uint64_t begin = clock_now();
+    const uint32_t begin = static_cast<uint32_t>(clock_now());
     sm90::wait(at.barrier, at.parity);
-    waited += clock_now() - begin;
+    waited += static_cast<uint32_t>(clock_now()) - begin;
   }
   __device__ void sums_done() { put(TraceField::sums_done, clock_now()); }
   __device__ void end() {

@@ -1,5 +1,5 @@
 // One row product and one gradient of csrc/cuda/detail/product_sm90.cuh, as the library has them; tests compile it with
-// MOEKERNELS_PLANTED, a bug for the emulator to find.
+// MOEKERNELS_PLANTED, a bug for the emulator to find, or as the watchdog and trace builds have them.
 #include "detail/product_sm90.cuh"
 #include "detail/rows_sm90.cuh"
 
@@ -8,8 +8,8 @@ using Rows = StoreRows<__nv_bfloat16, 128>;
 using Gradient = StoreGradient<__nv_bfloat16, 256, false>;
 template __global__ void product<Rows, false, false>(const __grid_constant__ CUtensorMap,
                                                      const __grid_constant__ CUtensorMap, const ProductArgs,
-                                                     const Rows::Args);
+                                                     const Rows::Args, const Probe);
 template __global__ void product<Gradient, true, true>(const __grid_constant__ CUtensorMap,
                                                        const __grid_constant__ CUtensorMap, const ProductArgs,
-                                                       const Gradient::Args);
+                                                       const Gradient::Args, const Probe);
 }  // namespace moekernels::cuda::sm90
