@@ -1,5 +1,6 @@
 """Times the routing ops on a GPU beside torch and CuPy: bytes moved over time, against what a plain
-copy of as many bytes reaches.
+copy of as many bytes reaches. Results of ours are held to fp64 at sampled places; the exit code is 1
+where one is far.
 
 python bench/bench_cuda.py [--quick] [--json FILE] [--rehearse]
 Legend: T tokens, H hidden, E experts, K top-k.
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from cuda_clock import Clock, Shape, ids_of, run_bench, why_missing
+from cuda_clock import FAR, Clock, Exact, Shape, error_of, ids_of, run_bench, sampled, why_missing
 
 from moekernels import interop, ops
 
@@ -25,7 +26,7 @@ PEERS = ("cupy",)
 Candidate = tuple[str, str, Callable[[], object], int]  # op, implementation, function, bytes moved
 
 
-def gate_candidates(shape: Shape, device: str) -> Iterator[Candidate]:
+def gate_candidates(shape: Shape, device: str, exact: Exact) -> Iterator[Candidate]:
     logits = torch.randn(shape.T, shape.E, device=device, dtype=torch.bfloat16)
     ones = torch.ones(shape.T * shape.K, device=device)
     moved = logits.nbytes + shape.T * shape.K * 8
@@ -37,6 +38,11 @@ def gate_candidates(shape: Shape, device: str) -> Iterator[Candidate]:
         counts = torch.zeros(shape.E, device=device).index_add_(0, ids.flatten(), ones)
         z_sum = torch.logsumexp(logits.float(), -1).square().sum()
         return weights, ids, scores.sum(0), counts, z_sum
+
+    at = sampled(shape.T, device)
+    best = torch.softmax(logits[at].double(), dim=-1).topk(shape.K).values
+    should = best / best.sum(-1, keepdim=True)
+    exact["gate"] = lambda out: (out.weights[at].sort(descending=True).values, should)
 
     yield "gate", "ours", lambda: ops.gate(logits, shape.K, renormalize=True), moved
     yield "gate", "torch", plain, moved
@@ -52,7 +58,7 @@ def gate_candidates(shape: Shape, device: str) -> Iterator[Candidate]:
     )
 
 
-def route_candidates(shape: Shape, device: str) -> Iterator[Candidate]:
+def route_candidates(shape: Shape, device: str, exact: Exact) -> Iterator[Candidate]:
     ids = ids_of(shape, device)
     flat, moved = ids.flatten(), ids.numel() * 16
 
@@ -62,11 +68,15 @@ def route_candidates(shape: Shape, device: str) -> Iterator[Candidate]:
         row_of[order] = torch.arange(len(order), device=device)
         return row_of, torch.bincount(flat, minlength=shape.E)
 
+    at = sampled(len(flat), device)
+    row_of = by_sort()[0][at].double()
+    exact["route"] = lambda routing: (routing.row_of.flatten()[at], row_of)
+
     yield "route", "ours", lambda: ops.route(ids, shape.E), moved
     yield "route", "torch", by_sort, moved
 
 
-def row_candidates(shape: Shape, device: str) -> Iterator[Candidate]:
+def row_candidates(shape: Shape, device: str, exact: Exact) -> Iterator[Candidate]:
     routing = ops.route(ids_of(shape, device), shape.E)
     token_of, row_of = routing.token_of, routing.row_of
     token_index, row_index = token_of.long(), row_of.long()
@@ -78,6 +88,14 @@ def row_candidates(shape: Shape, device: str) -> Iterator[Candidate]:
 
     def weighted():
         return (rows[row_index] * weights[:, :, None].bfloat16()).sum(1)
+
+    at, token = sampled(len(rows), device), sampled(shape.T, device)
+    some, by_weight = rows[row_index[token]].double(), weights[token, :, None].double()
+    drows = x[token_index[at]].double() * ops.permute_weights(weights, routing)[at, None].double()
+    exact["permute"] = lambda y: (y[at], x[token_index[at]].double())
+    exact["combine"] = lambda y: (y[token], some.sum(1))
+    exact["combine weighted"] = lambda y: (y[token], (some * by_weight).sum(1))
+    exact["combine weighted backward"] = lambda gradients: (gradients[0][at], drows)
 
     backward = torch.ops.moekernels._combine_backward.default
     yield "permute", "ours", lambda: ops.permute(x, token_of, row_of), moved
@@ -123,7 +141,10 @@ def rows(clock: Clock, args: argparse.Namespace) -> Iterator[dict]:
         for routing in ROUTINGS
     ]
     for candidates, shape in tiny if args.rehearse else shapes(args.quick):
-        for op, name, fn, moved in candidates(shape, clock.device):
+        exact: Exact = {}
+        for op, name, fn, moved in candidates(shape, clock.device, exact):
+            ours = name == "ours" and op in exact
+            error = error_of(fn(), exact[op]) if ours else -1.0
             seconds = clock(fn)
             share = moved / seconds / clock.copy_rate(moved)
             yield {
@@ -132,8 +153,10 @@ def rows(clock: Clock, args: argparse.Namespace) -> Iterator[dict]:
                 "us": seconds * 1e6,
                 "bytes": moved,
                 "share_of_copy": share,
+                "error": error,
+                "wrong": error > FAR,
                 "shape": shape,
-                "text": f"{seconds * 1e6:9.1f} us {share * 100:6.1f} % of copy",
+                "text": f"{seconds * 1e6:9.1f} us {share * 100:6.1f} % of copy{'  FAR FROM EXACT' * (error > FAR)}",
             }
 
 

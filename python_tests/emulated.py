@@ -178,9 +178,9 @@ class _Device:
             ctypes.c_uint64,
             ctypes.POINTER(ctypes.c_void_p),
         )(self._launch)
-        self._array_fn = ctypes.CFUNCTYPE(
-            None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        )(self._array)
+        self._array_fn = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)(
+            self._array
+        )
         torch.ops.load_library(str(LIBRARY))
         self.library = ctypes.CDLL(str(LIBRARY))
         self.library.moekernels_emulate(self._launch_fn, self._array_fn)

@@ -1,6 +1,7 @@
 """The Hopper products (wgmma, TMA, an mbarrier ring) as CUDA ops under the PTX emulator: every
 product and epilogue, hostile groups and neighbours, widths that are no multiples of a tile, other
-orders of the warps, late copies, and bugs planted in the very kernel."""
+orders of the warps, late copies, and bugs planted in the very kernel. All but the bugs runs on a
+GPU of sm_90 as well."""
 
 from __future__ import annotations
 
@@ -11,44 +12,24 @@ import torch
 
 from moekernels import ops, reference
 from moekernels.ops._library import raw
-from moekernels.ops._spec import randn
+from moekernels.ops._spec import randn, random_ids
 from python_tests import emulated, ptx
+from python_tests.hopper import back, here, hopper, products, where  # noqa: F401
 from python_tests.test_contract import assert_close, assert_same, evaluate
 from python_tests.test_cuda_emulated import hold, spec_of
 from python_tests.test_cuda_gemm_emulated import ffn, offsets_of, product
 
-
-def why_not() -> str | None:
-    return emulated.why_not() or (
-        None if "grouped_gemm_sm90" in emulated.stems() else "no kernels for sm_90a"
-    )
-
-
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
-
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-PRODUCT = "cuda4sm907product"
 # (schedule, lazy): as issued, as late as may be, in other orders
 MODES = [(None, True), (0, False), (1, True)]
-
-
-def hopper(**how):
-    return emulated.emulated_cuda(capability=90, **how)
-
-
-def products(device) -> list[str]:
-    """The epilogues of the Hopper products that were launched."""
-    kinds = ("StoreRows", "StoreGradient", "StoreUp", "StoreDAct")
-    launched = [name for name in device.launches if PRODUCT in name]
-    return [next(kind for kind in kinds if kind in name) for name in launched]
 
 
 def check(name: str, inputs: dict, expected: list[str], **how):
     """A call and its gradients against the reference; the products that it must have taken."""
     spec = spec_of(name)
     with hopper(**how) as device:
-        ours = evaluate(spec.fn, spec, inputs)
-    assert products(device) == expected
+        ours = back(evaluate(spec.fn, spec, here(inputs)))
+        assert products(device) == expected
     hold(spec, inputs, ours)
     return ours
 
@@ -95,6 +76,7 @@ def test_rows_of_no_expert_are_zero_and_neighbours_do_not_leak(transposed):
     wild["rows"][12:13] = float("inf")
     wild["rows"][142:] = float("nan")
     wild_drows[142:] = float("inf")
+    inputs, wild, drows, wild_drows = here(inputs, wild, drows, wild_drows)
     offsets = inputs["offsets"]
     with hopper() as device:
         calm, y = ops.grouped_gemm(**inputs), ops.grouped_gemm(**wild)
@@ -114,9 +96,10 @@ def test_wgrad_sets_and_accumulates(m, n, transposed):
     offsets = offsets_of(*counts)
     begin = randn(F32, 4, m, n, seed=3)
     with hopper() as device:
-        dw = ops.grouped_gemm_wgrad(rows, drows, offsets, transposed=transposed)
-        total = begin.clone()
-        ops.grouped_gemm_wgrad(rows, drows, offsets, transposed=transposed, out=total)
+        inputs, total = here(rows, drows, offsets), here(begin.clone())
+        dw = back(ops.grouped_gemm_wgrad(*inputs, transposed=transposed))
+        ops.grouped_gemm_wgrad(*inputs, transposed=transposed, out=total)
+        total = back(total)
     assert products(device) == ["StoreGradient"] * 2
     assert not dw[0].any() and torch.equal(total[0], begin[0])
     how = {"transposed": transposed}
@@ -134,7 +117,8 @@ def test_wgrad_leaves_out_unused_rows(schedule, lazy):
     clean = torch.where(used[:, None], rows, 0), torch.where(used[:, None], drows, 0)
     rows[~used], drows[~used] = float("inf"), float("nan")
     with hopper(schedule=schedule, lazy=lazy) as device:
-        dw = raw._grouped_gemm_wgrad(rows, drows, offsets, False, token_of, 3, False)
+        inputs = here(rows, drows, offsets, token_of)
+        dw = back(raw._grouped_gemm_wgrad(*inputs[:3], False, inputs[3], 3, False))
     assert products(device) == ["StoreGradient"]
     torch.testing.assert_close(dw, reference.grouped_gemm_wgrad(*clean, offsets))
 
@@ -146,18 +130,60 @@ def test_many_experts_take_the_room_of_stages():
     check("grouped_gemm", product(BF16, 16, 24, *counts), GEMM)
 
 
+@pytest.mark.parametrize(
+    "experts, rows, width, out",
+    [(0, 9, 16, 24), (3, 0, 16, 24), (3, 9, 0, 24), (3, 9, 16, 0), (0, 0, 16, 24)],
+    ids=["no_experts", "no_rows", "no_depth", "no_columns", "nothing"],
+)
+@pytest.mark.parametrize("transposed", [False, True], ids=["w", "transposed"])
+def test_nothing_to_multiply(experts, rows, width, out, transposed):
+    """No extent of zero reaches a tensor map; rows of no expert and empty sums are zero."""
+    counts = [rows] + [0] * (experts - 1) if experts else []
+    inputs = product(BF16, width, out, *counts, transposed=transposed)
+    inputs["rows"] = randn(BF16, rows, width)
+    check("grouped_gemm", inputs, [])
+    drows, (m, n) = randn(BF16, rows, out, seed=2), (width, out) if transposed else (out, width)
+    begin = randn(F32, experts, m, n, seed=3)
+    with hopper() as device:
+        total = here(begin.clone())
+        arguments = here(inputs["rows"], drows, inputs["offsets"])
+        ops.grouped_gemm_wgrad(*arguments, transposed=transposed, out=total)
+        assert products(device) == [] and torch.equal(back(total), begin)
+
+
+@pytest.mark.parametrize(
+    "hidden, width, tokens, experts",
+    [(0, 16, 5, 2), (16, 0, 5, 2), (16, 16, 0, 2), (16, 16, 5, 0)],
+    ids=["no_hidden", "no_ffn", "no_tokens", "no_experts"],
+)
+def test_nothing_to_multiply_in_experts(hidden, width, tokens, experts):
+    if experts:
+        routing = reference.route(random_ids(tokens, experts, 1), experts)
+        offsets = routing.offsets
+    else:
+        offsets = torch.zeros(1, dtype=torch.int64)
+    inputs = {
+        "x": randn(BF16, tokens, hidden),
+        "weights": randn(F32, tokens, seed=3),
+        "w1": randn(BF16, experts, 2 * width, hidden, seed=1),
+        "w2": randn(BF16, experts, hidden, width, seed=2),
+        "offsets": offsets,
+    }
+    check("experts", inputs, [])
+
+
 def test_what_tma_cannot_take_goes_to_mma():
     for inputs in (product(BF16, 88, 72, 9, 5, shift=1), product(BF16, 33, 130, 9, 5)):
         with hopper() as device:
-            y = ops.grouped_gemm(**inputs)
-        assert device.launches and not products(device)
+            y = back(ops.grouped_gemm(**here(inputs)))
+        assert not products(device)
         torch.testing.assert_close(y, reference.grouped_gemm(**inputs), rtol=2**-7, atol=1e-2)
 
 
 @pytest.mark.parametrize("offsets", [[0, 50, 9, 80], [-5, 3, 2**40, 1], [7, 7, 7, 7]])
 def test_hostile_offsets_stay_within_the_arrays(offsets):
     rows, drows, w = randn(BF16, 12, 8), randn(BF16, 12, 16), randn(BF16, 3, 16, 8)
-    hostile = torch.tensor(offsets)
+    rows, drows, w, hostile = here(rows, drows, w, torch.tensor(offsets))
     for call in (
         lambda: raw._grouped_gemm(rows, w, hostile, False),
         lambda: raw._grouped_gemm_wgrad(rows, drows, hostile, False, None, 0, False),
@@ -207,8 +233,10 @@ def test_experts_in_any_order(schedule, lazy):
 
 # ---- planted
 @pytest.fixture
-def planted(monkeypatch):
+def planted(monkeypatch, where):  # noqa: F811
     """Replaces two products by the same kernels with a bug."""
+    if where == "gpu":
+        pytest.skip("the emulator is what has to find it")
 
     def plant(bug: str):
         emulated.products_as(monkeypatch, f"MOEKERNELS_PLANTED={bug}")

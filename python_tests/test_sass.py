@@ -4,19 +4,22 @@ TMA in use, products that are not forced to wait for one another."""
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
 
 LIBRARY = Path(__file__).parents[1] / "moekernels" / "_C.so"
 # Where the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm put their programs.
-WHEELS = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
-SEARCH = os.pathsep.join([os.environ.get("PATH", ""), str(WHEELS)])
+NVIDIA = importlib.util.find_spec("nvidia")
+WHEELS = [
+    str(Path(at) / "cu13" / "bin") for at in (NVIDIA.submodule_search_locations if NVIDIA else ())
+]
+SEARCH = os.pathsep.join([os.environ.get("PATH", ""), *WHEELS])
 KERNELS = ("StoreRows", "StoreGradient", "StoreUp", "StoreDAct")
 
 
@@ -39,6 +42,50 @@ def resources() -> dict[str, dict[str, int]]:
             found[name] = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
             name = None
     return found
+
+
+@functools.cache
+def code_of(name: str) -> list[tuple[int, str]]:
+    """The instructions of a kernel: (address, text)."""
+    return parse(cuobjdump("-sass", "-fun", name, "-arch", "sm_90a"))
+
+
+def parse(sass: str) -> list[tuple[int, str]]:
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
+    return [(int(address, 16), text.strip()) for address, text in lines]
+
+
+def reached(code: list[tuple[int, str]], start: int) -> set[int]:
+    """The instructions that can follow the one at `start`, by their places in `code`."""
+    at = {address: i for i, (address, _) in enumerate(code)}
+    seen, todo = set(), [start]
+    while todo:
+        i = todo.pop()
+        while i < len(code) and i not in seen:
+            seen.add(i)
+            op = code[i][1]
+            assert not re.search(r"\b(BRX|CALL|JMX|RET)\b", op), f"where {op} leads cannot be told"
+            if target := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)$", op):
+                todo.append(at[int(target[1], 16)])
+            if re.fullmatch(r"BRA 0x[0-9a-f]+|EXIT", op):
+                break
+            i += 1
+    return seen
+
+
+def registers(texts: list[str]) -> int:
+    return 1 + max(int(r) for text in texts for r in re.findall(r"\bR(\d+)\b", text))
+
+
+def loops(code: list[tuple[int, str]]) -> list[list[str]]:
+    """The bodies of the loops that jump back by one branch."""
+    at = {address: i for i, (address, _) in enumerate(code)}
+    bodies = []
+    for i, (address, text) in enumerate(code):
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            bodies.append([t for _, t in code[at[int(target[1], 16)] : i + 1]])
+    return bodies
 
 
 def why_not() -> str | None:
@@ -90,3 +137,59 @@ def test_epilogues_store_whole_vectors():
         code = cuobjdump("-sass", "-fun", name, "-arch", "sm_90a")
         stores = re.findall(r"\bSTG[.\w]* ", code)
         assert stores and {(re.findall(r"\.(\d+) ", s) or ["32"])[0] for s in stores} <= allowed
+
+
+def budget(code: list[tuple[int, str]], change: str) -> tuple[int, int]:
+    """Where setmaxnreg is, and what it leaves a thread."""
+    (start,) = (i for i, (_, text) in enumerate(code) if f"USETMAXREG.{change}" in text)
+    return start, int(re.search(r"0x[0-9a-f]+", code[start][1])[0], 16)
+
+
+def producers_registers(code: list[tuple[int, str]]) -> int:
+    start, _ = budget(code, "DEALLOC")
+    return registers([code[i][1] for i in reached(code, start)])
+
+
+def test_registers_are_within_what_setmaxnreg_leaves():
+    """Nothing but this looks: ptxas does not, the emulator has registers without end, and a GPU
+    would read other warps' registers."""
+    for kind in KERNELS:
+        for name in products(kind):
+            code = code_of(name)
+            assert budget(code, "DEALLOC")[1] == 40 and budget(code, "TRY_ALLOC")[1] == 232, name
+            assert 128 * 40 + 256 * 232 <= 168 * 384  # the block's registers
+            assert producers_registers(code) <= 40, name
+            assert registers([text for _, text in code]) <= 232, name
+
+
+def test_a_producer_with_too_many_registers_is_found():
+    sass = """
+        /*0000*/  MOV R99, R1 ;
+        /*0010*/  USETMAXREG.DEALLOC.CTAPOOL 0x28 ;
+        /*0020*/  @P0 BRA 0x40 ;
+        /*0030*/  EXIT ;
+        /*0040*/  IADD3 R39, R2, R3, RZ ;
+        /*0050*/  BRA 0x30 ;
+        /*0060*/  MOV R200, R1 ;"""
+    assert producers_registers(parse(sass)) == 40
+    assert producers_registers(parse(sass.replace("R39", "R40"))) == 41
+
+
+# Instructions that an epilogue takes for 8 elements of the activations, which decide how long it
+# lasts: nothing runs beside it. A lower count replaces its number here.
+UP_SWIGLU, UP_WORST, DACT = 220, 363, 13496
+
+
+def epilogue_loops(name: str) -> list[list[str]]:
+    """StoreUp's loops over its rows, one for each activation: they store whole vectors."""
+    return [b for b in loops(code_of(name)) if 1 <= sum("STG.E.128" in t for t in b) <= 3]
+
+
+def test_epilogues_take_no_more_instructions():
+    for name in (n for n in products("StoreUp") if "bfloat16" in n):
+        sizes = {len(b): sum("MUFU" in t for t in b) for b in epilogue_loops(name)}
+        assert len(sizes) >= 5 and max(sizes) <= UP_WORST, sizes
+        # The fewest with an exponential and a reciprocal an element, and three stores.
+        assert min(size for size, mufu in sizes.items() if mufu == 16) <= UP_SWIGLU, sizes
+    for name in (n for n in products("StoreDAct") if "bfloat16" in n):
+        assert len(code_of(name)) <= DACT, name  # all activations, four times 8 elements each

@@ -9,8 +9,10 @@ from moekernels import ops
 from moekernels.ops._library import raw
 from moekernels.ops._spec import randn
 from python_tests import emulated, ptx
+from python_tests.hopper import hopper, skip_if, why_not_emulated
 from python_tests.test_cuda_gemm_emulated import offsets_of, product
-from python_tests.test_cuda_gemm_sm90 import hopper, pytestmark, why_not  # noqa: F401
+
+pytestmark = skip_if(why_not_emulated())
 
 BF16 = torch.bfloat16
 RING_AND_STAGING = {  # shared bytes by columns of a tile, without the stages
@@ -29,12 +31,12 @@ def probes():
     found._sm90_trace(torch.zeros(1), 0, 0, 0)
 
 
-def calls(device_of=hopper):
+def calls():
     """A narrow product, a wide one and two gradients, over several bands and blocks; the launches'
     shapes beside the results."""
-    rows, drows = randn(BF16, 650, 72), randn(BF16, 650, 136, seed=2)
-    offsets, w = offsets_of(400, 0, 250), randn(BF16, 3, 136, 72, seed=1)
-    with device_of() as device:
+    rows, drows = randn(BF16, 270, 72), randn(BF16, 270, 136, seed=2)
+    offsets, w = offsets_of(260, 0, 10), randn(BF16, 3, 136, 72, seed=1)
+    with hopper() as device:
         y = ops.grouped_gemm(rows, w, offsets)
         narrow = ops.grouped_gemm(rows, w[:, :40].contiguous(), offsets)
         dw = ops.grouped_gemm_wgrad(rows, drows, offsets)
@@ -45,7 +47,7 @@ def calls(device_of=hopper):
 
 
 SETTINGS = [
-    {"stages": 1},
+    {"stages": 2},
     {"stages": 3, "band": 1, "grid": 1, "promotion": 64, "prefetch": False},
     {"band": -3, "grid": 3, "promotion": 128},
 ]
@@ -56,7 +58,7 @@ def test_settings_reach_the_launch_and_change_no_bit(probes):
     ring = [4 * (128 + 256) * 128, 6 * (128 + 128) * 128, 4 * (128 + 256) * 128]
     for shape, stages in zip(shapes, [*ring, ring[0]], strict=True):
         assert shape["shared"] == stages + RING_AND_STAGING[256]
-        assert shape["blocks"] == 4 or shape["blocks"] == 3  # 4: the device's multiprocessors
+        assert shape["blocks"] in (3, 4)  # 4: the device's multiprocessors
         assert shape["promotions"] == [256, 256]
     for settings in SETTINGS:
         probes._sm90_settings(**settings)
@@ -82,7 +84,7 @@ def test_stages_that_do_not_fit_are_refused(probes):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"stages": 9}, "stages must be 0 (the table's) to 8, got 9"),
+        ({"stages": 1}, "stages must be 0 (the table's) or 2 to 8, got 1"),
         ({"band": 65}, "band must be -64 to 64 (0: the default), got 65"),
         ({"grid": -1}, "grid must be 0 (the multiprocessors) to 1024, got -1"),
         ({"promotion": 32}, "promotion must be 0 (the default), 64, 128 or 256 bytes, got 32"),
@@ -116,7 +118,8 @@ def test_the_watchdog_says_which_wait_did_not_end(monkeypatch, probes):
     with pytest.raises(ptx.Trap), hopper():
         ops.grouped_gemm(**product(BF16, 640, 72, 100))
     lines = probes._sm90_stuck().splitlines()
-    assert "watchdog: block 0, consumer 0 (warp 0) waits for full[0], phase 0, step 0 of a tile of group 0" in lines
+    first = "block 0, consumer 0 (warp 0) waits for full[0], phase 0, step 0 of a tile of group 0"
+    assert f"watchdog: {first}" in lines
     assert any("producer (warp 8) waits for empty[0], phase 0, step 6 of" in line for line in lines)
     assert any("bytes that never came" in line for line in lines)
 

@@ -252,7 +252,7 @@ void experts_up(const ExpertsUpArgs& args, Stream stream) {
   const ExpertsArgs& of = args.of;
   const int64_t bytes = size_of(of.dtype), width = width_of(of);
   const GemmChoice choice = choose(GemmOp::up, of.dtype, of.num_rows, width, of.hidden, of.experts, of.tf32, of.x, of.w1,
-                                   args.h, args.a, of.hidden * bytes, of.ffn * bytes);
+                                   of.b1, args.h, args.a, of.hidden * bytes, of.ffn * bytes);
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::experts_up(args, choice, stream);
   }
@@ -277,7 +277,7 @@ void experts_down(const ExpertsDownArgs& args, Stream stream) {
   const ExpertsArgs& of = args.of;
   const int64_t bytes = size_of(of.dtype);
   const GemmChoice choice = choose(GemmOp::down, of.dtype, of.num_rows, of.hidden, of.ffn, of.experts, of.tf32, args.a,
-                                   of.w2, args.y, of.hidden * bytes, of.ffn * bytes);
+                                   of.w2, of.b2, args.y, of.hidden * bytes, of.ffn * bytes);
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::experts_down(args, choice, stream);
   }

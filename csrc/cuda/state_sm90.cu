@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <mutex>
 #include <string>
 
@@ -20,6 +21,7 @@ struct State {
   StuckWait* stuck = nullptr;
   int64_t* records = nullptr;
   int64_t launches = 0, blocks = 0, tiles = 0;
+  std::deque<const char*> launched;
 };
 
 State& state() {
@@ -68,9 +70,11 @@ void trace(int64_t* records, int64_t launches, int64_t blocks, int64_t tiles) {
   of.tiles = tiles;
 }
 
-Probe next_probe() {
+Probe note_launch(const char* name) {
   std::lock_guard<std::mutex> lock(state().mutex);
   State& of = state();
+  if (of.launched.size() == kLoggedLaunches) of.launched.pop_front();
+  of.launched.push_back(name);
   Probe probe{};
   if (of.limit_ns > 0) {
     if (of.stuck == nullptr) {
@@ -91,6 +95,15 @@ Probe next_probe() {
     --of.launches;
   }
   return probe;
+}
+
+const char* launched() {
+  std::lock_guard<std::mutex> lock(state().mutex);
+  static std::string* text = new std::string;
+  text->clear();
+  for (const char* name : state().launched) *text += (text->empty() ? "" : ",") + std::string(name);
+  state().launched.clear();
+  return text->c_str();
 }
 
 const char* stuck() {

@@ -35,7 +35,7 @@ std::string build_name() {
 void settings(int64_t stages, int64_t band, int64_t grid, int64_t promotion, bool prefetch) {
   const char* op = "sm90_settings";
   check_built(op);
-  check(stages >= 0 && stages <= 8, op, ": stages must be 0 (the table's) to 8, got ", stages);
+  check(stages == 0 || (stages >= 2 && stages <= 8), op, ": stages must be 0 (the table's) or 2 to 8, got ", stages);
   check(band >= -sm90::kMostBand && band <= sm90::kMostBand, op, ": band must be -", sm90::kMostBand, " to ",
         sm90::kMostBand, " (0: the default), got ", band);
   check(grid >= 0 && grid <= sm90::kMostGrid, op, ": grid must be 0 (the multiprocessors) to ", sm90::kMostGrid,
@@ -61,6 +61,12 @@ std::string stuck() {
   return text;
 }
 
+std::string launched() {
+  std::string names;
+  if constexpr (kBuilt) names = sm90::launched();
+  return names;
+}
+
 Tensor trace(const Tensor& like, int64_t launches, int64_t blocks, int64_t tiles) {
   const char* op = "sm90_trace";
   check(launches >= 0 && blocks >= 0 && tiles >= 0 && launches * blocks * tiles <= 1 << 20, op,
@@ -84,6 +90,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def("_sm90_settings(int stages=0, int band=0, int grid=0, int promotion=0, bool prefetch=True) -> ()");
   m.def("_sm90_watchdog(float seconds) -> ()");
   m.def("_sm90_stuck() -> str");
+  m.def("_sm90_launched() -> str");
   m.def("_sm90_trace(Tensor like, int launches, int blocks, int tiles) -> Tensor");
 }
 
@@ -92,6 +99,7 @@ STABLE_TORCH_LIBRARY_IMPL(MOEKERNELS_OPS, CompositeExplicitAutograd, m) {
   m.impl("_sm90_settings", TORCH_BOX(&settings));
   m.impl("_sm90_watchdog", TORCH_BOX(&watchdog));
   m.impl("_sm90_stuck", TORCH_BOX(&stuck));
+  m.impl("_sm90_launched", TORCH_BOX(&launched));
   m.impl("_sm90_trace", TORCH_BOX(&trace));
 }
 

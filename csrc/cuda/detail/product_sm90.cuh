@@ -27,7 +27,8 @@ constexpr int kTileRows = 64 * kConsumers, kDepth = 64, kLine = 128;  // a line:
 constexpr int kBox = 64 * kLine;                                      // 64 lines
 constexpr int kStagingBytes = 4096;                                   // for every consumer warp, 16 rows of 256 bytes
 constexpr int kPrefetchBarrier = 2;  // of the producer's two warps; the consumers use 1
-constexpr int kMostStages = 8, kMostShared = 227 * 1024;
+// A consumer gives a stage back when the product of the next is under way: one stage alone would never come back.
+constexpr int kLeastStages = 2, kMostStages = 8, kMostShared = 227 * 1024;
 
 struct ProductArgs {
   const int64_t* offsets;   // [E+1]

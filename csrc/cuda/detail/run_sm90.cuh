@@ -23,7 +23,7 @@ inline void set_stages(ProductArgs& args, const char* name, int columns, int wan
   const auto bytes = [&] { return product_shared_bytes(columns, args.stages, args.experts); };
   const int asked = settings().stages;
   args.stages = std::min(asked > 0 ? asked : wanted, kMostStages);
-  while (args.stages > 1 && bytes() > kMostShared) --args.stages;
+  while (args.stages > kLeastStages && bytes() > kMostShared) --args.stages;
   if (asked > args.stages) {
     throw std::runtime_error(std::string(name) + ": shared memory has room for " + std::to_string(args.stages) +
                              " stages of a tile of " + std::to_string(columns) + " columns with " +
@@ -42,7 +42,7 @@ void launch_product(const char* name, const GemmChoice& choice, int64_t tiles, c
   const auto kernel = product<Epilogue, kOverRows, kAlongN>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
   const int64_t grid = settings().grid > 0 ? settings().grid : multiprocessors();
-  launch(name, kernel, std::min<int64_t>(tiles, grid), kProductThreads, bytes, stream, a, b, args, to, next_probe());
+  launch(name, kernel, std::min<int64_t>(tiles, grid), kProductThreads, bytes, stream, a, b, args, to, note_launch(name));
 }
 
 // rows [R, depth] of each expert times its w: [E, width, depth], or [E, depth, width] when it lies along N.

@@ -7,7 +7,7 @@
 namespace moekernels::cuda::sm90 {
 
 Settings settings();
-// Of the next launch; all zero unless something is watched or traced.
-Probe next_probe();
+// Notes a launch by its name, a literal; what it is to tell of itself, all zero unless something is watched or traced.
+Probe note_launch(const char* name);
 
 }  // namespace moekernels::cuda::sm90

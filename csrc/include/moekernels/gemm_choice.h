@@ -43,7 +43,7 @@ int64_t gemm_alignment(const Values&... values) {
 constexpr int64_t kWgmmaExperts = 4096;
 inline bool wgmma_counts(const GemmProblem& p) {
   constexpr int64_t kRows = 128, kColumns = 128, kMost = int64_t{1} << 30;
-  if (p.experts > kWgmmaExperts || p.rows() >= int64_t{1} << 31) return false;
+  if (p.experts > kWgmmaExperts || p.rows() >= int64_t{1} << 31 || p.k >= int64_t{1} << 31) return false;
   if (p.op != GemmOp::wgrad) return tile_order_fits(p.m, p.experts, p.n, kRows, kColumns);
   return p.m <= kMost && p.n <= kMost && p.experts * tile_count(p.m, kRows) <= kMost / tile_count(p.n + 1, kColumns);
 }

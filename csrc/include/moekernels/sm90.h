@@ -8,13 +8,13 @@ namespace moekernels::cuda::sm90 {
 
 // 0: as the table of tiles and the launcher's arithmetic say.
 struct Settings {
-  int stages = 0;     // of the ring; a launch for which shared memory has no room for them fails
+  int stages = 0;     // of the ring, 2 or more; a launch for which shared memory has no room for them fails
   int band = 0;       // rows of tiles that are worked off column by column; -n: at most n, a group's bands of one height
   int grid = 0;       // blocks, where there are as many tiles
   int promotion = 0;  // bytes that a load brings to L2: 64, 128 or 256
   bool prefetch = true;  // what an epilogue reads comes to L2 while the product runs
 };
-constexpr int kMostBand = 64, kMostGrid = 1024;
+constexpr int kMostBand = 64, kMostGrid = 1024, kLoggedLaunches = 64;
 
 // What the kernels of this library were compiled as.
 enum class Build : int { plain, watchdog, trace };
@@ -30,6 +30,8 @@ Build build();
 void watch(int64_t limit_ns);
 // Which waits were stopped, in words; empty: none.
 const char* stuck();
+// The products launched since this was last asked, at most the last kLoggedLaunches: "experts_up_sm90,experts_down_sm90".
+const char* launched();
 // The next launches write records [launches, blocks, kTraceRoles, tiles, kTraceFields] of their first blocks and tiles.
 void trace(int64_t* records, int64_t launches, int64_t blocks, int64_t tiles);
 
