@@ -1,6 +1,6 @@
 """Times the routing ops on a GPU beside torch and CuPy: bytes moved over time, against what a plain
-copy of as many bytes reaches. Results of ours are held to fp64 at sampled places; the exit code is 1
-where one is far.
+copy of as many bytes reaches. Results of ours are held to fp64 at sampled places; the exit code
+is 1 where one is far.
 
 python bench/bench_cuda.py [--quick] [--json FILE] [--rehearse]
 Legend: T tokens, H hidden, E experts, K top-k.
@@ -147,6 +147,7 @@ def rows(clock: Clock, args: argparse.Namespace) -> Iterator[dict]:
             error = error_of(fn(), exact[op]) if ours else -1.0
             seconds = clock(fn)
             share = moved / seconds / clock.copy_rate(moved)
+            far = "  FAR FROM EXACT" if error > FAR else ""
             yield {
                 "op": op,
                 "implementation": name,
@@ -156,7 +157,7 @@ def rows(clock: Clock, args: argparse.Namespace) -> Iterator[dict]:
                 "error": error,
                 "wrong": error > FAR,
                 "shape": shape,
-                "text": f"{seconds * 1e6:9.1f} us {share * 100:6.1f} % of copy{'  FAR FROM EXACT' * (error > FAR)}",
+                "text": f"{seconds * 1e6:9.1f} us {share * 100:6.1f} % of copy{far}",
             }
 
 

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from moekernels import jsonio
 
-
-# Of an op: from its result, what that holds at sampled places and what it should hold there, in fp64.
+# Of an op: from its result, what it holds at sampled places and what it should hold there (fp64).
 Exact = dict[str, Callable[[Any], tuple[Tensor, Tensor]]]
 FAR = 0.02  # of the norm; bf16 explains 0.003 of a product and 0.006 of a layer
 

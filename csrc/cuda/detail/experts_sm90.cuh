@@ -8,11 +8,24 @@
 
 namespace moekernels::cuda::sm90 {
 
-// As exact as 16-bit results can tell, in a third of the instructions.
+// As exact as 16-bit results can tell, in a third of the instructions: no care for denormal results, which are zero.
 struct FastMath {
-  __device__ static float exp(float x) { return __expf(x); }
+  __device__ static float exp(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+    return y;
+  }
   __device__ static float erf(float x) { return ::erff(x); }
-  __device__ static float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+  __device__ static float sigmoid(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + exp(-x)));
+    return y;
+  }
+};
+
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
 };
 
 struct ExpertStyle {
@@ -25,10 +38,21 @@ struct ExpertStyle {
   __host__ __device__ int64_t width() const { return (gated() ? 2 : 1) * ffn; }
 };
 
+// Calls f with the activation, and with whether gate and up alternate, as constants: addresses and instructions an
+// element are what an epilogue costs.
+template <class F>
+__device__ inline void with_style(const ExpertStyle& style, const F& f) {
+  with_activation(style.activation, [&](auto kind) {
+    if constexpr (decltype(kind)::value <= Activation::swiglu_clamped) {
+      if (style.interleaved) return f(kind, Constant<true>{});
+    }
+    f(kind, Constant<false>{});
+  });
+}
+
 // Gate and up of 8 columns of F, from two chunks of 8 elements: one of each, or both alternating.
-template <class T>
-__device__ inline void split_gate(const uint4& first, const uint4& second, bool alternate, float (&g)[8],
-                                  float (&u)[8]) {
+template <class T, bool kAlternate>
+__device__ inline void split_gate(const uint4& first, const uint4& second, float (&g)[8], float (&u)[8]) {
   const uint32_t a[4] = {first.x, first.y, first.z, first.w}, b[4] = {second.x, second.y, second.z, second.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -38,7 +62,7 @@ __device__ inline void split_gate(const uint4& first, const uint4& second, bool 
     u[2 * i] = q.x;
     u[2 * i + 1] = q.y;
   }
-  if (!alternate) return;
+  if constexpr (!kAlternate) return;
   const float both[16] = {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7]};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -94,31 +118,32 @@ struct StoreUp {
     });
   }
 
-  template <Activation kind, class Tile>
-  static __device__ void activate_part(const Args& to, const Tile& tile, const TileColumns& columns, int part,
-                                       const char* staging, int64_t row, int lane) {
+  // A lane keeps its 8 columns of F, and takes every kStep-th of `rows` rows.
+  template <Activation kind, bool kAlternate>
+  static __device__ void activate_part(const Args& to, const TileColumns& columns, int part, const char* staging,
+                                       int64_t row, int rows, int lane) {
     constexpr bool kGated = kind <= Activation::swiglu_clamped;
-    constexpr int kItems = kGated ? 8 : 16;  // of a row, 8 columns of F each
+    constexpr int kLanes = kGated ? 8 : 16, kStep = 32 / kLanes;  // lanes of a row
     const ExpertStyle& style = to.style;
+    const int i = lane % kLanes, first = kAlternate ? 2 * i : i, second = kAlternate ? first + 1 : 8 + i;
+    const int column = column_of(part, first);
+    if (columns.within(column) >= columns.count) return;
+    const int64_t width = (kGated ? 2 : 1) * style.ffn, at = columns.at(column);
+    T* h = to.h + (row + lane / kLanes) * width + at;
+    T* a = to.a + (row + lane / kLanes) * style.ffn + (kAlternate ? at / 2 : at);
 #pragma unroll 1
-    for (int item = lane; item < 16 * kItems; item += 32) {
-      const int r = item / kItems, i = item % kItems;
-      const int first = kGated && style.interleaved ? 2 * i : i, second = style.interleaved ? first + 1 : 8 + i;
-      const int column = column_of(part, first);
-      if (row + r >= tile.row_end || columns.within(column) >= columns.count) continue;
+    for (int r = lane / kLanes; r < rows; r += kStep, h += kStep * width, a += kStep * style.ffn) {
       const uint4 p = staged_chunk(staging, r, first), q = kGated ? staged_chunk(staging, r, second) : uint4{};
       if (to.h != nullptr) {
-        T* h = to.h + (row + r) * style.width();
-        put(h + columns.at(column), p);
-        if (kGated) put(h + columns.at(column_of(part, second)), q);
+        put(h, p);
+        if (kGated) put(h + (kAlternate ? 8 : style.ffn), q);
       }
       if (to.a == nullptr) continue;
       float g[8], u[8];
-      split_gate<T>(p, q, kGated && style.interleaved, g, u);
+      split_gate<T, kAlternate>(p, q, g, u);
 #pragma unroll
       for (int e = 0; e < 8; ++e) g[e] = moekernels::activate<kind, FastMath>(g[e], u[e], style.alpha, style.limit).a;
-      const int64_t at = kGated && style.interleaved ? columns.at(column) / 2 : columns.at(column);
-      put(to.a + (row + r) * style.ffn + at, pack8<T>(g));
+      put(a, pack8<T>(g));
     }
   }
 
@@ -138,8 +163,9 @@ struct StoreUp {
       } else {
         stage<1>(d, staging, lane);
       }
-      with_activation(to.style.activation, [&](auto kind) {
-        activate_part<decltype(kind)::value>(to, tile, columns, part, staging, row, lane);
+      const int rows = static_cast<int>(tile.row_end - row < 16 ? tile.row_end - row : 16);
+      with_style(to.style, [&](auto kind, auto alternate) {
+        activate_part<decltype(kind)::value, decltype(alternate)::value>(to, columns, part, staging, row, rows, lane);
       });
     }
   }
@@ -196,8 +222,12 @@ struct StoreDAct {
     if (to.weighted_a != nullptr) clear_rows(to.weighted_a, row, tile.row_end, style.ffn, column, end, lane);
   }
 
-  // Rows of 64 fp32 numbers, in pairs of 16-byte chunks permuted by the row.
-  static __device__ uint32_t staged_pair(int row, int pair) { return row * 256 + ((pair ^ (row & 7)) << 5); }
+  // Rows of 64 fp32 numbers, in pairs of 16-byte chunks permuted by the row; the chunks of every other four pairs change
+  // places, so that the 8 lanes that read a row's low or high chunks at once meet 32 banks.
+  static __device__ uint32_t staged_chunk_of(int row, int pair, int half) {
+    const int place = pair ^ (row & 7);
+    return row * 256 + (place << 5) + ((half ^ place >> 2) << 4);
+  }
 
   template <int kPart>
   static __device__ void stage(float (&d)[128], char* staging, int lane) {
@@ -208,74 +238,65 @@ struct StoreDAct {
       for (int half = 0; half < 2; ++half) {
         const float* c = d + (kPart * 8 + block) * 4 + half * 2;
         const int r = lane / 4 + 8 * half;
-        *reinterpret_cast<float2*>(staging + staged_pair(r, block) + lane % 4 * 8) = {c[0], c[1]};
+        *reinterpret_cast<float2*>(staging + staged_chunk_of(r, block, lane % 4 / 2) + lane % 2 * 8) = {c[0], c[1]};
       }
     }
     __syncwarp();
   }
 
+  // What a lane works on: 8 columns of F in every fourth row, and where they lie.
   struct Place {
-    int32_t row, column;  // column: of F
-    bool exists;
+    int64_t h, a;            // in h and dh, and in weighted_a
+    int64_t step_h, step_a;  // to the next of its rows
+    int64_t second;          // from a chunk of h to its other
+    int rows;                // from its first to the end of the group
   };
   struct RowState {
     float weight;
     bool used;
   };
-  template <class Tile>
-  static __device__ Place place_of(const Args& to, const Tile& tile, int part, int32_t row, int item) {
-    const int32_t r = row + item / 8, column = tile.column_tile * kColumns + part * kPartColumns + item % 8 * 8;
-    return {r, column, r < tile.row_end && column < to.style.ffn};
-  }
 
-  template <Activation kind, class Tile>
-  static __device__ void activate_part(const Args& to, const Tile& tile, int part, const uint4 (&first)[kAtOnce],
+  template <Activation kind, bool kAlternate>
+  static __device__ void activate_part(const Args& to, const Place& at, const uint4 (&first)[kAtOnce],
                                        const uint4 (&second)[kAtOnce], const RowState (&rows)[kAtOnce],
-                                       const char* staging, int32_t row, int lane) {
+                                       const char* staging, float* dots, int lane) {
     constexpr bool kGated = kind <= Activation::swiglu_clamped;
     const ExpertStyle& style = to.style;
-    const bool alternate = kGated && style.interleaved;
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const int item = n * 32 + lane;
-      const Place at = place_of(to, tile, part, row, item);
       float dot = 0.0f;
-      if (at.exists) {
-        const float4* staged = reinterpret_cast<const float4*>(staging + staged_pair(item / 8, item % 8));
-        const float4 low = staged[0], high = staged[1];
+      const bool exists = 4 * n < at.rows;
+      if (exists) {
+        const int r = 4 * n + lane / 8;
+        const float4 low = *reinterpret_cast<const float4*>(staging + staged_chunk_of(r, lane % 8, 0));
+        const float4 high = *reinterpret_cast<const float4*>(staging + staged_chunk_of(r, lane % 8, 1));
         const float da[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        const bool used = rows[n].used;
         const float weight = rows[n].weight;
         float g[8], u[8], a[8];
-        split_gate<T>(first[n], second[n], alternate, g, u);
+        split_gate<T, kAlternate>(first[n], second[n], g, u);  // zero in rows that are not used
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           const Activated<float> act = moekernels::activate<kind, FastMath>(g[e], u[e], style.alpha, style.limit);
-          const float d = used ? da[e] : 0.0f;
-          dot = fmaf(d, used ? act.a : 0.0f, dot);
-          a[e] = used ? weight * act.a : 0.0f;
-          g[e] = d * weight * act.by_gate;
-          u[e] = d * weight * act.by_up;
+          const float d = rows[n].used ? da[e] : 0.0f, weighted = d * weight;
+          dot = fmaf(d, act.a, dot);
+          a[e] = weight * act.a;
+          g[e] = weighted * act.by_gate;
+          u[e] = weighted * act.by_up;
         }
-        T* dh = to.dh + int64_t{at.row} * style.width();
-        if (!kGated) {
-          put(dh + at.column, pack8<T>(g));
-        } else if (!alternate) {
-          put(dh + at.column, pack8<T>(g));
-          put(dh + style.ffn + at.column, pack8<T>(u));
+        T* dh = to.dh + at.h + n * at.step_h;
+        if (!kAlternate) {
+          put(dh, pack8<T>(g));
+          if (kGated) put(dh + at.second, pack8<T>(u));
         } else {
-          put(dh + 2 * at.column, {pack<T>(g[0], u[0]), pack<T>(g[1], u[1]), pack<T>(g[2], u[2]), pack<T>(g[3], u[3])});
-          put(dh + 2 * at.column + 8,
-              {pack<T>(g[4], u[4]), pack<T>(g[5], u[5]), pack<T>(g[6], u[6]), pack<T>(g[7], u[7])});
+          put(dh, {pack<T>(g[0], u[0]), pack<T>(g[1], u[1]), pack<T>(g[2], u[2]), pack<T>(g[3], u[3])});
+          put(dh + 8, {pack<T>(g[4], u[4]), pack<T>(g[5], u[5]), pack<T>(g[6], u[6]), pack<T>(g[7], u[7])});
         }
-        if (to.weighted_a != nullptr) put(to.weighted_a + int64_t{at.row} * style.ffn + at.column, pack8<T>(a));
+        if (to.weighted_a != nullptr) put(to.weighted_a + at.a + n * at.step_a, pack8<T>(a));
       }
       // The 8 lanes of a row, in one order whatever else runs.
 #pragma unroll
       for (int step = 1; step < 8; step *= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
-      if (to.dots != nullptr && at.exists && item % 8 == 0) {
-        to.dots[int64_t{at.row} * to.parts + tile.column_tile * (kColumns / kPartColumns) + part] = dot;
-      }
+      if (to.dots != nullptr && exists && lane % 8 == 0) dots[n * 4 * to.parts] = dot;
     }
   }
 
@@ -283,25 +304,30 @@ struct StoreDAct {
   static __device__ void store(const Args& to, const Tile& tile, float (&d)[128], char* staging, int32_t row, int lane) {
     if (row >= tile.row_end) return;
     const ExpertStyle& style = to.style;
-    RowState rows[kAtOnce];  // an item's row is the same in every part
+    const int64_t first_row = row + lane / 8, width = style.width();
+    const int scale = style.gated() && style.interleaved ? 2 : 1;
+    int32_t column = tile.column_tile * kColumns + lane % 8 * 8;  // of F
+    Place at{first_row * width + scale * column, first_row * style.ffn + column, 4 * width, 4 * style.ffn,
+             scale == 2 ? 8 : style.ffn, static_cast<int>(tile.row_end - first_row)};
+    float* dots = to.dots + first_row * to.parts + tile.column_tile * (kColumns / kPartColumns);
+    RowState rows[kAtOnce];  // the same in every part
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const int32_t r = row + n * 4 + lane / 8;
+      const int64_t r = first_row + 4 * n;
       rows[n].used = r < tile.row_end && to.use.used(r);
       rows[n].weight = rows[n].used ? to.use.weight(r) : 0.0f;
     }
 #pragma unroll 1
     for (int part = 0; part < kColumns / kPartColumns; ++part) {
+      if (column >= style.ffn) at.rows = 0;
       uint4 first[kAtOnce], second[kAtOnce];
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
-        const Place at = place_of(to, tile, part, row, n * 32 + lane);
         first[n] = second[n] = uint4{};
-        if (at.exists) {
-          const T* h = to.h + int64_t{at.row} * style.width();
-          const int64_t column = style.gated() && style.interleaved ? 2 * at.column : at.column;
-          first[n] = get(h + column);
-          if (style.gated()) second[n] = get(h + column + (style.interleaved ? 8 : style.ffn));
+        if (rows[n].used && 4 * n < at.rows) {
+          const T* h = to.h + at.h + n * at.step_h;
+          first[n] = get(h);
+          if (style.gated()) second[n] = get(h + at.second);
         }
       }
       switch (part) {
@@ -310,9 +336,13 @@ struct StoreDAct {
         case 2: stage<2>(d, staging, lane); break;
         default: stage<3>(d, staging, lane);
       }
-      with_activation(style.activation, [&](auto kind) {
-        activate_part<decltype(kind)::value>(to, tile, part, first, second, rows, staging, row, lane);
+      with_style(style, [&](auto kind, auto alternate) {
+        activate_part<decltype(kind)::value, decltype(alternate)::value>(to, at, first, second, rows, staging, dots, lane);
       });
+      column += kPartColumns;
+      at.h += scale * kPartColumns;
+      at.a += kPartColumns;
+      ++dots;
     }
   }
 };

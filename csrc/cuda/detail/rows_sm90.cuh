@@ -15,6 +15,14 @@ __device__ inline void put(T* to, const uint4& v) {
                "r"(v.z), "r"(v.w)
                : "memory");
 }
+// Where `exists`, without a branch.
+template <class T>
+__device__ inline void put_if(bool exists, T* to, const uint4& v) {
+  asm volatile("{\n.reg .pred exists;\nsetp.ne.b32 exists, %5, 0;\n@exists st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}" ::"l"(
+                   __cvta_generic_to_global(to)),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<int>(exists))
+               : "memory");
+}
 template <class T>
 __device__ inline uint4 get(const T* from) {
   uint4 v;
@@ -129,14 +137,14 @@ struct StoreRows {
         const float* c = d + (part * 16 + block) * 4 + half * 2;
         return used[half] ? pack<T>(c[0] * weight[half], c[1] * weight[half]) : 0u;
       });
+      uint4 chunks[8];  // all are under way before the first is stored
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int r = i * 2 + lane / 16, chunk = lane % 16;
-        const int64_t at = column + chunk * 8;
-        if (row + r < tile.row_end && at < to.width) {
-          put(to.out + (row + r) * to.width + at, staged_chunk(staging, r, chunk));
-        }
-      }
+      for (int i = 0; i < 8; ++i) chunks[i] = staged_chunk(staging, i * 2 + lane / 16, lane % 16);
+      const int64_t first = row + lane / 16, at = column + lane % 16 * 8;
+      const int64_t rows = at < to.width ? tile.row_end - first : 0;
+      T* out = to.out + first * to.width + at;
+#pragma unroll
+      for (int i = 0; i < 8; ++i, out += 2 * to.width) put_if(2 * i < rows, out, chunks[i]);
     }
   }
 };
