@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moekernels import ops
+from moekernels import ops, reference
 from moekernels.ops._library import raw
 from moekernels.ops._spec import randn
 from python_tests import emulated, ptx
@@ -72,6 +72,21 @@ def test_settings_reach_the_launch_and_change_no_bit(probes):
             if "grid" in settings:
                 assert shape["blocks"] <= settings["grid"]
             assert shape["promotions"] == [settings.get("promotion", 256)] * 2
+
+
+@pytest.mark.parametrize("experts, stages", [(366, 4), (367, 3)])
+def test_the_last_number_of_experts_with_four_stages(experts, stages):
+    """Two numbers an expert lie beside the ring, in the 227 KiB that a block may have."""
+    counts = [0] * experts
+    counts[1], counts[-1] = 2, 1
+    with hopper() as device:
+        inputs = product(BF16, 8, 136, *counts)
+        y = ops.grouped_gemm(**inputs)
+        (shape,) = device.shapes
+    room = 227 * 1024 - (8 * 4096 + 2 * 8 * 8 + 2 * (experts + 2) * 4)
+    assert room // ((128 + 256) * 128) == stages
+    assert shape["shared"] == 227 * 1024 - room + stages * (128 + 256) * 128
+    torch.testing.assert_close(y, reference.grouped_gemm(**inputs), rtol=2**-7, atol=1e-2)
 
 
 def test_stages_that_do_not_fit_are_refused(probes):
