@@ -166,7 +166,7 @@ class _Device:
         self.lazy = self.hardware = False
         self.launches: list[str] = []
         self.shapes: list[dict] = []  # of the launches: blocks, shared bytes, promotions of maps
-        self.bytes_read: dict[str, list[np.ndarray]] = {}
+        self.bytes_read: dict[tuple[ptx.Module, str], list[np.ndarray]] = {}
         self.error: Exception | None = None
         self.lasting: dict[int, tuple[int, bool]] = {}  # known beyond one call
         self.forget()
@@ -216,10 +216,11 @@ class _Device:
         kernel = found.kernels[name]
         args = [ctypes.string_at(params[i], v.size) for i, (v, _) in enumerate(kernel.params)]
         # The gaps between the members of an argument hold what the stack held, old pointers too.
-        if name not in self.bytes_read:
-            self.bytes_read[name] = _bytes_read(kernel)
+        key = found, name  # another build of a kernel reads other bytes
+        if key not in self.bytes_read:
+            self.bytes_read[key] = _bytes_read(kernel)
         bits = [
-            np.frombuffer(raw, np.uint8) * read for raw, read in zip(args, self.bytes_read[name])
+            np.frombuffer(raw, np.uint8) * read for raw, read in zip(args, self.bytes_read[key])
         ]
         args = [b.astype(np.uint8).tobytes() for b in bits]
         begins = sorted(self.spans)
