@@ -128,6 +128,14 @@ def load_balancing_loss(score_sum: Tensor, counts: Tensor, top_k: int) -> Tensor
 
     score_sum, counts [S, E] -> scalar; 1 where the load is even (Fedus et al. 2021, eq. 4, for K
     choices).
+
+    Examples:
+        >>> even = ops.gate(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), 1)
+        >>> uneven = ops.gate(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), 1)
+        >>> for out in (even, uneven):
+        ...     print(f"{ops.load_balancing_loss(out.score_sum, out.counts, 1):.3f}")
+        1.000
+        1.762
     """
     tokens = counts.sum(-1, keepdim=True).to(score_sum.dtype) / top_k  # [S, 1]
     per_segment = (counts * score_sum).sum(-1, keepdim=True) / tokens.clamp_min(1)

@@ -74,6 +74,12 @@ def pack(x: Tensor, weights: Tensor | None, slot_of: Tensor, top_k: int) -> Tens
     Notes:
         Routing order is by expert, hence by the rank that holds it: the rows of a peer are one
         slice. Only moves bytes; T = 0 and R = 0 are ordinary. Not differentiable.
+
+    Examples:
+        >>> x, weights = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.5], [0.25]])
+        >>> routing = ops.route(torch.tensor([[1], [0]]), 2)
+        >>> ops.pack(x, weights, routing.slot_of, 1).tolist()  # in fp32 the bits are the weight
+        [[3.0, 4.0, 0.25], [1.0, 2.0, 0.5]]
     """
     _derivatives.refuse_gradients("pack", _BITS, x, weights)
     x = x.contiguous()
@@ -102,6 +108,12 @@ def regroup(message: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor
 
     Notes:
         Stable: the order of a peer's rows stays. Uneven and zero counts are ordinary.
+
+    Examples:
+        >>> message = torch.tensor([[1.0], [2.0], [3.0]])  # two rows of peer 0, one of peer 1
+        >>> rows, weights, offsets = ops.regroup(message, torch.tensor([[1, 1], [1, 0]]), 1)
+        >>> rows.tolist(), weights, offsets.tolist()
+        ([[1.0], [3.0], [2.0]], None, [0, 2, 3])
     """
     _derivatives.refuse_gradients("regroup", _BITS, message)
     rows, weights, offsets = _regroup(message.contiguous(), counts, width)
@@ -123,6 +135,11 @@ def ungroup(rows: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tens
     Raises:
         RuntimeError: a wrong dtype, rank or shape, counts that do not add up to R'; inputs that
             ask for a gradient.
+
+    Examples:
+        >>> rows = torch.tensor([[1.0], [3.0], [2.0]])
+        >>> ops.ungroup(rows, torch.tensor([[1, 1], [1, 0]])).tolist()
+        [[1.0], [2.0], [3.0]]
     """
     _derivatives.refuse_gradients("ungroup", _BITS, rows, weights)
     rows = rows.contiguous()

@@ -88,6 +88,12 @@ def combine(
         `permute(dout, token_of)`; with weights the rows are kept, and one pass yields
         drows = weight * dout and dweights = <dout, row>. A layer whose experts apply the weights
         (`experts`) therefore combines without them.
+
+    Examples:
+        >>> routing = ops.route(torch.tensor([[1, 0], [0, 1]]), 2)
+        >>> rows = torch.tensor([[1.0], [2.0], [30.0], [40.0]])
+        >>> ops.combine(rows, routing.row_of, routing.token_of).tolist()  # 30 + 1, 2 + 40
+        [[31.0], [42.0]]
     """
     require_tensor(token_of)
     rows = rows.contiguous()

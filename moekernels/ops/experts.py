@@ -222,17 +222,16 @@ def experts(
 
     Args:
         x: [R, H] rows in expert order, fp32, bf16, fp16 or fp64; or [T, H] tokens, seen through
-        `token_of`.
+            `token_of`.
         weights: [R] fp32 (fp64 for fp64), the routing weight of each row (`permute_weights`);
-        None: all one.
+            None: all one.
         w1: [E, 2F, H], gate and up; ungated activations [E, F, H]. With `transposed` [E, H, 2F].
         w2: [E, H, F]; with `transposed` [E, F, H].
         offsets: [E+1] int64, where each expert's rows begin.
         token_of: [R] int32, the token of each row; rows whose token is outside [0, T) give zeros.
         row_of: [T, K] int32, the rows of each token; needed with `token_of` for x's gradient.
         activation: swiglu, geglu, reglu, swiglu_oai (clamped by `limit`, sigmoid of `alpha` gate,
-        up + 1),
-            swiglu_clamped (by `limit`); ungated: relu2, silu, gelu.
+            up + 1), swiglu_clamped (by `limit`); ungated: relu2, silu, gelu.
         b1, b2: [E, 2F], [E, H], biases or None.
         interleaved: gate and up alternate in w1 and b1, rather than one after the other.
         recompute: keep not even h for the backward, and compute it again there.
@@ -252,6 +251,13 @@ def experts(
         backward that reaches it, and none returned. Gradients of gradients are made in plain
         torch. Under autocast all but `weights` are cast. Deterministic on any number of
         threads.
+
+    Examples:
+        >>> rows, weights = torch.ones(3, 2), torch.tensor([1.0, 1.0, 0.5])
+        >>> w1, w2 = torch.ones(2, 4, 2), torch.ones(2, 2, 4)  # E = 2, H = 2, F = 4
+        >>> offsets = torch.tensor([0, 1, 3])  # one row for the first expert, two for the second
+        >>> ops.experts(rows, weights, w1, w2, offsets, activation="relu2").tolist()
+        [[16.0, 16.0], [16.0, 16.0], [8.0, 8.0]]
     """
     if row_of is not None:
         require_tensor(row_of)

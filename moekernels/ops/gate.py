@@ -147,6 +147,14 @@ def gate(
         they come in, all else is fp32.
         Sources: Shazeer et al. 2017 (top-k), Fedus et al. 2021 (balancing loss), Zoph et al. 2022
         (z-loss), DeepSeek-V3 2024 (sigmoid, groups, selection bias).
+
+    Examples:
+        >>> out = ops.gate(torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), 2, renormalize=True)
+        >>> out.ids.tolist(), out.counts.tolist()
+        ([[0, 1], [1, 2]], [[1, 2, 1]])
+        >>> out.weights
+        tensor([[0.7311, 0.2689],
+                [0.8808, 0.1192]])
     """
     if score not in _SCORE:
         raise ValueError(f"gate: score must be {'|'.join(_SCORE)}, got {score!r}")

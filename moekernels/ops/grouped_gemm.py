@@ -155,6 +155,11 @@ def grouped_gemm(rows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool =
         `main_grad` of its shape, a backward that reaches w adds its gradient to that and returns
         none for w. Under autocast both run in autocast's dtype. Deterministic: the same input
         gives the same bits on any number of threads. An expert without rows costs nothing.
+
+    Examples:
+        >>> w = torch.tensor([[[1.0, 1.0]], [[10.0, 10.0]]])  # two experts, from 2 to 1
+        >>> ops.grouped_gemm(torch.ones(3, 2), w, torch.tensor([0, 1, 3])).tolist()
+        [[2.0], [20.0], [20.0]]
     """
     main_grad = main_grad_of(w)
     rows, w = autocast(rows.device, rows, w)
@@ -169,6 +174,11 @@ def grouped_gemm_dgrad(
     O]) -> [R, I].
 
     Apart from `grouped_gemm_wgrad`, for schedules that run the two at different times.
+
+    Examples:
+        >>> w = torch.tensor([[[1.0, 2.0]], [[10.0, 20.0]]])
+        >>> ops.grouped_gemm_dgrad(torch.ones(3, 1), w, torch.tensor([0, 1, 3])).tolist()
+        [[1.0, 2.0], [10.0, 20.0], [10.0, 20.0]]
     """
     return _product(drows, w, offsets, not transposed)
 
@@ -187,6 +197,11 @@ def grouped_gemm_wgrad(
 
     With `out` [E, O, I] fp32 (fp64 for fp64), the main gradient, it is added to that, which is
     returned; experts without rows then cost nothing. Without, it is differentiable itself.
+
+    Examples:
+        >>> rows, drows = torch.ones(3, 2), torch.ones(3, 1)
+        >>> ops.grouped_gemm_wgrad(rows, drows, torch.tensor([0, 1, 3])).tolist()
+        [[[1.0, 1.0]], [[2.0, 2.0]]]
     """
     rows, drows = rows.contiguous(), drows.contiguous()
     if out is not None:

@@ -55,6 +55,16 @@ def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
         Only moves bytes. The gradient is `combine(drows, row_of, token_of)`, the sum of a token's
         rows in the order of k, so `row_of` and `token_of` must be each other's inverse.
         Deterministic; T = 0 and R = 0 are ordinary.
+
+    Examples:
+        >>> routing = ops.route(torch.tensor([[1], [0], [1]]), 2)
+        >>> x = torch.tensor([[1.0], [2.0], [3.0]], requires_grad=True)
+        >>> rows = ops.permute(x, routing.token_of, routing.row_of)
+        >>> rows.flatten().tolist()
+        [2.0, 1.0, 3.0]
+        >>> (rows * torch.tensor([[10.0], [20.0], [30.0]])).sum().backward()
+        >>> x.grad.flatten().tolist()
+        [20.0, 10.0, 30.0]
     """
     require_tensor(row_of)
     x = x.contiguous()
@@ -65,7 +75,13 @@ def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
 
 @op(reference.permute_weights)
 def permute_weights(weights: Tensor, routing: Routing) -> Tensor:
-    """The routing weight of each row, differentiable: weights [T, K] -> [R], zero if unused."""
+    """The routing weight of each row, differentiable: weights [T, K] -> [R], zero if unused.
+
+    Examples:
+        >>> routing = ops.route(torch.tensor([[1, 0], [0, 1]]), 2)
+        >>> ops.permute_weights(torch.tensor([[0.75, 0.25], [0.5, 0.5]]), routing).tolist()
+        [0.25, 0.5, 0.75, 0.5]
+    """
     flat = permute(weights.reshape(-1, 1), routing.slot_of, routing.row_of.reshape(-1, 1))
     return flat.reshape(-1)
 

@@ -66,6 +66,15 @@ def route(
 
     Notes:
         A stable counting sort: exact, and the same for any number of threads. Not differentiable.
+
+    Examples:
+        >>> routing = ops.route(torch.tensor([[1, 0], [1, 2], [0, 1]]), 3)
+        >>> routing.counts.tolist(), routing.offsets.tolist()
+        ([2, 3, 1], [0, 2, 5, 6])
+        >>> routing.token_of.tolist()  # of rows in expert order
+        [0, 2, 0, 1, 2, 1]
+        >>> routing.row_of.tolist()
+        [[2, 0], [3, 5], [1, 4]]
     """
     if drop not in _DROP:
         raise ValueError(f"route: drop must be position|weight, got {drop!r}")
