@@ -18,7 +18,14 @@ import torch
 # What the suite is budgeted for; more only makes ranks fight. Workers of pytest-xdist share it.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 GIB_A_WORKER = 4  # half of it the emulator's largest kernels, the rest 8 ranks of the tiny model
-SPAWNS_RANKS = ("test_checkpoint", "test_cli", "test_launch", "test_train", "test_verify")
+SPAWNS_RANKS = (
+    "test_checkpoint",
+    "test_cli",
+    "test_examples",
+    "test_launch",
+    "test_train",
+    "test_verify",
+)
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
