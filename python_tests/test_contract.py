@@ -124,7 +124,11 @@ def assert_close(label: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None
     unit = torch.finfo(ours.dtype).eps
     if ours.dtype == torch.float64:
         unit *= 16  # plain torch in fp64 is the reference itself
-    spread = 1 + 4 / ours.numel() ** 0.5
+    # Errors grow with the elements: where a few outweigh the rest, so few decide the mean, and luck
+    # weighs more (seen on another processor, where one of 35 held two thirds of the squares).
+    squares = exact.double().square()
+    count = float(squares.sum().square() / squares.square().sum()) if squares.any() else 1.0
+    spread = 1 + 4 / (count if count > 0 else ours.numel()) ** 0.5
 
     def rms(t: Tensor) -> float:
         return t.double().square().mean().sqrt().item()
@@ -132,9 +136,11 @@ def assert_close(label: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None
     def worst(t: Tensor) -> float:
         return t.double().abs().max().item()
 
-    for measure, factor in (rms, 2 * spread), (worst, 4):
+    # The floor beside torch's own luck: one unit in the last place, and for the worst element as
+    # many as an op has steps that each may round by one (product, activation, product, sum).
+    for measure, factor, units in (rms, 2 * spread, spread), (worst, 4, 4):
         error, torchs = measure(ours.double() - exact), measure(plain.double() - exact)
-        allowed = max(factor * torchs, factor / 2 * unit * measure(exact), 1e-13)
+        allowed = max(factor * torchs, units * unit * measure(exact), 1e-13)
         text = f"{label}: {measure.__name__} of the error {error:.3g}, plain torch {torchs:.3g}"
         assert error <= allowed, text
 
