@@ -7,11 +7,11 @@ STAMP := $(VENV)/.ready
 SOURCES := CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/cuda/* csrc/cuda/*/* csrc/simt/* csrc/cutlass/*)
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
 
-.PHONY: train test compat lock sanitize sanitizers cuda-all verify bench build lint format clean setup newest
+.PHONY: train test compat lock sanitize sanitizers cuda-all verify bench build lint format docs clean setup newest
 
 setup: $(STAMP)
 
-$(STAMP): setup.py pyproject.toml tools/setup_env.sh $(wildcard requirements/*) $(if $(NEWEST),newest)
+$(STAMP): setup.py pyproject.toml tools/setup_env.sh $(wildcard requirements/lock* requirements/cuda.txt) $(if $(NEWEST),newest)
 	PYTHON="$(PYTHON)" VENV="$(VENV)" GPU="$(GPU)" VERSIONS=$(if $(NEWEST),newest,locked) tools/setup_env.sh
 	touch $@
 
@@ -61,5 +61,14 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
+# build/docs, in an environment of its own: nothing of the package is imported.
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict $(ARGS)
+
+.venv-docs/.ready: requirements/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check --quiet install -r requirements/docs.txt
+	touch $@
+
 clean:
-	rm -rf build dist *.egg-info moekernels/*.so .venv-newest
+	rm -rf build dist *.egg-info moekernels/*.so .venv-newest .venv-docs

@@ -232,7 +232,8 @@ def experts(
         row_of: [T, K] int32, the rows of each token; needed with `token_of` for x's gradient.
         activation: swiglu, geglu, reglu, swiglu_oai (clamped by `limit`, sigmoid of `alpha` gate,
             up + 1), swiglu_clamped (by `limit`); ungated: relu2, silu, gelu.
-        b1, b2: [E, 2F], [E, H], biases or None.
+        b1: [E, 2F], the bias of w1, or None.
+        b2: [E, H], the bias of w2, or None.
         interleaved: gate and up alternate in w1 and b1, rather than one after the other.
         recompute: keep not even h for the backward, and compute it again there.
 

@@ -118,8 +118,8 @@ def gate(
         score: "softmax"; "softmax_topk", the softmax over the chosen logits only; "sigmoid";
             "sqrtsoftplus", sqrt(log(1 + exp(logits))).
         bias: [E], added to the scores for the choice only (aux-loss-free balancing).
-        num_groups, groups_kept: experts in `num_groups` equal groups, of which only the best
-            `groups_kept` are chosen from.
+        num_groups: into how many equal groups the experts are divided.
+        groups_kept: of which only so many, the best, are chosen from.
         group_score: a group ranks by its best choice score ("max") or by its two best ("sum2").
         renormalize: divide a token's weights by their sum.
         scale: factor on the weights, after `renormalize`.
