@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moekernels import cli
+from moekernels import cli, ops
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(ROOT.glob("docs/**/*.md"))
@@ -59,6 +59,11 @@ def test_examples_give_what_they_say(page):
 def test_every_room_is_on_the_map(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert not [room for room in ROOMS if room not in text]
+
+
+def test_every_op_has_its_place():
+    page = (ROOT / "docs" / "api" / "ops.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^::: moekernels\S*\.(\w+)$", page, re.M)) == set(ops.__all__)
 
 
 def test_every_page_is_in_the_navigation():
