@@ -166,6 +166,12 @@ def test_every_room_has_a_floor():
     assert rooms - {"__init__"} == FLOOR_OF.keys() - {"_host"}
 
 
+def test_the_architecture_page_shows_the_floors():
+    rows = re.findall(r"^\| (\d) \| (.+?) \|", (ROOT / "docs/architecture.md").read_text(), re.M)
+    shown = {room: int(floor) - 1 for floor, rooms in rows for room in re.findall(r"`(\w+)", rooms)}
+    assert shown == {r: f for r, f in FLOOR_OF.items() if not r.startswith("_")}
+
+
 def test_arrows_point_down():
     back = set()
     for path in PACKAGE.rglob("*.py"):
