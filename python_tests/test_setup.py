@@ -46,6 +46,14 @@ def test_lock_holds_exactly_one_version_of_all_that_is_asked_for(lock):
         )
 
 
+def test_the_tools_of_the_documentation_are_exact_and_as_asked_for():
+    lines = (ROOT / "requirements" / "docs.txt").read_text(encoding="utf-8").splitlines()
+    versions = {canonicalize_name(r.name): str(r.specifier) for r in requirements(lines)}
+    assert all(re.fullmatch(r"==[\w.]+", version) for version in versions.values()), versions
+    for asked in requirements(PROJECT["optional-dependencies"]["docs"]):
+        assert asked.specifier.contains(versions[canonicalize_name(asked.name)].removeprefix("=="))
+
+
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.stem)
 def test_machine_without_a_gpu_installs_nothing_of_cuda(lock):
     """Beside the two tools, a few MB, that read what nvcc made."""
