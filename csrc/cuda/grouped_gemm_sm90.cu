@@ -36,7 +36,7 @@ void wgrad(const GroupedWgradArgs& args, const GemmChoice& choice, Stream stream
       .prefetch = false,
   };
   const int64_t tiles = args.experts * product.row_tiles * product.column_tiles;
-  const int promotion = settings().promotion;
+  const int promotion = order_of(choice).promotion;
   launch_product<Epilogue, true, true>("grouped_wgrad_sm90", choice, tiles,
                                        tensor_map(args.dtype, args.a, {args.m, args.num_rows}, 64, promotion),
                                        tensor_map(args.dtype, args.b, {args.n, args.num_rows}, 64, promotion), product,

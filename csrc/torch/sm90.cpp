@@ -32,7 +32,8 @@ std::string build_name() {
   return name;
 }
 
-void settings(int64_t stages, int64_t band, int64_t grid, int64_t promotion, bool prefetch) {
+void settings(int64_t stages, int64_t band, int64_t grid, int64_t promotion,
+              std::optional<bool> prefetch) {
   const char* op = "sm90_settings";
   check_built(op);
   check(stages == 0 || (stages >= 2 && stages <= 8), op, ": stages must be 0 (the table's) or 2 to 8, got ", stages);
@@ -43,7 +44,8 @@ void settings(int64_t stages, int64_t band, int64_t grid, int64_t promotion, boo
   check(promotion == 0 || promotion == 64 || promotion == 128 || promotion == 256, op,
         ": promotion must be 0 (the default), 64, 128 or 256 bytes, got ", promotion);
   if constexpr (kBuilt) {
-    sm90::set({static_cast<int>(stages), static_cast<int>(band), static_cast<int>(grid), static_cast<int>(promotion), prefetch});
+    sm90::set({static_cast<int>(stages), static_cast<int>(band), static_cast<int>(grid), static_cast<int>(promotion),
+               prefetch ? static_cast<int>(*prefetch) : -1});
   }
 }
 
@@ -87,7 +89,7 @@ Tensor trace(const Tensor& like, int64_t launches, int64_t blocks, int64_t tiles
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def("_sm90_build() -> str");
-  m.def("_sm90_settings(int stages=0, int band=0, int grid=0, int promotion=0, bool prefetch=True) -> ()");
+  m.def("_sm90_settings(int stages=0, int band=0, int grid=0, int promotion=0, bool? prefetch=None) -> ()");
   m.def("_sm90_watchdog(float seconds) -> ()");
   m.def("_sm90_stuck() -> str");
   m.def("_sm90_launched() -> str");

@@ -31,18 +31,28 @@ inline void set_stages(ProductArgs& args, const char* name, int columns, int wan
   }
 }
 
+// How a launch walks its tiles and loads them: as the settings ask, else as the table of tiles says.
+inline GemmOrder order_of(const GemmChoice& choice) {
+  const Settings asked = settings();
+  const auto either = [](int setting, int entry, int none) { return setting != 0 ? setting : entry != 0 ? entry : none; };
+  return {either(asked.band, choice.order.band, kTileBand),
+          either(asked.grid, choice.order.grid, multiprocessors()),
+          either(asked.promotion, choice.order.promotion, 256),
+          asked.prefetch >= 0 ? asked.prefetch != 0 : choice.order.prefetch};
+}
+
 // `tiles`: the most there can be.
 template <class Epilogue, bool kOverRows, bool kAlongN>
 void launch_product(const char* name, const GemmChoice& choice, int64_t tiles, const CUtensorMap& a,
                     const CUtensorMap& b, ProductArgs args, const typename Epilogue::Args& to, Stream stream) {
   set_stages(args, name, Epilogue::kColumns, choice.stages);
-  args.band = settings().band != 0 ? settings().band : kTileBand;
-  args.prefetch = settings().prefetch;
+  const GemmOrder order = order_of(choice);
+  args.band = order.band;
+  args.prefetch = order.prefetch;
   const int64_t bytes = product_shared_bytes(Epilogue::kColumns, args.stages, args.experts);
   const auto kernel = product<Epilogue, kOverRows, kAlongN>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
-  const int64_t grid = settings().grid > 0 ? settings().grid : multiprocessors();
-  launch(name, kernel, std::min<int64_t>(tiles, grid), kProductThreads, bytes, stream, a, b, args, to, note_launch(name));
+  launch(name, kernel, std::min<int64_t>(tiles, order.grid), kProductThreads, bytes, stream, a, b, args, to, note_launch(name));
 }
 
 // rows [R, depth] of each expert times its w: [E, width, depth], or [E, depth, width] when it lies along N.
@@ -76,12 +86,13 @@ struct RowProduct {
     };
     if (num_rows == 0 || width == 0) return;
     const int64_t tiles = row_tiles_bound(num_rows, experts, kTileRows) * column_tiles;
-    const CUtensorMap a = tensor_map(dtype, rows, {depth, num_rows}, kTileRows, settings().promotion);
+    const int promotion = order_of(choice).promotion;
+    const CUtensorMap a = tensor_map(dtype, rows, {depth, num_rows}, kTileRows, promotion);
     if (along_n) {
-      const CUtensorMap b = tensor_map(dtype, w, {width, depth, experts}, 64, settings().promotion);
+      const CUtensorMap b = tensor_map(dtype, w, {width, depth, experts}, 64, promotion);
       launch_product<Epilogue, false, true>(name, choice, tiles, a, b, args, to, stream);
     } else {
-      const CUtensorMap b = tensor_map(dtype, w, {depth, width, experts}, 128, settings().promotion);
+      const CUtensorMap b = tensor_map(dtype, w, {depth, width, experts}, 128, promotion);
       launch_product<Epilogue, false, false>(name, choice, tiles, a, b, args, to, stream);
     }
   }

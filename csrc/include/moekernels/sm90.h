@@ -12,7 +12,7 @@ struct Settings {
   int band = 0;       // rows of tiles that are worked off column by column; -n: at most n, a group's bands of one height
   int grid = 0;       // blocks, where there are as many tiles
   int promotion = 0;  // bytes that a load brings to L2: 64, 128 or 256
-  bool prefetch = true;  // what an epilogue reads comes to L2 while the product runs
+  int prefetch = -1;  // 1: what an epilogue reads comes to L2 while the product runs; -1: as the table says
 };
 constexpr int kMostBand = 64, kMostGrid = 1024, kLoggedLaunches = 64;
 
