@@ -61,6 +61,11 @@ class Launched:
         return Path(self.tell("folder", chosen if self.rank == 0 else None))
 
 
+def wanted() -> bool:
+    """Whether a launcher started this process as one of its ranks; nobody is met."""
+    return bool(os.environ.get("RANK") or os.environ.get("WORLD_SIZE"))
+
+
 def launched() -> Launched | None:
     """None where this process was started by hand. PlaceError where half of what a launcher sets
     is missing or cannot be true."""

@@ -137,12 +137,11 @@ def verify(
         cfg.check_value(f"--{flag}", SECTIONS["model"], key, value)
     if not 1 <= steps <= MOST_STEPS:  # all are recorded before the first is compared
         raise UsageError(f"--steps must be from 1 to {MOST_STEPS}, got {steps}")
-    launched = launcher.launched()
-    if everything and launched is not None:
+    if everything and launcher.wanted():
         raise UsageError("--all starts the ranks of each layout by itself; leave torchrun out")
     if not everything:
         variant = Variant(schedule, experts, top_k, steps, balance_scope)
-        return verify_layout(degrees, [variant], dtype, device, launched)
+        return verify_layout(degrees, [variant], dtype, device, launcher.launched())
     codes = [verify_layout(d, variants_of(d, steps), dtype, device) for d in LAYOUTS]
     print("all agree" if not any(codes) else f"{sum(codes)} of {len(codes)} layouts disagree")
     return max(codes)
