@@ -12,7 +12,6 @@ archive that leaves room for little else: a call of its own.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -25,6 +24,10 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from moekernels import jsonio  # noqa: E402
+
 # With what they need that a CUDA torch does not bring.
 BUILD = ("pybind11", "setuptools<82")
 TEST = (
@@ -162,7 +165,7 @@ def product_cubins(library: Path, folder: Path) -> int:
                 named[target.name] = kernels
     if not named:
         fail(f"{library} holds no products for sm_90a; build with MOEKERNELS_CUDA_ARCHS=90a-real")
-    (folder / "products.json").write_text(json.dumps(named))
+    (folder / "products.json").write_text(jsonio.dumps(named))
     return sum(map(len, named.values()))
 
 

@@ -12,6 +12,7 @@ import torch
 from distributed import run_ranks
 
 from moekernels.errors import RunError, UsageError
+from moekernels.model.decoder import DecoderSpec
 from moekernels.model.layout import Layout
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import even_range, shard
@@ -301,9 +302,7 @@ def test_what_may_change_is_said(section, key, value, said):
 
 @pytest.mark.parametrize("change", [{"balance_coef": 0.0}, {"balance_scope": "sequence"}])
 def test_only_a_loss_of_micro_batches_changes_with_their_number(change):
-    run = cfg.RunConfig()
-    for key, value in change.items():
-        setattr(run.model, key, value)
+    run = cfg.RunConfig(model=DecoderSpec(**change))
     facts = facts_of(run)
     run.batch.microbatches = 4
     assert resume.compare("step", facts, run) == [

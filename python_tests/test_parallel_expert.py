@@ -10,6 +10,7 @@ from distributed import RankPool
 from torch import Tensor
 
 from moekernels.model.layout import Layout
+from moekernels.model.router import RouterSpec
 from moekernels.nn.dispatcher import AllGatherDispatcher, AllToAllDispatcher, make_dispatcher
 from moekernels.parallel import expert
 from moekernels.parallel.mesh import Mesh
@@ -150,13 +151,17 @@ def test_what_an_exchange_brought_is_kept_for_recomputation(kind: str) -> None:
         assert all(pool.run(_replay, kind))
 
 
+def choices(top_k: int) -> RouterSpec:
+    return RouterSpec(num_experts=6, top_k=top_k)
+
+
 def _kinds(rank: int) -> list[str]:
     mesh, alone = Mesh(Layout(dp=3, ep=3)), Mesh(Layout(dp=3))
     made = [
-        make_dispatcher("auto", mesh, 6, 3),
-        make_dispatcher("auto", mesh, 6, 4),
-        make_dispatcher("all_gather", mesh, 6, 1),
-        make_dispatcher("all_to_all", alone, 6, 1),
+        make_dispatcher("auto", mesh, choices(3)),
+        make_dispatcher("auto", mesh, choices(4)),
+        make_dispatcher("all_gather", mesh, choices(1)),
+        make_dispatcher("all_to_all", alone, choices(1)),
     ]
     return [type(one).__name__ for one in made]
 
