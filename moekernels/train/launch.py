@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from moekernels.errors import RunError, UsageError, one_line
-from moekernels.parallel.host import share_cores
+from moekernels.parallel.host import bound_primitives, share_cores
 from moekernels.train.launcher import TIMEOUT, Launched
 from moekernels.train.stop import ONE_REQUEST, Forward, Stop, end_now, handled
 
@@ -113,6 +113,7 @@ def run_local(
     rank on the CPU runs here. `describe(rank)` is how a rank is called in messages. `forward`:
     signals go to rank 0, which ends the run in order, rather than end it here.
     """
+    bound_primitives()
     if world == 1 and device == "cpu":
         return target(RankEnv(0, 1, 0, torch.device("cpu")), *args)
     context = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
@@ -264,6 +265,7 @@ def run_launched(
 ) -> int:
     """`target(RankEnv, *args)` as the rank that a launcher made of this process; the exit code,
     which is the target's own if it returns."""
+    bound_primitives()
     rank = launched.rank
     place = (rank, launched.size, launched.local_rank, device)
     code = 1
