@@ -87,6 +87,13 @@ def test_routers(four: RankPool, router: dict) -> None:
     compare(four, LAYOUTS["tp2 dp2 ep4"], variant(**router), UNEVEN)
 
 
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("layout", ["tp2 dp2 ep4", "tp2 dp2 etp2 ep2"])
+def test_shared_experts_and_dense_layers(four: RankPool, layout: str, sequence_parallel) -> None:
+    config = variant(shared_d_ff=8, shared_gate=True, dense_layers=1, dense_d_ff=20)
+    compare(four, LAYOUTS[layout], config, UNEVEN, sequence_parallel=sequence_parallel)
+
+
 @pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
 def test_checkpointed_layers_give_the_same_bits(four: RankPool, dispatcher: str) -> None:
     layout = LAYOUTS["tp2 dp2 etp2 ep2"]
