@@ -145,24 +145,29 @@ def assert_close(label: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None
         assert error <= allowed, text
 
 
+def hold(spec: OpSpec, inputs: dict, ours: tuple) -> None:
+    """Holds what `evaluate` gave to the reference: outputs and gradients."""
+    plain = evaluate(spec.reference, spec, inputs)
+    if spec.exact:
+        assert_same(ours, plain)
+        return
+    exact = evaluate(spec.reference, spec, lift(inputs))
+    for i, (a, b, c) in enumerate(zip(ours[0], plain[0], exact[0], strict=True)):
+        assert_close(f"output {i}", a, b, c)
+    for name, gradient in ours[1].items():
+        if gradient is None:
+            assert plain[1].get(name) is None, name
+            continue
+        zero = torch.zeros_like(gradient)
+        others = plain[1].get(name), exact[1].get(name)
+        assert_close(f"d{name}", gradient, *(zero if o is None else o for o in others))
+
+
 @each()
 def test_values_and_gradients(spec, dtype, case):
     before = {n: v.clone() for n, v in case.inputs.items() if isinstance(v, Tensor)}
     ours = evaluate(spec.fn, spec, case.inputs)
-    plain = evaluate(spec.reference, spec, case.inputs)
-    if spec.exact:
-        assert_same(ours, plain)
-    else:
-        exact = evaluate(spec.reference, spec, lift(case.inputs))
-        for i, (a, b, c) in enumerate(zip(ours[0], plain[0], exact[0], strict=True)):
-            assert_close(f"output {i}", a, b, c)
-        for name, gradient in ours[1].items():
-            if gradient is None:
-                assert plain[1].get(name) is None, name
-            else:
-                other = plain[1].get(name), exact[1].get(name)
-                zero = torch.zeros_like(gradient)
-                assert_close(f"d{name}", gradient, *(zero if o is None else o for o in other))
+    hold(spec, case.inputs, ours)
     for name, value in before.items():
         assert same_bits(case.inputs[name], value), f"{name} was written to"
 

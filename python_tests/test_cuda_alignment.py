@@ -14,8 +14,8 @@ from torch import Tensor
 from moekernels import ops, reference
 from moekernels.ops._spec import randn, random_ids
 from python_tests.hopper import back, here, hopper, products, where  # noqa: F401
-from python_tests.test_contract import assert_close, evaluate
-from python_tests.test_cuda_emulated import hold, spec_of
+from python_tests.test_contract import assert_close, evaluate, hold
+from python_tests.test_cuda_emulated import spec_of
 from python_tests.test_cuda_gemm_emulated import ffn, offsets_of, product
 
 BF16, F32 = torch.bfloat16, torch.float32

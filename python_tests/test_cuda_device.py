@@ -14,8 +14,7 @@ from torch import Tensor
 from moekernels import interop, ops
 from moekernels.ops._spec import all_specs, randn, random_ids
 from python_tests import emulated
-from python_tests.test_contract import assert_same, evaluate
-from python_tests.test_cuda_emulated import hold
+from python_tests.test_contract import assert_same, evaluate, hold
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,8 +14,8 @@ from moekernels import ops, reference
 from moekernels.ops._library import raw
 from moekernels.ops._spec import randn, random_ids
 from python_tests import emulated, ptx
-from python_tests.test_contract import assert_close, assert_same, evaluate, lift
-from python_tests.test_cuda_emulated import hold, spec_of
+from python_tests.test_contract import assert_close, assert_same, evaluate, hold, lift
+from python_tests.test_cuda_emulated import spec_of
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=emulated.why_not() or "")
 

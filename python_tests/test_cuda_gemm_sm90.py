@@ -15,8 +15,8 @@ from moekernels.ops._library import raw
 from moekernels.ops._spec import randn, random_ids
 from python_tests import emulated, ptx
 from python_tests.hopper import back, here, hopper, products, where  # noqa: F401
-from python_tests.test_contract import assert_close, assert_same, evaluate
-from python_tests.test_cuda_emulated import hold, spec_of
+from python_tests.test_contract import assert_close, assert_same, evaluate, hold
+from python_tests.test_cuda_emulated import spec_of
 from python_tests.test_cuda_gemm_emulated import ffn, offsets_of, product
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

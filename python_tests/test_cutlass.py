@@ -14,9 +14,8 @@ import torch
 from moekernels import _host, ops
 from moekernels.ops._spec import all_specs, randn, routing_cases
 from python_tests import emulated, ptx
-from python_tests.test_contract import assert_same, evaluate
+from python_tests.test_contract import assert_same, evaluate, hold
 from python_tests.test_cuda_device import no_waiting, on_device, to_cpu
-from python_tests.test_cuda_emulated import hold
 
 BF16 = torch.bfloat16
 SPECS = {spec.name: spec for spec in all_specs() if spec.name.startswith("grouped_gemm")}
