@@ -55,11 +55,14 @@ verify: build
 bench: build
 	$(BIN)/python -m moekernels bench $(ARGS)
 
+# C++ and CUDA, by the same versions of the tools everywhere: those of requirements/.
+CPP = $$(find csrc bench python_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
 lint: $(STAMP)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(STAMP)
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/clang-format -i $(CPP)
 
 # build/docs, in an environment of its own: nothing of the package is imported.
 docs: .venv-docs/.ready

@@ -1,5 +1,6 @@
-// What the card gives by itself, one resource at a time: tensor cores from shared memory, L2 through TMA, device memory,
-// and latencies. Every kernel writes cycles of its SM; bench/calibrate.py turns them into rates.
+// What the card gives by itself, one resource at a time: tensor cores from shared memory, L2
+// through TMA, device memory, and latencies. Every kernel writes cycles of its SM;
+// bench/calibrate.py turns them into rates.
 #include <cuda.h>
 #include <cuda_bf16.h>
 
@@ -39,11 +40,13 @@ __device__ void multiply_192(float (&d)[96], uint64_t a, uint64_t b, int add) {
 #undef D4
 #undef D16
 
-// Two warpgroups multiply what lies in shared memory, as a product's consumers do, without waiting for loads.
+// Two warpgroups multiply what lies in shared memory, as a product's consumers do, without waiting
+// for loads.
 template <int kColumns>
 __device__ void wgmma_peak(const uint4* from, int steps, int64_t* taken, float* sink) {
   const int bytes = (128 + kColumns) * 128, group = threadIdx.x / 128;
-  for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) reinterpret_cast<uint4*>(shared)[i] = from[i];
+  for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x)
+    reinterpret_cast<uint4*>(shared)[i] = from[i];
   fence_async_proxy();
   __syncthreads();
   const uint64_t a = operand(shared_address(shared) + group * 8192, 8192);
@@ -78,18 +81,19 @@ __device__ void wgmma_peak(const uint4* from, int steps, int64_t* taken, float* 
 }  // namespace
 
 // taken [blocks, 2]; a step is 64 of K: 128 x kColumns x 64 multiply-adds a block.
-#define WGMMA_PEAK(columns)                                                                            \
-  extern "C" __global__ void __launch_bounds__(256, 1)                                                 \
-      wgmma_peak_##columns(const uint4* from, int steps, int64_t* taken, float* sink) {                \
-    wgmma_peak<columns>(from, steps, taken, sink);                                                     \
+#define WGMMA_PEAK(columns)                                                             \
+  extern "C" __global__ void __launch_bounds__(256, 1)                                  \
+      wgmma_peak_##columns(const uint4* from, int steps, int64_t* taken, float* sink) { \
+    wgmma_peak<columns>(from, steps, taken, sink);                                      \
   }
 WGMMA_PEAK(128)
 WGMMA_PEAK(192)
 WGMMA_PEAK(256)
 
-// Boxes of 64 lines (8 KiB) from `lines` of an array, six to a stage as in a product, four stages in flight; nobody reads
-// them. taken [blocks].
-extern "C" __global__ void tma_bandwidth(const __grid_constant__ CUtensorMap map, int lines, int steps, int64_t* taken) {
+// Boxes of 64 lines (8 KiB) from `lines` of an array, six to a stage as in a product, four stages
+// in flight; nobody reads them. taken [blocks].
+extern "C" __global__ void tma_bandwidth(const __grid_constant__ CUtensorMap map, int lines,
+                                         int steps, int64_t* taken) {
   constexpr int kStages = 4, kBoxes = 6;
   __shared__ uint64_t barriers[kStages];
   if (threadIdx.x != 0) return;
@@ -112,7 +116,8 @@ extern "C" __global__ void tma_bandwidth(const __grid_constant__ CUtensorMap map
 }
 
 // taken [rounds]: one box from issue to the end of the wait, each from other lines.
-extern "C" __global__ void tma_latency(const __grid_constant__ CUtensorMap map, int lines, int rounds, int64_t* taken) {
+extern "C" __global__ void tma_latency(const __grid_constant__ CUtensorMap map, int lines,
+                                       int rounds, int64_t* taken) {
   __shared__ uint64_t barrier;
   if (threadIdx.x != 0) return;
   init_barrier(shared_address(&barrier), 1);

@@ -189,8 +189,8 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
             "wgrad",
             ADD,
             "rows_sm90.cuh",
-            "{sum[j][half].x + part[0], sum[j][half].y + part[1]}",
-            "{part[0], sum[j][half].y + part[1]}",
+            "= {sum[j][half].x + part[0],",
+            "= {part[0],",
             r"fp32 \+= is wrong.*column % 8 in \{0, 2, 4, 6\}",
         ),
         (

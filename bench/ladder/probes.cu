@@ -1,5 +1,6 @@
-// The smallest kernels that use one instruction family of the Hopper products each, through the library's own wrappers.
-// Host code gives layouts, strides and counts as arguments, so a wrong one can be planted without another build.
+// The smallest kernels that use one instruction family of the Hopper products each, through the
+// library's own wrappers. Host code gives layouts, strides and counts as arguments, so a wrong one
+// can be planted without another build.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -16,25 +17,29 @@ namespace {
 
 __device__ bool phase_over(uint32_t barrier, uint32_t parity) {
   uint32_t over;
-  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-               : "=r"(over)
-               : "r"(barrier), "r"(parity)
-               : "memory");
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(over)
+      : "r"(barrier), "r"(parity)
+      : "memory");
   return over != 0;
 }
 
 __device__ void copy_out(uint4* out, int bytes) {
-  for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) out[i] = reinterpret_cast<const uint4*>(shared)[i];
+  for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x)
+    out[i] = reinterpret_cast<const uint4*>(shared)[i];
 }
 
 __device__ void copy_in(char* to, const uint4* from, int bytes) {
-  for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) reinterpret_cast<uint4*>(to)[i] = from[i];
+  for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x)
+    reinterpret_cast<uint4*>(to)[i] = from[i];
 }
 
 }  // namespace
 
-// Two warps hand a number back and forth. seen [2 + rounds]: whether a fresh barrier's parity 1 is over (1), its parity 0
-// (0), then the number of each round.
+// Two warps hand a number back and forth. seen [2 + rounds]: whether a fresh barrier's parity 1 is
+// over (1), its parity 0 (0), then the number of each round.
 extern "C" __global__ void mbarrier_probe(int expected, int rounds, uint32_t* seen) {
   __shared__ uint64_t barriers[2];
   __shared__ uint32_t value;
@@ -66,7 +71,8 @@ extern "C" __global__ void mbarrier_probe(int expected, int rounds, uint32_t* se
 }
 
 // One box, as TMA leaves it in shared memory. bytes: what it announces.
-extern "C" __global__ void tma_2d_probe(const __grid_constant__ CUtensorMap map, int x, int y, int bytes, uint4* out) {
+extern "C" __global__ void tma_2d_probe(const __grid_constant__ CUtensorMap map, int x, int y,
+                                        int bytes, uint4* out) {
   __shared__ uint64_t barrier;
   if (threadIdx.x == 0) {
     init_barrier(shared_address(&barrier), 1);
@@ -78,8 +84,8 @@ extern "C" __global__ void tma_2d_probe(const __grid_constant__ CUtensorMap map,
   wait(shared_address(&barrier), 0);
   copy_out(out, bytes);
 }
-extern "C" __global__ void tma_3d_probe(const __grid_constant__ CUtensorMap map, int x, int y, int z, int bytes,
-                                        uint4* out) {
+extern "C" __global__ void tma_3d_probe(const __grid_constant__ CUtensorMap map, int x, int y,
+                                        int z, int bytes, uint4* out) {
   __shared__ uint64_t barrier;
   if (threadIdx.x == 0) {
     init_barrier(shared_address(&barrier), 1);
@@ -92,8 +98,9 @@ extern "C" __global__ void tma_3d_probe(const __grid_constant__ CUtensorMap map,
   copy_out(out, bytes);
 }
 
-// d [64, columns] = A [64, 64] B [columns, 64]^T from images of shared memory, four products of 16 of K one after another.
-// What the products' descriptors hold comes from the host: the bytes from step to step, and leading and stride.
+// d [64, columns] = A [64, 64] B [columns, 64]^T from images of shared memory, four products of 16
+// of K one after another. What the products' descriptors hold comes from the host: the bytes from
+// step to step, and leading and stride.
 struct Layout {
   uint32_t step, leading, stride;
 };
@@ -109,7 +116,8 @@ __device__ void wgmma(const uint4* image_a, const uint4* image_b, Layout a, Layo
   fence_products();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    multiply<T, kTransposedA, kTransposedB>(d, from_a + k * (a.step >> 4), from_b + k * (b.step >> 4), k > 0);
+    multiply<T, kTransposedA, kTransposedB>(d, from_a + k * (a.step >> 4),
+                                            from_b + k * (b.step >> 4), k > 0);
   }
   commit_products();
   wait_products<0>();
@@ -125,12 +133,12 @@ __device__ void wgmma(const uint4* image_a, const uint4* image_b, Layout a, Layo
     }
   }
 }
-#define WGMMA_PROBE(name, type, columns, transposed_a, transposed_b)                                               \
-  extern "C" __global__ void __launch_bounds__(128, 1)                                                             \
-      name(const uint4* image_a, const uint4* image_b, uint32_t step_a, uint32_t leading_a, uint32_t stride_a,     \
-           uint32_t step_b, uint32_t leading_b, uint32_t stride_b, float* out) {                                   \
-    wgmma<type, columns, transposed_a, transposed_b>(image_a, image_b, {step_a, leading_a, stride_a},              \
-                                                     {step_b, leading_b, stride_b}, out);                          \
+#define WGMMA_PROBE(name, type, columns, transposed_a, transposed_b)                           \
+  extern "C" __global__ void __launch_bounds__(128, 1) name(                                   \
+      const uint4* image_a, const uint4* image_b, uint32_t step_a, uint32_t leading_a,         \
+      uint32_t stride_a, uint32_t step_b, uint32_t leading_b, uint32_t stride_b, float* out) { \
+    wgmma<type, columns, transposed_a, transposed_b>(                                          \
+        image_a, image_b, {step_a, leading_a, stride_a}, {step_b, leading_b, stride_b}, out);  \
   }
 WGMMA_PROBE(wgmma_bf16_n256_kk, __nv_bfloat16, 256, 0, 0)
 WGMMA_PROBE(wgmma_bf16_n256_mk, __nv_bfloat16, 256, 1, 0)
@@ -141,7 +149,8 @@ WGMMA_PROBE(wgmma_f16_n256_kk, __half, 256, 0, 0)
 
 // The products' ring: one producer thread, eight consumer warps that copy every stage's 8 KiB out.
 extern "C" __global__ void __launch_bounds__(384, 1)
-    ring_probe(const __grid_constant__ CUtensorMap map, int stages, int steps, int arrivals, int waits, uint4* out) {
+    ring_probe(const __grid_constant__ CUtensorMap map, int stages, int steps, int arrivals,
+               int waits, uint4* out) {
   constexpr int kBytes = 64 * 128;
   __shared__ uint64_t barriers[2 * 8];
   const uint32_t full = shared_address(barriers), empty = full + 64;
@@ -176,7 +185,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   }
 }
 
-// Registers change hands as in the products; a consumer then holds more than a launch gives. out [256, 200].
+// Registers change hands as in the products; a consumer then holds more than a launch gives. out
+// [256, 200].
 extern "C" __global__ void __launch_bounds__(384, 1) setmaxnreg_probe(const float* in, float* out) {
   constexpr int kHeld = 200;
   if (threadIdx.x >= 256) {
@@ -190,5 +200,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) setmaxnreg_probe(const floa
   sync_named<256>(1);
   pin(held);
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) out[threadIdx.x * kHeld + i] = held[i] + held[kHeld - 1 - i] * 2.0f;
+  for (int i = 0; i < kHeld; ++i)
+    out[threadIdx.x * kHeld + i] = held[i] + held[kHeld - 1 - i] * 2.0f;
 }

@@ -35,7 +35,8 @@ inline Vec<double> erf(Vec<double> x) {
   return x;
 }
 
-// What the shared formulas ask of this level. A type of this level's namespace, so that no two levels share an instance.
+// What the shared formulas ask of this level. A type of this level's namespace, so that no two
+// levels share an instance.
 template <class S>
 struct Math {
   static Vec<S> exp(Vec<S> x) { return MOEKERNELS_ISA::exp(x); }

@@ -6,7 +6,8 @@
 namespace moekernels::cpu::MOEKERNELS_ISA {
 namespace {
 
-// Calls move(by expert, by source, n) for the pieces of runs that lie in [row_begin, row_end) by expert.
+// Calls move(by expert, by source, n) for the pieces of runs that lie in [row_begin, row_end) by
+// expert.
 template <class Move>
 void for_each_run(const Runs& runs, int64_t row_begin, int64_t row_end, const Move& move) {
   int64_t low = 0, high = runs.runs;  // the run that holds row_begin
@@ -55,7 +56,8 @@ void regroup(const RegroupArgs& args, int64_t row_begin, int64_t row_end) {
     }
     for (int64_t i = 0; i < n; ++i, from += width, to += args.row_bytes) {
       std::memcpy(to, from, args.row_bytes);
-      std::memcpy(weights + (row + i) * args.weight_bytes, from + args.row_bytes, args.weight_bytes);
+      std::memcpy(weights + (row + i) * args.weight_bytes, from + args.row_bytes,
+                  args.weight_bytes);
     }
   });
 }

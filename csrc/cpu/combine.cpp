@@ -1,4 +1,5 @@
-// Bound by memory: every row is read once, the sum of a token stays in registers. Compiled once for each ISA level.
+// Bound by memory: every row is read once, the sum of a token stays in registers. Compiled once for
+// each ISA level.
 #include "moekernels/combine.h"
 
 #include "vec.h"
@@ -8,7 +9,9 @@ namespace {
 
 constexpr int kUnroll = 4;
 
-inline bool inside(int64_t i, int64_t n) { return static_cast<uint64_t>(i) < static_cast<uint64_t>(n); }
+inline bool inside(int64_t i, int64_t n) {
+  return static_cast<uint64_t>(i) < static_cast<uint64_t>(n);
+}
 
 template <class T, bool weighted>
 void combine_tokens(const CombineArgs& args, int64_t token_begin, int64_t token_end) {

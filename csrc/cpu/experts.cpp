@@ -1,4 +1,5 @@
-// Compiled once for each ISA level. The products are gemm.cpp's; here is what happens to their blocks while they are hot.
+// Compiled once for each ISA level. The products are gemm.cpp's; here is what happens to their
+// blocks while they are hot.
 #include "moekernels/experts.h"
 
 #include "activation.h"
@@ -8,7 +9,8 @@
 namespace moekernels::cpu::MOEKERNELS_ISA {
 namespace {
 
-constexpr int64_t kColumns = 256;  // of C at a time: as many of F for dact, half as many gated for up
+constexpr int64_t kColumns =
+    256;  // of C at a time: as many of F for dact, half as many gated for up
 
 struct Shape {
   int64_t gates;  // 2 gated, 1 not
@@ -28,8 +30,8 @@ inline T* row_at(void* data, int64_t row, int64_t width) {
   return static_cast<T*>(data) + row * width;
 }
 
-inline Operand weights_of(const ExpertsArgs& args, const void* w, int64_t expert, int64_t out, int64_t in,
-                          bool k_is_in) {
+inline Operand weights_of(const ExpertsArgs& args, const void* w, int64_t expert, int64_t out,
+                          int64_t in, bool k_is_in) {
   // Stored [out, in], transposed [in, out]; the product sums over `in` or over `out`.
   return {.data = static_cast<const char*>(w) + expert * out * in * size_of(args.dtype),
           .ld = args.transposed ? out : in,
@@ -37,13 +39,15 @@ inline Operand weights_of(const ExpertsArgs& args, const void* w, int64_t expert
 }
 
 // The rows of one expert, [rows, width], unused ones reading as zeros.
-inline Operand rows_of(const ExpertsArgs& args, const void* data, int64_t first, int64_t width, bool gather) {
-  return {.data = static_cast<const char*>(data) + (gather ? 0 : first * width * size_of(args.dtype)),
-          .ld = width,
-          .k_contiguous = true,
-          .token_of = args.token_of ? args.token_of + first : nullptr,
-          .tokens = args.tokens,
-          .gather = gather};
+inline Operand rows_of(const ExpertsArgs& args, const void* data, int64_t first, int64_t width,
+                       bool gather) {
+  return {
+      .data = static_cast<const char*>(data) + (gather ? 0 : first * width * size_of(args.dtype)),
+      .ld = width,
+      .k_contiguous = true,
+      .token_of = args.token_of ? args.token_of + first : nullptr,
+      .tokens = args.tokens,
+      .gather = gather};
 }
 
 inline bool is_used(const ExpertsArgs& args, int64_t row) {
@@ -90,7 +94,8 @@ void up(const ExpertsUpArgs& args, int64_t worker, int64_t workers) {
     const Operand b = weights_of(of, of.w1, e, shape.width, of.hidden, true);
     const bool apart = shape.gates == 2 && !of.interleaved;  // gate and up columns lie F apart
     const auto product = [&](int64_t n0, int64_t count, S* to) {
-      workspace.multiply(engine, a, b, {block.m0, block.m1, n0, n0 + count}, of.hidden, to, ldc, Store::set);
+      workspace.multiply(engine, a, b, {block.m0, block.m1, n0, n0 + count}, of.hidden, to, ldc,
+                         Store::set);
     };
     if (apart) {
       product(block.n0, columns, c);
@@ -109,7 +114,8 @@ void up(const ExpertsUpArgs& args, int64_t worker, int64_t workers) {
           T* h = args.h ? row_at<T>(args.h, row, shape.width) : nullptr;
           const S* gate = c + r * ldc + (apart ? 1 : shape.gates) * (n0 - block.n0);
           const auto round = [&](const S* from, int64_t column, S* out, int64_t width) {
-            round_row<T>(from, bias ? bias + column : nullptr, h ? h + column : nullptr, out, width);
+            round_row<T>(from, bias ? bias + column : nullptr, h ? h + column : nullptr, out,
+                         width);
           };
           if (shape.gates == 1 || apart) {
             round(gate, n0, halves.gate, count);
@@ -125,8 +131,8 @@ void up(const ExpertsUpArgs& args, int64_t worker, int64_t workers) {
           T* out = row_at<T>(args.a, row, of.ffn) + n0;
           for_vectors<S>(count, [&](int64_t j, auto n) {
             store(out + j,
-                  activate<decltype(kind)::value, Math<S>>(load(halves.gate + j), load(halves.up + j), S(of.alpha),
-                                                     S(of.limit))
+                  activate<decltype(kind)::value, Math<S>>(
+                      load(halves.gate + j), load(halves.up + j), S(of.alpha), S(of.limit))
                       .a,
                   n);
           });
@@ -151,7 +157,8 @@ void down(const ExpertsDownArgs& args, int64_t worker, int64_t workers) {
     const int64_t first = of.offsets[e], rows = block.m1 - block.m0, columns = block.n1 - block.n0;
     S* c = static_cast<S*>(workspace.block(engine, rows * columns));
     const Operand a = rows_of(of, args.a, first, of.ffn, false);
-    workspace.multiply(engine, a, weights_of(of, of.w2, e, of.hidden, of.ffn, true), block, of.ffn, c, columns, Store::set);
+    workspace.multiply(engine, a, weights_of(of, of.w2, e, of.hidden, of.ffn, true), block, of.ffn,
+                       c, columns, Store::set);
     const T* bias = of.b2 ? row_at<T>(of.b2, e, of.hidden) + block.n0 : nullptr;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = first + block.m0 + r;
@@ -165,7 +172,8 @@ void down(const ExpertsDownArgs& args, int64_t worker, int64_t workers) {
       });
     }
   });
-  zero_tail(args.y, of.hidden * size_of(of.dtype), of.offsets[of.experts], of.num_rows, worker, workers);
+  zero_tail(args.y, of.hidden * size_of(of.dtype), of.offsets[of.experts], of.num_rows, worker,
+            workers);
 }
 
 template <class T>
@@ -185,14 +193,15 @@ void dact(const ExpertsDActArgs& args, int64_t worker, int64_t workers) {
     const int64_t first = of.offsets[e], rows = block.m1 - block.m0, columns = block.n1 - block.n0;
     S* c = static_cast<S*>(workspace.block(engine, rows * columns));
     const Operand a = rows_of(of, args.dy, first, of.hidden, false);
-    workspace.multiply(engine, a, weights_of(of, of.w2, e, of.hidden, of.ffn, false), block, of.hidden, c, columns,
-                       Store::set);
+    workspace.multiply(engine, a, weights_of(of, of.w2, e, of.hidden, of.ffn, false), block,
+                       of.hidden, c, columns, Store::set);
     const bool interleaved = shape.gates == 2 && of.interleaved;
     const int64_t parts_a_block = ceil_div(columns, kColumns);
     with_activation(of.activation, [&](auto kind) {
       Halves<S> in{}, out{};
       for (int64_t at = 0; at < rows * parts_a_block; ++at) {
-        const int64_t r = at % rows, n0 = block.n0 + at / rows * kColumns, count = std::min(block.n1 - n0, kColumns);
+        const int64_t r = at % rows, n0 = block.n0 + at / rows * kColumns,
+                      count = std::min(block.n1 - n0, kColumns);
         const int64_t row = first + block.m0 + r;
         const T* h = row_at<T>(args.h, row, shape.width) + (interleaved ? 2 : 1) * n0;
         T* dh = row_at<T>(args.dh, row, shape.width) + (interleaved ? 2 : 1) * n0;
@@ -235,7 +244,8 @@ void dact(const ExpertsDActArgs& args, int64_t worker, int64_t workers) {
       }
     });
   });
-  zero_tail(args.dh, shape.width * size_of(of.dtype), of.offsets[of.experts], of.num_rows, worker, workers);
+  zero_tail(args.dh, shape.width * size_of(of.dtype), of.offsets[of.experts], of.num_rows, worker,
+            workers);
 }
 
 template <class T>
@@ -255,7 +265,8 @@ void dweights(const ExpertsDWeightsArgs& args, int64_t worker, int64_t workers) 
         const T* dy = row_at<T>(args.dy, row, of.hidden);
         const T* bias = row_at<T>(of.b2, expert, of.hidden);
         Vec<S> dot{};
-        for_vectors<S>(of.hidden, [&](int64_t j, auto n) { dot = dot + load(dy + j, n) * load(bias + j, n); });
+        for_vectors<S>(of.hidden,
+                       [&](int64_t j, auto n) { dot = dot + load(dy + j, n) * load(bias + j, n); });
         total += sum_lanes<S>(dot);
       }
     }
@@ -267,7 +278,8 @@ template <class T>
 void dbias(const ExpertsDBiasArgs& args, int64_t worker, int64_t workers) {
   using S = Wide<T>;
   const ExpertsArgs& of = args.of;
-  const int64_t column_begin = args.width * worker / workers, columns = args.width * (worker + 1) / workers - column_begin;
+  const int64_t column_begin = args.width * worker / workers,
+                columns = args.width * (worker + 1) / workers - column_begin;
   for (int64_t e = 0; e < of.experts; ++e) {
     for (int64_t j0 = 0; j0 < columns; j0 += kColumns) {
       const int64_t count = std::min(kColumns, columns - j0), column = column_begin + j0;
@@ -282,7 +294,8 @@ void dbias(const ExpertsDBiasArgs& args, int64_t worker, int64_t workers) {
       }
       if (args.accumulate) {
         S* out = row_at<S>(args.out, e, args.width) + column;
-        for_vectors<S>(count, [&](int64_t j, auto n) { store(out + j, load(out + j, n) + load(sum + j), n); });
+        for_vectors<S>(
+            count, [&](int64_t j, auto n) { store(out + j, load(out + j, n) + load(sum + j), n); });
       } else {
         T* out = row_at<T>(args.out, e, args.width) + column;
         for_vectors<S>(count, [&](int64_t j, auto n) { store(out + j, load(sum + j), n); });
@@ -296,8 +309,8 @@ void dbias(const ExpertsDBiasArgs& args, int64_t worker, int64_t workers) {
 void experts_up(const ExpertsUpArgs& args, int64_t worker, int64_t workers) {
   with_storage(args.of.dtype, [&]<class T>(T) { up<T>(args, worker, workers); });
   if (args.h != nullptr) {
-    zero_tail(args.h, shape_of(args.of).width * size_of(args.of.dtype), args.of.offsets[args.of.experts],
-              args.of.num_rows, worker, workers);
+    zero_tail(args.h, shape_of(args.of).width * size_of(args.of.dtype),
+              args.of.offsets[args.of.experts], args.of.num_rows, worker, workers);
   }
 }
 

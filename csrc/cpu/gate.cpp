@@ -1,5 +1,5 @@
-// A token's logits are read once; scores, choice and loss sums are made in buffers that stay in the first-level cache.
-// Compiled once for each ISA level.
+// A token's logits are read once; scores, choice and loss sums are made in buffers that stay in the
+// first-level cache. Compiled once for each ISA level.
 #include "moekernels/gate.h"
 
 #include <cstdlib>
@@ -13,7 +13,9 @@ namespace {
 // The least that a sum of scores is divided by.
 constexpr double kTiny = 1e-20;
 
-inline bool inside(int64_t i, int64_t n) { return static_cast<uint64_t>(i) < static_cast<uint64_t>(n); }
+inline bool inside(int64_t i, int64_t n) {
+  return static_cast<uint64_t>(i) < static_cast<uint64_t>(n);
+}
 
 template <class W>
 struct Buffers {
@@ -114,7 +116,8 @@ void keep_groups(const GateArgs& args, const Buffers<W>& b) {
   }
 }
 
-// Fills keys and order. Without a bias the logits themselves are the keys: every score grows with its logit.
+// Fills keys and order. Without a bias the logits themselves are the keys: every score grows with
+// its logit.
 template <class W>
 void choose(const GateArgs& args, const W* scores, const Buffers<W>& b) {
   constexpr int64_t lanes = kLanes<W>;
@@ -133,7 +136,8 @@ void choose(const GateArgs& args, const W* scores, const Buffers<W>& b) {
 
 // chosen[k]: the scores of the chosen before scaling; returns what they were divided by.
 template <class W>
-W weigh(const W* scores, const int64_t* order, int64_t top_k, bool soft, bool renormalize, W* chosen) {
+W weigh(const W* scores, const int64_t* order, int64_t top_k, bool soft, bool renormalize,
+        W* chosen) {
   W total = 0;
   if (soft) {
     W top = scores[order[0]];
@@ -154,7 +158,8 @@ W weigh(const W* scores, const int64_t* order, int64_t top_k, bool soft, bool re
 template <class T>
 void forward(const GateArgs& args, int64_t chunk_begin, int64_t chunk_end) {
   using W = Wide<T>;
-  const bool independent = args.score == GateScore::sigmoid || args.score == GateScore::sqrtsoftplus;
+  const bool independent =
+      args.score == GateScore::sigmoid || args.score == GateScore::sqrtsoftplus;
   const bool soft_topk = args.score == GateScore::softmax_topk;
   const int64_t experts = args.experts, top_k = args.top_k;
   Buffers<W> b(experts, top_k, args.num_groups);
@@ -223,14 +228,15 @@ void reduce(const GateArgs& args) {
 
 // The gradients of the chosen scores, given chosen (from `weigh`) and the gradients of the weights.
 template <class W>
-void weigh_backward(const W* chosen, W divisor, const W* dweights, int64_t top_k, W scale, bool soft,
-                    bool renormalize, W* dchosen) {
+void weigh_backward(const W* chosen, W divisor, const W* dweights, int64_t top_k, W scale,
+                    bool soft, bool renormalize, W* dchosen) {
   for (int64_t k = 0; k < top_k; ++k) dchosen[k] = dweights[k] * scale;
   if (renormalize) {
     W dot = 0;
     for (int64_t k = 0; k < top_k; ++k) dot += dchosen[k] * chosen[k];
     const bool clamped = divisor <= W(kTiny);  // then the divisor is a constant
-    for (int64_t k = 0; k < top_k; ++k) dchosen[k] = (dchosen[k] - (clamped ? W(0) : dot)) / divisor;
+    for (int64_t k = 0; k < top_k; ++k)
+      dchosen[k] = (dchosen[k] - (clamped ? W(0) : dot)) / divisor;
   }
   if (soft) {
     W dot = 0;
@@ -254,7 +260,8 @@ void backward(const GateBackwardArgs& args, int64_t chunk_begin, int64_t chunk_e
     const W* dsum = segment >= 0 && args.dscore_sum != nullptr
                         ? static_cast<const W*>(args.dscore_sum) + segment * experts
                         : nullptr;
-    const W dz = segment >= 0 && args.dz_sum != nullptr ? static_cast<const W*>(args.dz_sum)[segment] : 0;
+    const W dz =
+        segment >= 0 && args.dz_sum != nullptr ? static_cast<const W*>(args.dz_sum)[segment] : 0;
     for (int64_t t = args.chunk_begin[c]; t < args.chunk_begin[c + 1]; ++t) {
       T* dlogits = static_cast<T*>(args.dlogits) + t * experts;
       bool valid = true;
@@ -279,7 +286,8 @@ void backward(const GateBackwardArgs& args, int64_t chunk_begin, int64_t chunk_e
         Vec<W> dots = {};
         for (int64_t e = 0; e < b.padded; e += lanes) dots += load(dscores + e) * load(scores + e);
         const W dot = sum > W(kTiny) ? sum_lanes<W>(dots) / sum : W(0);
-        for (int64_t e = 0; e < b.padded; e += lanes) store(dscores + e, (load(dscores + e) - dot) / sum);
+        for (int64_t e = 0; e < b.padded; e += lanes)
+          store(dscores + e, (load(dscores + e) - dot) / sum);
       }
       // From the weights.
       if (args.dweights != nullptr) {
@@ -293,12 +301,14 @@ void backward(const GateBackwardArgs& args, int64_t chunk_begin, int64_t chunk_e
       if (independent) {
         for (int64_t e = 0; e < b.padded; e += lanes) {
           const Vec<W> s = load(scores + e), one = Vec<W>{} + 1;
-          const Vec<W> slope = is_sigmoid ? s * (one - s) : sqrt_softplus_slope<W>(load(b.x + e), s);
+          const Vec<W> slope =
+              is_sigmoid ? s * (one - s) : sqrt_softplus_slope<W>(load(b.x + e), s);
           store(dscores + e, load(dscores + e) * slope + dlse * load(b.softmax + e));
         }
       } else {
         Vec<W> dots = {};
-        for (int64_t e = 0; e < b.padded; e += lanes) dots += load(dscores + e) * load(b.softmax + e);
+        for (int64_t e = 0; e < b.padded; e += lanes)
+          dots += load(dscores + e) * load(b.softmax + e);
         const W shift = dlse - sum_lanes<W>(dots);
         for (int64_t e = 0; e < b.padded; e += lanes) {
           store(dscores + e, load(b.softmax + e) * (load(dscores + e) + shift));
@@ -309,7 +319,8 @@ void backward(const GateBackwardArgs& args, int64_t chunk_begin, int64_t chunk_e
       }
       for (int64_t e = 0; e < experts; e += lanes) {
         const int64_t n = experts - e;
-        n >= lanes ? store(dlogits + e, load(dscores + e)) : store_tail(dlogits + e, load(dscores + e), n);
+        n >= lanes ? store(dlogits + e, load(dscores + e))
+                   : store_tail(dlogits + e, load(dscores + e), n);
       }
     }
   }

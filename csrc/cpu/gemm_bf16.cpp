@@ -1,5 +1,6 @@
-// The engines of bf16's own instructions: dot products of pairs (avx512_bf16) and tiles (AMX). Only the avx512 level has
-// them; the instructions are written out, so that the file needs no more than that level's flags.
+// The engines of bf16's own instructions: dot products of pairs (avx512_bf16) and tiles (AMX). Only
+// the avx512 level has them; the instructions are written out, so that the file needs no more than
+// that level's flags.
 #include "gemm.h"
 
 #if defined(MOEKERNELS_ISA_avx512)
@@ -20,11 +21,12 @@ struct PairDot {
   }
 };
 
-// ---- AMX: C tile [16, 16] fp32 += A tile [16, 32 k] B tile [16 pairs, 16]. A block is 2 x 2 tiles of C.
+// ---- AMX: C tile [16, 16] fp32 += A tile [16, 32 k] B tile [16 pairs, 16]. A block is 2 x 2 tiles
+// of C.
 
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileBytes = 64;        // of a tile's row
-constexpr int64_t kTileK = 32;            // bf16 along k
+constexpr int64_t kTileBytes = 64;  // of a tile's row
+constexpr int64_t kTileK = 32;      // bf16 along k
 constexpr int64_t kColumns = 2 * kTileRows;
 
 struct alignas(64) TileConfig {
@@ -68,8 +70,8 @@ inline void store_tiles(float* to, int64_t ld) {
 }
 
 template <int row_tiles, int column_tiles>
-void amx_block(int64_t units, const char* a, const char* b, float* c, int64_t ldc, int64_t rows, int64_t cols,
-               Store mode) {
+void amx_block(int64_t units, const char* a, const char* b, float* c, int64_t ldc, int64_t rows,
+               int64_t cols, Store mode) {
   tile_zero<0>();
   tile_zero<1>();
   tile_zero<2>();
@@ -104,16 +106,19 @@ void amx_block(int64_t units, const char* a, const char* b, float* c, int64_t ld
   }
 }
 
-void amx_tile(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows, int64_t cols, Store mode,
-              Ahead&) {
+void amx_tile(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows,
+              int64_t cols, Store mode, Ahead&) {
   using Block = void(int64_t, const char*, const char*, float*, int64_t, int64_t, int64_t, Store);
-  static constexpr Block* blocks[2][2] = {{amx_block<1, 1>, amx_block<1, 2>}, {amx_block<2, 1>, amx_block<2, 2>}};
-  blocks[rows > kTileRows][cols > kTileRows](units, static_cast<const char*>(a), static_cast<const char*>(b),
-                                             static_cast<float*>(c), ldc, rows, cols, mode);
+  static constexpr Block* blocks[2][2] = {{amx_block<1, 1>, amx_block<1, 2>},
+                                          {amx_block<2, 1>, amx_block<2, 2>}};
+  blocks[rows > kTileRows][cols > kTileRows](units, static_cast<const char*>(a),
+                                             static_cast<const char*>(b), static_cast<float*>(c),
+                                             ldc, rows, cols, mode);
 }
 
 // to [units][width rows][32 k].
-void pack_amx_a(void* to, const Operand& from, int64_t i0, int64_t ni, int64_t width, int64_t k0, int64_t nk) {
+void pack_amx_a(void* to, const Operand& from, int64_t i0, int64_t ni, int64_t width, int64_t k0,
+                int64_t nk) {
   char* out = static_cast<char*>(to);
   if (from.k_contiguous) {
     for (int64_t i = 0; i < width; ++i) {
@@ -134,7 +139,8 @@ void pack_amx_a(void* to, const Operand& from, int64_t i0, int64_t ni, int64_t w
       Pair zipped[kTileRows * kTileRows] = {};
       pack_copied<Pair, bf16>(zipped, from, i0 + i, std::max<int64_t>(ni - i, 0), kTileRows, k0 + k,
                               std::min(kTileK, nk - k));
-      for (int64_t p = 0; p < kTileRows; ++p) x[p] = load_unaligned<Vec<Pair>>(zipped + p * kTileRows);
+      for (int64_t p = 0; p < kTileRows; ++p)
+        x[p] = load_unaligned<Vec<Pair>>(zipped + p * kTileRows);
       transpose<Pair>(x);
       for (int64_t r = 0; r < kTileRows; ++r) store_unaligned(out + r * kTileBytes, x[r]);
     }
@@ -142,27 +148,30 @@ void pack_amx_a(void* to, const Operand& from, int64_t i0, int64_t ni, int64_t w
 }
 
 // to [units][16 pairs][width columns].
-void pack_amx_b(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k, int64_t nk) {
+void pack_amx_b(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k,
+                int64_t nk) {
   Pair* out = static_cast<Pair*>(to);
   pack<Pair, bf16>(out, from, i, ni, width, k, nk);
   const int64_t pairs = ceil_div(nk, 2), padded = ceil_div(nk, kTileK) * kTileRows;
   std::memset(out + pairs * width, 0, (padded - pairs) * width * sizeof(Pair));
 }
 
-void pack_amx_rows(void* to, int64_t panel_bytes, const Operand& from, int64_t i, int64_t ni, int64_t k, int64_t nk) {
+void pack_amx_rows(void* to, int64_t panel_bytes, const Operand& from, int64_t i, int64_t ni,
+                   int64_t k, int64_t nk) {
   pack_rows<Pair, bf16>(to, panel_bytes, from, i, ni, k, nk);
   const int64_t pairs = ceil_div(nk, 2), padded = ceil_div(nk, kTileK) * kTileRows;
   constexpr int64_t pair_row = kColumns * sizeof(Pair);
   for (int64_t p = 0; p < ceil_div(ni, kColumns) && pairs < padded; ++p) {
-    std::memset(static_cast<char*>(to) + p * panel_bytes + pairs * pair_row, 0, (padded - pairs) * pair_row);
+    std::memset(static_cast<char*>(to) + p * panel_bytes + pairs * pair_row, 0,
+                (padded - pairs) * pair_row);
   }
 }
 
-// ct [16, 16 tiles] = 16 rows of B, `apart` units from each other and read as they lie, times `tiles` column tiles of packed
-// A; rows of ct lie ct_apart apart.
+// ct [16, 16 tiles] = 16 rows of B, `apart` units from each other and read as they lie, times
+// `tiles` column tiles of packed A; rows of ct lie ct_apart apart.
 template <int tiles>
-void amx_direct_rows(int64_t units, const char* b, int64_t ldb, int64_t apart, const char* a, int64_t width, float* ct,
-                     int64_t ct_apart) {
+void amx_direct_rows(int64_t units, const char* b, int64_t ldb, int64_t apart, const char* a,
+                     int64_t width, float* ct, int64_t ct_apart) {
   const int64_t pair_row = width * sizeof(Pair), row_bytes = apart * kTileBytes;
   tile_zero<0>();
   tile_zero<1>();
@@ -196,19 +205,22 @@ void amx_direct_rows(int64_t units, const char* b, int64_t ldb, int64_t apart, c
   if constexpr (tiles > 3) tile_store<3>(ct + 48, stride);
 }
 
-void amx_direct(int64_t units, const void* b, int64_t ldb, int64_t cols, const void* a, int64_t width, float* ct) {
+void amx_direct(int64_t units, const void* b, int64_t ldb, int64_t cols, const void* a,
+                int64_t width, float* ct) {
   using Rows = void(int64_t, const char*, int64_t, int64_t, const char*, int64_t, float*, int64_t);
-  static constexpr Rows* of[] = {amx_direct_rows<1>, amx_direct_rows<2>, amx_direct_rows<3>, amx_direct_rows<4>};
+  static constexpr Rows* of[] = {amx_direct_rows<1>, amx_direct_rows<2>, amx_direct_rows<3>,
+                                 amx_direct_rows<4>};
   const int64_t all = width / kTileRows, groups = ceil_div(all, 4);
   const auto tile_of_rows = [&](int64_t j, int64_t apart) {
     const char* rows = static_cast<const char*>(b) + j * ldb * kTileBytes;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t t0 = all * g / groups, t1 = all * (g + 1) / groups;
-      of[t1 - t0 - 1](units, rows, ldb, apart * ldb, static_cast<const char*>(a) + t0 * kTileBytes, width,
-                      ct + j * width + t0 * kTileRows, apart * width);
+      of[t1 - t0 - 1](units, rows, ldb, apart * ldb, static_cast<const char*>(a) + t0 * kTileBytes,
+                      width, ct + j * width + t0 * kTileRows, apart * width);
     }
   };
-  // Each row of a tile runs through its own sixteenth of B: the hardware's prefetcher follows one stream a page.
+  // Each row of a tile runs through its own sixteenth of B: the hardware's prefetcher follows one
+  // stream a page.
   const int64_t each = cols / kTileRows;
   for (int64_t j = 0; j < each; ++j) tile_of_rows(j, each);
   // The last tile reaches back over rows already done.
@@ -219,46 +231,47 @@ void amx_direct(int64_t units, const void* b, int64_t ldb, int64_t cols, const v
 
 const Engine& bf16_engine(Bf16Unit unit) {
   static constexpr Engine pairs{.mr = kRows,
-                              .nr = kVectors * kLanes<float>,
-                              .row_granule = 1,
-                              .k_unit = 2,
-                              .k_block = 512,
-                              .unit_bytes = sizeof(Pair),
-                              .acc_bytes = sizeof(float),
-                              .element_bytes = sizeof(bf16),
-                              .pack_a = &pack<Pair, bf16>,
-                              .pack_b = &pack<Pair, bf16>,
-                              .pack_rows = &pack_rows<Pair, bf16>,
-                              .tile = &tile<PairDot>,
-                              .fetch_units = kFetchUnits,
-                              .direct_rows = kDirectVectors * kLanes<float>,
-                              .direct_granule = kLanes<float>,
-                              .direct_k = 2,
-                              .direct = &direct<PairDot, 256>,
-                              .dot_rows = kDotRows,
-                              .dot = &dot<PairDot, bf16>};
-  static constexpr Engine tiles{.mr = 2 * kTileRows,
-                                .nr = kColumns,
-                                .row_granule = kTileRows,
-                                .k_unit = kTileK,
+                                .nr = kVectors * kLanes<float>,
+                                .row_granule = 1,
+                                .k_unit = 2,
                                 .k_block = 512,
-                                .unit_bytes = kTileBytes,
+                                .unit_bytes = sizeof(Pair),
                                 .acc_bytes = sizeof(float),
                                 .element_bytes = sizeof(bf16),
-                                .pack_a = &pack_amx_a,
-                                .pack_b = &pack_amx_b,
-                                .pack_rows = &pack_amx_rows,
-                                .tile = &amx_tile,
-                                .fetch_units = 0,  // tiles are done before memory is: a fetch would only hold them up
-                                .direct_rows = 8 * kTileRows,
-                                .direct_granule = kTileRows,
-                                .direct_k = kTileK,
-                                .direct_cols = kTileRows,
-                                .direct = &amx_direct,
+                                .pack_a = &pack<Pair, bf16>,
+                                .pack_b = &pack<Pair, bf16>,
+                                .pack_rows = &pack_rows<Pair, bf16>,
+                                .tile = &tile<PairDot>,
+                                .fetch_units = kFetchUnits,
+                                .direct_rows = kDirectVectors * kLanes<float>,
+                                .direct_granule = kLanes<float>,
+                                .direct_k = 2,
+                                .direct = &direct<PairDot, 256>,
                                 .dot_rows = kDotRows,
-                                .dot = &dot<PairDot, bf16>,
-                                .enter = &enter_tiles,
-                                .leave = &leave_tiles};
+                                .dot = &dot<PairDot, bf16>};
+  static constexpr Engine tiles{
+      .mr = 2 * kTileRows,
+      .nr = kColumns,
+      .row_granule = kTileRows,
+      .k_unit = kTileK,
+      .k_block = 512,
+      .unit_bytes = kTileBytes,
+      .acc_bytes = sizeof(float),
+      .element_bytes = sizeof(bf16),
+      .pack_a = &pack_amx_a,
+      .pack_b = &pack_amx_b,
+      .pack_rows = &pack_amx_rows,
+      .tile = &amx_tile,
+      .fetch_units = 0,  // tiles are done before memory is: a fetch would only hold them up
+      .direct_rows = 8 * kTileRows,
+      .direct_granule = kTileRows,
+      .direct_k = kTileK,
+      .direct_cols = kTileRows,
+      .direct = &amx_direct,
+      .dot_rows = kDotRows,
+      .dot = &dot<PairDot, bf16>,
+      .enter = &enter_tiles,
+      .leave = &leave_tiles};
   return unit == Bf16Unit::tiles ? tiles : pairs;
 }
 

@@ -1,6 +1,6 @@
-// Products of very few rows: rows of A and of B, both running along k and read as they lie, are multiplied vector by vector.
-// One element of B costs as many products as A has rows, where a column of packed A costs a whole vector of them: so B's
-// way from memory is all that takes time.
+// Products of very few rows: rows of A and of B, both running along k and read as they lie, are
+// multiplied vector by vector. One element of B costs as many products as A has rows, where a
+// column of packed A costs a whole vector of them: so B's way from memory is all that takes time.
 #pragma once
 
 #include <utility>
@@ -15,15 +15,18 @@ constexpr int kDotSums = 24, kDotRows = 12;
 #else
 constexpr int kDotSums = 10, kDotRows = 5;
 #endif
-// Rows of B at a time. Four streams read memory fastest (measured: 1, 4, 12 streams 30.5, 32, 31.5 GB/s).
+// Rows of B at a time. Four streams read memory fastest (measured: 1, 4, 12 streams 30.5, 32, 31.5
+// GB/s).
 constexpr int dot_streams(int rows) { return std::min(4, kDotSums / rows); }
-// How far ahead of its use a line is fetched, in bytes (measured: 1 to 4 KB alike, 8 KB and the hardware alone 5 % slower).
+// How far ahead of its use a line is fetched, in bytes (measured: 1 to 4 KB alike, 8 KB and the
+// hardware alone 5 % slower).
 constexpr int64_t kDotLead = 2048;
 
 // Row b + j apart of each stream j: c [i, j c_apart] = or += A row i times it.
 template <class Math, class T, int rows, int streams>
 __attribute__((noinline)) void dot_of(int64_t depth, const T* const* a, const T* b, int64_t apart,
-                                      typename Math::Acc* c, int64_t ldc, int64_t c_apart, bool add) {
+                                      typename Math::Acc* c, int64_t ldc, int64_t c_apart,
+                                      bool add) {
   using Unit = typename Math::Unit;
   using Acc = typename Math::Acc;
   constexpr int64_t step = kLanes<Unit> * (std::is_same_v<Unit, Pair> ? 2 : 1);
@@ -60,22 +63,24 @@ __attribute__((noinline)) void dot_of(int64_t depth, const T* const* a, const T*
   }
 }
 
-// Each stream is a run of whole rows of B, so that the hardware, which follows one stream a page, helps.
+// Each stream is a run of whole rows of B, so that the hardware, which follows one stream a page,
+// helps.
 template <class Math, class T, int rows>
-void dot_columns(int64_t depth, const T* const* a, const T* b, int64_t ldb, int64_t cols, typename Math::Acc* c,
-                 int64_t ldc, bool add) {
+void dot_columns(int64_t depth, const T* const* a, const T* b, int64_t ldb, int64_t cols,
+                 typename Math::Acc* c, int64_t ldc, bool add) {
   constexpr int streams = dot_streams(rows);
   const int64_t each = cols / streams;
   for (int64_t j = 0; j < each; ++j) {
     dot_of<Math, T, rows, streams>(depth, a, b + j * ldb, each * ldb, c + j, ldc, each, add);
   }
-  for (int64_t j = each * streams; j < cols; ++j) dot_of<Math, T, rows, 1>(depth, a, b + j * ldb, 0, c + j, ldc, 0, add);
+  for (int64_t j = each * streams; j < cols; ++j)
+    dot_of<Math, T, rows, 1>(depth, a, b + j * ldb, 0, c + j, ldc, 0, add);
 }
 
 // c [rows, cols] = or += a b over depth: `a` points at the rows of A, b [cols, ldb].
 template <class Math, class T>
-void dot(int64_t depth, const void* const* a, int64_t rows, const void* b, int64_t ldb, int64_t cols, void* c,
-         int64_t ldc, bool add) {
+void dot(int64_t depth, const void* const* a, int64_t rows, const void* b, int64_t ldb,
+         int64_t cols, void* c, int64_t ldc, bool add) {
   const auto run = [&]<int... R>(std::integer_sequence<int, R...>) {
     using Acc = typename Math::Acc;
     using Fn = void(int64_t, const T* const*, const T*, int64_t, int64_t, Acc*, int64_t, bool);

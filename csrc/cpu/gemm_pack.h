@@ -67,8 +67,8 @@ inline Vec<Unit> units_along_k(const T* p, int64_t count) {
 
 // to [units][width] from rows that run along k: squares of lanes are transposed.
 template <class Unit, class T>
-void pack_transposed(Unit* to, const Operand& from, int64_t i0, int64_t ni, int64_t width, int64_t k0,
-                     int64_t nk) {
+void pack_transposed(Unit* to, const Operand& from, int64_t i0, int64_t ni, int64_t width,
+                     int64_t k0, int64_t nk) {
   constexpr int lanes = kLanes<Unit>;
   constexpr int per_unit = std::is_same_v<Unit, Pair> ? 2 : 1;
   constexpr int max_squares = 8;  // a panel is never wider: 128 rows of AMX, read directly
@@ -136,10 +136,11 @@ void pack_copied(Unit* to, const Operand& from, int64_t i0, int64_t ni, int64_t 
   }
 }
 
-// Panels of two vectors, panel_bytes apart, from rows that run along i: row after row (pair after pair) goes to all panels,
-// so that memory is read in long runs.
+// Panels of two vectors, panel_bytes apart, from rows that run along i: row after row (pair after
+// pair) goes to all panels, so that memory is read in long runs.
 template <class Unit, class T>
-void pack_rows(void* to, int64_t panel_bytes, const Operand& from, int64_t i0, int64_t ni, int64_t k0, int64_t nk) {
+void pack_rows(void* to, int64_t panel_bytes, const Operand& from, int64_t i0, int64_t ni,
+               int64_t k0, int64_t nk) {
   constexpr int lanes = kLanes<Unit>;
   constexpr bool pairs = std::is_same_v<Unit, Pair>;
   constexpr int64_t width = 2 * lanes, step = pairs ? 2 : 1;
@@ -170,14 +171,15 @@ void pack_rows(void* to, int64_t panel_bytes, const Operand& from, int64_t i0, i
       }
     }
     for (; i < ni; i += width, at += panel_bytes) {
-      pack_copied<Unit, T>(reinterpret_cast<Unit*>(at), from, i0 + i, std::min(width, ni - i), width, k0 + k,
-                           std::min(step, nk - k));
+      pack_copied<Unit, T>(reinterpret_cast<Unit*>(at), from, i0 + i, std::min(width, ni - i),
+                           width, k0 + k, std::min(step, nk - k));
     }
   }
 }
 
 template <class Unit, class T>
-void pack(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k, int64_t nk) {
+void pack(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k,
+          int64_t nk) {
   if (from.k_contiguous) {
     pack_transposed<Unit, T>(static_cast<Unit*>(to), from, i, ni, width, k, nk);
   } else {

@@ -1,4 +1,5 @@
-// Register tiles of vectors: C [rows, 2 vectors] = packed A times packed B, for any arithmetic `Math`.
+// Register tiles of vectors: C [rows, 2 vectors] = packed A times packed B, for any arithmetic
+// `Math`.
 #pragma once
 
 #include <utility>
@@ -65,20 +66,22 @@ inline __attribute__((always_inline)) void tile_body(int64_t units, const void* 
     for (int v = 0; v < NV; ++v) store(copy[r] + v * lanes, sum[r][v]);
   }
   for (int r = 0; r < MR; ++r) {
-    for (int64_t j = 0; j < cols; ++j) c[r * ldc + j] = add ? c[r * ldc + j] + copy[r][j] : copy[r][j];
+    for (int64_t j = 0; j < cols; ++j)
+      c[r * ldc + j] = add ? c[r * ldc + j] + copy[r][j] : copy[r][j];
   }
 }
 
 using TileFn = void(int64_t, const void*, const void*, void*, int64_t, int64_t, Store, Ahead&);
 
 template <class Math, int MR, int NV>
-void tile_of(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t cols, Store mode, Ahead& ahead) {
+void tile_of(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t cols,
+             Store mode, Ahead& ahead) {
   tile_body<Math, MR, NV>(units, a, b, c, ldc, cols, mode, ahead);
 }
 
 template <class Math, int NV, int... MR>
-void dispatch_tile(std::integer_sequence<int, MR...>, int64_t units, const void* a, const void* b, void* c,
-                   int64_t ldc, int64_t rows, int64_t cols, Store mode, Ahead& ahead) {
+void dispatch_tile(std::integer_sequence<int, MR...>, int64_t units, const void* a, const void* b,
+                   void* c, int64_t ldc, int64_t rows, int64_t cols, Store mode, Ahead& ahead) {
   static constexpr TileFn* tiles[] = {&tile_of<Math, MR + 1, NV>...};
   tiles[rows - 1](units, a, b, c, ldc, cols, mode, ahead);
 }
@@ -92,13 +95,14 @@ constexpr int kRows = 6;
 constexpr int kVectors = 2;
 
 template <class Math>
-void tile(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows, int64_t cols,
-          Store mode, Ahead& ahead) {
-  dispatch_tile<Math, kVectors>(std::make_integer_sequence<int, kRows>{}, units, a, b, c, ldc, rows, cols,
-                                mode, ahead);
+void tile(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows,
+          int64_t cols, Store mode, Ahead& ahead) {
+  dispatch_tile<Math, kVectors>(std::make_integer_sequence<int, kRows>{}, units, a, b, c, ldc, rows,
+                                cols, mode, ahead);
 }
 
-// ---- products with B read as it lies: MR of its rows times NV vectors of packed A, into [rows of B, width]
+// ---- products with B read as it lies: MR of its rows times NV vectors of packed A, into [rows of
+// B, width]
 
 // How many rows of B fit beside NV vectors of A in the registers.
 constexpr int direct_rows_of(int vectors) {
@@ -116,8 +120,9 @@ constexpr int kDirectVectors = 3;
 #endif
 
 template <class Math, int MR, int NV>
-inline __attribute__((always_inline)) void direct_rows(int64_t units, int64_t block, const typename Math::Unit* b,
-                                                       int64_t ldb, const typename Math::Unit* a,
+inline __attribute__((always_inline)) void direct_rows(int64_t units, int64_t block,
+                                                       const typename Math::Unit* b, int64_t ldb,
+                                                       const typename Math::Unit* a,
                                                        typename Math::Acc* ct) {
   using Unit = typename Math::Unit;
   using Acc = typename Math::Acc;
@@ -132,13 +137,15 @@ inline __attribute__((always_inline)) void direct_rows(int64_t units, int64_t bl
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[r][v] = Math::multiply_add(sum[r][v], splat(b[r * ldb + u]), av[v]);
+        for (int v = 0; v < NV; ++v)
+          sum[r][v] = Math::multiply_add(sum[r][v], splat(b[r * ldb + u]), av[v]);
       }
     };
     const int64_t end = u0 + block < units ? u0 + block : units;
     int64_t u = u0;
     for (; u + line <= end; u += line) {
-      // The next rows, one line of each ahead of time: every row is a stream too short for the hardware to follow.
+      // The next rows, one line of each ahead of time: every row is a stream too short for the
+      // hardware to follow.
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) __builtin_prefetch(b + (MR + r) * ldb + u, 0, 2);
       for (int64_t i = 0; i < line; ++i) step(u + i);
@@ -157,30 +164,34 @@ inline __attribute__((always_inline)) void direct_rows(int64_t units, int64_t bl
 
 // A function of its own for each shape: the registers are allotted within it.
 template <class Math, int MR, int NV>
-__attribute__((noinline)) void direct_of(int64_t units, int64_t block, const void* b, int64_t ldb, const void* a,
-                                         void* ct) {
+__attribute__((noinline)) void direct_of(int64_t units, int64_t block, const void* b, int64_t ldb,
+                                         const void* a, void* ct) {
   using Unit = typename Math::Unit;
-  direct_rows<Math, MR, NV>(units, block, static_cast<const Unit*>(b), ldb, static_cast<const Unit*>(a),
-                            static_cast<typename Math::Acc*>(ct));
+  direct_rows<Math, MR, NV>(units, block, static_cast<const Unit*>(b), ldb,
+                            static_cast<const Unit*>(a), static_cast<typename Math::Acc*>(ct));
 }
 
 template <class Math, int NV>
-void direct_vectors(int64_t units, int64_t block, const typename Math::Unit* b, int64_t ldb, int64_t cols,
-                    const void* a, typename Math::Acc* ct) {
+void direct_vectors(int64_t units, int64_t block, const typename Math::Unit* b, int64_t ldb,
+                    int64_t cols, const void* a, typename Math::Acc* ct) {
   constexpr int rows = direct_rows_of(NV);
   int64_t j = 0;
   const auto at = [&](int64_t column) { return ct + column * NV * kLanes<typename Math::Acc>; };
-  for (; j + rows <= cols; j += rows) direct_of<Math, rows, NV>(units, block, b + j * ldb, ldb, a, at(j));
+  for (; j + rows <= cols; j += rows)
+    direct_of<Math, rows, NV>(units, block, b + j * ldb, ldb, a, at(j));
   for (; j < cols; ++j) direct_of<Math, 1, NV>(units, block, b + j * ldb, ldb, a, at(j));
 }
 
 // ldb counts units; `width` is a whole number of vectors.
 template <class Math, int64_t block>
-void direct(int64_t units, const void* b, int64_t ldb, int64_t cols, const void* a, int64_t width, float* ct) {
+void direct(int64_t units, const void* b, int64_t ldb, int64_t cols, const void* a, int64_t width,
+            float* ct) {
   const auto run = [&]<int... V>(std::integer_sequence<int, V...>) {
-    using Fn = void(int64_t, int64_t, const typename Math::Unit*, int64_t, int64_t, const void*, float*);
+    using Fn =
+        void(int64_t, int64_t, const typename Math::Unit*, int64_t, int64_t, const void*, float*);
     static constexpr Fn* of[] = {&direct_vectors<Math, V + 1>...};
-    of[width / kLanes<float> - 1](units, block, static_cast<const typename Math::Unit*>(b), ldb, cols, a, ct);
+    of[width / kLanes<float> - 1](units, block, static_cast<const typename Math::Unit*>(b), ldb,
+                                  cols, a, ct);
   };
   run(std::make_integer_sequence<int, kDirectVectors>{});
 }

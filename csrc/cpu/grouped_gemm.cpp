@@ -31,7 +31,8 @@ void grouped_gemm(const GroupedGemmArgs& args, int64_t worker, int64_t workers) 
   for_blocks(engine, args.experts, kColumnsABlock, args.transposed, worker, workers, extent,
              [&](int64_t e, const Block& block) {
     const int64_t first = args.offsets[e];
-    const Operand a{.data = at(args.rows, first * args.in, args.dtype), .ld = args.in, .k_contiguous = true};
+    const Operand a{
+        .data = at(args.rows, first * args.in, args.dtype), .ld = args.in, .k_contiguous = true};
     const Operand b{.data = at(args.w, e * args.in * args.out_width, args.dtype),
                     .ld = args.transposed ? args.out_width : args.in,
                     .k_contiguous = !args.transposed};
@@ -45,23 +46,24 @@ void grouped_gemm(const GroupedGemmArgs& args, int64_t worker, int64_t workers) 
       write_block(args.dtype, c, rows, columns, out, args.out_width, false);
     }
   });
-  zero_tail(args.out, args.out_width * size_of(args.dtype), args.offsets[args.experts], args.num_rows, worker,
-            workers);
+  zero_tail(args.out, args.out_width * size_of(args.dtype), args.offsets[args.experts],
+            args.num_rows, worker, workers);
 }
 
 void grouped_wgrad(const GroupedWgradArgs& args, int64_t worker, int64_t workers) {
   const Engine& engine = engine_for(args.dtype);
   Workspace& workspace = Workspace::mine();
   workspace.reset();
-  const DType out_dtype =
-      args.accumulate && args.dtype != DType::f64 ? DType::f32 : args.dtype;
+  const DType out_dtype = args.accumulate && args.dtype != DType::f64 ? DType::f32 : args.dtype;
   const bool direct = size_of(out_dtype) == engine.acc_bytes;
   const auto extent = [&](int64_t e) {
     const int64_t k = args.offsets[e + 1] - args.offsets[e];
-    // An expert without rows adds nothing; where nothing is accumulated its gradient is still to be set to zero.
+    // An expert without rows adds nothing; where nothing is accumulated its gradient is still to be
+    // set to zero.
     return Extent{.m = args.accumulate && k == 0 ? 0 : args.m, .n = args.n, .k = k};
   };
-  for_blocks(engine, args.experts, kColumnsABlock, false, worker, workers, extent, [&](int64_t e, const Block& block) {
+  for_blocks(engine, args.experts, kColumnsABlock, false, worker, workers, extent,
+             [&](int64_t e, const Block& block) {
     const int64_t first = args.offsets[e], depth = args.offsets[e + 1] - first;
     const auto operand = [&](const void* data, int64_t width, bool gather) {
       return Operand{.data = at(data, gather ? 0 : first * width, args.dtype),
@@ -73,9 +75,11 @@ void grouped_wgrad(const GroupedWgradArgs& args, int64_t worker, int64_t workers
     };
     const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
     char* dw = at(args.dw, (e * args.m + block.m0) * args.n + block.n0, out_dtype);
-    const Operand a = operand(args.a, args.m, args.gather_a), b = operand(args.b, args.n, args.gather_b);
+    const Operand a = operand(args.a, args.m, args.gather_a),
+                  b = operand(args.b, args.n, args.gather_b);
     if (direct) {
-      workspace.multiply(engine, a, b, block, depth, dw, args.n, args.accumulate ? Store::add : Store::stream);
+      workspace.multiply(engine, a, b, block, depth, dw, args.n,
+                         args.accumulate ? Store::add : Store::stream);
     } else {
       void* c = workspace.block(engine, rows * columns);
       workspace.multiply(engine, a, b, block, depth, c, columns, Store::set);

@@ -40,7 +40,8 @@ Bf16Unit detect_bf16_unit() {
   if (__builtin_cpu_supports("avx512bf16")) best = Bf16Unit::dot;
   // The kernel grants a process its tile registers on request; a sandbox may refuse.
   constexpr long kRequestState = 0x1023, kTileData = 18;
-  if (__builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequestState, kTileData) == 0) {
+  if (__builtin_cpu_supports("amx-bf16") &&
+      syscall(SYS_arch_prctl, kRequestState, kTileData) == 0) {
     best = Bf16Unit::tiles;
   }
 #endif

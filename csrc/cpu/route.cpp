@@ -6,10 +6,14 @@
 namespace moekernels::cpu::MOEKERNELS_ISA {
 namespace {
 
-inline bool inside(int64_t i, int64_t n) { return static_cast<uint64_t>(i) < static_cast<uint64_t>(n); }
+inline bool inside(int64_t i, int64_t n) {
+  return static_cast<uint64_t>(i) < static_cast<uint64_t>(n);
+}
 
 // Where chunk c of the slots begins.
-inline int64_t chunk_start(const RouteArgs& args, int64_t c) { return args.slots * c / args.chunks; }
+inline int64_t chunk_start(const RouteArgs& args, int64_t c) {
+  return args.slots * c / args.chunks;
+}
 
 template <class Id>
 void count(const RouteArgs& args, int64_t chunk) {
@@ -59,7 +63,8 @@ inline uint64_t key_of(const RouteArgs& args, int64_t slot) {
   return bits >> 63 ? ~bits : bits | (uint64_t{1} << 63);
 }
 
-// The slots of one expert, in order: keeps the `capacity` heaviest, the earlier where weights tie; returns how many.
+// The slots of one expert, in order: keeps the `capacity` heaviest, the earlier where weights tie;
+// returns how many.
 int64_t keep_heaviest(const RouteArgs& args, int32_t* slots, int64_t n) {
   // The largest threshold that at least `capacity` keys reach, bit by bit.
   uint64_t threshold = 0;

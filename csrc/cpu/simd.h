@@ -1,4 +1,5 @@
-// What the matrix products and their epilogues add to vec.h: partial vectors, loops over them, rounding of scalars.
+// What the matrix products and their epilogues add to vec.h: partial vectors, loops over them,
+// rounding of scalars.
 #pragma once
 
 #include "vec.h"
@@ -25,7 +26,8 @@ inline void store_unaligned(void* p, T x) {
   std::memcpy(p, &x, sizeof x);
 }
 
-// Stores that pass the caches by, to memory aligned to the vector; `drain` before another thread may read.
+// Stores that pass the caches by, to memory aligned to the vector; `drain` before another thread
+// may read.
 #if defined(__x86_64__)
 inline void stream(float* p, Vec<float> x) {
 #if defined(__AVX512F__)
@@ -61,7 +63,8 @@ inline void stream(T* p, Vec<Wide<T>> x) {
 inline void drain() {}
 #endif
 
-// The first n lanes only: the others read as zero and are not written. n is a number, or WholeVector.
+// The first n lanes only: the others read as zero and are not written. n is a number, or
+// WholeVector.
 template <class T>
 using WholeVector = std::integral_constant<int64_t, kLanes<Wide<T>>>;
 
@@ -82,7 +85,8 @@ inline void store(T* p, Vec<Wide<T>> x, N n) {
   }
 }
 
-// body(i, n): i steps over [0, count) by vectors of S; n is how many lanes count (all but at the end).
+// body(i, n): i steps over [0, count) by vectors of S; n is how many lanes count (all but at the
+// end).
 template <class S, class Body>
 inline void for_vectors(int64_t count, const Body& body) {
   constexpr int64_t lanes = kLanes<S>;

@@ -33,8 +33,10 @@ inline V moved_up(V v, S first) {
   return moved_up(v, first, std::make_integer_sequence<int, kLanes<float>>{});
 }
 
-// Keeps the best in one register, sorted: a key enters without a branch, and most are turned away a vector at a time.
-inline void largest_in_register(const float* keys, int64_t n, int64_t count, float* best, int64_t* order) {
+// Keeps the best in one register, sorted: a key enters without a branch, and most are turned away a
+// vector at a time.
+inline void largest_in_register(const float* keys, int64_t n, int64_t count, float* best,
+                                int64_t* order) {
   constexpr int64_t lanes = kLanes<float>;
   Float values = Float{} + NAN;  // NaN: a free place, which any key takes
   Int ids = {};
@@ -59,8 +61,8 @@ inline void largest_in_register(const float* keys, int64_t n, int64_t count, flo
   }
 }
 
-// The `count` <= n largest keys in descending order, the smaller index where keys tie; no key is NaN. `keys` can be
-// read up to a whole vector. Always fills `best` and `order`.
+// The `count` <= n largest keys in descending order, the smaller index where keys tie; no key is
+// NaN. `keys` can be read up to a whole vector. Always fills `best` and `order`.
 template <class W>
 void largest(const W* keys, int64_t n, int64_t count, W* best, int64_t* order) {
   if constexpr (std::is_same_v<W, float>) {

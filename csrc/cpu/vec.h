@@ -1,5 +1,6 @@
-// Explicit vectors of fp32 or fp64, loaded from and stored to any float dtype; each ISA level gets its own registers.
-// Everything lives in the level's namespace, so that no copy built for one level is linked into another.
+// Explicit vectors of fp32 or fp64, loaded from and stored to any float dtype; each ISA level gets
+// its own registers. Everything lives in the level's namespace, so that no copy built for one level
+// is linked into another.
 #pragma once
 
 #include <cmath>
@@ -27,19 +28,34 @@ inline constexpr int kVectorBytes = 32;
 inline constexpr int kVectorBytes = 16;
 #endif
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
-template <class T> struct WideOf { using type = float; };
-template <> struct WideOf<double> { using type = double; };
+template <class T>
+struct WideOf {
+  using type = float;
+};
+template <>
+struct WideOf<double> {
+  using type = double;
+};
 // What sums of T are kept in: fp32, fp64 for fp64.
-template <class T> using Wide = typename WideOf<T>::type;
+template <class T>
+using Wide = typename WideOf<T>::type;
 
-template <class W> inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(W));
+template <class W>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(W));
 
 template <class W, int bytes = kVectorBytes>
-struct VecOf { typedef W type __attribute__((vector_size(bytes))); };
-template <class W> using Vec = typename VecOf<W>::type;
+struct VecOf {
+  typedef W type __attribute__((vector_size(bytes)));
+};
+template <class W>
+using Vec = typename VecOf<W>::type;
 
 using Float = Vec<float>;
 using Int = Vec<int32_t>;
@@ -55,8 +71,16 @@ inline To bits_as(const From& from) {
 }
 
 // --- load
-inline Float load(const float* p) { Float v; std::memcpy(&v, p, sizeof(v)); return v; }
-inline Vec<double> load(const double* p) { Vec<double> v; std::memcpy(&v, p, sizeof(v)); return v; }
+inline Float load(const float* p) {
+  Float v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline Vec<double> load(const double* p) {
+  Vec<double> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
 inline Float load(const bf16* p) {
   Half h;
   std::memcpy(&h, p, sizeof(h));
@@ -84,7 +108,8 @@ inline Float load(const f16* p) {
   Half h;
   std::memcpy(&h, p, sizeof(h));
   const Uint u = __builtin_convertvector(h, Uint);
-  // 2^112 moves the exponent's bias, and makes subnormals normal; infinity and NaN keep a full exponent.
+  // 2^112 moves the exponent's bias, and makes subnormals normal; infinity and NaN keep a full
+  // exponent.
   const Float magnitude = bits_as<Float>((u & 0x7fff) << 13) * 0x1p112f;
   const Uint full = (Uint)((u & 0x7c00) == 0x7c00) & 0x7f800000;
   return bits_as<Float>(bits_as<Uint>(magnitude) | full | ((u & 0x8000) << 16));
@@ -92,7 +117,8 @@ inline Float load(const f16* p) {
 inline void store(f16* p, Float v) {
   const Uint u = bits_as<Uint>(v), sign = (u >> 16) & 0x8000;
   const Uint a = u & 0x7fffffff;
-  // Normal halves: round the 13 low bits to nearest even. Subnormal ones: the adder rounds at 2^-24.
+  // Normal halves: round the 13 low bits to nearest even. Subnormal ones: the adder rounds at
+  // 2^-24.
   const Uint normal = (a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13;
   const Uint subnormal = bits_as<Uint>(bits_as<Float>(a) + 0.5f) - 0x3f000000;
   const Uint finite = a < 0x38800000 ? subnormal : normal;

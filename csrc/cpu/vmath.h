@@ -5,7 +5,8 @@
 
 namespace moekernels::cpu::MOEKERNELS_ISA {
 
-// 0 below -87.3, where fp32 has no normal result; infinite above 88.3, a little before fp32 is; NaN stays NaN.
+// 0 below -87.3, where fp32 has no normal result; infinite above 88.3, a little before fp32 is; NaN
+// stays NaN.
 inline Float exp(Float x) {
   const Float low = Float{} - 87.33654f, high = Float{} + 88.37626f;
   const Int vanishes = x < low;
@@ -55,9 +56,12 @@ inline V square_root(V x) {
 }
 
 template <class W>
-inline Vec<W> sigmoid(Vec<W> x) { return 1 / (1 + exp(-x)); }
+inline Vec<W> sigmoid(Vec<W> x) {
+  return 1 / (1 + exp(-x));
+}
 
-// Below this softplus is exp to rounding, and its square root exp(x / 2), which has a value where exp itself has none.
+// Below this softplus is exp to rounding, and its square root exp(x / 2), which has a value where
+// exp itself has none.
 template <class W>
 inline constexpr W kFarBelow = sizeof(W) == 4 ? W(-18) : W(-38);
 

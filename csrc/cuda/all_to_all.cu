@@ -1,5 +1,5 @@
-// Only moves bytes. A message's rows hold their weight behind them, so they begin where the weight's size allows, and
-// words are as wide as that.
+// Only moves bytes. A message's rows hold their weight behind them, so they begin where the
+// weight's size allows, and words are as wide as that.
 #include "moekernels/all_to_all.h"
 
 #include "detail/launch.cuh"
@@ -11,25 +11,29 @@ namespace {
 
 constexpr int kScanThreads = 256;
 
-// The weight behind a row, in halves of 16 bits: a row of an odd number of 2-byte elements ends at an odd half.
+// The weight behind a row, in halves of 16 bits: a row of an odd number of 2-byte elements ends at
+// an odd half.
 __device__ void move_weight(const char* from, bool used, char* to, int64_t bytes) {
   for (int64_t i = lane_id(); i < bytes / 2; i += kWarp) {
-    reinterpret_cast<uint16_t*>(to)[i] = used ? reinterpret_cast<const uint16_t*>(from)[i] : uint16_t{0};
+    reinterpret_cast<uint16_t*>(to)[i] =
+        used ? reinterpret_cast<const uint16_t*>(from)[i] : uint16_t{0};
   }
 }
 
 template <class Word>
-__global__ void __launch_bounds__(kMoveThreads) pack_rows(const PackArgs args, const int64_t num_rows) {
+__global__ void __launch_bounds__(kMoveThreads)
+    pack_rows(const PackArgs args, const int64_t num_rows) {
   const Piece piece = piece_of_warp<Word>(args.row_bytes);
   if (piece.row >= num_rows) return;
   const int64_t slot = args.slot_of[piece.row];
   const bool used = inside(slot, args.tokens * args.top_k);
-  const char* from = static_cast<const char*>(args.x) + (used ? slot / args.top_k * args.row_bytes : 0);
+  const char* from =
+      static_cast<const char*>(args.x) + (used ? slot / args.top_k * args.row_bytes : 0);
   char* to = static_cast<char*>(args.message) + piece.row * (args.row_bytes + args.weight_bytes);
   move_piece<Word>(from, used, to, args.row_bytes, piece);
   if (piece.begin == 0 && args.weight_bytes > 0) {
-    move_weight(static_cast<const char*>(args.weights) + (used ? slot * args.weight_bytes : 0), used,
-                to + args.row_bytes, args.weight_bytes);
+    move_weight(static_cast<const char*>(args.weights) + (used ? slot * args.weight_bytes : 0),
+                used, to + args.row_bytes, args.weight_bytes);
   }
 }
 
@@ -80,10 +84,13 @@ __global__ void __launch_bounds__(kMoveThreads) regroup_rows(const RegroupArgs a
   if (piece.row >= args.num_rows) return;
   const int64_t source = source_of(args.runs, piece.row, args.num_rows);
   const bool used = source >= 0;
-  const char* from = static_cast<const char*>(args.message) + (used ? source : 0) * (args.row_bytes + args.weight_bytes);
-  move_piece<Word>(from, used, static_cast<char*>(args.rows) + piece.row * args.row_bytes, args.row_bytes, piece);
+  const char* from = static_cast<const char*>(args.message) +
+                     (used ? source : 0) * (args.row_bytes + args.weight_bytes);
+  move_piece<Word>(from, used, static_cast<char*>(args.rows) + piece.row * args.row_bytes,
+                   args.row_bytes, piece);
   if (piece.begin == 0 && args.weight_bytes > 0) {
-    move_weight(from + args.row_bytes, used, static_cast<char*>(args.weights) + piece.row * args.weight_bytes,
+    move_weight(from + args.row_bytes, used,
+                static_cast<char*>(args.weights) + piece.row * args.weight_bytes,
                 args.weight_bytes);
   }
 }
@@ -95,10 +102,11 @@ __global__ void __launch_bounds__(kMoveThreads) ungroup_rows(const UngroupArgs a
   const int64_t source = source_of(args.runs, piece.row, args.num_rows);
   if (source < 0) return;
   char* to = static_cast<char*>(args.message) + source * (args.row_bytes + args.weight_bytes);
-  move_piece<Word>(static_cast<const char*>(args.rows) + piece.row * args.row_bytes, true, to, args.row_bytes, piece);
+  move_piece<Word>(static_cast<const char*>(args.rows) + piece.row * args.row_bytes, true, to,
+                   args.row_bytes, piece);
   if (piece.begin == 0 && args.weight_bytes > 0) {
-    move_weight(static_cast<const char*>(args.weights) + piece.row * args.weight_bytes, true, to + args.row_bytes,
-                args.weight_bytes);
+    move_weight(static_cast<const char*>(args.weights) + piece.row * args.weight_bytes, true,
+                to + args.row_bytes, args.weight_bytes);
   }
 }
 
@@ -107,9 +115,11 @@ inline int64_t address(const void* p) { return reinterpret_cast<int64_t>(p); }
 }  // namespace
 
 void pack(const PackArgs& args, int64_t num_rows, Stream stream) {
-  with_word({address(args.x), address(args.message), args.row_bytes, args.weight_bytes}, [&](auto word) {
+  with_word({address(args.x), address(args.message), args.row_bytes, args.weight_bytes},
+            [&](auto word) {
     using Word = decltype(word);
-    launch("pack", pack_rows<Word>, move_blocks<Word>(num_rows, args.row_bytes), kMoveThreads, 0, stream, args, num_rows);
+    launch("pack", pack_rows<Word>, move_blocks<Word>(num_rows, args.row_bytes), kMoveThreads, 0,
+           stream, args, num_rows);
   });
 }
 
@@ -118,16 +128,20 @@ void make_runs(const RunsArgs& args, Stream stream) {
 }
 
 void regroup(const RegroupArgs& args, Stream stream) {
-  with_word({address(args.message), address(args.rows), args.row_bytes, args.weight_bytes}, [&](auto word) {
+  with_word({address(args.message), address(args.rows), args.row_bytes, args.weight_bytes},
+            [&](auto word) {
     using Word = decltype(word);
-    launch("regroup", regroup_rows<Word>, move_blocks<Word>(args.num_rows, args.row_bytes), kMoveThreads, 0, stream, args);
+    launch("regroup", regroup_rows<Word>, move_blocks<Word>(args.num_rows, args.row_bytes),
+           kMoveThreads, 0, stream, args);
   });
 }
 
 void ungroup(const UngroupArgs& args, Stream stream) {
-  with_word({address(args.message), address(args.rows), args.row_bytes, args.weight_bytes}, [&](auto word) {
+  with_word({address(args.message), address(args.rows), args.row_bytes, args.weight_bytes},
+            [&](auto word) {
     using Word = decltype(word);
-    launch("ungroup", ungroup_rows<Word>, move_blocks<Word>(args.num_rows, args.row_bytes), kMoveThreads, 0, stream, args);
+    launch("ungroup", ungroup_rows<Word>, move_blocks<Word>(args.num_rows, args.row_bytes),
+           kMoveThreads, 0, stream, args);
   });
 }
 

@@ -30,7 +30,9 @@ __global__ void __launch_bounds__(kThreads) combine_tokens(const CombineArgs arg
     for (int u = 0; u < kRowsAtOnce; ++u) {
       const int64_t r = k + u < args.top_k ? row_of[k + u] : -1;
       used[u] = inside(r, args.num_rows);
-      if (used[u]) parts[u] = reinterpret_cast<const V*>(static_cast<const T*>(args.rows) + r * args.hidden)[i];
+      if (used[u])
+        parts[u] =
+            reinterpret_cast<const V*>(static_cast<const T*>(args.rows) + r * args.hidden)[i];
     }
 #pragma unroll
     for (int u = 0; u < kRowsAtOnce; ++u) {

@@ -1,5 +1,5 @@
-// The expert FFN on any CUDA device: what follows a product happens to its tile while that is in shared memory. The
-// wgmma kernels for sm_90a are in experts_sm90.cu.
+// The expert FFN on any CUDA device: what follows a product happens to its tile while that is in
+// shared memory. The wgmma kernels for sm_90a are in experts_sm90.cu.
 #include "moekernels/experts.h"
 
 #include "detail/activation.cuh"
@@ -33,7 +33,10 @@ struct HChunk {
   bool gated, interleaved, vector;
 
   __device__ HChunk(const ExpertsArgs& of, const void* h, int64_t row, int64_t column, bool vectors)
-      : count(of.ffn - column), gated(is_gated(of.activation)), interleaved(gated && of.interleaved), vector(vectors) {
+      : count(of.ffn - column),
+        gated(is_gated(of.activation)),
+        interleaved(gated && of.interleaved),
+        vector(vectors) {
     T* begin = static_cast<T*>(const_cast<void*>(h)) + row * (gated ? 2 : 1) * of.ffn;
     gate = begin + (interleaved ? 2 : 1) * column;
     up = begin + of.ffn + column;
@@ -71,16 +74,18 @@ struct HChunk {
 };
 
 template <class T, int tile, bool transposed>
-__global__ void __launch_bounds__(GemmShape<T, tile>::kThreads) up_projection(const ExpertsUpArgs args, bool vector_in,
-                                                                              bool vector_out) {
+__global__ void __launch_bounds__(GemmShape<T, tile>::kThreads)
+    up_projection(const ExpertsUpArgs args, bool vector_in, bool vector_out) {
   constexpr int kPitch = GemmShape<T, tile>::kPitchC;
   const ExpertsArgs& of = args.of;
   const bool gated = is_gated(of.activation), interleaved = gated && of.interleaved;
   const int64_t width = (gated ? 2 : 1) * of.ffn, tile_f = gated ? tile / 2 : tile;
-  const int64_t tiles_f = tile_count(of.ffn, tile_f), index = blockIdx.x / tiles_f, n = blockIdx.x - index * tiles_f;
+  const int64_t tiles_f = tile_count(of.ffn, tile_f), index = blockIdx.x / tiles_f,
+                n = blockIdx.x - index * tiles_f;
   const RowTile rows = find_row_tile(of.offsets, of.experts, of.num_rows, tile, index);
   if (rows.group < 0) return;
-  const TileColumns columns = gated ? gated_columns(tile, n, of.ffn, interleaved) : plain_columns(tile, n, of.ffn);
+  const TileColumns columns =
+      gated ? gated_columns(tile, n, of.ffn, interleaved) : plain_columns(tile, n, of.ffn);
   const bool is_tail = rows.group == of.experts;
   const float* c = nullptr;
   if (!is_tail) {
@@ -90,9 +95,11 @@ __global__ void __launch_bounds__(GemmShape<T, tile>::kThreads) up_projection(co
                              transposed ? width : of.hidden, columns, of.hidden, vector_in};
     c = multiply_tile<T, tile, true, !transposed>(shared, a, b, of.tf32);
   }
-  const T* bias = of.b1 != nullptr && !is_tail ? static_cast<const T*>(of.b1) + rows.group * width : nullptr;
+  const T* bias =
+      of.b1 != nullptr && !is_tail ? static_cast<const T*>(of.b1) + rows.group * width : nullptr;
   const auto h_at = [&](int r, int j) {  // h in the tile's own columns, rounded as it is kept
-    const float b = bias != nullptr && columns.valid(j, 1) > 0 ? to_float(bias[columns.at(j)]) : 0.0f;
+    const float b =
+        bias != nullptr && columns.valid(j, 1) > 0 ? to_float(bias[columns.at(j)]) : 0.0f;
     return rounded<T>(c[r * kPitch + j] + b);
   };
   const auto write = [&](int r, int j) {
@@ -113,7 +120,9 @@ __global__ void __launch_bounds__(GemmShape<T, tile>::kThreads) up_projection(co
       with_activation(of.activation, [&](auto kind) {
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
-          a[i] = activate<decltype(kind)::value>(gate[i], up[i], static_cast<float>(of.alpha), static_cast<float>(of.limit)).a;
+          a[i] = activate<decltype(kind)::value>(gate[i], up[i], static_cast<float>(of.alpha),
+                                                 static_cast<float>(of.limit))
+                     .a;
         }
       });
     }
@@ -127,11 +136,12 @@ __global__ void __launch_bounds__(GemmShape<T, tile>::kThreads) up_projection(co
 }
 
 template <class T, int tile, bool transposed>
-__global__ void __launch_bounds__(GemmShape<T, tile>::kThreads) activation_gradient(const ExpertsDActArgs args,
-                                                                                    bool vector_in, bool vector_out) {
+__global__ void __launch_bounds__(GemmShape<T, tile>::kThreads)
+    activation_gradient(const ExpertsDActArgs args, bool vector_in, bool vector_out) {
   constexpr int kPitch = GemmShape<T, tile>::kPitchC, kPartLanes = kDWeightsColumns / kChunk;
   const ExpertsArgs& of = args.of;
-  const int64_t tiles_n = tile_count(of.ffn, tile), index = blockIdx.x / tiles_n, n = blockIdx.x - index * tiles_n;
+  const int64_t tiles_n = tile_count(of.ffn, tile), index = blockIdx.x / tiles_n,
+                n = blockIdx.x - index * tiles_n;
   const RowTile rows = find_row_tile(of.offsets, of.experts, of.num_rows, tile, index);
   if (rows.group < 0) return;
   const TileColumns columns = plain_columns(tile, n, of.ffn);
@@ -146,7 +156,8 @@ __global__ void __launch_bounds__(GemmShape<T, tile>::kThreads) activation_gradi
   }
   for_chunks<T, tile, tile>([&](int r, int j) {
     const int64_t row = rows.begin + r, column = columns.at(j);
-    const bool exists = row < rows.end && column < of.ffn, used = exists && !is_tail && is_used(of, row);
+    const bool exists = row < rows.end && column < of.ffn,
+               used = exists && !is_tail && is_used(of, row);
     float dot = 0;
     if (exists) {
       float dgate[kChunk] = {}, dup[kChunk] = {}, weighted[kChunk] = {};
@@ -158,8 +169,8 @@ __global__ void __launch_bounds__(GemmShape<T, tile>::kThreads) activation_gradi
 #pragma unroll
           for (int i = 0; i < kChunk; ++i) {
             const float da = column + i < of.ffn ? c[r * kPitch + j + i] : 0.0f;
-            const auto act = activate<decltype(kind)::value>(gate[i], up[i], static_cast<float>(of.alpha),
-                                                             static_cast<float>(of.limit));
+            const auto act = activate<decltype(kind)::value>(
+                gate[i], up[i], static_cast<float>(of.alpha), static_cast<float>(of.limit));
             dot = fmaf(da, column + i < of.ffn ? act.a : 0.0f, dot);
             dgate[i] = da * weight * act.by_gate;
             dup[i] = da * weight * act.by_up;
@@ -169,14 +180,18 @@ __global__ void __launch_bounds__(GemmShape<T, tile>::kThreads) activation_gradi
       }
       HChunk<T>(of, args.dh, row, column, vector_out).store(dgate, dup);
       if (args.weighted_a != nullptr) {
-        store_chunk(static_cast<T*>(args.weighted_a) + row * of.ffn + column, weighted, of.ffn - column, vector_out);
+        store_chunk(static_cast<T*>(args.weighted_a) + row * of.ffn + column, weighted,
+                    of.ffn - column, vector_out);
       }
     }
     if (args.dweights_parts != nullptr) {
 #pragma unroll
-      for (int step = kPartLanes / 2; step > 0; step /= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
+      for (int step = kPartLanes / 2; step > 0; step /= 2)
+        dot += __shfl_xor_sync(kAllLanes, dot, step);
       if (exists && j % kDWeightsColumns == 0) {
-        static_cast<float*>(args.dweights_parts)[row * experts_dweights_parts(of.ffn) + column / kDWeightsColumns] = dot;
+        static_cast<float*>(
+            args.dweights_parts)[row * experts_dweights_parts(of.ffn) + column / kDWeightsColumns] =
+            dot;
       }
     }
   });
@@ -207,7 +222,8 @@ __global__ void __launch_bounds__(kThreads) sum_dweights(const ExpertsDWeightsAr
     if (of.b2 != nullptr) {
       const T* dy = static_cast<const T*>(args.dy) + row * of.hidden;
       const T* bias = static_cast<const T*>(of.b2) + expert * of.hidden;
-      for (int64_t i = lane_id(); i < of.hidden; i += kWarp) total = fmaf(to_float(dy[i]), to_float(bias[i]), total);
+      for (int64_t i = lane_id(); i < of.hidden; i += kWarp)
+        total = fmaf(to_float(dy[i]), to_float(bias[i]), total);
     }
   }
   total = warp_sum(total);
@@ -216,7 +232,8 @@ __global__ void __launch_bounds__(kThreads) sum_dweights(const ExpertsDWeightsAr
 
 // A block for 32 columns of an expert: a lane a column, the warps take turns at the rows.
 template <class T>
-__global__ void __launch_bounds__(kThreads) bias_gradient(const ExpertsDBiasArgs args, int64_t num_rows) {
+__global__ void __launch_bounds__(kThreads)
+    bias_gradient(const ExpertsDBiasArgs args, int64_t num_rows) {
   __shared__ float sums[kWarps][kWarp];
   const ExpertsArgs& of = args.of;
   const int64_t column_blocks = tile_count(args.width, kWarp), expert = blockIdx.x / column_blocks;
@@ -228,7 +245,8 @@ __global__ void __launch_bounds__(kThreads) bias_gradient(const ExpertsDBiasArgs
   if (column < args.width) {
     for (int64_t row = rows.begin + warp; row < rows.end; row += kWarps) {
       if (is_used(of, row)) {
-        sum = fmaf(weight_of(of, row), to_float(static_cast<const T*>(args.rows)[row * args.width + column]), sum);
+        sum = fmaf(weight_of(of, row),
+                   to_float(static_cast<const T*>(args.rows)[row * args.width + column]), sum);
       }
     }
   }
@@ -251,18 +269,21 @@ int64_t width_of(const ExpertsArgs& of) { return (is_gated(of.activation) ? 2 : 
 void experts_up(const ExpertsUpArgs& args, Stream stream) {
   const ExpertsArgs& of = args.of;
   const int64_t bytes = size_of(of.dtype), width = width_of(of);
-  const GemmChoice choice = choose(GemmOp::up, of.dtype, of.num_rows, width, of.hidden, of.experts, of.tf32, of.x, of.w1,
-                                   of.b1, args.h, args.a, of.hidden * bytes, of.ffn * bytes);
+  const GemmChoice choice =
+      choose(GemmOp::up, of.dtype, of.num_rows, width, of.hidden, of.experts, of.tf32, of.x, of.w1,
+             of.b1, args.h, args.a, of.hidden * bytes, of.ffn * bytes);
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::experts_up(args, choice, stream);
   }
   with_tile(of.dtype, choice, [&](auto* type, auto constant) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int tile = decltype(constant)::value;
-    const bool vector_in = aligned16(of.x, of.w1, of.hidden * sizeof(T), (of.transposed ? of.ffn : 0) * sizeof(T));
+    const bool vector_in =
+        aligned16(of.x, of.w1, of.hidden * sizeof(T), (of.transposed ? of.ffn : 0) * sizeof(T));
     const bool vector_out = aligned16(args.h, args.a, of.ffn * sizeof(T));
     const int64_t tile_f = is_gated(of.activation) ? tile / 2 : tile;
-    const int64_t blocks = row_tiles_bound(of.num_rows, of.experts, tile) * tile_count(of.ffn, tile_f);
+    const int64_t blocks =
+        row_tiles_bound(of.num_rows, of.experts, tile) * tile_count(of.ffn, tile_f);
     if (of.transposed) {
       launch_gemm("experts_up", up_projection<T, tile, true>, blocks, GemmShape<T, tile>::kThreads,
                   kGemmShared<T, tile, true, false>, stream, args, vector_in, vector_out);
@@ -276,36 +297,55 @@ void experts_up(const ExpertsUpArgs& args, Stream stream) {
 void experts_down(const ExpertsDownArgs& args, Stream stream) {
   const ExpertsArgs& of = args.of;
   const int64_t bytes = size_of(of.dtype);
-  const GemmChoice choice = choose(GemmOp::down, of.dtype, of.num_rows, of.hidden, of.ffn, of.experts, of.tf32, args.a,
-                                   of.w2, of.b2, args.y, of.hidden * bytes, of.ffn * bytes);
+  const GemmChoice choice =
+      choose(GemmOp::down, of.dtype, of.num_rows, of.hidden, of.ffn, of.experts, of.tf32, args.a,
+             of.w2, of.b2, args.y, of.hidden * bytes, of.ffn * bytes);
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::experts_down(args, choice, stream);
   }
-  const RowProduct product{of.dtype, args.a, of.w2,     of.offsets, args.y, of.b2,      static_cast<const float*>(of.weights),
-                           of.token_of, of.tokens, of.num_rows, of.ffn, of.hidden, of.experts, of.transposed, of.tf32};
+  const RowProduct product{of.dtype,
+                           args.a,
+                           of.w2,
+                           of.offsets,
+                           args.y,
+                           of.b2,
+                           static_cast<const float*>(of.weights),
+                           of.token_of,
+                           of.tokens,
+                           of.num_rows,
+                           of.ffn,
+                           of.hidden,
+                           of.experts,
+                           of.transposed,
+                           of.tf32};
   row_product("experts_down", product, choice, stream);
 }
 
 void experts_dact(const ExpertsDActArgs& args, Stream stream) {
   const ExpertsArgs& of = args.of;
   const int64_t bytes = size_of(of.dtype);
-  const GemmChoice choice = choose(GemmOp::dact, of.dtype, of.num_rows, of.ffn, of.hidden, of.experts, of.tf32, args.dy,
-                                   of.w2, args.h, args.dh, args.weighted_a, of.hidden * bytes, of.ffn * bytes);
+  const GemmChoice choice =
+      choose(GemmOp::dact, of.dtype, of.num_rows, of.ffn, of.hidden, of.experts, of.tf32, args.dy,
+             of.w2, args.h, args.dh, args.weighted_a, of.hidden * bytes, of.ffn * bytes);
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::experts_dact(args, choice, stream);
   }
   with_tile(of.dtype, choice, [&](auto* type, auto constant) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int tile = decltype(constant)::value;
-    const bool vector_in = aligned16(args.dy, of.w2, of.hidden * sizeof(T), (of.transposed ? 0 : of.ffn) * sizeof(T));
+    const bool vector_in =
+        aligned16(args.dy, of.w2, of.hidden * sizeof(T), (of.transposed ? 0 : of.ffn) * sizeof(T));
     const bool vector_out = aligned16(args.h, args.dh, args.weighted_a, of.ffn * sizeof(T));
-    const int64_t blocks = row_tiles_bound(of.num_rows, of.experts, tile) * tile_count(of.ffn, tile);
+    const int64_t blocks =
+        row_tiles_bound(of.num_rows, of.experts, tile) * tile_count(of.ffn, tile);
     if (of.transposed) {
-      launch_gemm("experts_dact", activation_gradient<T, tile, true>, blocks, GemmShape<T, tile>::kThreads,
-                  kGemmShared<T, tile, true, true>, stream, args, vector_in, vector_out);
+      launch_gemm("experts_dact", activation_gradient<T, tile, true>, blocks,
+                  GemmShape<T, tile>::kThreads, kGemmShared<T, tile, true, true>, stream, args,
+                  vector_in, vector_out);
     } else {
-      launch_gemm("experts_dact", activation_gradient<T, tile, false>, blocks, GemmShape<T, tile>::kThreads,
-                  kGemmShared<T, tile, true, false>, stream, args, vector_in, vector_out);
+      launch_gemm("experts_dact", activation_gradient<T, tile, false>, blocks,
+                  GemmShape<T, tile>::kThreads, kGemmShared<T, tile, true, false>, stream, args,
+                  vector_in, vector_out);
     }
   });
 }
@@ -313,15 +353,16 @@ void experts_dact(const ExpertsDActArgs& args, Stream stream) {
 void experts_dweights(const ExpertsDWeightsArgs& args, Stream stream) {
   with_type(args.of.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    launch("experts_dweights", sum_dweights<T>, ceil_div(args.of.num_rows, kWarps), kThreads, 0, stream, args);
+    launch("experts_dweights", sum_dweights<T>, ceil_div(args.of.num_rows, kWarps), kThreads, 0,
+           stream, args);
   });
 }
 
 void experts_dbias(const ExpertsDBiasArgs& args, Stream stream) {
   with_type(args.of.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    launch("experts_dbias", bias_gradient<T>, args.of.experts * ceil_div(args.width, kWarp), kThreads, 0, stream, args,
-           args.of.num_rows);
+    launch("experts_dbias", bias_gradient<T>, args.of.experts * ceil_div(args.width, kWarp),
+           kThreads, 0, stream, args, args.of.num_rows);
   });
 }
 

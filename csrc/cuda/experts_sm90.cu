@@ -10,7 +10,8 @@ namespace moekernels::cuda::sm90 {
 namespace {
 
 ExpertStyle style_of(const ExpertsArgs& args) {
-  return {args.ffn, args.activation, static_cast<float>(args.alpha), static_cast<float>(args.limit), args.interleaved};
+  return {args.ffn, args.activation, static_cast<float>(args.alpha), static_cast<float>(args.limit),
+          args.interleaved};
 }
 RowUse use_of(const ExpertsArgs& args) {
   return {args.token_of, static_cast<const float*>(args.weights), args.tokens};
@@ -20,11 +21,13 @@ template <class T>
 void up(const ExpertsUpArgs& args, const GemmChoice& choice, Stream stream) {
   const ExpertsArgs& of = args.of;
   const ExpertStyle style = style_of(of);
-  const RowProduct product{of.x, of.w1, of.offsets, of.num_rows, of.hidden, style.width(), of.experts, of.transposed,
-                           of.dtype};
-  const typename StoreUp<T>::Args to{static_cast<T*>(args.h), static_cast<T*>(args.a), static_cast<const T*>(of.b1), style};
+  const RowProduct product{of.x,          of.w1,      of.offsets,    of.num_rows, of.hidden,
+                           style.width(), of.experts, of.transposed, of.dtype};
+  const typename StoreUp<T>::Args to{static_cast<T*>(args.h), static_cast<T*>(args.a),
+                                     static_cast<const T*>(of.b1), style};
   const int64_t tile = style.apart() ? 128 : 256;
-  product.run<StoreUp<T>>("experts_up_sm90", choice, tile_count(style.apart() ? of.ffn : style.width(), tile), tile,
+  product.run<StoreUp<T>>("experts_up_sm90", choice,
+                          tile_count(style.apart() ? of.ffn : style.width(), tile), tile,
                           style.apart() ? of.ffn : 128, to, stream);
 }
 
@@ -32,8 +35,8 @@ template <class T>
 void dact(const ExpertsDActArgs& args, const GemmChoice& choice, Stream stream) {
   const ExpertsArgs& of = args.of;
   static_assert(StoreDAct<T>::kPartColumns == kDWeightsColumns);
-  const RowProduct product{args.dy, of.w2, of.offsets, of.num_rows, of.hidden, of.ffn, of.experts, !of.transposed,
-                           of.dtype};
+  const RowProduct product{args.dy, of.w2,      of.offsets,     of.num_rows, of.hidden,
+                           of.ffn,  of.experts, !of.transposed, of.dtype};
   const typename StoreDAct<T>::Args to{static_cast<const T*>(args.h),
                                        static_cast<T*>(args.dh),
                                        static_cast<T*>(args.weighted_a),
@@ -41,24 +44,27 @@ void dact(const ExpertsDActArgs& args, const GemmChoice& choice, Stream stream) 
                                        experts_dweights_parts(of.ffn),
                                        style_of(of),
                                        use_of(of)};
-  product.run<StoreDAct<T>>("experts_dact_sm90", choice, tile_count(of.ffn, 256), 256, 128, to, stream);
+  product.run<StoreDAct<T>>("experts_dact_sm90", choice, tile_count(of.ffn, 256), 256, 128, to,
+                            stream);
 }
 
 }  // namespace
 
 void experts_up(const ExpertsUpArgs& args, const GemmChoice& choice, Stream stream) {
-  args.of.dtype == DType::f16 ? up<__half>(args, choice, stream) : up<__nv_bfloat16>(args, choice, stream);
+  args.of.dtype == DType::f16 ? up<__half>(args, choice, stream)
+                              : up<__nv_bfloat16>(args, choice, stream);
 }
 
 void experts_down(const ExpertsDownArgs& args, const GemmChoice& choice, Stream stream) {
   const ExpertsArgs& of = args.of;
-  const RowProduct product{args.a, of.w2, of.offsets, of.num_rows, of.ffn, of.hidden, of.experts, of.transposed,
-                           of.dtype};
+  const RowProduct product{args.a,    of.w2,      of.offsets,    of.num_rows, of.ffn,
+                           of.hidden, of.experts, of.transposed, of.dtype};
   store_product("experts_down_sm90", product, choice, args.y, of.b2, use_of(of), stream);
 }
 
 void experts_dact(const ExpertsDActArgs& args, const GemmChoice& choice, Stream stream) {
-  args.of.dtype == DType::f16 ? dact<__half>(args, choice, stream) : dact<__nv_bfloat16>(args, choice, stream);
+  args.of.dtype == DType::f16 ? dact<__half>(args, choice, stream)
+                              : dact<__nv_bfloat16>(args, choice, stream);
 }
 
 }  // namespace moekernels::cuda::sm90

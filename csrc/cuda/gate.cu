@@ -1,5 +1,6 @@
-// From logits to weights, ids and sums in one pass: a token's logits stay in its team's registers. A block takes a
-// chunk of tokens and leaves its part of the sums; a second kernel adds the parts in order, so the bits are fixed.
+// From logits to weights, ids and sums in one pass: a token's logits stay in its team's registers.
+// A block takes a chunk of tokens and leaves its part of the sums; a second kernel adds the parts
+// in order, so the bits are fixed.
 #include "moekernels/gate.h"
 
 #include <type_traits>
@@ -23,7 +24,8 @@ __device__ float value_of(uint32_t key) {
   return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-// The parts of the sums. Chunk c holds tokens of segment s: part c + s, a place that no other pair has.
+// The parts of the sums. Chunk c holds tokens of segment s: part c + s, a place that no other pair
+// has.
 struct Parts {
   float* scores;    // [P, E]
   int32_t* counts;  // [P, E]
@@ -42,11 +44,13 @@ struct Parts {
   static int64_t tokens_of_chunk(int64_t tokens) { return tokens < 16384 ? 32 : 64; }
 };
 
-// Leaves keys only in the groups that rank highest. `shared` holds a key an expert; a group's rank, and then whether
-// it is kept, lies where its first expert's key was.
+// Leaves keys only in the groups that rank highest. `shared` holds a key an expert; a group's rank,
+// and then whether it is kept, lies where its first expert's key was.
 template <class Tm>
-__device__ void keep_groups(const GateArgs& args, uint32_t (&keys)[Tm::values], uint32_t* shared, uint32_t* scratch) {
-  const int groups = static_cast<int>(args.num_groups), size = static_cast<int>(args.experts / groups);
+__device__ void keep_groups(const GateArgs& args, uint32_t (&keys)[Tm::values], uint32_t* shared,
+                            uint32_t* scratch) {
+  const int groups = static_cast<int>(args.num_groups),
+            size = static_cast<int>(args.experts / groups);
   Tm::sync();
 #pragma unroll
   for (int i = 0; i < Tm::values; ++i) {
@@ -60,7 +64,8 @@ __device__ void keep_groups(const GateArgs& args, uint32_t (&keys)[Tm::values], 
       second = max(second, min(first, key));
       first = max(first, key);
     }
-    shared[g * size] = args.sum_two && size > 1 ? key_of(value_of(first) + value_of(second)) : first;
+    shared[g * size] =
+        args.sum_two && size > 1 ? key_of(value_of(first) + value_of(second)) : first;
   }
   Tm::sync();
   for (int n = 0; n < args.groups_kept; ++n) {
@@ -86,8 +91,9 @@ __device__ void keep_groups(const GateArgs& args, uint32_t (&keys)[Tm::values], 
 
 // The K best keys in order, the smaller id where they tie: fills ids and the chosen scores.
 template <class Tm>
-__device__ void choose(const GateArgs& args, uint32_t (&keys)[Tm::values], const float (&scores)[Tm::values],
-                       float* chosen, int32_t* ids, uint32_t* scratch) {
+__device__ void choose(const GateArgs& args, uint32_t (&keys)[Tm::values],
+                       const float (&scores)[Tm::values], float* chosen, int32_t* ids,
+                       uint32_t* scratch) {
   for (int k = 0; k < args.top_k; ++k) {
     uint32_t best = keys[0], at = ~0u;
 #pragma unroll
@@ -110,7 +116,8 @@ __device__ void choose(const GateArgs& args, uint32_t (&keys)[Tm::values], const
   }
 }
 
-// What a block keeps in shared memory: keys of groups or sums of warps, then each team's choice, then the counts.
+// What a block keeps in shared memory: keys of groups or sums of warps, then each team's choice,
+// then the counts.
 template <class Tm>
 struct Shared {
   static constexpr int keys = kGateThreads<Tm> * Tm::values;
@@ -120,17 +127,21 @@ struct Shared {
 };
 
 template <class Tm>
-__global__ void __launch_bounds__(kGateThreads<Tm>) gate_tokens(const GateArgs args, const Parts parts) {
+__global__ void __launch_bounds__(kGateThreads<Tm>)
+    gate_tokens(const GateArgs args, const Parts parts) {
   MOEKERNELS_DYNAMIC_SHARED(uint32_t, shared);
   __shared__ uint32_t scratch[4];
   __shared__ double z_of_warp[(kGateThreads<Tm> + 31) / 32];
-  const int experts = static_cast<int>(args.experts), top_k = static_cast<int>(args.top_k), team = Tm::team_of_block();
+  const int experts = static_cast<int>(args.experts), top_k = static_cast<int>(args.top_k),
+            team = Tm::team_of_block();
   uint32_t* group_keys = shared + team * Tm::lanes * Tm::values;
   float* chosen = reinterpret_cast<float*>(shared + Shared<Tm>::keys) + team * top_k;
-  int32_t* ids = reinterpret_cast<int32_t*>(shared + Shared<Tm>::keys + kTeams<Tm> * top_k) + team * top_k;
+  int32_t* ids =
+      reinterpret_cast<int32_t*>(shared + Shared<Tm>::keys + kTeams<Tm> * top_k) + team * top_k;
   int32_t* counts = reinterpret_cast<int32_t*>(shared + Shared<Tm>::keys + 2 * kTeams<Tm> * top_k);
   const bool soft_topk = args.score == GateScore::softmax_topk;
-  const bool independent = args.score == GateScore::sigmoid || args.score == GateScore::sqrtsoftplus;
+  const bool independent =
+      args.score == GateScore::sigmoid || args.score == GateScore::sqrtsoftplus;
   const bool by_score = args.bias != nullptr || (args.num_groups > 1 && args.sum_two);
   const float* bias = static_cast<const float*>(args.bias);
 
@@ -156,7 +167,8 @@ __global__ void __launch_bounds__(kGateThreads<Tm>) gate_tokens(const GateArgs a
       load_logits<Tm>(args.logits, args.dtype, {t, experts, live, parts.vector}, x);
       const float lse = soften<Tm>(x, softmax, scratch);
       float divisor = 1;
-      if (independent) divisor = score<Tm>(x, args.score == GateScore::sigmoid, experts, scores, scratch);
+      if (independent)
+        divisor = score<Tm>(x, args.score == GateScore::sigmoid, experts, scores, scratch);
       const float factor = 1.0f / divisor;
       uint32_t keys[Tm::values];
 #pragma unroll
@@ -164,7 +176,8 @@ __global__ void __launch_bounds__(kGateThreads<Tm>) gate_tokens(const GateArgs a
         const int e = Tm::expert(i);
         if (live) sums[i] += independent ? scores[i] * factor : softmax[i];
         if (!independent) scores[i] = soft_topk ? x[i] : softmax[i];
-        const float key = by_score ? scores[i] + (bias != nullptr && e < experts ? bias[e] : 0.0f) : x[i];
+        const float key =
+            by_score ? scores[i] + (bias != nullptr && e < experts ? bias[e] : 0.0f) : x[i];
         keys[i] = e < experts ? key_of(key) : kGone;
       }
       if (args.num_groups > 1) keep_groups<Tm>(args, keys, group_keys, scratch);
@@ -172,7 +185,8 @@ __global__ void __launch_bounds__(kGateThreads<Tm>) gate_tokens(const GateArgs a
       weigh<Tm>(chosen, top_k, soft_topk, args.renormalize);
       if (t < end) {
         for (int k = Tm::lane(); k < top_k; k += Tm::lanes) {
-          static_cast<float*>(args.weights)[t * top_k + k] = live ? chosen[k] * static_cast<float>(args.scale) : 0.0f;
+          static_cast<float*>(args.weights)[t * top_k + k] =
+              live ? chosen[k] * static_cast<float>(args.scale) : 0.0f;
           args.ids[t * top_k + k] = live ? ids[k] : -1;
           if (live) atomicAdd(counts + ids[k], 1);
         }
@@ -198,7 +212,8 @@ __global__ void __launch_bounds__(kGateThreads<Tm>) gate_tokens(const GateArgs a
     if (Tm::is_block || threadIdx.x % 32 < Tm::lanes) {
       const int warp = Tm::is_block ? 0 : threadIdx.x / 32;
 #pragma unroll
-      for (int i = 0; i < Tm::values; ++i) part[warp * Tm::lanes * Tm::values + Tm::expert(i)] = sums[i];
+      for (int i = 0; i < Tm::values; ++i)
+        part[warp * Tm::lanes * Tm::values + Tm::expert(i)] = sums[i];
     }
     __syncthreads();
     if (segment >= 0) {
@@ -220,11 +235,13 @@ __global__ void __launch_bounds__(kGateThreads<Tm>) gate_tokens(const GateArgs a
   }
 }
 
-// A block adds the parts of one segment for 32 experts, a lane each; its warps take every n-th part.
+// A block adds the parts of one segment for 32 experts, a lane each; its warps take every n-th
+// part.
 __global__ void __launch_bounds__(1024) gate_add_parts(const GateArgs args, const Parts parts) {
   __shared__ double sums[32][32];
   __shared__ int64_t counts[32][32];
-  const int64_t tiles = (args.experts + 31) / 32, segment = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+  const int64_t tiles = (args.experts + 31) / 32, segment = blockIdx.x / tiles,
+                tile = blockIdx.x % tiles;
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = lane_id();
   int64_t begin = 0, end = args.tokens;
   if (args.offsets != nullptr) {
@@ -274,13 +291,14 @@ void gate(const GateArgs& args, Stream stream) {
   const Parts parts(args);
   with_team(args.experts, [&](auto team) {
     using Tm = decltype(team);
-    launch("gate", gate_tokens<Tm>, parts.chunks, kGateThreads<Tm>, Shared<Tm>::bytes(args), stream, args, parts);
+    launch("gate", gate_tokens<Tm>, parts.chunks, kGateThreads<Tm>, Shared<Tm>::bytes(args), stream,
+           args, parts);
   });
   // As many warps as a segment has parts on average, whatever their contents.
   int64_t warps = 4;
   while (warps < 32 && warps * args.segments < parts.chunks) warps *= 2;
-  launch("gate", gate_add_parts, args.segments * ceil_div(args.experts, 32), static_cast<int>(warps) * 32, 0,
-         stream, args, parts);
+  launch("gate", gate_add_parts, args.segments * ceil_div(args.experts, 32),
+         static_cast<int>(warps) * 32, 0, stream, args, parts);
 }
 
 }  // namespace moekernels::cuda

@@ -1,4 +1,5 @@
-// The gradient of the logits from those of the weights and of the sums, in one pass over the logits.
+// The gradient of the logits from those of the weights and of the sums, in one pass over the
+// logits.
 #include <type_traits>
 
 #include "detail/gate.cuh"
@@ -7,9 +8,11 @@
 namespace moekernels::cuda {
 namespace {
 
-// From the gradients of a token's weights to those of its chosen scores, in place; chosen and divisor as `weigh` left them.
+// From the gradients of a token's weights to those of its chosen scores, in place; chosen and
+// divisor as `weigh` left them.
 template <class Tm>
-__device__ void weigh_backward(const float* chosen, float divisor, int top_k, bool soft, bool renormalize, float* dchosen) {
+__device__ void weigh_backward(const float* chosen, float divisor, int top_k, bool soft,
+                               bool renormalize, float* dchosen) {
   Tm::sync();
   float dot = 0;
   if (renormalize) {
@@ -23,19 +26,23 @@ __device__ void weigh_backward(const float* chosen, float divisor, int top_k, bo
     dot = 0;
     for (int k = 0; k < top_k; ++k) dot += dchosen[k] * chosen[k] * divisor;
     Tm::sync();
-    for (int k = Tm::lane(); k < top_k; k += Tm::lanes) dchosen[k] = chosen[k] * divisor * (dchosen[k] - dot);
+    for (int k = Tm::lane(); k < top_k; k += Tm::lanes)
+      dchosen[k] = chosen[k] * divisor * (dchosen[k] - dot);
     Tm::sync();
   }
 }
 
 template <class Tm>
-__global__ void __launch_bounds__(kGateThreads<Tm>) gate_backward_tokens(const GateBackwardArgs args, const bool vector) {
+__global__ void __launch_bounds__(kGateThreads<Tm>)
+    gate_backward_tokens(const GateBackwardArgs args, const bool vector) {
   MOEKERNELS_DYNAMIC_SHARED(uint32_t, shared);
   __shared__ uint32_t scratch[4];
-  const int experts = static_cast<int>(args.experts), top_k = static_cast<int>(args.top_k), team = Tm::team_of_block();
+  const int experts = static_cast<int>(args.experts), top_k = static_cast<int>(args.top_k),
+            team = Tm::team_of_block();
   float* chosen = reinterpret_cast<float*>(shared) + team * 2 * top_k;
   float* dchosen = chosen + top_k;
-  const bool is_sigmoid = args.score == GateScore::sigmoid, soft_topk = args.score == GateScore::softmax_topk;
+  const bool is_sigmoid = args.score == GateScore::sigmoid,
+             soft_topk = args.score == GateScore::softmax_topk;
   const bool independent = is_sigmoid || args.score == GateScore::sqrtsoftplus;
 
   const int64_t t = static_cast<int64_t>(blockIdx.x) * kTeams<Tm> + team;
@@ -51,7 +58,9 @@ __global__ void __launch_bounds__(kGateThreads<Tm>) gate_backward_tokens(const G
   const float* dsum = segment >= 0 && args.dscore_sum != nullptr
                           ? static_cast<const float*>(args.dscore_sum) + segment * experts
                           : nullptr;
-  const float dz = segment >= 0 && args.dz_sum != nullptr ? static_cast<const float*>(args.dz_sum)[segment] : 0.0f;
+  const float dz = segment >= 0 && args.dz_sum != nullptr
+                       ? static_cast<const float*>(args.dz_sum)[segment]
+                       : 0.0f;
 
   float x[Tm::values], softmax[Tm::values], scores[Tm::values], d[Tm::values];
   load_logits<Tm>(args.logits, args.dtype, {t, experts, live, vector}, x);
@@ -89,7 +98,9 @@ __global__ void __launch_bounds__(kGateThreads<Tm>) gate_backward_tokens(const G
       for (int i = 0; i < Tm::values; ++i) {
         if (Tm::expert(i) == id) chosen[k] = scores[i];
       }
-      dchosen[k] = live ? static_cast<const float*>(args.dweights)[t * top_k + k] * static_cast<float>(args.scale) : 0.0f;
+      dchosen[k] = live ? static_cast<const float*>(args.dweights)[t * top_k + k] *
+                              static_cast<float>(args.scale)
+                        : 0.0f;
     }
     const float divisor = weigh<Tm>(chosen, top_k, soft_topk, args.renormalize);
     weigh_backward<Tm>(chosen, divisor, top_k, soft_topk, args.renormalize, dchosen);
@@ -134,8 +145,8 @@ void gate_backward(const GateBackwardArgs& args, Stream stream) {
   const bool vector = args.experts % 8 == 0 && aligned16(args.logits, args.dlogits);
   with_team(args.experts, [&](auto team) {
     using Tm = decltype(team);
-    launch("gate_backward", gate_backward_tokens<Tm>, ceil_div(args.tokens, kTeams<Tm>), kGateThreads<Tm>,
-           kTeams<Tm> * args.top_k * 8, stream, args, vector);
+    launch("gate_backward", gate_backward_tokens<Tm>, ceil_div(args.tokens, kTeams<Tm>),
+           kGateThreads<Tm>, kTeams<Tm> * args.top_k * 8, stream, args, vector);
   });
 }
 

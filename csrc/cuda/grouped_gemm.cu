@@ -1,5 +1,6 @@
-// Grouped products on any CUDA device: a block for each tile that the worst case of the offsets gives; blocks without a
-// tile end at once. The wgmma kernels for sm_90a are in grouped_gemm_sm90.cu.
+// Grouped products on any CUDA device: a block for each tile that the worst case of the offsets
+// gives; blocks without a tile end at once. The wgmma kernels for sm_90a are in
+// grouped_gemm_sm90.cu.
 #include "moekernels/grouped_gemm.h"
 
 #include "detail/gemm_launch.cuh"
@@ -12,8 +13,8 @@ namespace {
 extern __shared__ __align__(128) char shared[];
 
 template <class T, int tile, bool transposed>
-__global__ void __launch_bounds__(GemmShape<T, tile>::kThreads) rows_times_weights(const RowProduct args, bool vector_in,
-                                                                                   bool vector_out) {
+__global__ void __launch_bounds__(GemmShape<T, tile>::kThreads)
+    rows_times_weights(const RowProduct args, bool vector_in, bool vector_out) {
   const int64_t tiles_n = tile_count(args.width, tile), index = blockIdx.x / tiles_n;
   const RowTile rows = find_row_tile(args.offsets, args.experts, args.num_rows, tile, index);
   if (rows.group < 0) return;
@@ -34,29 +35,43 @@ __global__ void __launch_bounds__(GemmShape<T, tile>::kThreads) rows_times_weigh
     if (!is_tail && (args.token_of == nullptr || inside(args.token_of[row], args.tokens))) {
       float bias[kChunk] = {};
       if (args.bias != nullptr) {
-        load_chunk(bias, static_cast<const T*>(args.bias) + rows.group * args.width + columns.at(j), count, false);
+        load_chunk(bias, static_cast<const T*>(args.bias) + rows.group * args.width + columns.at(j),
+                   count, false);
       }
       const float weight = args.weights != nullptr ? args.weights[row] : 1.0f;
 #pragma unroll
-      for (int n = 0; n < kChunk; ++n) v[n] = (c[r * GemmShape<T, tile>::kPitchC + j + n] + bias[n]) * weight;
+      for (int n = 0; n < kChunk; ++n)
+        v[n] = (c[r * GemmShape<T, tile>::kPitchC + j + n] + bias[n]) * weight;
     }
     store_chunk(static_cast<T*>(args.out) + row * args.width + columns.at(j), v, count, vector_out);
   });
 }
 
 template <class T, int tile>
-__global__ void __launch_bounds__(GemmShape<T, tile>::kThreads) weights_gradient(const GroupedWgradArgs args, bool vector) {
+__global__ void __launch_bounds__(GemmShape<T, tile>::kThreads)
+    weights_gradient(const GroupedWgradArgs args, bool vector) {
   const int64_t tiles_m = tile_count(args.m, tile), tiles_n = tile_count(args.n, tile);
-  const int64_t expert = blockIdx.x / (tiles_m * tiles_n), index = blockIdx.x - expert * tiles_m * tiles_n;
+  const int64_t expert = blockIdx.x / (tiles_m * tiles_n),
+                index = blockIdx.x - expert * tiles_m * tiles_n;
   const RowRange rows = rows_of_group(args.offsets, expert, args.experts, args.num_rows);
   const int64_t depth = rows.end - rows.begin;
   if (args.accumulate && depth == 0) return;
   const TileColumns ms = plain_columns(tile, index / tiles_n, args.m);
   const TileColumns ns = plain_columns(tile, index % tiles_n, args.n);
   const int32_t* token_of = args.token_of != nullptr ? args.token_of + rows.begin : nullptr;
-  const OperandSource<T> a{static_cast<const T*>(args.a) + rows.begin * args.m, args.m, ms, depth, vector, token_of,
+  const OperandSource<T> a{static_cast<const T*>(args.a) + rows.begin * args.m,
+                           args.m,
+                           ms,
+                           depth,
+                           vector,
+                           token_of,
                            args.tokens};
-  const OperandSource<T> b{static_cast<const T*>(args.b) + rows.begin * args.n, args.n, ns, depth, vector, token_of,
+  const OperandSource<T> b{static_cast<const T*>(args.b) + rows.begin * args.n,
+                           args.n,
+                           ns,
+                           depth,
+                           vector,
+                           token_of,
                            args.tokens};
   const float* c = multiply_tile<T, tile, false, false>(shared, a, b, args.tf32);
   for_chunks<T, tile, tile>([&](int i, int j) {
@@ -81,13 +96,16 @@ __global__ void __launch_bounds__(GemmShape<T, tile>::kThreads) weights_gradient
 
 }  // namespace
 
-void row_product(const char* name, const RowProduct& args, const GemmChoice& choice, Stream stream) {
+void row_product(const char* name, const RowProduct& args, const GemmChoice& choice,
+                 Stream stream) {
   with_tile(args.dtype, choice, [&](auto* type, auto constant) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int tile = decltype(constant)::value;
-    const bool vector_in = aligned16(args.a, args.w, args.in * sizeof(T), (args.transposed ? args.width : 0) * sizeof(T));
+    const bool vector_in = aligned16(args.a, args.w, args.in * sizeof(T),
+                                     (args.transposed ? args.width : 0) * sizeof(T));
     const bool vector_out = aligned16(args.out, args.width * sizeof(T));
-    const int64_t blocks = row_tiles_bound(args.num_rows, args.experts, tile) * tile_count(args.width, tile);
+    const int64_t blocks =
+        row_tiles_bound(args.num_rows, args.experts, tile) * tile_count(args.width, tile);
     if (args.transposed) {
       launch_gemm(name, rows_times_weights<T, tile, true>, blocks, GemmShape<T, tile>::kThreads,
                   kGemmShared<T, tile, true, false>, stream, args, vector_in, vector_out);
@@ -100,21 +118,24 @@ void row_product(const char* name, const RowProduct& args, const GemmChoice& cho
 
 void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
   const int64_t bytes = size_of(args.dtype);
-  const GemmChoice choice = choose(GemmOp::forward, args.dtype, args.num_rows, args.out_width, args.in, args.experts,
-                                   args.tf32, args.rows, args.w, args.out, args.in * bytes, args.out_width * bytes);
+  const GemmChoice choice =
+      choose(GemmOp::forward, args.dtype, args.num_rows, args.out_width, args.in, args.experts,
+             args.tf32, args.rows, args.w, args.out, args.in * bytes, args.out_width * bytes);
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::grouped_gemm(args, choice, stream);
   }
-  const RowProduct product{args.dtype, args.rows, args.w,  args.offsets,  args.out,       nullptr,     nullptr,
-                           nullptr,    0,         args.num_rows, args.in, args.out_width, args.experts, args.transposed,
-                           args.tf32};
+  const RowProduct product{
+      args.dtype,   args.rows,       args.w,   args.offsets,  args.out, nullptr,
+      nullptr,      nullptr,         0,        args.num_rows, args.in,  args.out_width,
+      args.experts, args.transposed, args.tf32};
   row_product("grouped_gemm", product, choice, stream);
 }
 
 void grouped_wgrad(const GroupedWgradArgs& args, Stream stream) {
   const int64_t bytes = size_of(args.dtype);
-  const GemmChoice choice = choose(GemmOp::wgrad, args.dtype, args.m, args.n, args.num_rows, args.experts, args.tf32,
-                                   args.a, args.b, args.dw, args.m * bytes, args.n * bytes);
+  const GemmChoice choice =
+      choose(GemmOp::wgrad, args.dtype, args.m, args.n, args.num_rows, args.experts, args.tf32,
+             args.a, args.b, args.dw, args.m * bytes, args.n * bytes);
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::grouped_wgrad(args, choice, stream);
   }
@@ -123,8 +144,9 @@ void grouped_wgrad(const GroupedWgradArgs& args, Stream stream) {
     constexpr int tile = decltype(constant)::value;
     const bool vector = aligned16(args.a, args.b, args.dw, args.m * sizeof(T), args.n * sizeof(T));
     launch_gemm("grouped_gemm_wgrad", weights_gradient<T, tile>,
-                args.experts * tile_count(args.m, tile) * tile_count(args.n, tile), GemmShape<T, tile>::kThreads,
-                kGemmShared<T, tile, false, false>, stream, args, vector);
+                args.experts * tile_count(args.m, tile) * tile_count(args.n, tile),
+                GemmShape<T, tile>::kThreads, kGemmShared<T, tile, false, false>, stream, args,
+                vector);
   });
 }
 

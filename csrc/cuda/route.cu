@@ -1,5 +1,6 @@
-// A stable counting sort in four launches and no host sync: each warp counts its chunk of the slots, two scans say
-// where the chunk's slots of each expert begin, and each warp places its chunk in order.
+// A stable counting sort in four launches and no host sync: each warp counts its chunk of the
+// slots, two scans say where the chunk's slots of each expert begin, and each warp places its chunk
+// in order.
 #include "moekernels/route.h"
 
 #include "detail/launch.cuh"
@@ -9,8 +10,8 @@
 namespace moekernels::cuda {
 namespace {
 
-constexpr int kThreads = 128;             // of the kernels that walk slots: four chunks a block
-constexpr int kScanThreads = 1024;        // of the kernels that scan
+constexpr int kThreads = 128;       // of the kernels that walk slots: four chunks a block
+constexpr int kScanThreads = 1024;  // of the kernels that scan
 constexpr int64_t kSharedBytes = 48 * 1024;
 
 __device__ int64_t id_of(const RouteArgs& args, int64_t slot) {
@@ -52,8 +53,8 @@ __global__ void __launch_bounds__(kThreads) route_count_slots(const RouteArgs ar
   }
 }
 
-// begins[c][e]: from counts to exclusive sums over the chunks; the totals go to counts[e]. A block takes 32 experts,
-// a lane each, and its 32 warps take a span of the chunks each.
+// begins[c][e]: from counts to exclusive sums over the chunks; the totals go to counts[e]. A block
+// takes 32 experts, a lane each, and its 32 warps take a span of the chunks each.
 __global__ void __launch_bounds__(kScanThreads) route_scan_chunks(const RouteArgs args) {
   __shared__ int32_t sums[kScanThreads / kWarp][kWarp];
   const int warp = threadIdx.x / kWarp, lane = lane_id();
@@ -80,7 +81,8 @@ __global__ void __launch_bounds__(kScanThreads) route_scan_chunks(const RouteArg
   if (warp == kScanThreads / kWarp - 1) args.counts[e] = before;
 }
 
-// counts: from all slots of an expert to the rows kept; offsets, and where `order` holds an expert's slots. One block.
+// counts: from all slots of an expert to the rows kept; offsets, and where `order` holds an
+// expert's slots. One block.
 __global__ void __launch_bounds__(kScanThreads) route_scan_experts(const RouteArgs args) {
   __shared__ int64_t scratch[kScanThreads / kWarp];
   int64_t begin = 0, order_begin = 0;
@@ -98,7 +100,8 @@ __global__ void __launch_bounds__(kScanThreads) route_scan_experts(const RouteAr
     begin += sum;
     if (args.order != nullptr) {
       const int64_t before_in_order = block_exclusive_sum<kScanThreads>(total, scratch, &sum);
-      if (e < args.experts) args.order_begins[e] = static_cast<int32_t>(order_begin + before_in_order);
+      if (e < args.experts)
+        args.order_begins[e] = static_cast<int32_t>(order_begin + before_in_order);
       order_begin += sum;
     }
   }
@@ -111,16 +114,19 @@ __global__ void __launch_bounds__(kScanThreads) route_scan_experts(const RouteAr
 // Unused rows: those between an expert's rows and the next expert's, and those behind the last.
 __device__ void clear_unused(const RouteArgs& args, int64_t warp, int64_t warps) {
   for (int64_t e = warp; e < args.experts; e += warps) {
-    for (int64_t r = args.offsets[e] + args.counts[e] + lane_id(); r < args.offsets[e + 1]; r += kWarp) {
+    for (int64_t r = args.offsets[e] + args.counts[e] + lane_id(); r < args.offsets[e + 1];
+         r += kWarp) {
       args.token_of[r] = args.slot_of[r] = -1;
     }
   }
-  for (int64_t r = args.offsets[args.experts] + warp * kWarp + lane_id(); r < args.num_rows; r += warps * kWarp) {
+  for (int64_t r = args.offsets[args.experts] + warp * kWarp + lane_id(); r < args.num_rows;
+       r += warps * kWarp) {
     args.token_of[r] = args.slot_of[r] = -1;
   }
 }
 
-// Each warp takes its slots in order, 32 at a time: a lane's rank is the number of lower lanes with the same expert.
+// Each warp takes its slots in order, 32 at a time: a lane's rank is the number of lower lanes with
+// the same expert.
 template <bool in_shared>
 __global__ void __launch_bounds__(kThreads) route_place_slots(const RouteArgs args) {
   MOEKERNELS_DYNAMIC_SHARED(int32_t, shared);
@@ -167,8 +173,8 @@ __device__ uint32_t key_of(const RouteArgs& args, int32_t slot) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// One block an expert: finds the key that `capacity` slots reach, eight bits at a time, then gives rows to the slots
-// above it and to the first of those that tie with it, in their order.
+// One block an expert: finds the key that `capacity` slots reach, eight bits at a time, then gives
+// rows to the slots above it and to the first of those that tie with it, in their order.
 __global__ void __launch_bounds__(kScanThreads) route_keep_heaviest(const RouteArgs args) {
   __shared__ int32_t bins[256];
   __shared__ int64_t scratch[kScanThreads / kWarp];
@@ -233,7 +239,8 @@ int64_t route_chunk_slots(int64_t slots, int64_t experts) {
 }
 
 void route(const RouteArgs& args, Stream stream) {
-  const int64_t blocks = args.chunks > 0 ? ceil_div(args.chunks, kThreads / kWarp) : 1;  // unused rows are left without slots
+  const int64_t blocks = args.chunks > 0 ? ceil_div(args.chunks, kThreads / kWarp)
+                                         : 1;  // unused rows are left without slots
   const int64_t bytes = args.experts * (kThreads / kWarp) * static_cast<int64_t>(sizeof(int32_t));
   const bool in_shared = bytes <= kSharedBytes;
   const int64_t shared = in_shared ? bytes : 0;

@@ -29,7 +29,9 @@ State& state() {
   return *of_process;
 }
 
-const char* role_of(int warp) { return warp < 4 ? "consumer 0" : warp < 8 ? "consumer 1" : "producer"; }
+const char* role_of(int warp) {
+  return warp < 4 ? "consumer 0" : warp < 8 ? "consumer 1" : "producer";
+}
 
 void print_stuck() {
   const char* text = stuck();
@@ -37,9 +39,12 @@ void print_stuck() {
 }
 
 constexpr const char* kLegend =
-    "  a full barrier that stays shut: bytes that never came (a bad tensor map, or an expect_tx that is not the boxes' sum)\n"
-    "  an empty one: arrivals that never came (a consumer that stopped earlier, or waits for another phase)\n"
-    "  the CUDA errors beside it: 715 an illegal instruction or a bad tensor map, 716 a misaligned address, 719 a trap, as\n"
+    "  a full barrier that stays shut: bytes that never came (a bad tensor map, or an "
+    "expect_tx that is not the boxes' sum)\n"
+    "  an empty one: arrivals that never came (a consumer that stopped earlier, or "
+    "waits for another phase)\n"
+    "  the CUDA errors beside it: 715 an illegal instruction or a bad tensor map, 716 a "
+    "misaligned address, 719 a trap, as\n"
     "  after this message, or a barrier used wrongly\n";
 
 }  // namespace
@@ -54,7 +59,9 @@ Settings settings() {
   return state().settings;
 }
 
-Build build() { return MOEKERNELS_WATCHDOG ? Build::watchdog : MOEKERNELS_TRACE ? Build::trace : Build::plain; }
+Build build() {
+  return MOEKERNELS_WATCHDOG ? Build::watchdog : MOEKERNELS_TRACE ? Build::trace : Build::plain;
+}
 
 void watch(int64_t limit_ns) {
   std::lock_guard<std::mutex> lock(state().mutex);
@@ -79,7 +86,8 @@ Probe note_launch(const char* name) {
   if (of.limit_ns > 0) {
     if (of.stuck == nullptr) {
       void* memory = nullptr;
-      check(cudaHostAlloc(&memory, sizeof(StuckWait) * kStuckRecords, cudaHostAllocMapped), "the watchdog's records");
+      check(cudaHostAlloc(&memory, sizeof(StuckWait) * kStuckRecords, cudaHostAllocMapped),
+            "the watchdog's records");
       of.stuck = static_cast<StuckWait*>(memory);
       for (int i = 0; i < kStuckRecords; ++i) of.stuck[i] = {};
       std::atexit(print_stuck);
@@ -114,10 +122,10 @@ const char* stuck() {
   for (int i = 0; state().stuck != nullptr && i < kStuckRecords; ++i) {
     const StuckWait& at = state().stuck[i];
     if (at.found == 0 || ++count > 40) continue;
-    *text += "watchdog: block " + std::to_string(at.block) + ", " + role_of(at.warp) + " (warp " + std::to_string(at.warp) +
-             ") waits for " + (at.on_full ? "full" : "empty") + "[" + std::to_string(at.stage) + "], phase " +
-             std::to_string(at.phase) + ", step " + std::to_string(at.step) + " of a tile of group " +
-             std::to_string(at.group) + "\n";
+    *text += "watchdog: block " + std::to_string(at.block) + ", " + role_of(at.warp) + " (warp " +
+             std::to_string(at.warp) + ") waits for " + (at.on_full ? "full" : "empty") + "[" +
+             std::to_string(at.stage) + "], phase " + std::to_string(at.phase) + ", step " +
+             std::to_string(at.step) + " of a tile of group " + std::to_string(at.group) + "\n";
   }
   if (count > 40) *text += "watchdog: and " + std::to_string(count - 40) + " more\n";
   if (count > 0) *text += kLegend;

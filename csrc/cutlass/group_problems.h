@@ -1,12 +1,13 @@
-// What CUTLASS wants to know of each group - its sizes, addresses and strides - written on the device from `offsets`, and
-// the part of the output that no group writes set to zero.
+// What CUTLASS wants to know of each group - its sizes, addresses and strides - written on the
+// device from `offsets`, and the part of the output that no group writes set to zero.
 #pragma once
 
 #include "moekernels/common.h"
 
 namespace moekernels::cuda {
 
-// An operand of group e whose rows begin at `begin` lies at data + begin * row_bytes + e * expert_bytes.
+// An operand of group e whose rows begin at `begin` lies at data + begin * row_bytes + e *
+// expert_bytes.
 struct GroupOperand {
   char* data;
   int64_t row_bytes, expert_bytes;
@@ -19,7 +20,8 @@ struct GroupProblems {
   int64_t experts, num_rows;
   int32_t m, n, k;  // the one that differs between experts is -1
   GroupOperand a, b, d;
-  // wgrad that sets: experts without rows have a gradient of zero. Row products zero the rows of no expert.
+  // wgrad that sets: experts without rows have a gradient of zero. Row products zero the rows of no
+  // expert.
   bool zero_empty;
 };
 
@@ -43,9 +45,11 @@ struct GroupArrays {
 inline GroupArrays group_arrays(void* scratch, int64_t experts) {
   int64_t* words = static_cast<int64_t*>(scratch);
   const auto operands = [&](int64_t i) {
-    return GroupOperands{reinterpret_cast<void**>(words + 2 * i * experts), words + (2 * i + 1) * experts};
+    return GroupOperands{reinterpret_cast<void**>(words + 2 * i * experts),
+                         words + (2 * i + 1) * experts};
   };
-  return {reinterpret_cast<GroupSizes*>(words + 6 * experts), operands(0), operands(1), operands(2)};
+  return {reinterpret_cast<GroupSizes*>(words + 6 * experts), operands(0), operands(1),
+          operands(2)};
 }
 
 inline int64_t group_arrays_bytes(int64_t experts) {

@@ -20,9 +20,10 @@ auto with_product(const GroupedGemmArgs& args, const F& f) {
 
 const char* why_not_cutlass(const GroupedGemmArgs& args) {
   const int64_t bytes = size_of(args.dtype);
-  return why_not(GemmOp::forward, args.dtype, args.num_rows, args.out_width, args.in, args.experts,
-                 gemm_alignment(reinterpret_cast<int64_t>(args.rows), reinterpret_cast<int64_t>(args.w),
-                                reinterpret_cast<int64_t>(args.out), args.in * bytes, args.out_width * bytes));
+  return why_not(
+      GemmOp::forward, args.dtype, args.num_rows, args.out_width, args.in, args.experts,
+      gemm_alignment(reinterpret_cast<int64_t>(args.rows), reinterpret_cast<int64_t>(args.w),
+                     reinterpret_cast<int64_t>(args.out), args.in * bytes, args.out_width * bytes));
 }
 
 int64_t cutlass_scratch_bytes(const GroupedGemmArgs& args) {
@@ -44,7 +45,9 @@ void grouped_gemm_cutlass(const GroupedGemmArgs& args, void* scratch, Stream str
       .d = {static_cast<char*>(args.out), args.out_width * bytes, 0, args.out_width},
       .zero_empty = false,
   };
-  with_product(args, [&](auto* product) { product->run("grouped_gemm_cutlass", problems, scratch, stream); });
+  with_product(args, [&](auto* product) {
+    product->run("grouped_gemm_cutlass", problems, scratch, stream);
+  });
 }
 
 }  // namespace moekernels::cuda

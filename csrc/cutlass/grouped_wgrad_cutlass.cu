@@ -6,7 +6,8 @@
 namespace moekernels::cuda {
 namespace {
 
-// Calls f(null pointer of the product's type). A [M, rows] lies in columns: its rows are those of the array [R, M].
+// Calls f(null pointer of the product's type). A [M, rows] lies in columns: its rows are those of
+// the array [R, M].
 template <class F>
 auto with_product(const GroupedWgradArgs& args, const F& f) {
   return with_cutlass_type(args.dtype, [&](auto* type) {
@@ -20,9 +21,10 @@ auto with_product(const GroupedWgradArgs& args, const F& f) {
 
 const char* why_not_cutlass(const GroupedWgradArgs& args) {
   const int64_t bytes = size_of(args.dtype);
-  return why_not(GemmOp::wgrad, args.dtype, args.m, args.n, args.num_rows, args.experts,
-                 gemm_alignment(reinterpret_cast<int64_t>(args.a), reinterpret_cast<int64_t>(args.b),
-                                reinterpret_cast<int64_t>(args.dw), args.m * bytes, args.n * bytes));
+  return why_not(
+      GemmOp::wgrad, args.dtype, args.m, args.n, args.num_rows, args.experts,
+      gemm_alignment(reinterpret_cast<int64_t>(args.a), reinterpret_cast<int64_t>(args.b),
+                     reinterpret_cast<int64_t>(args.dw), args.m * bytes, args.n * bytes));
 }
 
 int64_t cutlass_scratch_bytes(const GroupedWgradArgs& args) {
@@ -43,7 +45,9 @@ void grouped_wgrad_cutlass(const GroupedWgradArgs& args, void* scratch, Stream s
       .d = {static_cast<char*>(args.dw), 0, args.m * args.n * out_bytes, args.n},
       .zero_empty = !args.accumulate,
   };
-  with_product(args, [&](auto* product) { product->run("grouped_wgrad_cutlass", problems, scratch, stream); });
+  with_product(args, [&](auto* product) {
+    product->run("grouped_wgrad_cutlass", problems, scratch, stream);
+  });
 }
 
 }  // namespace moekernels::cuda

@@ -1,10 +1,11 @@
-// One grouped product as CUTLASS's kernel: warp-specialised, cooperative, with TMA, a group's tensor maps made on the
-// device.
+// One grouped product as CUTLASS's kernel: warp-specialised, cooperative, with TMA, a group's
+// tensor maps made on the device.
 #pragma once
 
 #include <cutlass/cutlass.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
+
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/group_array_problem_shape.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
@@ -23,8 +24,8 @@ using Columns = cutlass::layout::ColumnMajor;
 // D = A B, or D += A B; sums in fp32.
 template <class In, class Out, class LayoutA, class LayoutB, bool accumulate>
 struct CutlassProduct {
-  // The large tile of two warpgroups. A cluster is two tiles wide, not high: columns come in whole tiles at our widths,
-  // an expert's rows do not.
+  // The large tile of two warpgroups. A cluster is two tiles wide, not high: columns come in whole
+  // tiles at our widths, an expert's rows do not.
   using Tile = cute::Shape<cute::_128, cute::_256, cute::_64>;
   using Cluster = cute::Shape<cute::_1, cute::_2, cute::_1>;
   using Sizes = cute::Shape<int, int, int>;
@@ -33,14 +34,16 @@ struct CutlassProduct {
 
   // A layout as a pointer says that every group has its own.
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, cutlass::epilogue::collective::EpilogueTileAuto,
-      float, float, Source, Rows*, kAlignOut, Out, Rows*, kAlignOut,
-      cutlass::epilogue::PtrArrayTmaWarpSpecializedCooperative>::CollectiveOp;
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, Source, Rows*, kAlignOut, Out,
+      Rows*, kAlignOut, cutlass::epilogue::PtrArrayTmaWarpSpecializedCooperative>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, In, LayoutA*, kAlignIn, In, LayoutB*, kAlignIn, float, Tile,
-      Cluster, cutlass::gemm::collective::StageCountAutoCarveout<sizeof(typename Epilogue::SharedStorage)>,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, In, LayoutA*, kAlignIn, In, LayoutB*,
+      kAlignIn, float, Tile, Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<sizeof(typename Epilogue::SharedStorage)>,
       cutlass::gemm::KernelPtrArrayTmaWarpSpecializedCooperative>::CollectiveOp;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<Sizes>, Mainloop, Epilogue>;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<Sizes>,
+                                                      Mainloop, Epilogue>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   using StrideA = typename Kernel::InternalStrideA;
   using StrideB = typename Kernel::InternalStrideB;
@@ -51,7 +54,8 @@ struct CutlassProduct {
   static_assert(sizeof(StrideA) == 8 && sizeof(StrideB) == 8 && sizeof(StrideD) == 8);
 
   static int64_t scratch_bytes(int64_t experts) {
-    return group_arrays_bytes(experts) + static_cast<int64_t>(Gemm::get_workspace_size(arguments({}, experts)));
+    return group_arrays_bytes(experts) +
+           static_cast<int64_t>(Gemm::get_workspace_size(arguments({}, experts)));
   }
 
   static void run(const char* name, const GroupProblems& problems, void* scratch, Stream stream) {
@@ -61,8 +65,9 @@ struct CutlassProduct {
     const auto args = arguments(arrays, static_cast<int>(problems.experts));
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
     check_status(name, Gemm::can_implement(args));
-    check_status(name, gemm.initialize(args, static_cast<char*>(scratch) + group_arrays_bytes(problems.experts),
-                                       cuda_stream));
+    check_status(name, gemm.initialize(
+                           args, static_cast<char*>(scratch) + group_arrays_bytes(problems.experts),
+                           cuda_stream));
     check_status(name, gemm.run(cuda_stream));
     check(cudaGetLastError(), name);
   }
@@ -85,7 +90,8 @@ struct CutlassProduct {
     args.epilogue.ptr_D = reinterpret_cast<Out**>(arrays.d.address);
     args.epilogue.dD = reinterpret_cast<StrideD*>(arrays.d.stride);
     check(cudaGetDevice(&args.hw_info.device_id), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&args.hw_info.sm_count, cudaDevAttrMultiProcessorCount, args.hw_info.device_id),
+    check(cudaDeviceGetAttribute(&args.hw_info.sm_count, cudaDevAttrMultiProcessorCount,
+                                 args.hw_info.device_id),
           "cudaDeviceGetAttribute");
     return args;
   }
@@ -93,7 +99,8 @@ struct CutlassProduct {
   static void check_status(const char* name, cutlass::Status status) {
     if (status == cutlass::Status::kSuccess) return;
     check(cudaGetLastError(), name);  // the more precise word, where CUDA has one
-    throw std::runtime_error(std::string(name) + ": CUTLASS says " + cutlass::cutlassGetStatusString(status));
+    throw std::runtime_error(std::string(name) + ": CUTLASS says " +
+                             cutlass::cutlassGetStatusString(status));
   }
 };
 

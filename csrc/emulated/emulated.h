@@ -1,17 +1,20 @@
-// The emulated build (tests only): the launchers run as they are, over a CUDA runtime that hands every launch to Python,
-// which executes the kernel's PTX on the CPU (python_tests/emulated.py).
+// The emulated build (tests only): the launchers run as they are, over a CUDA runtime that hands
+// every launch to Python, which executes the kernel's PTX on the CPU (python_tests/emulated.py).
 #pragma once
 
 #include <cstdint>
 
 extern "C" {
-// Returns 0, or 1 where the kernel failed; Python then holds the exception. params[i] points to the i-th argument.
-using moekernels_launch_fn = int (*)(const char* kernel, uint32_t blocks, uint32_t threads, uint64_t shared_bytes,
-                                     void** params);
-// Told of every array that an op allocates, and of the host's memory that outlives an op (`lasts`) and kernels see.
+// Returns 0, or 1 where the kernel failed; Python then holds the exception. params[i] points to the
+// i-th argument.
+using moekernels_launch_fn = int (*)(const char* kernel, uint32_t blocks, uint32_t threads,
+                                     uint64_t shared_bytes, void** params);
+// Told of every array that an op allocates, and of the host's memory that outlives an op (`lasts`)
+// and kernels see.
 using moekernels_array_fn = void (*)(const void* data, int64_t bytes, int lasts);
 
-__attribute__((visibility("default"))) void moekernels_emulate(moekernels_launch_fn launch, moekernels_array_fn array);
+__attribute__((visibility("default"))) void moekernels_emulate(moekernels_launch_fn launch,
+                                                               moekernels_array_fn array);
 // 80, 90, ...: what the emulated device says it is.
 __attribute__((visibility("default"))) void moekernels_emulate_capability(int value);
 }

@@ -1,4 +1,5 @@
-// The few entry points of the CUDA runtime that the launchers use. No CUDA header: a kernel is the name it registers.
+// The few entry points of the CUDA runtime that the launchers use. No CUDA header: a kernel is the
+// name it registers.
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
@@ -28,7 +29,8 @@ std::map<const void*, std::string>& kernels() {
   return names;
 }
 
-// What the driver's encoder leaves in the 128 bytes of a CUtensorMap here, for python_tests/emulated.py to read.
+// What the driver's encoder leaves in the 128 bytes of a CUtensorMap here, for
+// python_tests/emulated.py to read.
 struct EncodedTensorMap {
   uint64_t magic, address;
   uint32_t type, rank, swizzle, box[5];
@@ -37,13 +39,19 @@ struct EncodedTensorMap {
 };
 static_assert(sizeof(EncodedTensorMap) <= 128);
 
-int encode_tensor_map(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes, const uint64_t* strides,
-                      const uint32_t* box, const uint32_t*, int, int swizzle, int promotion, int) {
+int encode_tensor_map(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes,
+                      const uint64_t* strides, const uint32_t* box, const uint32_t*, int,
+                      int swizzle, int promotion, int) {
   constexpr int kInvalidValue = 1;
   if (rank < 1 || rank > 5 || address == nullptr) return kInvalidValue;
-  EncodedTensorMap encoded{.magic = 0x70616d726f736e74, .address = reinterpret_cast<uint64_t>(address),
-                           .type = static_cast<uint32_t>(type), .rank = rank, .swizzle = static_cast<uint32_t>(swizzle),
-                           .box = {}, .sizes = {}, .strides = {},
+  EncodedTensorMap encoded{.magic = 0x70616d726f736e74,
+                           .address = reinterpret_cast<uint64_t>(address),
+                           .type = static_cast<uint32_t>(type),
+                           .rank = rank,
+                           .swizzle = static_cast<uint32_t>(swizzle),
+                           .box = {},
+                           .sizes = {},
+                           .strides = {},
                            .promotion = static_cast<uint32_t>(promotion)};
   for (uint32_t i = 0; i < rank; ++i) {
     if (sizes[i] == 0) return kInvalidValue;
@@ -79,7 +87,8 @@ void** __cudaRegisterFatBinary(void*) {
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*,
+                            void*, void*, int*) {
   kernels()[host] = name;
 }
 
@@ -101,8 +110,8 @@ int __cudaGetKernel(void** kernel, const void* host) {
 }
 int __cudaLaunchKernel(void* kernel, Dim3 grid, Dim3 block, void** params, size_t shared, void*) {
   // 719: cudaErrorLaunchFailure
-  last_error = launch_kernel != nullptr &&
-                       launch_kernel(static_cast<const char*>(kernel), grid.x, block.x, shared, params) == 0
+  last_error = launch_kernel != nullptr && launch_kernel(static_cast<const char*>(kernel), grid.x,
+                                                         block.x, shared, params) == 0
                    ? 0
                    : 719;
   return last_error;
@@ -120,14 +129,17 @@ int cudaGetDevice(int* device) {
 }
 int cudaDeviceGetAttribute(int* value, int attribute, int) {
   constexpr int kMajor = 75, kMinor = 76, kMultiprocessors = 16;
-  *value = attribute == kMajor   ? capability / 10
-           : attribute == kMinor ? capability % 10
+  *value = attribute == kMajor             ? capability / 10
+           : attribute == kMinor           ? capability % 10
            : attribute == kMultiprocessors ? 4
                                            : 0;
   return 0;
 }
-int cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned, unsigned long long, int* result) {
-  *found = std::strcmp(name, "cuTensorMapEncodeTiled") == 0 ? reinterpret_cast<void*>(&encode_tensor_map) : nullptr;
+int cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned, unsigned long long,
+                                     int* result) {
+  *found = std::strcmp(name, "cuTensorMapEncodeTiled") == 0
+               ? reinterpret_cast<void*>(&encode_tensor_map)
+               : nullptr;
   if (result != nullptr) *result = 0;
   return 0;
 }

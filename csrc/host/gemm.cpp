@@ -26,17 +26,18 @@ int index_of(const char* const (&names)[n], const std::string& name) {
   throw std::invalid_argument("choose_gemm does not know " + name);
 }
 
-py::dict choice(const std::string& op, const std::string& dtype, int64_t m, int64_t n, int64_t k, int64_t experts,
-                int64_t alignment, int capability, bool wgmma, bool tf32) {
+py::dict choice(const std::string& op, const std::string& dtype, int64_t m, int64_t n, int64_t k,
+                int64_t experts, int64_t alignment, int capability, bool wgmma, bool tf32) {
   const GemmChoice chosen = choose_gemm({static_cast<GemmOp>(index_of(kOps, op)),
-                                         static_cast<DType>(index_of(kDTypes, dtype)), m, n, k, experts, alignment,
-                                         capability, wgmma, tf32});
+                                         static_cast<DType>(index_of(kDTypes, dtype)), m, n, k,
+                                         experts, alignment, capability, wgmma, tf32});
   py::dict out;
   out["kernel"] = kKernels[static_cast<int>(chosen.kernel)];
   out["tile"] = py::make_tuple(chosen.tile_m, chosen.tile_n, chosen.tile_k);
   out["stages"] = chosen.stages;
   out["order"] = py::dict(py::arg("band") = chosen.order.band, py::arg("grid") = chosen.order.grid,
-                          py::arg("promotion") = chosen.order.promotion, py::arg("prefetch") = chosen.order.prefetch);
+                          py::arg("promotion") = chosen.order.promotion,
+                          py::arg("prefetch") = chosen.order.prefetch);
   out["reason"] = chosen.reason;
   out["obstacle"] = chosen.obstacle != nullptr ? py::object(py::str(chosen.obstacle)) : py::none();
   return out;
@@ -44,13 +45,14 @@ py::dict choice(const std::string& op, const std::string& dtype, int64_t m, int6
 
 // (group, begin, end), group -1 where there is no such tile.
 py::tuple tile_of(const std::vector<int64_t>& offsets, int64_t rows, int64_t tile, int64_t index) {
-  const RowTile found = row_tile(offsets.data(), static_cast<int64_t>(offsets.size()) - 1, rows, tile, index);
+  const RowTile found =
+      row_tile(offsets.data(), static_cast<int64_t>(offsets.size()) - 1, rows, tile, index);
   return py::make_tuple(found.group, found.begin, found.end);
 }
 
 // For each column of a gated tile: (column of the weights, how many of the next `most` exist).
-std::vector<std::pair<int64_t, int64_t>> gated_tile(int64_t tile, int64_t index, int64_t ffn, bool interleaved,
-                                                    int64_t most) {
+std::vector<std::pair<int64_t, int64_t>> gated_tile(int64_t tile, int64_t index, int64_t ffn,
+                                                    bool interleaved, int64_t most) {
   const TileColumns columns = gated_columns(tile, index, ffn, interleaved);
   std::vector<std::pair<int64_t, int64_t>> out;
   for (int64_t j = 0; j < tile; ++j) out.emplace_back(columns.at(j), columns.valid(j, most));
@@ -60,13 +62,15 @@ std::vector<std::pair<int64_t, int64_t>> gated_tile(int64_t tile, int64_t index,
 }  // namespace
 
 void bind_gemm(py::module_& m) {
-  m.def("choose_gemm", &choice, py::arg("op"), py::arg("dtype"), py::kw_only(), py::arg("m"), py::arg("n"), py::arg("k"),
-        py::arg("experts"), py::arg("alignment") = 16, py::arg("capability"), py::arg("wgmma"), py::arg("tf32") = false,
+  m.def("choose_gemm", &choice, py::arg("op"), py::arg("dtype"), py::kw_only(), py::arg("m"),
+        py::arg("n"), py::arg("k"), py::arg("experts"), py::arg("alignment") = 16,
+        py::arg("capability"), py::arg("wgmma"), py::arg("tf32") = false,
         "Which CUDA kernel, tile and stages a grouped product takes, and why.");
   m.def("row_tiles_bound", &row_tiles_bound, py::arg("rows"), py::arg("experts"), py::arg("tile"));
-  m.def("row_tile", &tile_of, py::arg("offsets"), py::arg("rows"), py::arg("tile"), py::arg("index"));
-  m.def("gated_tile", &gated_tile, py::arg("tile"), py::arg("index"), py::arg("ffn"), py::arg("interleaved"),
-        py::arg("most"));
+  m.def("row_tile", &tile_of, py::arg("offsets"), py::arg("rows"), py::arg("tile"),
+        py::arg("index"));
+  m.def("gated_tile", &gated_tile, py::arg("tile"), py::arg("index"), py::arg("ffn"),
+        py::arg("interleaved"), py::arg("most"));
 }
 
 }  // namespace moekernels::host

@@ -1,4 +1,5 @@
-// The choice of a CUDA GEMM's kernel and tile, and the walk over tiles, for Python: tests and `moekernels info`.
+// The choice of a CUDA GEMM's kernel and tile, and the walk over tiles, for Python: tests and
+// `moekernels info`.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,5 @@
-// _host: the host-side algorithms that deserve C++, and the facts of the build. Nothing here touches a tensor.
+// _host: the host-side algorithms that deserve C++, and the facts of the build. Nothing here
+// touches a tensor.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

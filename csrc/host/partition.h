@@ -5,7 +5,8 @@
 
 namespace moekernels::host {
 
-// Largest differencing (Karmarkar-Karp): the indices of `costs` in `parts` groups, each in rising order.
+// Largest differencing (Karmarkar-Karp): the indices of `costs` in `parts` groups, each in rising
+// order.
 std::vector<std::vector<int>> karmarkar_karp(const std::vector<double>& costs, int parts);
 
 }  // namespace moekernels::host

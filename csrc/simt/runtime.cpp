@@ -1,8 +1,10 @@
-// Runs a launch for simt.h: one thread of the machine, a fiber for each CUDA thread, two blocks never at once. A fiber gives
-// way only where CUDA has threads meet; everything else is the sanitizer's to judge. This file itself is not instrumented.
+// Runs a launch for simt.h: one thread of the machine, a fiber for each CUDA thread, two blocks
+// never at once. A fiber gives way only where CUDA has threads meet; everything else is the
+// sanitizer's to judge. This file itself is not instrumented.
 //
-// ThreadSanitizer sees each fiber as a thread of its own. What meets at a barrier or in a warp is ordered, and so are the
-// launch and its end, nothing else: two blocks are not, so that races between them in global memory show.
+// ThreadSanitizer sees each fiber as a thread of its own. What meets at a barrier or in a warp is
+// ordered, and so are the launch and its end, nothing else: two blocks are not, so that races
+// between them in global memory show.
 #include <cuda_runtime.h>
 #include <sys/mman.h>
 
@@ -58,7 +60,8 @@ constexpr int kJunk = 0xCD;
 enum class State : uint8_t { ready, in_warp, at_barrier, done };
 
 struct Fiber {
-  char* stack[2];  // for blocks of even and of odd number, as all that ThreadSanitizer takes for a thread's own
+  char* stack[2];  // for blocks of even and of odd number, as all that ThreadSanitizer takes for a
+                   // thread's own
   [[maybe_unused]] void* tsan[2];
   [[maybe_unused]] void* asan_stack;
   void* stack_pointer;
@@ -89,7 +92,8 @@ unsigned alive, waiting;
 uint32_t barrier_generation;
 uint64_t order_seed = 0, launches = 0;
 
-// What fibers and the launching thread synchronise on, in ThreadSanitizer's eyes; two sets, for even and odd blocks.
+// What fibers and the launching thread synchronise on, in ThreadSanitizer's eyes; two sets, for
+// even and odd blocks.
 [[maybe_unused]] char launch_begin, launch_end, barrier_clock[2][2], warp_clock[2][32][2];
 
 #if defined(MOEKERNELS_TSAN)
@@ -161,7 +165,8 @@ void make_fibers(unsigned threads) {
   while (fibers.size() < threads) {
     Fiber fiber{};
     for (int i = 0; i < 2; ++i) {
-      void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (stack == MAP_FAILED || mprotect(stack, kPage, PROT_NONE) != 0) throw std::bad_alloc();
       fiber.stack[i] = static_cast<char*>(stack);
 #if defined(MOEKERNELS_TSAN)
@@ -204,7 +209,8 @@ std::string who_waits() {
   for (unsigned i = 0; i < now.threads && named < 4; ++i) {
     if (fibers[i].state == State::done) continue;
     text += (named++ ? ", thread " : "thread ") + std::to_string(i) +
-            (fibers[i].state == State::in_warp ? " waits for lanes of its warp" : " waits at __syncthreads");
+            (fibers[i].state == State::in_warp ? " waits for lanes of its warp"
+                                               : " waits at __syncthreads");
   }
   return text;
 }
@@ -261,8 +267,10 @@ const uint64_t* meet(Collective kind, uint32_t mask, uint64_t mine) {
   if (!(mask >> lane & 1)) fail("the mask of a warp's collective leaves the calling lane out");
   for (unsigned i = 0; i < 32 && warp.arrived == 0; ++i) {
     if (!(mask >> i & 1)) continue;
-    if (first + i >= now.threads) fail("the mask of a warp's collective names a lane past the block");
-    if (fibers[first + i].state == State::done) fail("the mask of a warp's collective names a lane that has returned");
+    if (first + i >= now.threads)
+      fail("the mask of a warp's collective names a lane past the block");
+    if (fibers[first + i].state == State::done)
+      fail("the mask of a warp's collective names a lane that has returned");
   }
   if (warp.arrived == 0) {
     warp.kind = kind;
@@ -292,11 +300,13 @@ uint64_t value_of(const uint64_t* values, uint32_t mask, int lane) {
   return values[lane];
 }
 
-void run(const char* name, unsigned blocks, unsigned threads, size_t shared, void (*body)(const void*), const void* context) {
+void run(const char* name, unsigned blocks, unsigned threads, size_t shared,
+         void (*body)(const void*), const void* context) {
   ++launches;
   now = {name, blocks, threads, 0, body, context, nullptr};
   if (threads == 0 || threads > 1024) fail("a block of " + std::to_string(threads) + " threads");
-  if (shared > kMostShared) fail(std::to_string(shared) + " bytes of dynamic shared memory were not asked for");
+  if (shared > kMostShared)
+    fail(std::to_string(shared) + " bytes of dynamic shared memory were not asked for");
 #if defined(MOEKERNELS_TSAN)
   main_tsan = __tsan_get_current_fiber();
 #endif
@@ -304,7 +314,8 @@ void run(const char* name, unsigned blocks, unsigned threads, size_t shared, voi
   std::vector<unsigned> turns(threads);
   for (unsigned i = 0; i < threads; ++i) turns[i] = i;
   std::mt19937_64 random(order_seed);
-  // Freed with the launch, not with the block: to the sanitizer the launching thread does not wait for a block.
+  // Freed with the launch, not with the block: to the sanitizer the launching thread does not wait
+  // for a block.
   std::vector<std::unique_ptr<char[]>> arrays;
   for (; now.block < blocks && !now.error; ++now.block) {
     clear_shared();
@@ -325,11 +336,18 @@ void run(const char* name, unsigned blocks, unsigned threads, size_t shared, voi
 
 namespace moekernels::emulated {
 // What an op allocates begins as junk.
-void note_array(const void* data, int64_t bytes) { memset(const_cast<void*>(data), simt::kJunk, bytes); }
+void note_array(const void* data, int64_t bytes) {
+  memset(const_cast<void*>(data), simt::kJunk, bytes);
+}
 }  // namespace moekernels::emulated
 
 extern "C" {
-// The order in which the threads of a block get their turns: 0 by number, else shuffled anew each round.
-__attribute__((visibility("default"))) void moekernels_simt_order(uint64_t seed) { simt::order_seed = seed; }
-__attribute__((visibility("default"))) uint64_t moekernels_simt_launches() { return simt::launches; }
+// The order in which the threads of a block get their turns: 0 by number, else shuffled anew each
+// round.
+__attribute__((visibility("default"))) void moekernels_simt_order(uint64_t seed) {
+  simt::order_seed = seed;
+}
+__attribute__((visibility("default"))) uint64_t moekernels_simt_launches() {
+  return simt::launches;
+}
 }

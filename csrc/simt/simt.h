@@ -1,6 +1,7 @@
-// Compiles the plain SIMT kernels with g++, so that its sanitizers see every access (`make sanitize`). Included ahead of a
-// .cu file it gives CUDA's words a meaning on the CPU: every thread is a fiber, and runtime.cpp runs the blocks in turn.
-// It holds what the kernels use and no more: another built-in does not compile until it has a meaning here.
+// Compiles the plain SIMT kernels with g++, so that its sanitizers see every access (`make
+// sanitize`). Included ahead of a .cu file it gives CUDA's words a meaning on the CPU: every thread
+// is a fiber, and runtime.cpp runs the blocks in turn. It holds what the kernels use and no more:
+// another built-in does not compile until it has a meaning here.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -40,7 +41,8 @@ const uint64_t* meet(Collective kind, uint32_t mask, uint64_t mine);
 // The lane's value; a lane that the mask leaves out has none.
 uint64_t value_of(const uint64_t* values, uint32_t mask, int lane);
 
-void run(const char* name, unsigned blocks, unsigned threads, size_t shared, void (*body)(const void*), const void* context);
+void run(const char* name, unsigned blocks, unsigned threads, size_t shared,
+         void (*body)(const void*), const void* context);
 
 template <class F>
 void launch(const char* name, unsigned blocks, unsigned threads, size_t shared, const F& body) {
@@ -97,7 +99,8 @@ template <class T>
 uint32_t __match_any_sync(uint32_t mask, T v) {
   const uint64_t* values = simt::meet(simt::Collective::match, mask, simt::bits_of(v));
   uint32_t same = 0;
-  for (int i = 0; i < 32; ++i) same |= static_cast<uint32_t>((mask >> i & 1) && values[i] == simt::bits_of(v)) << i;
+  for (int i = 0; i < 32; ++i)
+    same |= static_cast<uint32_t>((mask >> i & 1) && values[i] == simt::bits_of(v)) << i;
   return same;
 }
 inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t v) {
@@ -107,7 +110,9 @@ inline uint32_t __reduce_min_sync(uint32_t mask, uint32_t v) {
   return simt::reduce(mask, v, [](uint32_t a, uint32_t b) { return a < b ? a : b; });
 }
 
-inline int32_t atomicAdd(int32_t* to, int32_t v) { return __atomic_fetch_add(to, v, __ATOMIC_RELAXED); }
+inline int32_t atomicAdd(int32_t* to, int32_t v) {
+  return __atomic_fetch_add(to, v, __ATOMIC_RELAXED);
+}
 
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline uint32_t __float_as_uint(float v) { return std::bit_cast<uint32_t>(v); }

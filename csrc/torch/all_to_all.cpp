@@ -30,22 +30,22 @@ Tensor pack(const Tensor& x, const std::optional<Tensor>& weights, const Tensor&
       .row_bytes = hidden * size,
       .weight_bytes = extra * size,
   };
-  run(
-      x, [&](auto stream) { cuda::pack(args, rows, stream); },
-      [&] {
-        parallel(rows, grain_of(2 * args.row_bytes),
-                 [&](int64_t begin, int64_t end) { cpu::pack(args, begin, end); });
-      });
+  run(x, [&](auto stream) { cuda::pack(args, rows, stream); }, [&] {
+    parallel(rows, grain_of(2 * args.row_bytes),
+             [&](int64_t begin, int64_t end) { cpu::pack(args, begin, end); });
+  });
   return message;
 }
 
-// The runs that counts [P, e] describe, by expert, then by peer, and where each expert's rows begin.
+// The runs that counts [P, e] describe, by expert, then by peer, and where each expert's rows
+// begin.
 struct RunTable {
   Tensor begin, source, offsets;
   int64_t size;
 
-  // Counts on the CPU must add up to the rows. Those on a device are not read here, which would wait for it: rows that
-  // they do not reach are left zero, and what they count too much is not moved.
+  // Counts on the CPU must add up to the rows. Those on a device are not read here, which would
+  // wait for it: rows that they do not reach are left zero, and what they count too much is not
+  // moved.
   RunTable(const char* op, const Tensor& counts, const Tensor& rows)
       : begin(rows), source(rows), offsets(rows), size(0) {
     check_tensor(op, "counts", counts, kInt64, {{"P"}, {"e"}});
@@ -56,11 +56,7 @@ struct RunTable {
     source = empty({size}, ScalarType::Long, rows);
     offsets = empty({experts + 1}, ScalarType::Long, rows);
     if (counts.is_cpu()) check_total(op, counts, rows);
-    run(
-        rows, [&](auto stream) { make(counts, rows, stream); },
-        [&] {
-          make(counts);
-        });
+    run(rows, [&](auto stream) { make(counts, rows, stream); }, [&] { make(counts); });
   }
 
   static void check_total(const char* op, const Tensor& counts, const Tensor& rows) {
@@ -121,7 +117,8 @@ std::tuple<Tensor, Tensor, Tensor> regroup(const Tensor& message, const Tensor& 
                                            int64_t width) {
   check_tensor("regroup", "message", message, kFloats, {{"R"}, {"H+w"}});
   const ScalarType dtype = message.scalar_type();
-  const int64_t rows = message.size(0), extra = message.size(1) - width, size = size_of(dtype_of(message));
+  const int64_t rows = message.size(0), extra = message.size(1) - width,
+                size = size_of(dtype_of(message));
   check(width >= 0 && (extra == 0 || extra == weight_elements(dtype)), "regroup: message ",
         shape_of(message), " must hold width=", width, " elements a row, or ",
         width + weight_elements(dtype), " with weights");
@@ -137,12 +134,10 @@ std::tuple<Tensor, Tensor, Tensor> regroup(const Tensor& message, const Tensor& 
       .num_rows = rows,
       .runs = table.runs(),
   };
-  run(
-      message, [&](auto stream) { cuda::regroup(args, stream); },
-      [&] {
-        parallel(rows, grain_of(2 * args.row_bytes),
-                 [&](int64_t begin, int64_t end) { cpu::regroup(args, begin, end); });
-      });
+  run(message, [&](auto stream) { cuda::regroup(args, stream); }, [&] {
+    parallel(rows, grain_of(2 * args.row_bytes),
+             [&](int64_t begin, int64_t end) { cpu::regroup(args, begin, end); });
+  });
   return {out, weights, table.offsets};
 }
 
@@ -163,12 +158,10 @@ Tensor ungroup(const Tensor& rows, const Tensor& counts, const std::optional<Ten
       .num_rows = num_rows,
       .runs = table.runs(),
   };
-  run(
-      rows, [&](auto stream) { cuda::ungroup(args, stream); },
-      [&] {
-        parallel(num_rows, grain_of(2 * args.row_bytes),
-                 [&](int64_t begin, int64_t end) { cpu::ungroup(args, begin, end); });
-      });
+  run(rows, [&](auto stream) { cuda::ungroup(args, stream); }, [&] {
+    parallel(num_rows, grain_of(2 * args.row_bytes),
+             [&](int64_t begin, int64_t end) { cpu::ungroup(args, begin, end); });
+  });
   return message;
 }
 

@@ -1,17 +1,18 @@
 // Facts about the build that need no tensor: what `moekernels info` prints.
-#include "moekernels/common.h"
 #include "cutlass.h"
+#include "moekernels/common.h"
 
 namespace moekernels::binding {
 namespace {
 
 std::string cpu_isa() { return cpu::isa_name(); }
 
-// Throws where a variable that the kernels read holds a word that they do not know. Called once, after loading: the
-// ISA level is chosen while the library loads, when nothing may be thrown.
+// Throws where a variable that the kernels read holds a word that they do not know. Called once,
+// after loading: the ISA level is chosen while the library loads, when nothing may be thrown.
 void check_environment() {
   const char* isa = cpu::unknown_isa();
-  check(isa == nullptr, "MOEKERNELS_ISA must be ", cpu::kIsaNames, ", got '", isa == nullptr ? "" : isa, "'");
+  check(isa == nullptr, "MOEKERNELS_ISA must be ", cpu::kIsaNames, ", got '",
+        isa == nullptr ? "" : isa, "'");
   cutlass_wanted();
 }
 

@@ -26,12 +26,10 @@ Tensor combine(const Tensor& rows, const Tensor& row_of, const std::optional<Ten
       .hidden = hidden,
       .dtype = dtype_of(rows),
   };
-  run(
-      rows, [&](auto stream) { cuda::combine(args, stream); },
-      [&] {
-        parallel(tokens, grain_of((top_k + 1) * hidden * size_of(args.dtype)),
-                 [&](int64_t begin, int64_t end) { cpu::combine(args, begin, end); });
-      });
+  run(rows, [&](auto stream) { cuda::combine(args, stream); }, [&] {
+    parallel(tokens, grain_of((top_k + 1) * hidden * size_of(args.dtype)),
+             [&](int64_t begin, int64_t end) { cpu::combine(args, begin, end); });
+  });
   return out;
 }
 
@@ -45,8 +43,8 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& dout, const Tensor& ro
   const ScalarType dtype = rows.scalar_type(), wide_dtype = wide(dtype);
   check_tensor("combine_backward", "dout", dout, {dtype}, {{"T", tokens}, {"H", hidden}}, &rows);
   check_tensor("combine_backward", "token_of", token_of, kInt32, {{"R", num_rows}}, &rows);
-  check_tensor("combine_backward", "weights", weights, {wide_dtype},
-               {{"T", tokens}, {"K", top_k}}, &rows);
+  check_tensor("combine_backward", "weights", weights, {wide_dtype}, {{"T", tokens}, {"K", top_k}},
+               &rows);
   Tensor drows = empty_large({num_rows, hidden}, dtype, rows);
   Tensor dweights = empty({tokens, top_k}, wide_dtype, rows);
   const CombineBackwardArgs args{
@@ -63,14 +61,12 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& dout, const Tensor& ro
       .hidden = hidden,
       .dtype = dtype_of(rows),
   };
-  run(
-      rows, [&](auto stream) { cuda::combine_backward(args, stream); },
-      [&] {
-        parallel(tokens, grain_of(2 * top_k * hidden * size_of(args.dtype)),
-                 [&](int64_t begin, int64_t end) { cpu::combine_backward(args, begin, end); });
-        parallel(num_rows, 4096,
-                 [&](int64_t begin, int64_t end) { cpu::combine_clear(args, begin, end); });
-      });
+  run(rows, [&](auto stream) { cuda::combine_backward(args, stream); }, [&] {
+    parallel(tokens, grain_of(2 * top_k * hidden * size_of(args.dtype)),
+             [&](int64_t begin, int64_t end) { cpu::combine_backward(args, begin, end); });
+    parallel(num_rows, 4096,
+             [&](int64_t begin, int64_t end) { cpu::combine_clear(args, begin, end); });
+  });
   return {drows, dweights};
 }
 

@@ -1,6 +1,7 @@
-// Whether our kernels or CUTLASS's compute grouped_gemm and its gradients on CUDA. MOEKERNELS_GEMM says, at every call:
-// own (also where it is not set) or cutlass. A product that CUTLASS cannot take is an error then, never silently ours, so
-// that what is measured is what was asked for. The experts' fused products are always ours.
+// Whether our kernels or CUTLASS's compute grouped_gemm and its gradients on CUDA. MOEKERNELS_GEMM
+// says, at every call: own (also where it is not set) or cutlass. A product that CUTLASS cannot
+// take is an error then, never silently ours, so that what is measured is what was asked for. The
+// experts' fused products are always ours.
 #pragma once
 
 #include <cstdlib>
@@ -21,7 +22,8 @@ inline bool cutlass_wanted() {
   const char* value = std::getenv("MOEKERNELS_GEMM");
   if (value == nullptr) return false;
   const std::string_view wanted = value;
-  check(wanted == "own" || wanted == "cutlass", "MOEKERNELS_GEMM must be own or cutlass, got '", wanted, "'");
+  check(wanted == "own" || wanted == "cutlass", "MOEKERNELS_GEMM must be own or cutlass, got '",
+        wanted, "'");
   return wanted == "cutlass";
 }
 
@@ -37,11 +39,13 @@ template <class Args>
 bool by_cutlass(const char* op, const Args& args, const Tensor& like, Stream stream) {
   if (!cutlass_wanted() || nothing_to_multiply(args)) return false;
   if constexpr (!kWithCutlass) {
-    check(false, op, ": MOEKERNELS_GEMM=cutlass, but this build leaves CUTLASS out; rebuild with MOEKERNELS_CUTLASS=1, "
-                     "or unset it");
+    check(false, op,
+          ": MOEKERNELS_GEMM=cutlass, but this build leaves CUTLASS out; "
+          "rebuild with MOEKERNELS_CUTLASS=1, or unset it");
   } else {
     const char* obstacle = cuda::why_not_cutlass(args);
-    check(obstacle == nullptr, op, ": MOEKERNELS_GEMM=cutlass, but this product is not for CUTLASS: ", obstacle,
+    check(obstacle == nullptr, op,
+          ": MOEKERNELS_GEMM=cutlass, but this product is not for CUTLASS: ", obstacle,
           "; unset it");
     const Tensor scratch = empty({cuda::cutlass_scratch_bytes(args)}, ScalarType::Byte, like);
     if constexpr (std::is_same_v<Args, GroupedGemmArgs>) {

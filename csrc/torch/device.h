@@ -1,10 +1,12 @@
-// Where an op runs: the CPU kernel, or the CUDA launcher on torch's current stream with the tensor's device current.
+// Where an op runs: the CPU kernel, or the CUDA launcher on torch's current stream with the
+// tensor's device current.
 #pragma once
 
 #include "tensor.h"
 
-// The library that the ops are registered in, and the dispatch keys. The emulated build (see CMakeLists.txt) registers
-// the CUDA path of every op for CPU tensors, in a library of its own, so that tests can run the launchers without a GPU.
+// The library that the ops are registered in, and the dispatch keys. The emulated build (see
+// CMakeLists.txt) registers the CUDA path of every op for CPU tensors, in a library of its own, so
+// that tests can run the launchers without a GPU.
 #ifdef MOEKERNELS_EMULATED
 #define MOEKERNELS_OPS moekernels_emulated
 #else
@@ -18,11 +20,12 @@
 #define MOEKERNELS_CUDA_IMPL(impl)
 #endif
 
-// MOEKERNELS_IMPL(m) { m.impl("_op", TORCH_BOX(&op)); } registers ops for every backend of this build.
-#define MOEKERNELS_IMPL(m)                                                        \
-  static void register_ops(torch::stable::detail::StableLibrary& m);             \
+// MOEKERNELS_IMPL(m) { m.impl("_op", TORCH_BOX(&op)); } registers ops for every backend of this
+// build.
+#define MOEKERNELS_IMPL(m)                                                           \
+  static void register_ops(torch::stable::detail::StableLibrary& m);                 \
   STABLE_TORCH_LIBRARY_IMPL(MOEKERNELS_OPS, CPU, library) { register_ops(library); } \
-  MOEKERNELS_CUDA_IMPL(register_ops)                                              \
+  MOEKERNELS_CUDA_IMPL(register_ops)                                                 \
   static void register_ops(torch::stable::detail::StableLibrary& m)
 
 namespace moekernels::binding {
@@ -45,8 +48,8 @@ class CudaScope {
   Stream stream_ = nullptr;
 };
 
-// Calls cuda(stream) for tensors on a CUDA device and cpu() for all others. `cuda` must be a generic lambda: a build
-// without CUDA has no launchers, and never instantiates it.
+// Calls cuda(stream) for tensors on a CUDA device and cpu() for all others. `cuda` must be a
+// generic lambda: a build without CUDA has no launchers, and never instantiates it.
 template <class Cuda, class Cpu>
 void run(const Tensor& like, const Cuda& cuda, const Cpu& cpu) {
   if constexpr (kWithCuda) {

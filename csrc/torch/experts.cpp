@@ -30,9 +30,9 @@ struct Style {
   bool interleaved, transposed, tf32;
 };
 
-ExpertsArgs checked(const Tensor& x, const OptionalTensor& weights, const Tensor& w1, const Tensor& w2,
-                    const Tensor& offsets, const OptionalTensor& token_of, const OptionalTensor& b1,
-                    const OptionalTensor& b2, const Style& style) {
+ExpertsArgs checked(const Tensor& x, const OptionalTensor& weights, const Tensor& w1,
+                    const Tensor& w2, const Tensor& offsets, const OptionalTensor& token_of,
+                    const OptionalTensor& b1, const OptionalTensor& b2, const Style& style) {
   const char* op = "experts";
   const Activation activation = activation_of(style.activation);
   const int64_t gates = is_gated(activation) ? 2 : 1;
@@ -85,7 +85,8 @@ int64_t h_width(const ExpertsArgs& args) { return (is_gated(args.activation) ? 2
 
 // On CUDA: f() while `of.x` has a row for each of token_of's.
 template <class CudaStream, class F>
-void with_rows(const Tensor& x, const OptionalTensor& token_of, ExpertsArgs& of, CudaStream stream, const F& f) {
+void with_rows(const Tensor& x, const OptionalTensor& token_of, ExpertsArgs& of, CudaStream stream,
+               const F& f) {
   if (!token_of) return f();
   const Tensor rows = permuted(x, *token_of, stream);
   of.x = rows.const_data_ptr();
@@ -97,31 +98,31 @@ void run_up(const ExpertsUpArgs& args) {
                [&](int64_t worker, int64_t workers) { cpu::experts_up(args, worker, workers); });
 }
 
-std::tuple<Tensor, Tensor> experts(const Tensor& x, OptionalTensor weights, const Tensor& w1, const Tensor& w2,
-                                   const Tensor& offsets, OptionalTensor token_of, OptionalTensor b1,
-                                   OptionalTensor b2, std::string activation, double alpha, double limit,
-                                   bool interleaved, bool transposed, bool keep_h, bool tf32,
-                                   OptionalTensor row_of) {
+std::tuple<Tensor, Tensor> experts(const Tensor& x, OptionalTensor weights, const Tensor& w1,
+                                   const Tensor& w2, const Tensor& offsets, OptionalTensor token_of,
+                                   OptionalTensor b1, OptionalTensor b2, std::string activation,
+                                   double alpha, double limit, bool interleaved, bool transposed,
+                                   bool keep_h, bool tf32, OptionalTensor row_of) {
   const ExpertsArgs of = checked(x, weights, w1, w2, offsets, token_of, b1, b2,
                                  {activation, alpha, limit, interleaved, transposed, tf32});
-  check_optional("experts", "row_of", row_of, kInt32, {{"T", x.size(0)}, {"K"}}, x);  // the backward's
+  check_optional("experts", "row_of", row_of, kInt32, {{"T", x.size(0)}, {"K"}},
+                 x);  // the backward's
   const ScalarType dtype = x.scalar_type();
   Tensor h = empty_large({keep_h ? of.num_rows : 0, h_width(of)}, dtype, x);
   Tensor a = empty_large({of.num_rows, of.ffn}, dtype, x);
   Tensor y = empty_large({of.num_rows, of.hidden}, dtype, x);
-  ExpertsUpArgs up{.of = of, .h = keep_h ? h.mutable_data_ptr() : nullptr, .a = a.mutable_data_ptr()};
+  ExpertsUpArgs up{
+      .of = of, .h = keep_h ? h.mutable_data_ptr() : nullptr, .a = a.mutable_data_ptr()};
   const ExpertsDownArgs down{.of = of, .a = a.const_data_ptr(), .y = y.mutable_data_ptr()};
-  run(
-      x,
-      [&](auto stream) {
-        with_rows(x, token_of, up.of, stream, [&] { cuda::experts_up(up, stream); });
-        cuda::experts_down(down, stream);
-      },
-      [&] {
-        run_up(up);
-        with_workers(of.num_rows * of.hidden * of.ffn,
-                     [&](int64_t worker, int64_t workers) { cpu::experts_down(down, worker, workers); });
-      });
+  run(x, [&](auto stream) {
+    with_rows(x, token_of, up.of, stream, [&] { cuda::experts_up(up, stream); });
+    cuda::experts_down(down, stream);
+  }, [&] {
+    run_up(up);
+    with_workers(of.num_rows * of.hidden * of.ffn, [&](int64_t worker, int64_t workers) {
+      cpu::experts_down(down, worker, workers);
+    });
+  });
   return {y, h};
 }
 
@@ -131,17 +132,18 @@ void run_dact(const ExpertsDActArgs& args) {
                [&](int64_t worker, int64_t workers) { cpu::experts_dact(args, worker, workers); });
   if (args.weighted_a == nullptr) return;
   const int64_t used = of.offsets[of.experts], row_bytes = of.ffn * size_of(of.dtype);
-  std::memset(static_cast<char*>(args.weighted_a) + used * row_bytes, 0, (of.num_rows - used) * row_bytes);
+  std::memset(static_cast<char*>(args.weighted_a) + used * row_bytes, 0,
+              (of.num_rows - used) * row_bytes);
 }
 
-// h from the forward, or an empty one: then it is computed again. Returns dh [R, G], the weighted activation [R, F]
-// (empty unless `want_a`) and dweights [R] (empty unless there are weights and `want_dweights`).
-std::tuple<Tensor, Tensor, Tensor> experts_dact(const Tensor& dy, const Tensor& h, const Tensor& x,
-                                                OptionalTensor weights, const Tensor& w1, const Tensor& w2,
-                                                const Tensor& offsets, OptionalTensor token_of, OptionalTensor b1,
-                                                OptionalTensor b2, std::string activation, double alpha,
-                                                double limit, bool interleaved, bool transposed, bool want_a,
-                                                bool want_dweights, bool tf32) {
+// h from the forward, or an empty one: then it is computed again. Returns dh [R, G], the weighted
+// activation [R, F] (empty unless `want_a`) and dweights [R] (empty unless there are weights and
+// `want_dweights`).
+std::tuple<Tensor, Tensor, Tensor> experts_dact(
+    const Tensor& dy, const Tensor& h, const Tensor& x, OptionalTensor weights, const Tensor& w1,
+    const Tensor& w2, const Tensor& offsets, OptionalTensor token_of, OptionalTensor b1,
+    OptionalTensor b2, std::string activation, double alpha, double limit, bool interleaved,
+    bool transposed, bool want_a, bool want_dweights, bool tf32) {
   const ExpertsArgs of = checked(x, weights, w1, w2, offsets, token_of, b1, b2,
                                  {activation, alpha, limit, interleaved, transposed, tf32});
   const ScalarType dtype = x.scalar_type();
@@ -151,7 +153,8 @@ std::tuple<Tensor, Tensor, Tensor> experts_dact(const Tensor& dy, const Tensor& 
   const bool kept = h.size(0) > 0;
   if (kept) check_tensor("experts", "h", h, {dtype}, {{"R", of.num_rows}, {"G", width}}, &x);
   Tensor used_h = kept ? h : empty_large({of.num_rows, width}, dtype, x);
-  const int64_t parts_of_row = on_cuda(x) ? cuda::experts_dweights_parts(of.ffn) : experts_dweights_parts(of.ffn);
+  const int64_t parts_of_row =
+      on_cuda(x) ? cuda::experts_dweights_parts(of.ffn) : experts_dweights_parts(of.ffn);
   Tensor parts = empty({of.num_rows, want_dweights ? parts_of_row : 0}, wide(dtype), x);
   // h that was computed here is read and overwritten block by block: dh takes its place.
   Tensor dh = kept ? empty_large({of.num_rows, width}, dtype, x) : used_h;
@@ -168,21 +171,19 @@ std::tuple<Tensor, Tensor, Tensor> experts_dact(const Tensor& dy, const Tensor& 
                                  .dy = dy.const_data_ptr(),
                                  .dweights_parts = parts.const_data_ptr(),
                                  .dweights = dweights.mutable_data_ptr()};
-  run(
-      x,
-      [&](auto stream) {
-        if (!kept) with_rows(x, token_of, up.of, stream, [&] { cuda::experts_up(up, stream); });
-        cuda::experts_dact(dact, stream);
-        if (want_dweights) cuda::experts_dweights(sums, stream);
-      },
-      [&] {
-        if (!kept) run_up(up);
-        run_dact(dact);
-        if (want_dweights) {
-          with_workers(of.num_rows * (of.b2 ? of.hidden : 1),
-                       [&](int64_t worker, int64_t workers) { cpu::experts_dweights(sums, worker, workers); });
-        }
+  run(x, [&](auto stream) {
+    if (!kept) with_rows(x, token_of, up.of, stream, [&] { cuda::experts_up(up, stream); });
+    cuda::experts_dact(dact, stream);
+    if (want_dweights) cuda::experts_dweights(sums, stream);
+  }, [&] {
+    if (!kept) run_up(up);
+    run_dact(dact);
+    if (want_dweights) {
+      with_workers(of.num_rows * (of.b2 ? of.hidden : 1), [&](int64_t worker, int64_t workers) {
+        cpu::experts_dweights(sums, worker, workers);
       });
+    }
+  });
   return {dh, weighted_a, dweights};
 }
 
@@ -201,12 +202,11 @@ void run_dbias(const Tensor& rows, const OptionalTensor& weights, const Tensor& 
                               .width = rows.size(1),
                               .out = out.mutable_data_ptr(),
                               .accumulate = accumulate};
-  run(
-      rows, [&](auto stream) { cuda::experts_dbias(args, stream); },
-      [&] {
-        with_workers(rows.numel(),
-                     [&](int64_t worker, int64_t workers) { cpu::experts_dbias(args, worker, workers); });
-      });
+  run(rows, [&](auto stream) { cuda::experts_dbias(args, stream); }, [&] {
+    with_workers(rows.numel(), [&](int64_t worker, int64_t workers) {
+      cpu::experts_dbias(args, worker, workers);
+    });
+  });
 }
 
 void check_dbias(const Tensor& rows, const OptionalTensor& weights, const Tensor& offsets,
@@ -214,20 +214,21 @@ void check_dbias(const Tensor& rows, const OptionalTensor& weights, const Tensor
   const char* op = "experts_dbias";
   check_tensor(op, "rows", rows, kFloats, {{"R"}, {"N"}});
   check_offsets(op, offsets, experts_of(op, offsets), rows.size(0), rows);
-  if (weights) check_tensor(op, "weights", *weights, {wide(rows.scalar_type())}, {{"R", rows.size(0)}}, &rows);
+  if (weights)
+    check_tensor(op, "weights", *weights, {wide(rows.scalar_type())}, {{"R", rows.size(0)}}, &rows);
   if (token_of) check_tensor(op, "token_of", *token_of, kInt32, {{"R", rows.size(0)}}, &rows);
 }
 
-Tensor experts_dbias(const Tensor& rows, OptionalTensor weights, const Tensor& offsets, OptionalTensor token_of,
-                     int64_t tokens) {
+Tensor experts_dbias(const Tensor& rows, OptionalTensor weights, const Tensor& offsets,
+                     OptionalTensor token_of, int64_t tokens) {
   check_dbias(rows, weights, offsets, token_of);
   Tensor out = empty({offsets.size(0) - 1, rows.size(1)}, rows.scalar_type(), rows);
   run_dbias(rows, weights, offsets, token_of, tokens, out, false);
   return out;
 }
 
-void experts_dbias_(Tensor main_grad, const Tensor& rows, OptionalTensor weights, const Tensor& offsets,
-                    OptionalTensor token_of, int64_t tokens) {
+void experts_dbias_(Tensor main_grad, const Tensor& rows, OptionalTensor weights,
+                    const Tensor& offsets, OptionalTensor token_of, int64_t tokens) {
   check_dbias(rows, weights, offsets, token_of);
   check_tensor("experts_dbias", "main_grad", main_grad, {wide(rows.scalar_type())},
                {{"E", offsets.size(0) - 1}, {"N", rows.size(1)}}, &rows);
@@ -238,19 +239,21 @@ void experts_dbias_(Tensor main_grad, const Tensor& rows, OptionalTensor weights
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def(
-      "_experts(Tensor x, Tensor? weights, Tensor w1, Tensor w2, Tensor offsets, Tensor? token_of, Tensor? b1, "
-      "Tensor? b2, str activation, float alpha, float limit, bool interleaved, bool transposed, bool keep_h, "
-      "bool tf32=False, Tensor? row_of=None) "
+      "_experts(Tensor x, Tensor? weights, Tensor w1, Tensor w2, Tensor offsets, "
+      "Tensor? token_of, Tensor? b1, Tensor? b2, str activation, float alpha, float limit, "
+      "bool interleaved, bool transposed, bool keep_h, bool tf32=False, Tensor? row_of=None) "
       "-> (Tensor, Tensor)");
   m.def(
-      "_experts_dact(Tensor dy, Tensor h, Tensor x, Tensor? weights, Tensor w1, Tensor w2, Tensor offsets, "
-      "Tensor? token_of, Tensor? b1, Tensor? b2, str activation, float alpha, float limit, bool interleaved, "
-      "bool transposed, bool want_a, bool want_dweights, bool tf32=False) -> (Tensor, Tensor, Tensor)");
+      "_experts_dact(Tensor dy, Tensor h, Tensor x, Tensor? weights, Tensor w1, Tensor w2, "
+      "Tensor offsets, Tensor? token_of, Tensor? b1, Tensor? b2, str activation, float alpha, "
+      "float limit, bool interleaved, bool transposed, bool want_a, bool want_dweights, "
+      "bool tf32=False) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "_experts_dbias(Tensor rows, Tensor? weights, Tensor offsets, Tensor? token_of, SymInt tokens) -> Tensor");
+      "_experts_dbias(Tensor rows, Tensor? weights, Tensor offsets, Tensor? token_of, "
+      "SymInt tokens) -> Tensor");
   m.def(
-      "_experts_dbias_(Tensor(a!) main_grad, Tensor rows, Tensor? weights, Tensor offsets, Tensor? token_of, "
-      "SymInt tokens) -> ()");
+      "_experts_dbias_(Tensor(a!) main_grad, Tensor rows, Tensor? weights, Tensor offsets, "
+      "Tensor? token_of, SymInt tokens) -> ()");
 }
 
 MOEKERNELS_IMPL(m) {

@@ -7,7 +7,8 @@
 namespace moekernels::binding {
 namespace {
 
-// Chunks of at most kGateChunk tokens, each within one segment. Offsets that leave [0, T] or fall are pulled back.
+// Chunks of at most kGateChunk tokens, each within one segment. Offsets that leave [0, T] or fall
+// are pulled back.
 struct Chunks {
   std::vector<int64_t> begin{0}, segment;
 
@@ -64,8 +65,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(
   check(groups_kept >= 1 && groups_kept <= num_groups, "gate: groups_kept must be in [1, ",
         num_groups, "], got ", groups_kept);
   check(groups_kept * (experts / num_groups) >= top_k, "gate: the ", groups_kept,
-        " groups kept hold ", groups_kept * (experts / num_groups), " experts, fewer than top_k=",
-        top_k);
+        " groups kept hold ", groups_kept * (experts / num_groups),
+        " experts, fewer than top_k=", top_k);
   if (bias) check_tensor("gate", "bias", *bias, {wide_dtype}, {{"E", experts}}, &logits);
   if (valid) check_tensor("gate", "valid", *valid, {ScalarType::Bool}, {{"T", tokens}}, &logits);
   const int64_t num_segments = check_segments("gate", segments, logits);
@@ -113,13 +114,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(
       .sum_two = sum_two,
       .renormalize = renormalize,
   };
-  run(
-      logits, [&](auto stream) { cuda::gate(args, stream); },
-      [&] {
-        parallel(chunks.size(), chunks_of_a_thread(experts),
-                 [&](int64_t begin, int64_t end) { cpu::gate(args, begin, end); });
-        cpu::gate_reduce(args);
-      });
+  run(logits, [&](auto stream) { cuda::gate(args, stream); }, [&] {
+    parallel(chunks.size(), chunks_of_a_thread(experts),
+             [&](int64_t begin, int64_t end) { cpu::gate(args, begin, end); });
+    cpu::gate_reduce(args);
+  });
   return {weights, ids, score_sum, counts, z_sum};
 }
 
@@ -167,12 +166,10 @@ Tensor gate_backward(const Tensor& logits, const Tensor& ids, const std::optiona
       .score = static_cast<GateScore>(score),
       .renormalize = renormalize,
   };
-  run(
-      logits, [&](auto stream) { cuda::gate_backward(args, stream); },
-      [&] {
-        parallel(chunks.size(), chunks_of_a_thread(experts),
-                 [&](int64_t begin, int64_t end) { cpu::gate_backward(args, begin, end); });
-      });
+  run(logits, [&](auto stream) { cuda::gate_backward(args, stream); }, [&] {
+    parallel(chunks.size(), chunks_of_a_thread(experts),
+             [&](int64_t begin, int64_t end) { cpu::gate_backward(args, begin, end); });
+  });
   return dlogits;
 }
 
@@ -180,12 +177,12 @@ Tensor gate_backward(const Tensor& logits, const Tensor& ids, const std::optiona
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def(
-      "_gate(Tensor logits, SymInt top_k, int score, Tensor? bias, SymInt num_groups, SymInt groups_kept,"
-      " bool sum_two, bool renormalize, float scale, Tensor? segments, Tensor? valid)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "_gate(Tensor logits, SymInt top_k, int score, Tensor? bias, SymInt num_groups, "
+      "SymInt groups_kept, bool sum_two, bool renormalize, float scale, Tensor? segments, "
+      "Tensor? valid) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "_gate_backward(Tensor logits, Tensor ids, Tensor? dweights, Tensor? dscore_sum,"
-      " Tensor? dz_sum, int score, bool renormalize, float scale, Tensor? segments) -> Tensor");
+      "_gate_backward(Tensor logits, Tensor ids, Tensor? dweights, Tensor? dscore_sum, "
+      "Tensor? dz_sum, int score, bool renormalize, float scale, Tensor? segments) -> Tensor");
 }
 
 MOEKERNELS_IMPL(m) {

@@ -9,11 +9,13 @@ namespace moekernels::binding {
 // E of offsets [E+1]: for ops that no other argument tells it.
 int64_t experts_of(const char* op, const Tensor& offsets);
 
-// offsets [E+1] int64, ascending from 0 to at most `rows`. Their values are read on the CPU only: on CUDA that would wait
-// for the device.
-void check_offsets(const char* op, const Tensor& offsets, int64_t experts, int64_t rows, const Tensor& like);
+// offsets [E+1] int64, ascending from 0 to at most `rows`. Their values are read on the CPU only:
+// on CUDA that would wait for the device.
+void check_offsets(const char* op, const Tensor& offsets, int64_t experts, int64_t rows,
+                   const Tensor& like);
 
-// Runs f(worker, workers) on torch's threads, on the caller's alone where there are too few products to share.
+// Runs f(worker, workers) on torch's threads, on the caller's alone where there are too few
+// products to share.
 template <class F>
 void with_workers(int64_t products, const F& f) {
   constexpr int64_t kWorthAThread = 1 << 18;
@@ -28,8 +30,8 @@ void with_workers(int64_t products, const F& f) {
   });
 }
 
-// On CUDA: x [T, H] seen through token_of [R] as rows [R, H] of their own, which the products then read as they lie. This
-// costs about 3 % of a layer; gathering inside a product costs it 6 to 8 %.
+// On CUDA: x [T, H] seen through token_of [R] as rows [R, H] of their own, which the products then
+// read as they lie. This costs about 3 % of a layer; gathering inside a product costs it 6 to 8 %.
 template <class CudaStream>
 Tensor permuted(const Tensor& x, const Tensor& token_of, CudaStream stream) {
   const int64_t rows = token_of.size(0);

@@ -32,19 +32,18 @@ Tensor grouped_gemm(const Tensor& rows, const Tensor& w, const Tensor& offsets, 
       .transposed = transposed,
       .tf32 = tf32,
   };
-  run(
-      rows,
-      [&](auto stream) {
-        if (!by_cutlass(op, args, rows, stream)) cuda::grouped_gemm(args, stream);
-      },
-      [&] {
-        with_workers(rows.size(0) * in * out_width,
-                     [&](int64_t worker, int64_t workers) { cpu::grouped_gemm(args, worker, workers); });
-      });
+  run(rows, [&](auto stream) {
+    if (!by_cutlass(op, args, rows, stream)) cuda::grouped_gemm(args, stream);
+  }, [&] {
+    with_workers(rows.size(0) * in * out_width, [&](int64_t worker, int64_t workers) {
+      cpu::grouped_gemm(args, worker, workers);
+    });
+  });
   return out;
 }
 
-// rows [R, I] ([T, I] seen through token_of when `gather`), drows [R, O]; checks, then adds into or sets dw.
+// rows [R, I] ([T, I] seen through token_of when `gather`), drows [R, O]; checks, then adds into or
+// sets dw.
 struct Wgrad {
   const char* op = "grouped_gemm_wgrad";
   const Tensor& rows;
@@ -90,40 +89,54 @@ struct Wgrad {
         .num_rows = drows.size(0),
         .tf32 = tf32,
     };
-    run(
-        drows,
-        [&](auto stream) {
-          if (!token_of && by_cutlass(op, args, drows, stream)) return;
-          if (!gather) return cuda::grouped_wgrad(args, stream);
-          const Tensor permuted_rows = permuted(rows, *token_of, stream);
-          (transposed ? args.a : args.b) = permuted_rows.const_data_ptr();
-          args.gather_a = args.gather_b = false;
-          cuda::grouped_wgrad(args, stream);
-        },
-        [&] {
-          with_workers((drows.size(0) + experts()) * m() * n(),
-                       [&](int64_t worker, int64_t workers) { cpu::grouped_wgrad(args, worker, workers); });
-        });
+    run(drows, [&](auto stream) {
+      if (!token_of && by_cutlass(op, args, drows, stream)) return;
+      if (!gather) return cuda::grouped_wgrad(args, stream);
+      const Tensor permuted_rows = permuted(rows, *token_of, stream);
+      (transposed ? args.a : args.b) = permuted_rows.const_data_ptr();
+      args.gather_a = args.gather_b = false;
+      cuda::grouped_wgrad(args, stream);
+    }, [&] {
+      with_workers((drows.size(0) + experts()) * m() * n(), [&](int64_t worker, int64_t workers) {
+        cpu::grouped_wgrad(args, worker, workers);
+      });
+    });
   }
 };
 
-Tensor grouped_gemm_wgrad(const Tensor& rows, const Tensor& drows, const Tensor& offsets, bool transposed,
-                          std::optional<Tensor> token_of, int64_t tokens, bool gather, bool tf32) {
-  const Wgrad wgrad{.rows = rows, .drows = drows, .offsets = offsets, .transposed = transposed,
-                    .token_of = token_of, .tokens = tokens, .gather = gather, .tf32 = tf32};
+Tensor grouped_gemm_wgrad(const Tensor& rows, const Tensor& drows, const Tensor& offsets,
+                          bool transposed, std::optional<Tensor> token_of, int64_t tokens,
+                          bool gather, bool tf32) {
+  const Wgrad wgrad{.rows = rows,
+                    .drows = drows,
+                    .offsets = offsets,
+                    .transposed = transposed,
+                    .token_of = token_of,
+                    .tokens = tokens,
+                    .gather = gather,
+                    .tf32 = tf32};
   wgrad.check_arguments();
   Tensor dw = empty_large({wgrad.experts(), wgrad.m(), wgrad.n()}, rows.scalar_type(), rows);
   wgrad(dw, false);
   return dw;
 }
 
-void grouped_gemm_wgrad_(Tensor main_grad, const Tensor& rows, const Tensor& drows, const Tensor& offsets,
-                         bool transposed, std::optional<Tensor> token_of, int64_t tokens, bool gather, bool tf32) {
-  const Wgrad wgrad{.rows = rows, .drows = drows, .offsets = offsets, .transposed = transposed,
-                    .token_of = token_of, .tokens = tokens, .gather = gather, .tf32 = tf32};
+void grouped_gemm_wgrad_(Tensor main_grad, const Tensor& rows, const Tensor& drows,
+                         const Tensor& offsets, bool transposed, std::optional<Tensor> token_of,
+                         int64_t tokens, bool gather, bool tf32) {
+  const Wgrad wgrad{.rows = rows,
+                    .drows = drows,
+                    .offsets = offsets,
+                    .transposed = transposed,
+                    .token_of = token_of,
+                    .tokens = tokens,
+                    .gather = gather,
+                    .tf32 = tf32};
   wgrad.check_arguments();
   check_tensor(wgrad.op, "out", main_grad, {wide(rows.scalar_type())},
-               {{"E", wgrad.experts()}, {transposed ? "I" : "O", wgrad.m()}, {transposed ? "O" : "I", wgrad.n()}},
+               {{"E", wgrad.experts()},
+                {transposed ? "I" : "O", wgrad.m()},
+                {transposed ? "O" : "I", wgrad.n()}},
                &rows);
   wgrad(main_grad, true);
 }
@@ -131,13 +144,15 @@ void grouped_gemm_wgrad_(Tensor main_grad, const Tensor& rows, const Tensor& dro
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
-  m.def("_grouped_gemm(Tensor rows, Tensor w, Tensor offsets, bool transposed, bool tf32=False) -> Tensor");
   m.def(
-      "_grouped_gemm_wgrad(Tensor rows, Tensor drows, Tensor offsets, bool transposed, Tensor? token_of, "
-      "SymInt tokens, bool gather, bool tf32=False) -> Tensor");
+      "_grouped_gemm(Tensor rows, Tensor w, Tensor offsets, bool transposed, bool tf32=False) "
+      "-> Tensor");
   m.def(
-      "_grouped_gemm_wgrad_(Tensor(a!) main_grad, Tensor rows, Tensor drows, Tensor offsets, bool transposed, "
-      "Tensor? token_of, SymInt tokens, bool gather, bool tf32=False) -> ()");
+      "_grouped_gemm_wgrad(Tensor rows, Tensor drows, Tensor offsets, bool transposed, "
+      "Tensor? token_of, SymInt tokens, bool gather, bool tf32=False) -> Tensor");
+  m.def(
+      "_grouped_gemm_wgrad_(Tensor(a!) main_grad, Tensor rows, Tensor drows, Tensor offsets, "
+      "bool transposed, Tensor? token_of, SymInt tokens, bool gather, bool tf32=False) -> ()");
 }
 
 MOEKERNELS_IMPL(m) {

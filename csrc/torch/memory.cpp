@@ -15,12 +15,14 @@ namespace {
 
 constexpr int64_t kLarge = 4 << 20, kGranule = 1 << 20;
 
-// The memory that this process may use: the machine's, or what its control groups allow, whichever is less.
+// The memory that this process may use: the machine's, or what its control groups allow, whichever
+// is less.
 int64_t memory_allowed() {
   int64_t allowed = sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
   const auto lower_to = [&](const std::string& file) {
     int64_t limit = 0;
-    if (std::ifstream(file) >> limit && limit > 0) allowed = std::min(allowed, limit);  // "max" is no number
+    if (std::ifstream(file) >> limit && limit > 0)
+      allowed = std::min(allowed, limit);  // "max" is no number
   };
   std::ifstream groups("/proc/self/cgroup");
   for (std::string line; std::getline(groups, line);) {  // 0::/path, or in version 1 4:memory:/path
@@ -44,17 +46,19 @@ int64_t processes_here() {
   return std::max<int64_t>(size != nullptr ? std::atoll(size) : 1, 1);
 }
 
-// Few sizes, so that outputs of about the same size take each other's memory: at most an eighth is not used.
+// Few sizes, so that outputs of about the same size take each other's memory: at most an eighth is
+// not used.
 int64_t rounded_up(int64_t bytes) {
   int64_t step = kGranule;
   while (step * 16 <= bytes) step *= 2;
   return (bytes + step - 1) / step * step;
 }
 
-// Large outputs come back: a step frees the gradients and activations that the next step allocates at the same sizes,
-// and the page faults of fresh memory cost as much as the products. (Asking for huge pages instead takes five faults out
-// of six on some machines, and sextuples their cost on virtual ones whose host takes free memory back.) Kept is at most
-// an eighth of this process's share of the memory, and nothing that nobody took for ten seconds.
+// Large outputs come back: a step frees the gradients and activations that the next step allocates
+// at the same sizes, and the page faults of fresh memory cost as much as the products. (Asking for
+// huge pages instead takes five faults out of six on some machines, and sextuples their cost on
+// virtual ones whose host takes free memory back.) Kept is at most an eighth of this process's
+// share of the memory, and nothing that nobody took for ten seconds.
 class Pool {
  public:
   static Pool& get() {
@@ -123,7 +127,10 @@ class Pool {
 Tensor empty_large(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) {
   std::vector<int64_t> sizes(shape), strides(shape.size(), 1);
   for (size_t i = sizes.size() - 1; i-- > 0;) strides[i] = strides[i + 1] * sizes[i + 1];
-  const int64_t wanted = strides[0] * sizes[0] * (dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2);
+  const int64_t wanted = strides[0] * sizes[0] *
+                         (dtype == ScalarType::Double  ? 8
+                          : dtype == ScalarType::Float ? 4
+                                                       : 2);
   if (wanted < kLarge || !like.is_cpu()) return empty(shape, dtype, like);
   const int64_t bytes = rounded_up(wanted);
   return torch::stable::from_blob(Pool::get().take(bytes), sizes, strides, like.device(), dtype,
@@ -133,7 +140,9 @@ Tensor empty_large(std::initializer_list<int64_t> shape, ScalarType dtype, const
 #ifndef MOEKERNELS_EMULATED  // both libraries may be loaded at once
 STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) { m.def("_pool_held() -> int"); }
 
-STABLE_TORCH_LIBRARY_IMPL(moekernels, CompositeExplicitAutograd, m) { m.impl("_pool_held", TORCH_BOX(&pool_held)); }
+STABLE_TORCH_LIBRARY_IMPL(moekernels, CompositeExplicitAutograd, m) {
+  m.impl("_pool_held", TORCH_BOX(&pool_held));
+}
 #endif
 
 }  // namespace moekernels::binding

@@ -20,12 +20,10 @@ Tensor permute(const Tensor& x, const Tensor& token_of, const std::optional<Tens
       .num_rows = rows,
       .row_bytes = x.size(1) * size_of(dtype_of(x)),
   };
-  run(
-      x, [&](auto stream) { cuda::permute(args, stream); },
-      [&] {
-        parallel(rows, grain_of(args.row_bytes),
-                 [&](int64_t begin, int64_t end) { cpu::permute(args, begin, end); });
-      });
+  run(x, [&](auto stream) { cuda::permute(args, stream); }, [&] {
+    parallel(rows, grain_of(args.row_bytes),
+             [&](int64_t begin, int64_t end) { cpu::permute(args, begin, end); });
+  });
   return out;
 }
 

@@ -22,14 +22,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& ids, int6
   check(alignment <= kMost, "route: alignment must fit int32, got ", alignment);
   check(slots <= kMost, "route: ids hold T*K=", slots, " choices, which must fit int32");
   const int64_t rows = slots + experts * (alignment - 1);
-  check(rows <= kMost, "route: T*K + E*(alignment-1) must fit int32, got ", rows, " with num_experts=", experts,
-        " and alignment=", alignment);
+  check(rows <= kMost, "route: T*K + E*(alignment-1) must fit int32, got ", rows,
+        " with num_experts=", experts, " and alignment=", alignment);
   if (weights) {
     check_tensor("route", "weights", *weights, {ScalarType::Float, ScalarType::Double},
                  {{"T", tokens}, {"K", top_k}}, &ids);
   }
   const bool by_weight = weights && capacity >= 0;
-  // The device's scratch comes from torch's allocator, the CPU's from the heap; its size depends on shapes alone.
+  // The device's scratch comes from torch's allocator, the CPU's from the heap; its size depends on
+  // shapes alone.
   int64_t chunks = 1, chunk_slots = slots;
   if constexpr (kWithCuda) {
     if (on_cuda(ids)) {
@@ -71,13 +72,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& ids, int6
       .wide_ids = ids.scalar_type() == ScalarType::Long,
       .wide_weights = weights && weights->scalar_type() == ScalarType::Double,
   };
-  run(
-      ids, [&](auto stream) { cuda::route(args, stream); },
-      [&] {
-        parallel(chunks, 1, [&](int64_t begin, int64_t end) { cpu::route_count(args, begin, end); });
-        cpu::route_scan(args);
-        parallel(chunks, 1, [&](int64_t begin, int64_t end) { cpu::route_place(args, begin, end); });
-      });
+  run(ids, [&](auto stream) { cuda::route(args, stream); }, [&] {
+    parallel(chunks, 1, [&](int64_t begin, int64_t end) { cpu::route_count(args, begin, end); });
+    cpu::route_scan(args);
+    parallel(chunks, 1, [&](int64_t begin, int64_t end) { cpu::route_place(args, begin, end); });
+  });
   return {counts, offsets, row_of, token_of, slot_of};
 }
 

@@ -1,4 +1,5 @@
-// Private ops beside the wgmma products: settings for a tuner, the watchdog's words, the trace's records.
+// Private ops beside the wgmma products: settings for a tuner, the watchdog's words, the trace's
+// records.
 #include "moekernels/sm90.h"
 
 #include "device.h"
@@ -20,14 +21,17 @@ constexpr bool kEmulated = false;
 #endif
 
 void check_built(const char* op) {
-  check(kBuilt, op, ": this build holds no kernels for sm_90a; build with 90a-real in MOEKERNELS_CUDA_ARCHS");
+  check(kBuilt, op,
+        ": this build holds no kernels for sm_90a; build with 90a-real in MOEKERNELS_CUDA_ARCHS");
 }
 
 std::string build_name() {
   std::string name = "none";
   if constexpr (kBuilt) {
     const sm90::Build build = sm90::build();
-    name = build == sm90::Build::watchdog ? "watchdog" : build == sm90::Build::trace ? "trace" : "plain";
+    name = build == sm90::Build::watchdog ? "watchdog"
+           : build == sm90::Build::trace  ? "trace"
+                                          : "plain";
   }
   return name;
 }
@@ -36,24 +40,25 @@ void settings(int64_t stages, int64_t band, int64_t grid, int64_t promotion,
               std::optional<bool> prefetch) {
   const char* op = "sm90_settings";
   check_built(op);
-  check(stages == 0 || (stages >= 2 && stages <= 8), op, ": stages must be 0 (the table's) or 2 to 8, got ", stages);
-  check(band >= -sm90::kMostBand && band <= sm90::kMostBand, op, ": band must be -", sm90::kMostBand, " to ",
-        sm90::kMostBand, " (0: the default), got ", band);
-  check(grid >= 0 && grid <= sm90::kMostGrid, op, ": grid must be 0 (the multiprocessors) to ", sm90::kMostGrid,
-        ", got ", grid);
+  check(stages == 0 || (stages >= 2 && stages <= 8), op,
+        ": stages must be 0 (the table's) or 2 to 8, got ", stages);
+  check(band >= -sm90::kMostBand && band <= sm90::kMostBand, op, ": band must be -",
+        sm90::kMostBand, " to ", sm90::kMostBand, " (0: the default), got ", band);
+  check(grid >= 0 && grid <= sm90::kMostGrid, op, ": grid must be 0 (the multiprocessors) to ",
+        sm90::kMostGrid, ", got ", grid);
   check(promotion == 0 || promotion == 64 || promotion == 128 || promotion == 256, op,
         ": promotion must be 0 (the default), 64, 128 or 256 bytes, got ", promotion);
   if constexpr (kBuilt) {
-    sm90::set({static_cast<int>(stages), static_cast<int>(band), static_cast<int>(grid), static_cast<int>(promotion),
-               prefetch ? static_cast<int>(*prefetch) : -1});
+    sm90::set({static_cast<int>(stages), static_cast<int>(band), static_cast<int>(grid),
+               static_cast<int>(promotion), prefetch ? static_cast<int>(*prefetch) : -1});
   }
 }
 
 void watchdog(double seconds) {
   const char* op = "sm90_watchdog";
   check(seconds >= 0 && seconds < 1e6, op, ": seconds must be 0 (no limit) to 1e6, got ", seconds);
-  check(kEmulated || build_name() == "watchdog", op, ": this library's kernels have no watchdog (", build_name(),
-        "); load _C_watch.so, which MOEKERNELS_WATCHDOG=1 builds");
+  check(kEmulated || build_name() == "watchdog", op, ": this library's kernels have no watchdog (",
+        build_name(), "); load _C_watch.so, which MOEKERNELS_WATCHDOG=1 builds");
   if constexpr (kBuilt) sm90::watch(static_cast<int64_t>(seconds * 1e9));
 }
 
@@ -72,14 +77,16 @@ std::string launched() {
 Tensor trace(const Tensor& like, int64_t launches, int64_t blocks, int64_t tiles) {
   const char* op = "sm90_trace";
   check(launches >= 0 && blocks >= 0 && tiles >= 0 && launches * blocks * tiles <= 1 << 20, op,
-        ": launches, blocks and tiles must be 0 or more and at most 2^20 together, got ", launches, ", ", blocks, " and ",
-        tiles);
-  check(kEmulated || build_name() == "trace", op, ": this library's kernels record no trace (", build_name(),
-        "); load _C_trace.so, which MOEKERNELS_TRACE=1 builds");
+        ": launches, blocks and tiles must be 0 or more and at most 2^20 together, got ", launches,
+        ", ", blocks, " and ", tiles);
+  check(kEmulated || build_name() == "trace", op, ": this library's kernels record no trace (",
+        build_name(), "); load _C_trace.so, which MOEKERNELS_TRACE=1 builds");
   static Tensor* kept = nullptr;  // the kernels write there as long as the library knows the place
-  Tensor records = empty({launches, blocks, sm90::kTraceRoles, tiles, sm90::kTraceFields}, ScalarType::Long, like);
+  Tensor records = empty({launches, blocks, sm90::kTraceRoles, tiles, sm90::kTraceFields},
+                         ScalarType::Long, like);
   torch::stable::zero_(records);
-  if constexpr (kBuilt) sm90::trace(static_cast<int64_t*>(records.mutable_data_ptr()), launches, blocks, tiles);
+  if constexpr (kBuilt)
+    sm90::trace(static_cast<int64_t*>(records.mutable_data_ptr()), launches, blocks, tiles);
   delete kept;
   kept = new Tensor(records);
   return records;
@@ -89,7 +96,9 @@ Tensor trace(const Tensor& like, int64_t launches, int64_t blocks, int64_t tiles
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def("_sm90_build() -> str");
-  m.def("_sm90_settings(int stages=0, int band=0, int grid=0, int promotion=0, bool? prefetch=None) -> ()");
+  m.def(
+      "_sm90_settings(int stages=0, int band=0, int grid=0, int promotion=0, "
+      "bool? prefetch=None) -> ()");
   m.def("_sm90_watchdog(float seconds) -> ()");
   m.def("_sm90_stuck() -> str");
   m.def("_sm90_launched() -> str");

@@ -29,12 +29,15 @@ std::string shape_of(const Tensor& t) {
 }
 
 std::string device_of(const Tensor& t) {
-  return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device()) : "another device";
+  return t.is_cpu()    ? "cpu"
+         : t.is_cuda() ? "cuda:" + std::to_string(t.get_device())
+                       : "another device";
 }
 
 void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  check(t.is_cpu() == like.is_cpu() && (t.is_cpu() || t.get_device() == like.get_device()), op, ": ", name,
-        " must be on ", device_of(like), " like the first argument, got ", device_of(t));
+  check(t.is_cpu() == like.is_cpu() && (t.is_cpu() || t.get_device() == like.get_device()), op,
+        ": ", name, " must be on ", device_of(like), " like the first argument, got ",
+        device_of(t));
 }
 
 void check_tensor(const char* op, const char* name, const Tensor& t,
@@ -92,7 +95,8 @@ Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype, const Tenso
   } catch (const std::exception&) {  // the stable ABI hands on that a call failed, not why
     std::string sizes;
     for (int64_t size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
-    check(false, "moekernels: no memory on ", device_of(like), " for ", name_of(dtype), " [", sizes, "]");
+    check(false, "moekernels: no memory on ", device_of(like), " for ", name_of(dtype), " [", sizes,
+          "]");
   }
   Tensor t = *made;
 #ifdef MOEKERNELS_EMULATED

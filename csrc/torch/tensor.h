@@ -41,7 +41,8 @@ inline constexpr std::initializer_list<ScalarType> kIds = {ScalarType::Int, Scal
 inline constexpr std::initializer_list<ScalarType> kInt32 = {ScalarType::Int};
 inline constexpr std::initializer_list<ScalarType> kInt64 = {ScalarType::Long};
 
-// One axis of an expected shape: a letter, and its length where another argument has fixed it (-1: free).
+// One axis of an expected shape: a letter, and its length where another argument has fixed it (-1:
+// free).
 struct Axis {
   const char* letter;
   int64_t length = -1;
@@ -56,8 +57,8 @@ void check_tensor(const char* op, const char* name, const Tensor& t,
                   const Tensor* like = nullptr);
 
 inline void check_optional(const char* op, const char* name, const std::optional<Tensor>& t,
-                           std::initializer_list<ScalarType> dtypes, std::initializer_list<Axis> shape,
-                           const Tensor& like) {
+                           std::initializer_list<ScalarType> dtypes,
+                           std::initializer_list<Axis> shape, const Tensor& like) {
   if (t) check_tensor(op, name, *t, dtypes, shape, &like);
 }
 
@@ -72,14 +73,16 @@ inline bool on_cuda(const Tensor& t) { return t.is_cuda(); }
 #endif
 
 DType dtype_of(const Tensor& t);
-// The dtype of routing weights and sums beside activations of `dtype`: float64 stays, all else is float32.
+// The dtype of routing weights and sums beside activations of `dtype`: float64 stays, all else is
+// float32.
 inline ScalarType wide(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // Uninitialised. Says how much was asked for where there is no memory.
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like);
-// The same; a large one on the CPU takes the memory of one that was freed, so that it need not be touched first.
+// The same; a large one on the CPU takes the memory of one that was freed, so that it need not be
+// touched first.
 Tensor empty_large(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like);
 
 // Runs f(begin, end) over [0, n) on torch's own threads; a small n stays on the caller's thread.
@@ -93,7 +96,8 @@ void parallel(int64_t n, int64_t grain, const F& f) {
   }
 }
 
-// How many rows of `row_bytes` make a piece of work worth a thread: 128 KiB of traffic takes longer than waking one.
+// How many rows of `row_bytes` make a piece of work worth a thread: 128 KiB of traffic takes longer
+// than waking one.
 inline int64_t grain_of(int64_t row_bytes) {
   constexpr int64_t kWorthAThread = 131072;
   return row_bytes > kWorthAThread ? 1 : kWorthAThread / (row_bytes > 0 ? row_bytes : 1);

@@ -1,5 +1,5 @@
-// Calls launchers on small inputs, hostile ones among them, and says where a result is wrong. test_sanitize.py links it to
-// kernels into which it has planted a bug.
+// Calls launchers on small inputs, hostile ones among them, and says where a result is wrong.
+// test_sanitize.py links it to kernels into which it has planted a bug.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -21,7 +21,9 @@ using moekernels::RunsArgs;
 // Memory of exactly n elements, junk at first.
 template <class T>
 struct Array {
-  explicit Array(int64_t n) : data(static_cast<T*>(malloc(n * sizeof(T)))) { memset(data, 0xCD, n * sizeof(T)); }
+  explicit Array(int64_t n) : data(static_cast<T*>(malloc(n * sizeof(T)))) {
+    memset(data, 0xCD, n * sizeof(T));
+  }
   Array(const Array&) = delete;
   ~Array() { free(data); }
   operator T*() const { return data; }
@@ -38,7 +40,8 @@ void route() {
   constexpr int64_t kTokens = 1111, kExperts = 70, kTopK = 2, kSlots = kTokens * kTopK;
   const int64_t chunk_slots = moekernels::cuda::route_chunk_slots(kSlots, kExperts);
   const int64_t chunks = (kSlots + chunk_slots - 1) / chunk_slots;
-  Array<int32_t> ids(kSlots), row_of(kSlots), token_of(kSlots), slot_of(kSlots), begins(chunks * kExperts);
+  Array<int32_t> ids(kSlots), row_of(kSlots), token_of(kSlots), slot_of(kSlots),
+      begins(chunks * kExperts);
   Array<int64_t> counts(kExperts), offsets(kExperts + 1);
   std::vector<int64_t> wanted(kExperts);
   for (int64_t s = 0; s < kSlots; ++s) {
@@ -73,8 +76,10 @@ void make_runs() {
   constexpr int64_t kPeers = 40, kExperts = 8, kRuns = kPeers * kExperts;
   Array<int64_t> counts(kRuns), begin(kRuns + 1), source(kRuns), offsets(kExperts + 1);
   for (int64_t i = 0; i < kRuns; ++i) counts[i] = i % 5;
-  moekernels::cuda::make_runs({counts, begin, source, offsets, kPeers, kExperts, INT64_MAX / kRuns}, nullptr);
-  expect(begin[kRuns] == std::accumulate(counts.data, counts.data + kRuns, int64_t{0}), "make_runs: wrong begins");
+  moekernels::cuda::make_runs({counts, begin, source, offsets, kPeers, kExperts, INT64_MAX / kRuns},
+                              nullptr);
+  expect(begin[kRuns] == std::accumulate(counts.data, counts.data + kRuns, int64_t{0}),
+         "make_runs: wrong begins");
 }
 
 void permute() {
@@ -82,7 +87,8 @@ void permute() {
   Array<char> x(kTokens * kRowBytes + 8), rows(kRows * kRowBytes);
   Array<int32_t> token_of(kRows);
   for (int64_t i = 0; i < kTokens * kRowBytes; ++i) x[8 + i] = static_cast<char>(i % 101);
-  for (int64_t r = 0; r < kRows; ++r) token_of[r] = r % 7 == 6 ? 1000 : static_cast<int32_t>(r * 5 % kTokens);
+  for (int64_t r = 0; r < kRows; ++r)
+    token_of[r] = r % 7 == 6 ? 1000 : static_cast<int32_t>(r * 5 % kTokens);
   PermuteArgs args{};
   args.x = x + 8;  // rows off a 16-byte boundary
   args.token_of = token_of;
@@ -94,7 +100,8 @@ void permute() {
   for (int64_t r = 0; r < kRows; ++r) {
     for (int64_t i = 0; i < kRowBytes; ++i) {
       const bool used = token_of[r] < kTokens;
-      expect(rows[r * kRowBytes + i] == (used ? x[8 + token_of[r] * kRowBytes + i] : 0), "permute: wrong rows");
+      expect(rows[r * kRowBytes + i] == (used ? x[8 + token_of[r] * kRowBytes + i] : 0),
+             "permute: wrong rows");
     }
   }
 }

@@ -1,5 +1,6 @@
-// The epilogues of the experts' products on sm_90a. A finished tile goes through the warp's staging, so that a lane holds 8
-// neighbouring columns of a row: the activation works on those, and memory sees 16 bytes a lane.
+// The epilogues of the experts' products on sm_90a. A finished tile goes through the warp's
+// staging, so that a lane holds 8 neighbouring columns of a row: the activation works on those, and
+// memory sees 16 bytes a lane.
 #pragma once
 
 #include "moekernels/activation.h"
@@ -8,7 +9,8 @@
 
 namespace moekernels::cuda::sm90 {
 
-// As exact as 16-bit results can tell, in a third of the instructions: no care for denormal results, which are zero.
+// As exact as 16-bit results can tell, in a third of the instructions: no care for denormal
+// results, which are zero.
 struct FastMath {
   __device__ static float exp(float x) {
     float y;
@@ -34,12 +36,14 @@ struct ExpertStyle {
   float alpha, limit;
   bool interleaved;
   __host__ __device__ bool gated() const { return activation <= Activation::swiglu_clamped; }
-  __host__ __device__ bool apart() const { return gated() && !interleaved; }  // gate and up columns lie F apart
+  __host__ __device__ bool apart() const {
+    return gated() && !interleaved;
+  }  // gate and up columns lie F apart
   __host__ __device__ int64_t width() const { return (gated() ? 2 : 1) * ffn; }
 };
 
-// Calls f with the activation, and with whether gate and up alternate, as constants: addresses and instructions an
-// element are what an epilogue costs.
+// Calls f with the activation, and with whether gate and up alternate, as constants: addresses and
+// instructions an element are what an epilogue costs.
 template <class F>
 __device__ inline void with_style(const ExpertStyle& style, const F& f) {
   with_activation(style.activation, [&](auto kind) {
@@ -52,8 +56,10 @@ __device__ inline void with_style(const ExpertStyle& style, const F& f) {
 
 // Gate and up of 8 columns of F, from two chunks of 8 elements: one of each, or both alternating.
 template <class T, bool kAlternate>
-__device__ inline void split_gate(const uint4& first, const uint4& second, float (&g)[8], float (&u)[8]) {
-  const uint32_t a[4] = {first.x, first.y, first.z, first.w}, b[4] = {second.x, second.y, second.z, second.w};
+__device__ inline void split_gate(const uint4& first, const uint4& second, float (&g)[8],
+                                  float (&u)[8]) {
+  const uint32_t a[4] = {first.x, first.y, first.z, first.w},
+                 b[4] = {second.x, second.y, second.z, second.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float2 p = unpack(a[i], T{}), q = unpack(b[i], T{});
@@ -63,7 +69,8 @@ __device__ inline void split_gate(const uint4& first, const uint4& second, float
     u[2 * i + 1] = q.y;
   }
   if constexpr (!kAlternate) return;
-  const float both[16] = {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7]};
+  const float both[16] = {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7],
+                          u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7]};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     g[i] = both[2 * i];
@@ -103,12 +110,16 @@ struct StoreUp {
     const TileColumns columns = columns_of(to.style, tile.column_tile);
     for (int64_t from = 0; from < kColumns; from += columns.split) {
       const int64_t begin = columns.at(from);
-      clear_rows(to.h, row, tile.row_end, to.style.width(), begin, begin + columns.valid(from, columns.split), lane);
+      clear_rows(to.h, row, tile.row_end, to.style.width(), begin,
+                 begin + columns.valid(from, columns.split), lane);
     }
   }
 
-  // Columns of the tile that a staged chunk holds: 64 of each half in a part, whether or not the halves differ.
-  static constexpr __device__ int column_of(int part, int chunk) { return part * 64 + chunk % 8 * 8 + chunk / 8 * 128; }
+  // Columns of the tile that a staged chunk holds: 64 of each half in a part, whether or not the
+  // halves differ.
+  static constexpr __device__ int column_of(int part, int chunk) {
+    return part * 64 + chunk % 8 * 8 + chunk / 8 * 128;
+  }
 
   template <int kPart>
   static __device__ void stage(const float (&d)[128], char* staging, int lane) {
@@ -120,12 +131,13 @@ struct StoreUp {
 
   // A lane keeps its 8 columns of F, and takes every kStep-th of `rows` rows.
   template <Activation kind, bool kAlternate>
-  static __device__ void activate_part(const Args& to, const TileColumns& columns, int part, const char* staging,
-                                       int64_t row, int rows, int lane) {
+  static __device__ void activate_part(const Args& to, const TileColumns& columns, int part,
+                                       const char* staging, int64_t row, int rows, int lane) {
     constexpr bool kGated = kind <= Activation::swiglu_clamped;
     constexpr int kLanes = kGated ? 8 : 16, kStep = 32 / kLanes;  // lanes of a row
     const ExpertStyle& style = to.style;
-    const int i = lane % kLanes, first = kAlternate ? 2 * i : i, second = kAlternate ? first + 1 : 8 + i;
+    const int i = lane % kLanes, first = kAlternate ? 2 * i : i,
+              second = kAlternate ? first + 1 : 8 + i;
     const int column = column_of(part, first);
     if (columns.within(column) >= columns.count) return;
     const int64_t width = (kGated ? 2 : 1) * style.ffn, at = columns.at(column);
@@ -133,7 +145,8 @@ struct StoreUp {
     T* a = to.a + (row + lane / kLanes) * style.ffn + (kAlternate ? at / 2 : at);
 #pragma unroll 1
     for (int r = lane / kLanes; r < rows; r += kStep, h += kStep * width, a += kStep * style.ffn) {
-      const uint4 p = staged_chunk(staging, r, first), q = kGated ? staged_chunk(staging, r, second) : uint4{};
+      const uint4 p = staged_chunk(staging, r, first),
+                  q = kGated ? staged_chunk(staging, r, second) : uint4{};
       if (to.h != nullptr) {
         put(h, p);
         if (kGated) put(h + (kAlternate ? 8 : style.ffn), q);
@@ -142,13 +155,15 @@ struct StoreUp {
       float g[8], u[8];
       split_gate<T, kAlternate>(p, q, g, u);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) g[e] = moekernels::activate<kind, FastMath>(g[e], u[e], style.alpha, style.limit).a;
+      for (int e = 0; e < 8; ++e)
+        g[e] = moekernels::activate<kind, FastMath>(g[e], u[e], style.alpha, style.limit).a;
       put(a, pack8<T>(g));
     }
   }
 
   template <class Tile>
-  static __device__ void store(const Args& to, const Tile& tile, float (&d)[128], char* staging, int64_t row, int lane) {
+  static __device__ void store(const Args& to, const Tile& tile, float (&d)[128], char* staging,
+                               int64_t row, int lane) {
     if (row >= tile.row_end) return;
     const TileColumns columns = columns_of(to.style, tile.column_tile);
     if (to.b1 != nullptr) {
@@ -165,13 +180,15 @@ struct StoreUp {
       }
       const int rows = static_cast<int>(tile.row_end - row < 16 ? tile.row_end - row : 16);
       with_style(to.style, [&](auto kind, auto alternate) {
-        activate_part<decltype(kind)::value, decltype(alternate)::value>(to, columns, part, staging, row, rows, lane);
+        activate_part<decltype(kind)::value, decltype(alternate)::value>(to, columns, part, staging,
+                                                                         row, rows, lane);
       });
     }
   }
 };
 
-// C is da = dy w2 in fp32. dh = weight da act'(h), weighted_a = weight act(h), and <da, act(h)> of every 64 columns.
+// C is da = dy w2 in fp32. dh = weight da act'(h), weighted_a = weight act(h), and <da, act(h)> of
+// every 64 columns.
 template <class T>
 struct StoreDAct {
   using Type = T;
@@ -215,15 +232,18 @@ struct StoreDAct {
     const int gates = style.gated() ? 2 : 1;
     if (style.apart()) {
       clear_rows(to.dh, row, tile.row_end, style.width(), column, end, lane);
-      clear_rows(to.dh, row, tile.row_end, style.width(), style.ffn + column, style.ffn + end, lane);
+      clear_rows(to.dh, row, tile.row_end, style.width(), style.ffn + column, style.ffn + end,
+                 lane);
     } else {
       clear_rows(to.dh, row, tile.row_end, style.width(), gates * column, gates * end, lane);
     }
-    if (to.weighted_a != nullptr) clear_rows(to.weighted_a, row, tile.row_end, style.ffn, column, end, lane);
+    if (to.weighted_a != nullptr)
+      clear_rows(to.weighted_a, row, tile.row_end, style.ffn, column, end, lane);
   }
 
-  // Rows of 64 fp32 numbers, in pairs of 16-byte chunks permuted by the row; the chunks of every other four pairs change
-  // places, so that the 8 lanes that read a row's low or high chunks at once meet 32 banks.
+  // Rows of 64 fp32 numbers, in pairs of 16-byte chunks permuted by the row; the chunks of every
+  // other four pairs change places, so that the 8 lanes that read a row's low or high chunks at
+  // once meet 32 banks.
   static __device__ uint32_t staged_chunk_of(int row, int pair, int half) {
     const int place = pair ^ (row & 7);
     return row * 256 + (place << 5) + ((half ^ place >> 2) << 4);
@@ -238,7 +258,8 @@ struct StoreDAct {
       for (int half = 0; half < 2; ++half) {
         const float* c = d + (kPart * 8 + block) * 4 + half * 2;
         const int r = lane / 4 + 8 * half;
-        *reinterpret_cast<float2*>(staging + staged_chunk_of(r, block, lane % 4 / 2) + lane % 2 * 8) = {c[0], c[1]};
+        *reinterpret_cast<float2*>(staging + staged_chunk_of(r, block, lane % 4 / 2) +
+                                   lane % 2 * 8) = {c[0], c[1]};
       }
     }
     __syncwarp();
@@ -257,9 +278,11 @@ struct StoreDAct {
   };
 
   template <Activation kind, bool kAlternate>
-  static __device__ void activate_part(const Args& to, const Place& at, const uint4 (&first)[kAtOnce],
-                                       const uint4 (&second)[kAtOnce], const RowState (&rows)[kAtOnce],
-                                       const char* staging, float* dots, int lane) {
+  static __device__ void activate_part(const Args& to, const Place& at,
+                                       const uint4 (&first)[kAtOnce],
+                                       const uint4 (&second)[kAtOnce],
+                                       const RowState (&rows)[kAtOnce], const char* staging,
+                                       float* dots, int lane) {
     constexpr bool kGated = kind <= Activation::swiglu_clamped;
     const ExpertStyle& style = to.style;
 #pragma unroll
@@ -268,15 +291,18 @@ struct StoreDAct {
       const bool exists = 4 * n < at.rows;
       if (exists) {
         const int r = 4 * n + lane / 8;
-        const float4 low = *reinterpret_cast<const float4*>(staging + staged_chunk_of(r, lane % 8, 0));
-        const float4 high = *reinterpret_cast<const float4*>(staging + staged_chunk_of(r, lane % 8, 1));
+        const float4 low =
+            *reinterpret_cast<const float4*>(staging + staged_chunk_of(r, lane % 8, 0));
+        const float4 high =
+            *reinterpret_cast<const float4*>(staging + staged_chunk_of(r, lane % 8, 1));
         const float da[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
         const float weight = rows[n].weight;
         float g[8], u[8], a[8];
         split_gate<T, kAlternate>(first[n], second[n], g, u);  // zero in rows that are not used
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-          const Activated<float> act = moekernels::activate<kind, FastMath>(g[e], u[e], style.alpha, style.limit);
+          const Activated<float> act =
+              moekernels::activate<kind, FastMath>(g[e], u[e], style.alpha, style.limit);
           const float d = rows[n].used ? da[e] : 0.0f, weighted = d * weight;
           dot = fmaf(d, act.a, dot);
           a[e] = weight * act.a;
@@ -288,8 +314,10 @@ struct StoreDAct {
           put(dh, pack8<T>(g));
           if (kGated) put(dh + at.second, pack8<T>(u));
         } else {
-          put(dh, {pack<T>(g[0], u[0]), pack<T>(g[1], u[1]), pack<T>(g[2], u[2]), pack<T>(g[3], u[3])});
-          put(dh + 8, {pack<T>(g[4], u[4]), pack<T>(g[5], u[5]), pack<T>(g[6], u[6]), pack<T>(g[7], u[7])});
+          put(dh,
+              {pack<T>(g[0], u[0]), pack<T>(g[1], u[1]), pack<T>(g[2], u[2]), pack<T>(g[3], u[3])});
+          put(dh + 8,
+              {pack<T>(g[4], u[4]), pack<T>(g[5], u[5]), pack<T>(g[6], u[6]), pack<T>(g[7], u[7])});
         }
         if (to.weighted_a != nullptr) put(to.weighted_a + at.a + n * at.step_a, pack8<T>(a));
       }
@@ -301,14 +329,19 @@ struct StoreDAct {
   }
 
   template <class Tile>
-  static __device__ void store(const Args& to, const Tile& tile, float (&d)[128], char* staging, int32_t row, int lane) {
+  static __device__ void store(const Args& to, const Tile& tile, float (&d)[128], char* staging,
+                               int32_t row, int lane) {
     if (row >= tile.row_end) return;
     const ExpertStyle& style = to.style;
     const int64_t first_row = row + lane / 8, width = style.width();
     const int scale = style.gated() && style.interleaved ? 2 : 1;
     int32_t column = tile.column_tile * kColumns + lane % 8 * 8;  // of F
-    Place at{first_row * width + scale * column, first_row * style.ffn + column, 4 * width, 4 * style.ffn,
-             scale == 2 ? 8 : style.ffn, static_cast<int>(tile.row_end - first_row)};
+    Place at{first_row * width + scale * column,
+             first_row * style.ffn + column,
+             4 * width,
+             4 * style.ffn,
+             scale == 2 ? 8 : style.ffn,
+             static_cast<int>(tile.row_end - first_row)};
     float* dots = to.dots + first_row * to.parts + tile.column_tile * (kColumns / kPartColumns);
     RowState rows[kAtOnce];  // the same in every part
 #pragma unroll
@@ -337,7 +370,8 @@ struct StoreDAct {
         default: stage<3>(d, staging, lane);
       }
       with_style(style, [&](auto kind, auto alternate) {
-        activate_part<decltype(kind)::value, decltype(alternate)::value>(to, at, first, second, rows, staging, dots, lane);
+        activate_part<decltype(kind)::value, decltype(alternate)::value>(to, at, first, second,
+                                                                         rows, staging, dots, lane);
       });
       column += kPartColumns;
       at.h += scale * kPartColumns;

@@ -1,4 +1,5 @@
-// What the forward and the backward of gate share: a token's logits in its team's registers, scores, weights.
+// What the forward and the backward of gate share: a token's logits in its team's registers,
+// scores, weights.
 #pragma once
 
 #include "moekernels/gate.h"
@@ -104,7 +105,8 @@ __device__ float soften(const float (&x)[Tm::values], float (&p)[Tm::values], ui
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// Below this softplus is exp to rounding, and its square root exp(x / 2), which has a value where exp itself has none.
+// Below this softplus is exp to rounding, and its square root exp(x / 2), which has a value where
+// exp itself has none.
 constexpr float kFarBelow = -18.0f;
 
 __device__ inline float sqrt_softplus(float x) {
@@ -131,8 +133,8 @@ __device__ float score(const float (&x)[Tm::values], bool is_sigmoid, int64_t ex
   return total < kTiny ? kTiny : total;
 }
 
-// The K scores of a team's token in shared memory: from the chosen scores to the weights before scaling, in the order
-// of k; returns what they were divided by.
+// The K scores of a team's token in shared memory: from the chosen scores to the weights before
+// scaling, in the order of k; returns what they were divided by.
 template <class Tm>
 __device__ float weigh(float* chosen, int top_k, bool soft, bool renormalize) {
   Tm::sync();
@@ -165,7 +167,9 @@ __device__ inline int64_t offsets_up_to(const int64_t* offsets, int64_t segments
 }
 
 template <class Tm>
-constexpr int kTeams = Tm::is_block ? 1 : Tm::lanes <= 4 ? 64 : 256 / Tm::lanes;  // tokens at once
+constexpr int kTeams = Tm::is_block     ? 1
+                       : Tm::lanes <= 4 ? 64
+                                        : 256 / Tm::lanes;  // tokens at once
 template <class Tm>
 constexpr int kGateThreads = kTeams<Tm> * Tm::lanes;
 

@@ -12,17 +12,19 @@ namespace moekernels::cuda {
 inline int capability() {
   int device = 0, major = 0, minor = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+        "cudaDeviceGetAttribute");
   return 10 * major + minor;
 }
 
 // The one place where a product's kernel is decided.
 template <class... Lengths>
-GemmChoice choose(GemmOp op, DType dtype, int64_t m, int64_t n, int64_t k, int64_t experts, bool tf32,
-                  const Lengths&... addresses_and_row_bytes) {
-  return choose_gemm({op, dtype, m, n, k, experts, gemm_alignment(addresses_and_row_bytes...), capability(),
-                      sm90::kBuilt, tf32});
+GemmChoice choose(GemmOp op, DType dtype, int64_t m, int64_t n, int64_t k, int64_t experts,
+                  bool tf32, const Lengths&... addresses_and_row_bytes) {
+  return choose_gemm({op, dtype, m, n, k, experts, gemm_alignment(addresses_and_row_bytes...),
+                      capability(), sm90::kBuilt, tf32});
 }
 
 // Calls f(null pointer of the dtype's type, tile as a constant). fp32 has the small tile alone.
@@ -39,19 +41,20 @@ void with_tile(DType dtype, const GemmChoice& choice, const F& f) {
 
 // Launches a kernel that may want more shared memory than every device gives unasked.
 template <class... Args>
-void launch_gemm(const char* name, void (*kernel)(Args...), int64_t blocks, int threads, int64_t shared, Stream stream,
-                 const Args&... args) {
+void launch_gemm(const char* name, void (*kernel)(Args...), int64_t blocks, int threads,
+                 int64_t shared, Stream stream, const Args&... args) {
   constexpr int64_t kUnasked = 48 << 10;
   if (shared > kUnasked) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared)),
-          name);
+    check(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+        name);
   }
   launch(name, kernel, blocks, threads, shared, stream, args...);
 }
 
-// A product of rows with the weights of their expert, out = weight (A w + bias): grouped_gemm, its dgrad, and the
-// down-projection. mma.sync and fp32.
+// A product of rows with the weights of their expert, out = weight (A w + bias): grouped_gemm, its
+// dgrad, and the down-projection. mma.sync and fp32.
 struct RowProduct {
   DType dtype;
   const void* a;  // [R, in]

@@ -1,6 +1,6 @@
-// One tile of C = A B by a thread block, on every device: copies into a ring of three stages run while the tensor cores
-// (fp32: the fma units, or tf32 tensor cores) work on the stage before. C is left in shared memory as fp32, so that
-// epilogues are short loops over whole vectors of a row.
+// One tile of C = A B by a thread block, on every device: copies into a ring of three stages run
+// while the tensor cores (fp32: the fma units, or tf32 tensor cores) work on the stage before. C is
+// left in shared memory as fp32, so that epilogues are short loops over whole vectors of a row.
 #pragma once
 
 #include "mma.cuh"
@@ -23,34 +23,38 @@ struct GemmShape {
   static constexpr int kPitchC = tile + 8;
 };
 
-// How a tile of an operand lies in shared memory; the pitches keep the reads of a warp free of bank conflicts.
+// How a tile of an operand lies in shared memory; the pitches keep the reads of a warp free of bank
+// conflicts.
 template <class T, int tile, bool k_contiguous>
 struct OperandTile {
   using Shape = GemmShape<T, tile>;
   static constexpr int kPitch = k_contiguous ? Shape::kDepth + Shape::kVector : tile + 8;
   static constexpr int kElements = (k_contiguous ? tile : Shape::kDepth) * kPitch;
-  __device__ static int at(int line, int k) { return k_contiguous ? line * kPitch + k : k * kPitch + line; }
+  __device__ static int at(int line, int k) {
+    return k_contiguous ? line * kPitch + k : k * kPitch + line;
+  }
 };
 
 template <class T, int tile, bool a_k, bool b_k>
-constexpr int64_t kGemmShared =
-    [] {
-      constexpr int64_t stages =
-          kGemmStages * (OperandTile<T, tile, a_k>::kElements + OperandTile<T, tile, b_k>::kElements) * sizeof(T);
-      constexpr int64_t c = tile * GemmShape<T, tile>::kPitchC * sizeof(float);
-      return stages > c ? stages : c;
-    }();
+constexpr int64_t kGemmShared = [] {
+  constexpr int64_t stages =
+      kGemmStages * (OperandTile<T, tile, a_k>::kElements + OperandTile<T, tile, b_k>::kElements) *
+      sizeof(T);
+  constexpr int64_t c = tile * GemmShape<T, tile>::kPitchC * sizeof(float);
+  return stages > c ? stages : c;
+}();
 
-// An operand in global memory: `lines` (rows of A, columns of B) times k. k_contiguous: element (line, k) is at
-// data[line * ld + k], else at data[k * ld + line].
+// An operand in global memory: `lines` (rows of A, columns of B) times k. k_contiguous: element
+// (line, k) is at data[line * ld + k], else at data[k * ld + line].
 template <class T>
 struct OperandSource {
   const T* data;
   int64_t ld;
   TileColumns lines;
   int64_t depth;
-  bool vector;                        // every vector of 16 bytes lies on 16 bytes, and wholly inside or outside
-  const int32_t* token_of = nullptr;  // wgrad: k is a row, which counts as zero where its token is outside [0, tokens)
+  bool vector;  // every vector of 16 bytes lies on 16 bytes, and wholly inside or outside
+  const int32_t* token_of =
+      nullptr;  // wgrad: k is a row, which counts as zero where its token is outside [0, tokens)
   int64_t tokens = 0;
 };
 
@@ -75,7 +79,8 @@ class OperandCopy {
       const int line = k_contiguous ? major : minor, k = k_contiguous ? minor : major;
       const int lines_left = static_cast<int>(source.lines.valid(line, Shape::kVector));
       valid_[i] = k_contiguous ? (lines_left > 0 ? Shape::kVector : 0) : lines_left;
-      from_[i] = source.data + (k_contiguous ? source.lines.at(line) * source.ld + k : k * source.ld + source.lines.at(line));
+      from_[i] = source.data + (k_contiguous ? source.lines.at(line) * source.ld + k
+                                             : k * source.ld + source.lines.at(line));
     }
   }
 
@@ -89,7 +94,9 @@ class OperandCopy {
       int count = left <= 0 ? 0 : valid_[i];
       if (k_contiguous && left > 0 && left < count) count = static_cast<int>(left);
       if constexpr (!k_contiguous) {
-        if (source_.token_of != nullptr && count > 0 && !inside(source_.token_of[k_ + major], source_.tokens)) count = 0;
+        if (source_.token_of != nullptr && count > 0 &&
+            !inside(source_.token_of[k_ + major], source_.tokens))
+          count = 0;
       }
       T* to = stage + major * Tile::kPitch + minor;
       if (source_.vector) {
@@ -97,7 +104,8 @@ class OperandCopy {
       } else {
         Vec<T, Shape::kVector> v;
 #pragma unroll
-        for (int n = 0; n < Shape::kVector; ++n) v.at[n] = n < count ? from_[i][n] : from_float<T>(0.0f);
+        for (int n = 0; n < Shape::kVector; ++n)
+          v.at[n] = n < count ? from_[i][n] : from_float<T>(0.0f);
         *reinterpret_cast<Vec<T, Shape::kVector>*>(to) = v;
       }
       from_[i] += k_contiguous ? Shape::kDepth : Shape::kDepth * source_.ld;
@@ -111,7 +119,8 @@ using Accumulators = float[GemmShape<T, tile>::kMs][GemmShape<T, tile>::kNs][4];
 
 // acc += A B of one stage, 16-bit elements.
 template <class T, int tile, bool a_k, bool b_k>
-__device__ void multiply_stage(Accumulators<T, tile>& acc, const T* a, const T* b, int row, int column, bool) {
+__device__ void multiply_stage(Accumulators<T, tile>& acc, const T* a, const T* b, int row,
+                               int column, bool) {
   using Shape = GemmShape<T, tile>;
   const int lane = lane_id(), eight = lane % 8, second = lane / 8 % 2 * 8, third = lane / 16 * 8;
 #pragma unroll
@@ -120,15 +129,17 @@ __device__ void multiply_stage(Accumulators<T, tile>& acc, const T* a, const T* 
 #pragma unroll
     for (int j = 0; j < Shape::kNs / 2; ++j) {
       // Matrices: columns 0..7 with k 0..7 and 8..15, then columns 8..15.
-      load_matrices<!b_k>(right[j], b + OperandTile<T, tile, b_k>::at(column + j * 16 + third + (b_k ? eight : 0),
-                                                                     k + second + (b_k ? 0 : eight)));
+      load_matrices<!b_k>(
+          right[j], b + OperandTile<T, tile, b_k>::at(column + j * 16 + third + (b_k ? eight : 0),
+                                                      k + second + (b_k ? 0 : eight)));
     }
 #pragma unroll
     for (int i = 0; i < Shape::kMs; ++i) {
       // Matrices: k 0..7 with rows 0..7 and 8..15, then k 8..15.
       uint32_t left[4];
-      load_matrices<!a_k>(left, a + OperandTile<T, tile, a_k>::at(row + i * 16 + second + (a_k ? eight : 0),
-                                                                 k + third + (a_k ? 0 : eight)));
+      load_matrices<!a_k>(
+          left, a + OperandTile<T, tile, a_k>::at(row + i * 16 + second + (a_k ? eight : 0),
+                                                  k + third + (a_k ? 0 : eight)));
 #pragma unroll
       for (int j = 0; j < Shape::kNs; ++j) multiply(acc[i][j], left, &right[j / 2][j % 2 * 2], T{});
     }
@@ -137,11 +148,16 @@ __device__ void multiply_stage(Accumulators<T, tile>& acc, const T* a, const T* 
 
 // The same of fp32 elements, with the accumulators where the tensor cores have them.
 template <class T, int tile, bool a_k, bool b_k>
-__device__ void multiply_stage_f32(Accumulators<T, tile>& acc, const T* a, const T* b, int row, int column, bool tf32) {
+__device__ void multiply_stage_f32(Accumulators<T, tile>& acc, const T* a, const T* b, int row,
+                                   int column, bool tf32) {
   using Shape = GemmShape<T, tile>;
   const int g = lane_id() / 4, q = lane_id() % 4;
-  const auto left_at = [&](int line, int k) { return a[OperandTile<T, tile, a_k>::at(row + line, k)]; };
-  const auto right_at = [&](int line, int k) { return b[OperandTile<T, tile, b_k>::at(column + line, k)]; };
+  const auto left_at = [&](int line, int k) {
+    return a[OperandTile<T, tile, a_k>::at(row + line, k)];
+  };
+  const auto right_at = [&](int line, int k) {
+    return b[OperandTile<T, tile, b_k>::at(column + line, k)];
+  };
   if (tf32) {
 #pragma unroll
     for (int k = 0; k < Shape::kDepth; k += 8) {
@@ -155,7 +171,8 @@ __device__ void multiply_stage_f32(Accumulators<T, tile>& acc, const T* a, const
       for (int i = 0; i < Shape::kMs; ++i) {
         uint32_t left[4];
 #pragma unroll
-        for (int n = 0; n < 4; ++n) left[n] = to_tf32(left_at(i * 16 + g + n % 2 * 8, k + q + n / 2 * 4));
+        for (int n = 0; n < 4; ++n)
+          left[n] = to_tf32(left_at(i * 16 + g + n % 2 * 8, k + q + n / 2 * 4));
 #pragma unroll
         for (int j = 0; j < Shape::kNs; ++j) multiply_tf32(acc[i][j], left, right[j]);
       }
@@ -178,15 +195,19 @@ __device__ void multiply_stage_f32(Accumulators<T, tile>& acc, const T* a, const
 #pragma unroll
       for (int j = 0; j < Shape::kNs; ++j)
 #pragma unroll
-        for (int n = 0; n < 4; ++n) acc[i][j][n] = fmaf(left[i][n / 2], right[j][n % 2], acc[i][j][n]);
+        for (int n = 0; n < 4; ++n)
+          acc[i][j][n] = fmaf(left[i][n / 2], right[j][n % 2], acc[i][j][n]);
   }
 }
 
-// C [tile, tile] in `shared` (pitch GemmShape::kPitchC), of all threads of the block; returns behind a barrier.
+// C [tile, tile] in `shared` (pitch GemmShape::kPitchC), of all threads of the block; returns
+// behind a barrier.
 template <class T, int tile, bool a_k, bool b_k>
-__device__ const float* multiply_tile(char* shared, const OperandSource<T>& a, const OperandSource<T>& b, bool tf32) {
+__device__ const float* multiply_tile(char* shared, const OperandSource<T>& a,
+                                      const OperandSource<T>& b, bool tf32) {
   using Shape = GemmShape<T, tile>;
-  constexpr int kA = OperandTile<T, tile, a_k>::kElements, kStage = kA + OperandTile<T, tile, b_k>::kElements;
+  constexpr int kA = OperandTile<T, tile, a_k>::kElements,
+                kStage = kA + OperandTile<T, tile, b_k>::kElements;
   T* stages = reinterpret_cast<T*>(shared);
   const int warp = threadIdx.x / 32, row = warp / Shape::kWarpsN * (tile / Shape::kWarpsM);
   const int column = warp % Shape::kWarpsN * 32;
@@ -230,13 +251,15 @@ __device__ const float* multiply_tile(char* shared, const OperandSource<T>& a, c
     for (int j = 0; j < Shape::kNs; ++j)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        *reinterpret_cast<float2*>(c + (row + i * 16 + g + half * 8) * Shape::kPitchC + column + j * 8 + q * 2) =
+        *reinterpret_cast<float2*>(c + (row + i * 16 + g + half * 8) * Shape::kPitchC + column +
+                                   j * 8 + q * 2) =
             make_float2(acc[i][j][half * 2], acc[i][j][half * 2 + 1]);
   __syncthreads();
   return c;
 }
 
-// Four elements of a row at a time, the first `count` of them; `vector`: the address is that of a vector.
+// Four elements of a row at a time, the first `count` of them; `vector`: the address is that of a
+// vector.
 constexpr int kChunk = 4;
 
 template <class T>
@@ -264,12 +287,14 @@ __device__ void store_chunk(T* to, const float (&v)[kChunk], int64_t count, bool
   }
 }
 
-// Calls f(row, column) for every chunk of a tile of `columns` columns; the lanes of a warp stay together.
+// Calls f(row, column) for every chunk of a tile of `columns` columns; the lanes of a warp stay
+// together.
 template <class T, int tile, int columns, class F>
 __device__ void for_chunks(const F& f) {
   constexpr int kPerRow = columns / kChunk;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < tile * kPerRow; i += GemmShape<T, tile>::kThreads) f(i / kPerRow, i % kPerRow * kChunk);
+  for (int i = threadIdx.x; i < tile * kPerRow; i += GemmShape<T, tile>::kThreads)
+    f(i / kPerRow, i % kPerRow * kChunk);
 }
 
 }  // namespace moekernels::cuda

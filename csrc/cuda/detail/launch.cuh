@@ -1,4 +1,5 @@
-// The one way to launch: every kernel takes its op's arguments as one struct, and a failure names the kernel.
+// The one way to launch: every kernel takes its op's arguments as one struct, and a failure names
+// the kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,7 +23,8 @@ constexpr int kWarp = 32;
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #ifdef __CUDACC__
-// Throws with the kernel's name where the call before failed; says what this build holds where the device has no kernel.
+// Throws with the kernel's name where the call before failed; says what this build holds where the
+// device has no kernel.
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   std::string message = std::string(what) + ": " + cudaGetErrorString(error);
@@ -32,23 +34,25 @@ inline void check(cudaError_t error, const char* what) {
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     const std::string arch = std::to_string(major) + std::to_string(minor);
-    message = std::string(what) + ": this build holds kernels for " MOEKERNELS_CUDA_ARCHS
-              ", not for sm_" + arch + "; rebuild with MOEKERNELS_CUDA_ARCHS=" + arch + "-real";
+    message = std::string(what) +
+              ": this build holds kernels for " MOEKERNELS_CUDA_ARCHS ", not for sm_" + arch +
+              "; rebuild with MOEKERNELS_CUDA_ARCHS=" + arch + "-real";
   }
   throw std::runtime_error(message);
 }
 #endif
 
 template <class... Args>
-void launch(const char* name, void (*kernel)(Args...), int64_t blocks, int threads,
-            int64_t shared, Stream stream, const Args&... args) {
+void launch(const char* name, void (*kernel)(Args...), int64_t blocks, int threads, int64_t shared,
+            Stream stream, const Args&... args) {
   if (blocks <= 0) return;
   if (blocks > INT32_MAX) {
     throw std::runtime_error(std::string(name) + ": " + std::to_string(blocks) +
                              " blocks are more than a grid holds; give fewer tokens at once");
   }
 #ifdef __CUDACC__
-  kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+  kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(
+      args...);
   check(cudaGetLastError(), name);
 #else
   simt::launch(name, static_cast<unsigned>(blocks), threads, shared, [&] { kernel(args...); });

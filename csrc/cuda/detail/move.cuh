@@ -31,7 +31,8 @@ constexpr int64_t kPieceBytes = 32 * kUnroll * sizeof(Word);
 // At least one, so that a row without elements still has a warp.
 template <class Word>
 __host__ __device__ int64_t pieces_of_row(int64_t row_bytes) {
-  return row_bytes <= kPieceBytes<Word> ? 1 : (row_bytes + kPieceBytes<Word> - 1) / kPieceBytes<Word>;
+  return row_bytes <= kPieceBytes<Word> ? 1
+                                        : (row_bytes + kPieceBytes<Word> - 1) / kPieceBytes<Word>;
 }
 
 template <class Word>

@@ -1,5 +1,6 @@
-// What the products of sm_90a tell of themselves in two builds of their own, at no cost to the ordinary one:
-// MOEKERNELS_WATCHDOG bounds every wait and says which one did not end; MOEKERNELS_TRACE stamps the parts of every tile.
+// What the products of sm_90a tell of themselves in two builds of their own, at no cost to the
+// ordinary one: MOEKERNELS_WATCHDOG bounds every wait and says which one did not end;
+// MOEKERNELS_TRACE stamps the parts of every tile.
 #pragma once
 
 #include "moekernels/sm90.h"
@@ -68,9 +69,14 @@ struct WatchdogObserver : PlainObserver {
   int32_t group = 0;
 
   __device__ WatchdogObserver(const Probe& to, int warp_of_block, int lane_of_warp)
-      : PlainObserver(to, warp_of_block, lane_of_warp), probe(to), warp(warp_of_block), lane(lane_of_warp) {}
+      : PlainObserver(to, warp_of_block, lane_of_warp),
+        probe(to),
+        warp(warp_of_block),
+        lane(lane_of_warp) {}
   template <class Tile>
-  __device__ void begin(const Tile& tile, int32_t) { group = tile.group; }
+  __device__ void begin(const Tile& tile, int32_t) {
+    group = tile.group;
+  }
   __device__ void wait(const WaitAt& at) {
     if (probe.limit_ns == 0) return sm90::wait(at.barrier, at.parity);
     const uint64_t begin = global_timer();
@@ -83,11 +89,13 @@ struct WatchdogObserver : PlainObserver {
   __device__ void stop(const WaitAt& at) {
     if (lane == 0 && probe.stuck != nullptr && blockIdx.x < kMostGrid) {
       StuckWait* to = probe.stuck + blockIdx.x * kWatchedWarps + warp;
-      *to = {1, static_cast<int32_t>(blockIdx.x), warp, at.on_full, at.stage, static_cast<int32_t>(at.parity), at.step, group};
+      *to = {1,        static_cast<int32_t>(blockIdx.x), warp,    at.on_full,
+             at.stage, static_cast<int32_t>(at.parity),  at.step, group};
       __threadfence_system();
     }
     const uint64_t begin = global_timer();  // the others that are stuck say so too
-    while (global_timer() - begin < static_cast<uint64_t>(probe.limit_ns) / 4) {}
+    while (global_timer() - begin < static_cast<uint64_t>(probe.limit_ns) / 4) {
+    }
     __trap();
   }
 };
@@ -98,8 +106,10 @@ struct TraceObserver {
   int32_t left;
   uint32_t waited = 0;  // cycles
 
-  __device__ TraceObserver(const Probe& probe, int warp, int lane) : record(nullptr), left(probe.tiles) {
-    const bool writes = warp % 4 == 0 && lane == 0 && static_cast<int32_t>(blockIdx.x) < probe.blocks;
+  __device__ TraceObserver(const Probe& probe, int warp, int lane)
+      : record(nullptr), left(probe.tiles) {
+    const bool writes =
+        warp % 4 == 0 && lane == 0 && static_cast<int32_t>(blockIdx.x) < probe.blocks;
     if (writes && probe.trace != nullptr && left > 0) {
       record = probe.trace + int64_t{blockIdx.x * kTraceRoles + warp / 4} * left * kTraceFields;
     }

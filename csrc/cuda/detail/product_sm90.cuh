@@ -1,8 +1,10 @@
-// The grouped product of sm_90a: persistent blocks of one producer (TMA into a ring of stages in shared memory) and two
-// consumer warpgroups (wgmma, 64 rows of the tile each). What happens to a finished tile is the epilogue's.
+// The grouped product of sm_90a: persistent blocks of one producer (TMA into a ring of stages in
+// shared memory) and two consumer warpgroups (wgmma, 64 rows of the tile each). What happens to a
+// finished tile is the epilogue's.
 //
-// A tile of 128 x 256 reads 48 KiB a step of 64 for 1024 cycles of tensor core: 48 bytes a cycle and SM, near what L2
-// gives; 128 x 128 would read 64. So the large tile is the rule, and its order is chosen for L2 (moekernels/tile_order.h).
+// A tile of 128 x 256 reads 48 KiB a step of 64 for 1024 cycles of tensor core: 48 bytes a cycle
+// and SM, near what L2 gives; 128 x 128 would read 64. So the large tile is the rule, and its order
+// is chosen for L2 (moekernels/tile_order.h).
 #pragma once
 
 #include "launch.cuh"
@@ -23,20 +25,24 @@ constexpr Planted kPlanted = Planted::MOEKERNELS_PLANTED;
 
 constexpr int kConsumers = 2, kWarpgroup = 128, kProductThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp;
-constexpr int kTileRows = 64 * kConsumers, kDepth = 64, kLine = 128;  // a line: 64 elements of 16 bits
-constexpr int kBox = 64 * kLine;                                      // 64 lines
-constexpr int kStagingBytes = 4096;                                   // for every consumer warp, 16 rows of 256 bytes
+constexpr int kTileRows = 64 * kConsumers, kDepth = 64,
+              kLine = 128;           // a line: 64 elements of 16 bits
+constexpr int kBox = 64 * kLine;     // 64 lines
+constexpr int kStagingBytes = 4096;  // for every consumer warp, 16 rows of 256 bytes
 constexpr int kPrefetchBarrier = 2;  // of the producer's two warps; the consumers use 1
-// A consumer gives a stage back when the product of the next is under way: one stage alone would never come back.
+// A consumer gives a stage back when the product of the next is under way: one stage alone would
+// never come back.
 constexpr int kLeastStages = 2, kMostStages = 8, kMostShared = 227 * 1024;
 
 struct ProductArgs {
   const int64_t* offsets;   // [E+1]
-  const int32_t* token_of;  // of a product summed over rows: rows whose token lies outside count as zero; or null
+  const int32_t* token_of;  // of a product summed over rows: rows whose token lies outside count as
+                            // zero; or null
   int64_t rows, tokens;
   int32_t experts, depth;           // depth: of K, unless it is the rows
   int32_t row_tiles, column_tiles;  // row_tiles: of a product summed over rows
-  int32_t column_step, second_half;  // columns from tile to tile, and from a tile's first 128 columns to its others
+  int32_t column_step,
+      second_half;  // columns from tile to tile, and from a tile's first 128 columns to its others
   int32_t stages, band;
   bool skip_empty;  // a product summed over no rows is left alone, not set to zero
   bool prefetch;
@@ -50,8 +56,8 @@ struct ProductTile {
 template <int kColumns>
 constexpr int kStageBytes = (kTileRows + kColumns) * kLine;
 inline int64_t product_shared_bytes(int columns, int stages, int64_t experts) {
-  return int64_t{stages} * (kTileRows + columns) * kLine + kConsumerWarps * kStagingBytes + 2 * kMostStages * 8 +
-         2 * (experts + 2) * 4;
+  return int64_t{stages} * (kTileRows + columns) * kLine + kConsumerWarps * kStagingBytes +
+         2 * kMostStages * 8 + 2 * (experts + 2) * 4;
 }
 
 // What a block holds in shared memory, by address.
@@ -75,8 +81,8 @@ __device__ ProductShared product_shared(char* shared, const ProductArgs& args) {
   return s;
 }
 
-// Counts the tiles before each group, once a block; the rows past the last expert are a group of their own where C has
-// rows. Ends with a barrier.
+// Counts the tiles before each group, once a block; the rows past the last expert are a group of
+// their own where C has rows. Ends with a barrier.
 template <bool kOverRows>
 __device__ TileGrid count_tiles(const ProductShared& s, const ProductArgs& args) {
   const int32_t groups = args.experts + (kOverRows ? 0 : 1);
@@ -89,7 +95,9 @@ __device__ TileGrid count_tiles(const ProductShared& s, const ProductArgs& args)
     if (group < groups) {
       range = rows_of_group(args.offsets, group, args.experts, args.rows);
       const int64_t rows = range.end - range.begin;
-      tiles = !kOverRows ? tile_count(rows, kTileRows) : rows == 0 && args.skip_empty ? 0 : args.row_tiles;
+      tiles = !kOverRows                     ? tile_count(rows, kTileRows)
+              : rows == 0 && args.skip_empty ? 0
+                                             : args.row_tiles;
     }
     const int64_t sum = block_exclusive_sum<kProductThreads>(tiles, scratch, &total);
     if (group < groups) {
@@ -100,8 +108,9 @@ __device__ TileGrid count_tiles(const ProductShared& s, const ProductArgs& args)
   }
   if (threadIdx.x == 0) {
     s.first_row_tile[groups] = static_cast<int32_t>(before);
-    s.row_begin[groups] =
-        static_cast<int32_t>(kOverRows ? rows_of_group(args.offsets, args.experts, args.experts, args.rows).begin : args.rows);
+    s.row_begin[groups] = static_cast<int32_t>(
+        kOverRows ? rows_of_group(args.offsets, args.experts, args.experts, args.rows).begin
+                  : args.rows);
   }
   __syncthreads();
   return {s.first_row_tile, groups, args.column_tiles, args.band};
@@ -126,7 +135,8 @@ struct Ring {
 // Which of the 64 rows from `row` on count in a sum over rows.
 __device__ inline uint64_t rows_that_count(const ProductArgs& args, int64_t row, int64_t end) {
   const int64_t left = end - row;
-  const uint64_t inside_group = left >= 64 ? ~uint64_t{0} : (uint64_t{1} << (left > 0 ? left : 0)) - 1;
+  const uint64_t inside_group =
+      left >= 64 ? ~uint64_t{0} : (uint64_t{1} << (left > 0 ? left : 0)) - 1;
   if (args.token_of == nullptr) return inside_group;
   const auto used = [&](int64_t r) { return r < end && inside(args.token_of[r], args.tokens); };
   const unsigned low = __ballot_sync(kAllLanes, used(row + lane_id()));
@@ -134,7 +144,8 @@ __device__ inline uint64_t rows_that_count(const ProductArgs& args, int64_t row,
   return inside_group & (uint64_t{high} << 32 | low);
 }
 
-// Writes zeros over the rows (lines, in every box) that do not count: what they held may be infinite.
+// Writes zeros over the rows (lines, in every box) that do not count: what they held may be
+// infinite.
 template <int kColumns>
 __device__ inline void clear_rows(uint32_t stage, uint64_t rows_in, int thread) {
   const int row = thread / 4, quarter = thread % 4;
@@ -142,9 +153,11 @@ __device__ inline void clear_rows(uint32_t stage, uint64_t rows_in, int thread) 
 #pragma unroll
     for (int box = 0; box < kStageBytes<kColumns> / kBox; ++box) {
       const uint32_t at = stage + box * kBox + row * kLine + quarter * 32;
-      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\nst.shared.v4.b32 [%0+16], {%1, %1, %1, %1};" ::"r"(at),
-                   "r"(0)
-                   : "memory");
+      asm volatile(
+          "st.shared.v4.b32 [%0], {%1, %1, %1, %1};\nst.shared.v4.b32 [%0+16], {%1, %1, %1, %1};" ::
+              "r"(at),
+          "r"(0)
+          : "memory");
     }
   }
   if (kPlanted != Planted::no_tail_fence) fence_async_proxy();
@@ -152,14 +165,15 @@ __device__ inline void clear_rows(uint32_t stage, uint64_t rows_in, int thread) 
 }
 
 template <int kColumns, bool kOverRows, bool kAlongN>
-__device__ inline void load_stage(const CUtensorMap* a_map, const CUtensorMap* b_map, const ProductArgs& args,
-                                  const ProductTile& tile, int32_t first_row, int32_t step, uint32_t stage,
-                                  uint32_t full) {
+__device__ inline void load_stage(const CUtensorMap* a_map, const CUtensorMap* b_map,
+                                  const ProductArgs& args, const ProductTile& tile,
+                                  int32_t first_row, int32_t step, uint32_t stage, uint32_t full) {
   const int32_t k = (kOverRows ? first_row : 0) + step * kDepth;
   arrive_and_expect(full, kStageBytes<kColumns> + (kPlanted == Planted::wrong_bytes ? 16 : 0));
   if constexpr (kOverRows) {
 #pragma unroll
-    for (int i = 0; i < kConsumers; ++i) load_tile(stage + i * kBox, a_map, tile.row + 64 * i, k, full);
+    for (int i = 0; i < kConsumers; ++i)
+      load_tile(stage + i * kBox, a_map, tile.row + 64 * i, k, full);
   } else {
     load_tile(stage, a_map, k, tile.row, full);
   }
@@ -180,8 +194,8 @@ __device__ inline void load_stage(const CUtensorMap* a_map, const CUtensorMap* b
   }
 }
 
-// kOverRows: C [M, N] of a group sums over its rows, both operands lie along M and N; otherwise C has the rows, and the
-// weights lie along K or (kAlongN) along N.
+// kOverRows: C [M, N] of a group sums over its rows, both operands lie along M and N; otherwise C
+// has the rows, and the weights lie along K or (kAlongN) along N.
 template <class Epilogue, bool kOverRows, bool kAlongN>
 __global__ void __launch_bounds__(kProductThreads, 1)
     product(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
@@ -190,7 +204,8 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   constexpr int kColumns = Epilogue::kColumns;
   extern __shared__ __align__(1024) char shared[];
   const ProductShared s = product_shared<kColumns>(shared, args);
-  const int warpgroup = threadIdx.x / kWarpgroup, warp = threadIdx.x / kWarp % 4, lane = threadIdx.x % kWarp;
+  const int warpgroup = threadIdx.x / kWarpgroup, warp = threadIdx.x / kWarp % 4,
+            lane = threadIdx.x % kWarp;
   if (threadIdx.x == 0) {
     if (s.stages % 1024 != 0) __trap();  // the swizzle counts from there
     prefetch_map(&a_map);
@@ -226,7 +241,8 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     for (int32_t index = blockIdx.x; find_tile(grid, index, at); index += gridDim.x) {
       const int32_t steps = steps_of(at, tile, first_row);
       if (!kOverRows && at.group == args.experts) continue;
-      // The second warp prefetches, each lane in its turn: it may take the time of a tile, the loads need not wait.
+      // The second warp prefetches, each lane in its turn: it may take the time of a tile, the
+      // loads need not wait.
       if (prefetches) sync_named<2 * kWarp>(kPrefetchBarrier);
       if (warp == 1) {
         Epilogue::prefetch(to, tile, lane);
@@ -238,7 +254,8 @@ __global__ void __launch_bounds__(kProductThreads, 1)
         for (int32_t step = 0; step < steps; ++step, ring.advance()) {
           observer.wait({s.empty + 8 * ring.stage, ring.phase ^ 1, false, ring.stage, step});
           load_stage<kColumns, kOverRows, kAlongN>(&a_map, &b_map, args, tile, first_row, step,
-                                                   s.stages + ring.stage * kStageBytes<kColumns>, s.full + 8 * ring.stage);
+                                                   s.stages + ring.stage * kStageBytes<kColumns>,
+                                                   s.full + 8 * ring.stage);
         }
         observer.sums_done();
         observer.end();
@@ -262,7 +279,8 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       continue;
     }
     observer.begin(tile, steps);
-    if (!kOverRows && tile.row + 64 * warpgroup >= tile.row_end) {  // all of this warpgroup's rows lie past the group
+    if (!kOverRows && tile.row + 64 * warpgroup >=
+                          tile.row_end) {  // all of this warpgroup's rows lie past the group
 #pragma unroll 1
       for (int32_t step = 0; step < steps; ++step, ring.advance()) {
         observer.wait({s.full + 8 * ring.stage, ring.phase, true, ring.stage, step});
@@ -283,13 +301,16 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       observer.wait({s.full + 8 * ring.stage, ring.phase, true, ring.stage, step});
       if (kOverRows && rows_in != ~uint64_t{0}) clear_rows<kColumns>(stage, rows_in, threadIdx.x);
       // Along K, 16 of it are 32 bytes of every line; along M or N they are 16 lines.
-      constexpr int kStepA = (kOverRows ? 16 * kLine : 32) >> 4, kStepB = (kOverRows || kAlongN ? 16 * kLine : 32) >> 4;
-      const uint64_t a = operand(stage + warpgroup * kBox, kBox, kPlanted == Planted::wrong_stride ? 512 : 1024);
+      constexpr int kStepA = (kOverRows ? 16 * kLine : 32) >> 4,
+                    kStepB = (kOverRows || kAlongN ? 16 * kLine : 32) >> 4;
+      const uint64_t a =
+          operand(stage + warpgroup * kBox, kBox, kPlanted == Planted::wrong_stride ? 512 : 1024);
       const uint64_t b = operand(stage + kTileRows * kLine, kBox);
       fence_products();
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k) {
-        multiply<T, kOverRows, kOverRows || kAlongN>(d, a + k * kStepA, b + k * kStepB, step + k > 0);
+        multiply<T, kOverRows, kOverRows || kAlongN>(d, a + k * kStepA, b + k * kStepB,
+                                                     step + k > 0);
       }
       commit_products();
       if (kOverRows) rows_in = counting(step + 1);  // loaded while the tensor cores work

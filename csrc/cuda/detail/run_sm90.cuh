@@ -14,7 +14,8 @@ namespace moekernels::cuda::sm90 {
 inline int multiprocessors() {
   int device = 0, count = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
   return count;
 }
 
@@ -25,16 +26,20 @@ inline void set_stages(ProductArgs& args, const char* name, int columns, int wan
   args.stages = std::min(asked > 0 ? asked : wanted, kMostStages);
   while (args.stages > kLeastStages && bytes() > kMostShared) --args.stages;
   if (asked > args.stages) {
-    throw std::runtime_error(std::string(name) + ": shared memory has room for " + std::to_string(args.stages) +
-                             " stages of a tile of " + std::to_string(columns) + " columns with " +
-                             std::to_string(args.experts) + " experts, the settings ask for " + std::to_string(asked));
+    throw std::runtime_error(
+        std::string(name) + ": shared memory has room for " + std::to_string(args.stages) +
+        " stages of a tile of " + std::to_string(columns) + " columns with " +
+        std::to_string(args.experts) + " experts, the settings ask for " + std::to_string(asked));
   }
 }
 
-// How a launch walks its tiles and loads them: as the settings ask, else as the table of tiles says.
+// How a launch walks its tiles and loads them: as the settings ask, else as the table of tiles
+// says.
 inline GemmOrder order_of(const GemmChoice& choice) {
   const Settings asked = settings();
-  const auto either = [](int setting, int entry, int none) { return setting != 0 ? setting : entry != 0 ? entry : none; };
+  const auto either = [](int setting, int entry, int none) {
+    return setting != 0 ? setting : entry != 0 ? entry : none;
+  };
   return {either(asked.band, choice.order.band, kTileBand),
           either(asked.grid, choice.order.grid, multiprocessors()),
           either(asked.promotion, choice.order.promotion, 256),
@@ -44,18 +49,23 @@ inline GemmOrder order_of(const GemmChoice& choice) {
 // `tiles`: the most there can be.
 template <class Epilogue, bool kOverRows, bool kAlongN>
 void launch_product(const char* name, const GemmChoice& choice, int64_t tiles, const CUtensorMap& a,
-                    const CUtensorMap& b, ProductArgs args, const typename Epilogue::Args& to, Stream stream) {
+                    const CUtensorMap& b, ProductArgs args, const typename Epilogue::Args& to,
+                    Stream stream) {
   set_stages(args, name, Epilogue::kColumns, choice.stages);
   const GemmOrder order = order_of(choice);
   args.band = order.band;
   args.prefetch = order.prefetch;
   const int64_t bytes = product_shared_bytes(Epilogue::kColumns, args.stages, args.experts);
   const auto kernel = product<Epilogue, kOverRows, kAlongN>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
-  launch(name, kernel, std::min<int64_t>(tiles, order.grid), kProductThreads, bytes, stream, a, b, args, to, note_launch(name));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        name);
+  launch(name, kernel, std::min<int64_t>(tiles, order.grid), kProductThreads, bytes, stream, a, b,
+         args, to, note_launch(name));
 }
 
-// rows [R, depth] of each expert times its w: [E, width, depth], or [E, depth, width] when it lies along N.
+// rows [R, depth] of each expert times its w: [E, width, depth], or [E, depth, width] when it lies
+// along N.
 struct RowProduct {
   const void* rows;
   const void* w;
@@ -66,8 +76,8 @@ struct RowProduct {
 
   // A tile has columns [i column_step, +128) of w, and 128 more from `second_half` on.
   template <class Epilogue>
-  void run(const char* name, const GemmChoice& choice, int64_t column_tiles, int64_t column_step, int64_t second_half,
-           const typename Epilogue::Args& to, Stream stream) const {
+  void run(const char* name, const GemmChoice& choice, int64_t column_tiles, int64_t column_step,
+           int64_t second_half, const typename Epilogue::Args& to, Stream stream) const {
     const ProductArgs args{
         .offsets = offsets,
         .token_of = nullptr,
@@ -98,8 +108,9 @@ struct RowProduct {
   }
 };
 
-// out [R, width] = weight (rows w + bias), where `use` names the weights; grouped_gemm_sm90.cu holds the kernels.
-void store_product(const char* name, const RowProduct& product, const GemmChoice& choice, void* out, const void* bias,
-                   const RowUse& use, Stream stream);
+// out [R, width] = weight (rows w + bias), where `use` names the weights; grouped_gemm_sm90.cu
+// holds the kernels.
+void store_product(const char* name, const RowProduct& product, const GemmChoice& choice, void* out,
+                   const void* bias, const RowUse& use, Stream stream);
 
 }  // namespace moekernels::cuda::sm90

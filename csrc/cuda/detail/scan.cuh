@@ -5,7 +5,8 @@
 
 namespace moekernels::cuda {
 
-// The sum of v over the threads before this one; *total: over all. `scratch` holds one value a warp.
+// The sum of v over the threads before this one; *total: over all. `scratch` holds one value a
+// warp.
 template <int threads>
 __device__ int64_t block_exclusive_sum(int64_t v, int64_t* scratch, int64_t* total) {
   constexpr int warps = threads / 32;

@@ -1,5 +1,5 @@
-// The launchers of the wgmma kernels (csrc/cuda/*_sm90.cu, built for sm_90a alone), called where choose_gemm gives
-// GemmKernel::wgmma, with the tile and stages that it gives.
+// The launchers of the wgmma kernels (csrc/cuda/*_sm90.cu, built for sm_90a alone), called where
+// choose_gemm gives GemmKernel::wgmma, with the tile and stages that it gives.
 #pragma once
 
 #include "moekernels/experts.h"

@@ -1,5 +1,5 @@
-// A token's team: the lanes that hold one token's experts in registers, kValues each, eight neighbours at a time.
-// Teams of up to 32 lanes lie within a warp, larger ones are a whole block.
+// A token's team: the lanes that hold one token's experts in registers, kValues each, eight
+// neighbours at a time. Teams of up to 32 lanes lie within a warp, larger ones are a whole block.
 #pragma once
 
 #include "warp.cuh"
@@ -49,7 +49,8 @@ struct Team {
     return reduce(v, reinterpret_cast<float*>(scratch), [](float a, float b) { return a + b; });
   }
   __device__ static float largest(float v, uint32_t* scratch) {
-    return reduce(v, reinterpret_cast<float*>(scratch), [](float a, float b) { return fmaxf(a, b); });
+    return reduce(v, reinterpret_cast<float*>(scratch),
+                  [](float a, float b) { return fmaxf(a, b); });
   }
   __device__ static uint32_t largest(uint32_t v, uint32_t* scratch) {
     if constexpr (lanes == 32) {

@@ -1,4 +1,5 @@
-// Tensor maps for TMA. The driver's encoder is found through the runtime, so that nothing links to libcuda.
+// Tensor maps for TMA. The driver's encoder is found through the runtime, so that nothing links to
+// libcuda.
 #pragma once
 
 #include <cuda.h>
@@ -13,19 +14,22 @@ inline auto tensor_map_encoder() {
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                           cudaEnableDefault, &result),
           "cuTensorMapEncodeTiled");
-    if (found == nullptr) throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled; update it to 12.0 or later");
+    if (found == nullptr)
+      throw std::runtime_error(
+          "the CUDA driver has no cuTensorMapEncodeTiled; update it to 12.0 or later");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
   }();
   return encode;
 }
 
-// A map of a contiguous array of 16-bit floats that is cut into boxes of 64 elements by `box_lines` lines, with the
-// 128-byte swizzle; what lies outside loads as zeros, and `promotion` bytes come to L2 at once. `shape` begins with the
-// innermost dimension.
-inline CUtensorMap tensor_map(DType dtype, const void* data, std::initializer_list<int64_t> shape, int box_lines,
-                              int promotion) {
+// A map of a contiguous array of 16-bit floats that is cut into boxes of 64 elements by `box_lines`
+// lines, with the 128-byte swizzle; what lies outside loads as zeros, and `promotion` bytes come to
+// L2 at once. `shape` begins with the innermost dimension.
+inline CUtensorMap tensor_map(DType dtype, const void* data, std::initializer_list<int64_t> shape,
+                              int box_lines, int promotion) {
   cuuint64_t sizes[3], strides[3];
   cuuint32_t box[3] = {64, static_cast<cuuint32_t>(box_lines), 1}, steps[3] = {1, 1, 1};
   cuuint32_t rank = 0;
@@ -39,9 +43,10 @@ inline CUtensorMap tensor_map(DType dtype, const void* data, std::initializer_li
                                                              : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
   CUtensorMap map;
   const CUresult error = tensor_map_encoder()(
-      &map, dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank,
-      const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      promoted, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &map,
+      dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      rank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, promoted, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS) {
     std::string text = "cuTensorMapEncodeTiled: error " + std::to_string(error) + " for [";
     for (cuuint32_t i = rank; i-- > 0;) text += std::to_string(sizes[i]) + (i ? ", " : "]");

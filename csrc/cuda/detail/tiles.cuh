@@ -1,4 +1,5 @@
-// Finds a block's row tile with a warp, 32 groups at a time: row_tile of moekernels/gemm_tiles.h, faster.
+// Finds a block's row tile with a warp, 32 groups at a time: row_tile of moekernels/gemm_tiles.h,
+// faster.
 #pragma once
 
 #include "moekernels/gemm_tiles.h"
@@ -7,8 +8,8 @@
 namespace moekernels::cuda {
 
 // Called by whole warps; every lane has the answer.
-__device__ inline RowTile find_row_tile(const int64_t* offsets, int64_t experts, int64_t rows, int64_t tile,
-                                        int64_t index) {
+__device__ inline RowTile find_row_tile(const int64_t* offsets, int64_t experts, int64_t rows,
+                                        int64_t tile, int64_t index) {
   const int lane = lane_id();
   for (int64_t first = 0; first <= experts; first += 32) {
     const int64_t group = first + lane;
@@ -28,7 +29,8 @@ __device__ inline RowTile find_row_tile(const int64_t* offsets, int64_t experts,
       const int owner = __ffs(mine) - 1;
       const int64_t begin = range.begin + (index - before) * tile;
       const int64_t end = begin + tile < range.end ? begin + tile : range.end;
-      return {first + owner, __shfl_sync(kAllLanes, begin, owner), __shfl_sync(kAllLanes, end, owner)};
+      return {first + owner, __shfl_sync(kAllLanes, begin, owner),
+              __shfl_sync(kAllLanes, end, owner)};
     }
     index -= total;
   }

@@ -1,6 +1,7 @@
-// The experts' nonlinearities, forward and backward, in terms of three functions that each backend has of its own: a
-// Math type with static exp, erf and sigmoid over V. V is a number or a vector of them, S its element. Plain functions,
-// so that the CPU kernels and the epilogues of every CUDA kernel compute the same formulas.
+// The experts' nonlinearities, forward and backward, in terms of three functions that each backend
+// has of its own: a Math type with static exp, erf and sigmoid over V. V is a number or a vector of
+// them, S its element. Plain functions, so that the CPU kernels and the epilogues of every CUDA
+// kernel compute the same formulas.
 #pragma once
 
 #include "moekernels/experts.h"
@@ -67,7 +68,8 @@ MOEKERNELS_BOTH inline Activated<V> activate(V g, V u, S alpha, S limit) {
     const V r = relu_curve<S>(g).value;
     return {r * r, S(2) * r, V{}};
   } else {
-    const Curve<V> c = kind == Activation::silu ? silu_curve<Math>(g, S(1)) : gelu_curve<Math, S>(g);
+    const Curve<V> c =
+        kind == Activation::silu ? silu_curve<Math>(g, S(1)) : gelu_curve<Math, S>(g);
     return {c.value, c.slope, V{}};
   }
 }

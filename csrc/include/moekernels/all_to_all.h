@@ -1,4 +1,5 @@
-// all_to_all: packing and regrouping of the rows that ranks exchange. See moekernels/ops/all_to_all.py for the meaning.
+// all_to_all: packing and regrouping of the rows that ranks exchange. See
+// moekernels/ops/all_to_all.py for the meaning.
 #pragma once
 
 #include "moekernels/common.h"

@@ -1,4 +1,5 @@
-// combine: the sum of each token's rows, and its backward with weights. See moekernels/ops/combine.py for the meaning.
+// combine: the sum of each token's rows, and its backward with weights. See
+// moekernels/ops/combine.py for the meaning.
 #pragma once
 
 #include "moekernels/common.h"
@@ -29,11 +30,13 @@ struct CombineBackwardArgs {
 namespace cuda {
 void combine(const CombineArgs& args, Stream stream);
 void combine_backward(const CombineBackwardArgs& args, Stream stream);
-}
+}  // namespace cuda
 
 }  // namespace moekernels
 
 MOEKERNELS_CPU_KERNEL(combine, const CombineArgs& args, int64_t token_begin, int64_t token_end)
-MOEKERNELS_CPU_KERNEL(combine_backward, const CombineBackwardArgs& args, int64_t token_begin, int64_t token_end)
+MOEKERNELS_CPU_KERNEL(combine_backward, const CombineBackwardArgs& args, int64_t token_begin,
+                      int64_t token_end)
 // Zeroes the rows of drows that combine_backward does not write.
-MOEKERNELS_CPU_KERNEL(combine_clear, const CombineBackwardArgs& args, int64_t row_begin, int64_t row_end)
+MOEKERNELS_CPU_KERNEL(combine_clear, const CombineBackwardArgs& args, int64_t row_begin,
+                      int64_t row_end)

@@ -7,7 +7,9 @@ namespace moekernels {
 
 enum class Activation : int { swiglu, geglu, reglu, swiglu_oai, swiglu_clamped, relu2, silu, gelu };
 
-MOEKERNELS_BOTH inline bool is_gated(Activation activation) { return activation <= Activation::swiglu_clamped; }
+MOEKERNELS_BOTH inline bool is_gated(Activation activation) {
+  return activation <= Activation::swiglu_clamped;
+}
 
 struct ExpertsArgs {
   DType dtype;
@@ -40,8 +42,9 @@ struct ExpertsDownArgs {
   void* y;
 };
 
-// From dy [R, H] and the kept h [R, G]: dh [R, G] (which may be h's own memory), the weighted activation [R, F] that dw2 needs, and the parts of
-// <da, a> [R, chunks] that sum to dweights. The last two may be null.
+// From dy [R, H] and the kept h [R, G]: dh [R, G] (which may be h's own memory), the weighted
+// activation [R, F] that dw2 needs, and the parts of <da, a> [R, chunks] that sum to dweights. The
+// last two may be null.
 struct ExpertsDActArgs {
   ExpertsArgs of;
   const void* dy;
@@ -71,24 +74,29 @@ struct ExpertsDBiasArgs {
 // How many parts of <da, a> a row has: fixed by F alone, so that their sum has one order.
 inline int64_t experts_dweights_parts(int64_t ffn) { return (ffn + 255) / 256; }
 
-// On CUDA every 64 columns of F make one part, whatever the tile. x is [R, H] there: the binding has permuted the rows,
-// and token_of only says which of them are used. Rows past offsets[E] of h, y, dh and weighted_a are set to zero.
+// On CUDA every 64 columns of F make one part, whatever the tile. x is [R, H] there: the binding
+// has permuted the rows, and token_of only says which of them are used. Rows past offsets[E] of h,
+// y, dh and weighted_a are set to zero.
 namespace cuda {
 constexpr int64_t kDWeightsColumns = 64;
-MOEKERNELS_BOTH inline int64_t experts_dweights_parts(int64_t ffn) { return (ffn + kDWeightsColumns - 1) / kDWeightsColumns; }
+MOEKERNELS_BOTH inline int64_t experts_dweights_parts(int64_t ffn) {
+  return (ffn + kDWeightsColumns - 1) / kDWeightsColumns;
+}
 
 void experts_up(const ExpertsUpArgs& args, Stream stream);
 void experts_down(const ExpertsDownArgs& args, Stream stream);
 void experts_dact(const ExpertsDActArgs& args, Stream stream);
 void experts_dweights(const ExpertsDWeightsArgs& args, Stream stream);
 void experts_dbias(const ExpertsDBiasArgs& args, Stream stream);
-}
+}  // namespace cuda
 
 }  // namespace moekernels
 
-// Each of `workers` calls does its share; the shares are independent and the result is the same for any number of them.
+// Each of `workers` calls does its share; the shares are independent and the result is the same for
+// any number of them.
 MOEKERNELS_CPU_KERNEL(experts_up, const ExpertsUpArgs& args, int64_t worker, int64_t workers)
 MOEKERNELS_CPU_KERNEL(experts_down, const ExpertsDownArgs& args, int64_t worker, int64_t workers)
 MOEKERNELS_CPU_KERNEL(experts_dact, const ExpertsDActArgs& args, int64_t worker, int64_t workers)
-MOEKERNELS_CPU_KERNEL(experts_dweights, const ExpertsDWeightsArgs& args, int64_t worker, int64_t workers)
+MOEKERNELS_CPU_KERNEL(experts_dweights, const ExpertsDWeightsArgs& args, int64_t worker,
+                      int64_t workers)
 MOEKERNELS_CPU_KERNEL(experts_dbias, const ExpertsDBiasArgs& args, int64_t worker, int64_t workers)

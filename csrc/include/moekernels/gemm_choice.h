@@ -1,6 +1,6 @@
-// Which kernel and tile a grouped product takes on CUDA: a function of its shape, dtype, alignment and device alone, so
-// that the same call gives the same bits and the choice can be read (`moekernels info --explain`) and tested without a
-// GPU. Never timed at run time.
+// Which kernel and tile a grouped product takes on CUDA: a function of its shape, dtype, alignment
+// and device alone, so that the same call gives the same bits and the choice can be read
+// (`moekernels info --explain`) and tested without a GPU. Never timed at run time.
 #pragma once
 
 #include "moekernels/common.h"
@@ -9,8 +9,8 @@
 
 namespace moekernels {
 
-// C [m, n] = A [m, k] B. For the row products (all but wgrad) m is R, the most rows there can be, over all experts; for
-// wgrad [m, n] is one expert's gradient and k is R.
+// C [m, n] = A [m, k] B. For the row products (all but wgrad) m is R, the most rows there can be,
+// over all experts; for wgrad [m, n] is one expert's gradient and k is R.
 struct GemmProblem {
   GemmOp op;
   DType dtype;
@@ -43,9 +43,11 @@ int64_t gemm_alignment(const Values&... values) {
 constexpr int64_t kWgmmaExperts = 4096;
 inline bool wgmma_counts(const GemmProblem& p) {
   constexpr int64_t kRows = 128, kColumns = 128, kMost = int64_t{1} << 30;
-  if (p.experts > kWgmmaExperts || p.rows() >= int64_t{1} << 31 || p.k >= int64_t{1} << 31) return false;
+  if (p.experts > kWgmmaExperts || p.rows() >= int64_t{1} << 31 || p.k >= int64_t{1} << 31)
+    return false;
   if (p.op != GemmOp::wgrad) return tile_order_fits(p.m, p.experts, p.n, kRows, kColumns);
-  return p.m <= kMost && p.n <= kMost && p.experts * tile_count(p.m, kRows) <= kMost / tile_count(p.n + 1, kColumns);
+  return p.m <= kMost && p.n <= kMost &&
+         p.experts * tile_count(p.m, kRows) <= kMost / tile_count(p.n + 1, kColumns);
 }
 
 // Why the wgmma kernels cannot take a product; null: they can.
@@ -62,18 +64,31 @@ inline const char* why_not_wgmma(const GemmProblem& p) {
 inline GemmChoice choose_gemm(const GemmProblem& p) {
   const char* obstacle = why_not_wgmma(p);
   if (p.dtype == DType::f32) {
-    return {GemmKernel::fma, 64, 64, 16, 3,
+    return {GemmKernel::fma,
+            64,
+            64,
+            16,
+            3,
             p.tf32 ? "rounded to tf32 as torch's matmul precision allows: tensor cores"
                    : "exact products as torch's matmul precision asks: no tensor cores",
             obstacle};
   }
   const GemmKernel wanted = obstacle == nullptr ? GemmKernel::wgmma : GemmKernel::mma;
   for (const GemmTuned& entry : kGemmTuned) {
-    const bool fits = entry.kernel == wanted && (entry.ops & gemm_op_bit(p.op)) != 0 && p.n >= entry.least_n &&
-                      p.m >= entry.least_m && p.rows_an_expert() >= entry.least_rows_an_expert;
-    if (fits) return {wanted, entry.tile_m, entry.tile_n, entry.tile_k, entry.stages, entry.reason, obstacle, entry.order};
+    const bool fits = entry.kernel == wanted && (entry.ops & gemm_op_bit(p.op)) != 0 &&
+                      p.n >= entry.least_n && p.m >= entry.least_m &&
+                      p.rows_an_expert() >= entry.least_rows_an_expert;
+    if (fits)
+      return {wanted,       entry.tile_m, entry.tile_n, entry.tile_k,
+              entry.stages, entry.reason, obstacle,     entry.order};
   }
-  return {GemmKernel::mma, 64, 64, 32, 3, "the smallest tile", obstacle ? obstacle : "no tile of wgmma fits"};
+  return {GemmKernel::mma,
+          64,
+          64,
+          32,
+          3,
+          "the smallest tile",
+          obstacle ? obstacle : "no tile of wgmma fits"};
 }
 
 }  // namespace moekernels

@@ -1,23 +1,25 @@
-// The tuned tiles, first fit wins. Predicted from the H200's arithmetic (132 SMs, 227 KiB of shared memory, 64-row
-// groups of 4 warps for wgmma), not measured: no GPU has run them yet. What bench/tune.py measures goes above them.
+// The tuned tiles, first fit wins. Predicted from the H200's arithmetic (132 SMs, 227 KiB of shared
+// memory, 64-row groups of 4 warps for wgmma), not measured: no GPU has run them yet. What
+// bench/tune.py measures goes above them.
 #pragma once
 
 #include <cstdint>
 
 namespace moekernels {
 
-// forward: grouped_gemm; up, down: the halves of the FFN; dgrad: grouped_gemm with the orientation turned; dact: down's
-// dgrad with the activation's derivative; wgrad: the weights' gradient.
+// forward: grouped_gemm; up, down: the halves of the FFN; dgrad: grouped_gemm with the orientation
+// turned; dact: down's dgrad with the activation's derivative; wgrad: the weights' gradient.
 enum class GemmOp : int { forward, up, down, dgrad, dact, wgrad };
 
-// mma: mma.sync of 16-bit inputs (sm_80 and later); fma: fp32 inputs by fma or tf32 mma; wgmma: sm_90a with TMA.
+// mma: mma.sync of 16-bit inputs (sm_80 and later); fma: fp32 inputs by fma or tf32 mma; wgmma:
+// sm_90a with TMA.
 enum class GemmKernel : int { mma, fma, wgmma };
 
 constexpr unsigned gemm_op_bit(GemmOp op) { return 1u << static_cast<int>(op); }
 constexpr unsigned kEveryGemm = 63;
 
-// How a wgmma product walks its tiles and loads them; no bit of a result depends on it. 0: as the launcher's arithmetic
-// says, and moekernels/sm90.h what the numbers mean.
+// How a wgmma product walks its tiles and loads them; no bit of a result depends on it. 0: as the
+// launcher's arithmetic says, and moekernels/sm90.h what the numbers mean.
 struct GemmOrder {
   int band = 0, grid = 0, promotion = 0;
   bool prefetch = true;
@@ -36,15 +38,21 @@ struct GemmTuned {
 constexpr unsigned kRowGemm =
     gemm_op_bit(GemmOp::forward) | gemm_op_bit(GemmOp::dgrad) | gemm_op_bit(GemmOp::down);
 
+// clang-format off
 inline constexpr GemmTuned kGemmTuned[] = {
     // measured: begin
     // measured: end
     {GemmKernel::wgmma, kEveryGemm, 0, 0, 129, 128, 256, 64, 4, {},
      "the largest tile of two warpgroups: 48 KiB from L2 for 1024 cycles of tensor core"},
-    {GemmKernel::wgmma, kRowGemm, 0, 0, 0, 128, 128, 64, 6, {}, "at most 128 columns: a tile that holds no more"},
-    {GemmKernel::wgmma, kEveryGemm, 0, 0, 0, 128, 256, 64, 4, {}, "the one tile that this epilogue has"},
-    {GemmKernel::mma, kEveryGemm, 65, 65, 65, 128, 128, 32, 3, {}, "more than 64 rows an expert: the large tile"},
-    {GemmKernel::mma, kEveryGemm, 0, 0, 0, 64, 64, 32, 3, {}, "few rows an expert: the small tile wastes less"},
+    {GemmKernel::wgmma, kRowGemm, 0, 0, 0, 128, 128, 64, 6, {},
+     "at most 128 columns: a tile that holds no more"},
+    {GemmKernel::wgmma, kEveryGemm, 0, 0, 0, 128, 256, 64, 4, {},
+     "the one tile that this epilogue has"},
+    {GemmKernel::mma, kEveryGemm, 65, 65, 65, 128, 128, 32, 3, {},
+     "more than 64 rows an expert: the large tile"},
+    {GemmKernel::mma, kEveryGemm, 0, 0, 0, 64, 64, 32, 3, {},
+     "few rows an expert: the small tile wastes less"},
 };
+// clang-format on
 
 }  // namespace moekernels

@@ -1,4 +1,5 @@
-// grouped_gemm: rows of each expert times its weights. See moekernels/ops/grouped_gemm.py for the meaning.
+// grouped_gemm: rows of each expert times its weights. See moekernels/ops/grouped_gemm.py for the
+// meaning.
 #pragma once
 
 #include "moekernels/common.h"
@@ -36,12 +37,14 @@ struct GroupedWgradArgs {
 
 namespace cuda {
 void grouped_gemm(const GroupedGemmArgs& args, Stream stream);
-// Without gather: the binding has permuted the rows. Rows whose token lies outside [0, tokens) still count as zero.
+// Without gather: the binding has permuted the rows. Rows whose token lies outside [0, tokens)
+// still count as zero.
 void grouped_wgrad(const GroupedWgradArgs& args, Stream stream);
-}
+}  // namespace cuda
 
 }  // namespace moekernels
 
-// Each of `workers` calls does its share; the shares are independent and the result is the same for any number of them.
+// Each of `workers` calls does its share; the shares are independent and the result is the same for
+// any number of them.
 MOEKERNELS_CPU_KERNEL(grouped_gemm, const GroupedGemmArgs& args, int64_t worker, int64_t workers)
 MOEKERNELS_CPU_KERNEL(grouped_wgrad, const GroupedWgradArgs& args, int64_t worker, int64_t workers)

@@ -1,4 +1,5 @@
-// grouped_gemm by CUTLASS's Hopper grouped GEMM: a second backend and a baseline, built with MOEKERNELS_CUTLASS=1 alone.
+// grouped_gemm by CUTLASS's Hopper grouped GEMM: a second backend and a baseline, built with
+// MOEKERNELS_CUTLASS=1 alone.
 #pragma once
 
 #include "moekernels/grouped_gemm.h"

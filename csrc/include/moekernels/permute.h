@@ -10,7 +10,7 @@ struct PermuteArgs {
   const int32_t* token_of;  // [R], outside [0, T): an unused row
   void* rows;               // [R, H], unused rows are set to zero
   int64_t tokens, num_rows;
-  int64_t row_bytes;        // H * size of an element: permute only moves bytes
+  int64_t row_bytes;  // H * size of an element: permute only moves bytes
 };
 
 namespace cuda {

@@ -69,10 +69,10 @@ __device__ void gemm_tile(const __nv_bfloat16* A, const __nv_bfloat16* B, float*
       if (row < M && col < N) C[(int64_t)row * N + col] = sum[j][i];
     }
 }
-#define GEMM(name, bug)                                                                       \
-  extern "C" __global__ void name(const __nv_bfloat16* A, const __nv_bfloat16* B, float* C,   \
-                                  int M, int N, int K) {                                      \
-    gemm_tile<bug>(A, B, C, M, N, K);                                                         \
+#define GEMM(name, bug)                                                                            \
+  extern "C" __global__ void name(const __nv_bfloat16* A, const __nv_bfloat16* B, float* C, int M, \
+                                  int N, int K) {                                                  \
+    gemm_tile<bug>(A, B, C, M, N, K);                                                              \
   }
 GEMM(gemm, kNone)
 GEMM(gemm_without_wait, kNoWait)
@@ -88,6 +88,7 @@ extern "C" __global__ void transpose_tile(const uint16_t* x, uint32_t* y) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(part[0]), "=r"(part[1]), "=r"(part[2]), "=r"(part[3])
                : "r"(shared_address(&tile[lane % 16][lane / 16 * 8])));
-  // Part 0 is the upper left 8x8 block, 1 lower left, 2 upper right, 3 lower right, each transposed.
+  // Part 0 is the upper left 8x8 block, 1 lower left, 2 upper right, 3 lower right, each
+  // transposed.
   for (int p = 0; p < 4; ++p) y[(p / 2 * 8 + lane / 4) * 8 + p % 2 * 4 + lane % 4] = part[p];
 }

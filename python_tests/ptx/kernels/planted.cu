@@ -29,7 +29,8 @@ extern "C" __global__ void swap_without_syncwarp(const int* x, int* y) {
   swap_neighbours_in_warp<false>(x, y);
 }
 
-// Two rounds over one buffer: the second round's stores need a barrier behind the first one's loads.
+// Two rounds over one buffer: the second round's stores need a barrier behind the first one's
+// loads.
 template <bool kSynchronise>
 __device__ void rotate_twice_block(const int* x, int* y) {
   __shared__ int staged[256];
@@ -115,7 +116,9 @@ extern "C" __global__ void uninitialized_shared(int* y, int written) {
   y[threadIdx.x] = staged[threadIdx.x];
 }
 
-extern "C" __global__ void accumulate(const float* x, float* y) { y[threadIdx.x] += x[threadIdx.x]; }
+extern "C" __global__ void accumulate(const float* x, float* y) {
+  y[threadIdx.x] += x[threadIdx.x];
+}
 
 // Every block writes the row of its index modulo `rows`.
 extern "C" __global__ void write_rows(int* y, int rows) {

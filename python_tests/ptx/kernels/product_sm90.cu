@@ -1,5 +1,6 @@
-// One row product and one gradient of csrc/cuda/detail/product_sm90.cuh, as the library has them; tests compile it with
-// MOEKERNELS_PLANTED, a bug for the emulator to find, or as the watchdog and trace builds have them.
+// One row product and one gradient of csrc/cuda/detail/product_sm90.cuh, as the library has them;
+// tests compile it with MOEKERNELS_PLANTED, a bug for the emulator to find, or as the watchdog and
+// trace builds have them.
 #include "detail/product_sm90.cuh"
 #include "detail/rows_sm90.cuh"
 
@@ -7,9 +8,11 @@ namespace moekernels::cuda::sm90 {
 using Rows = StoreRows<__nv_bfloat16, 128>;
 using Gradient = StoreGradient<__nv_bfloat16, 256, false>;
 template __global__ void product<Rows, false, false>(const __grid_constant__ CUtensorMap,
-                                                     const __grid_constant__ CUtensorMap, const ProductArgs,
-                                                     const Rows::Args, const Probe);
+                                                     const __grid_constant__ CUtensorMap,
+                                                     const ProductArgs, const Rows::Args,
+                                                     const Probe);
 template __global__ void product<Gradient, true, true>(const __grid_constant__ CUtensorMap,
-                                                       const __grid_constant__ CUtensorMap, const ProductArgs,
-                                                       const Gradient::Args, const Probe);
+                                                       const __grid_constant__ CUtensorMap,
+                                                       const ProductArgs, const Gradient::Args,
+                                                       const Probe);
 }  // namespace moekernels::cuda::sm90

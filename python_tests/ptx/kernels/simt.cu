@@ -113,6 +113,7 @@ extern "C" __global__ void votes(const int* __restrict__ x, int* __restrict__ y)
   int history[8];
   for (int i = 0; i < 8; ++i) history[i] = x[threadIdx.x] + i * i;
   const int count = __syncthreads_count(x[threadIdx.x] & 1);
-  const int any = __syncthreads_or(x[threadIdx.x] == 7), all = __syncthreads_and(x[threadIdx.x] < 99);
+  const int any = __syncthreads_or(x[threadIdx.x] == 7),
+            all = __syncthreads_and(x[threadIdx.x] < 99);
   y[threadIdx.x] = history[x[threadIdx.x] & 7] + 1000 * count + 100000 * any + 1000000 * all;
 }

@@ -17,7 +17,8 @@ enum Bug {
   kOneConsumerFrees,
   kSharedAccumulators,
 };
-constexpr int kM = 128, kN = 64, kK = 64, kStages = 3;  // a tile; 64 rows for each of two warpgroups
+constexpr int kM = 128, kN = 64, kK = 64,
+              kStages = 3;  // a tile; 64 rows for each of two warpgroups
 constexpr int kTileBytes = (kM + kN) * kK * 2;
 
 struct __align__(1024) Ring {
@@ -66,8 +67,9 @@ __device__ uint64_t descriptor(const void* p, int stride_bytes, int swizzle = 1)
 // Both operands along K (kTransposed 0) or along M and N (1).
 template <int kTransposed>
 __device__ void multiply(float (&d)[32], uint64_t a, uint64_t b, int add) {
-#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), \
-              "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define D8(i)                                                                                 \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, "
@@ -105,7 +107,8 @@ __device__ void run(const CUtensorMap* rows, const CUtensorMap* weights, const i
   Ring& ring = *reinterpret_cast<Ring*>(dynamic);
   const int group = threadIdx.x / 128, t = threadIdx.x % 128, steps = K / kK;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) init(&ring.full[s], 1), init(&ring.empty[s], kBug == kOneConsumerFrees ? 1 : 2);
+    for (int s = 0; s < kStages; ++s)
+      init(&ring.full[s], 1), init(&ring.empty[s], kBug == kOneConsumerFrees ? 1 : 2);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -133,10 +136,10 @@ __device__ void run(const CUtensorMap* rows, const CUtensorMap* weights, const i
       fence_products();
 #pragma unroll
       for (int k = 0; k < kK; k += 16)
-        multiply<0>(d,
-                    descriptor(&ring.a[stage][group * 64 * kK + k], stride,
-                               kBug == kWrongSwizzle ? 2 : 1),
-                    descriptor(&ring.b[stage][k], 1024), step + k > 0);
+        multiply<0>(
+            d,
+            descriptor(&ring.a[stage][group * 64 * kK + k], stride, kBug == kWrongSwizzle ? 2 : 1),
+            descriptor(&ring.b[stage][k], 1024), step + k > 0);
       commit_products();
       wait_products<1>();  // all but the products just issued
       if (kBug == kFreedEarly) previous = stage;
@@ -159,11 +162,11 @@ __device__ void run(const CUtensorMap* rows, const CUtensorMap* weights, const i
         }
   }
 }
-#define GROUPED_GEMM(name, bug)                                                                 \
-  extern "C" __global__ void __launch_bounds__(384, 1)                                          \
+#define GROUPED_GEMM(name, bug)                                                                   \
+  extern "C" __global__ void __launch_bounds__(384, 1)                                            \
       name(const __grid_constant__ CUtensorMap rows, const __grid_constant__ CUtensorMap weights, \
-           const int* offsets, __nv_bfloat16* out, int E, int N, int K) {                       \
-    run<bug>(&rows, &weights, offsets, out, E, N, K);                                           \
+           const int* offsets, __nv_bfloat16* out, int E, int N, int K) {                         \
+    run<bug>(&rows, &weights, offsets, out, E, N, K);                                             \
   }
 GROUPED_GEMM(grouped_gemm, kNone)
 GROUPED_GEMM(stage_freed_early, kFreedEarly)
@@ -180,7 +183,8 @@ GROUPED_GEMM(shared_accumulators, kSharedAccumulators)
 // C = A^T B with A [R, 64] and B [R, 64], R a multiple of 64; C leaves by stmatrix and TMA.
 enum StoreBug { kRight, kNoProxyFence, kNoStoreWait, kNoBarrierBeforeStore };
 template <StoreBug kBug>
-__device__ void transposed(const CUtensorMap* a, const CUtensorMap* b, const CUtensorMap* c, int R) {
+__device__ void transposed(const CUtensorMap* a, const CUtensorMap* b, const CUtensorMap* c,
+                           int R) {
   extern __shared__ __align__(1024) uint8_t dynamic[];
   Ring& ring = *reinterpret_cast<Ring*>(dynamic);
   const int t = threadIdx.x, lane = t % 32;
@@ -221,19 +225,19 @@ __device__ void transposed(const CUtensorMap* a, const CUtensorMap* b, const CUt
   if (kBug != kNoProxyFence) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   if (kBug != kNoBarrierBeforeStore) __syncthreads();
   if (t == 0) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %2}], [%1];" ::"l"(
-                     c),
-                 "r"(shared_address(ring.a[1])), "r"(0)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %2}], [%1];" ::"l"(c),
+        "r"(shared_address(ring.a[1])), "r"(0)
+        : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
     if (kBug != kNoStoreWait) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
 }
-#define TRANSPOSED(name, bug)                                                             \
-  extern "C" __global__ void name(const __grid_constant__ CUtensorMap a,                  \
-                                  const __grid_constant__ CUtensorMap b,                  \
-                                  const __grid_constant__ CUtensorMap c, int R) {         \
-    transposed<bug>(&a, &b, &c, R);                                                       \
+#define TRANSPOSED(name, bug)                                                     \
+  extern "C" __global__ void name(const __grid_constant__ CUtensorMap a,          \
+                                  const __grid_constant__ CUtensorMap b,          \
+                                  const __grid_constant__ CUtensorMap c, int R) { \
+    transposed<bug>(&a, &b, &c, R);                                               \
   }
 TRANSPOSED(transposed_gemm, kRight)
 TRANSPOSED(no_proxy_fence, kNoProxyFence)
