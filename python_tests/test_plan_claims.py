@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import time
+import sys
 from dataclasses import replace
 
 import pytest
@@ -151,11 +151,23 @@ def test_the_launch_line_runs_what_was_planned(extra, capsys):
     assert again.memory == pytest.approx(data["recommended"]["memory_bytes"])
 
 
-@pytest.mark.parametrize("gpus, seconds", [(64, 2.0), (4096, 5.0)])
-def test_it_is_quick(gpus, seconds, capsys):
-    start = time.process_time()
-    assert main(["plan", "--json", "--gpus", str(gpus)]) == 0
-    assert time.process_time() - start < seconds
+@pytest.mark.parametrize("gpus, millions", [(64, 3.5), (4096, 8.0)])
+def test_it_is_quick(gpus, millions, capsys):
+    """In calls of Python functions, of which a core makes some three million a second: a time
+    would judge the machine, and whatever runs beside the test."""
+    assert main(["plan", "--json", "--gpus", "64"]) == 0  # imports
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        assert main(["plan", "--json", "--gpus", str(gpus)]) == 0
+    finally:
+        sys.setprofile(None)
+    assert calls < millions * 1e6
 
 
 def test_the_screen(capsys):

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from moekernels.model.decoder import DecoderSpec, chunk_parameters, copies, layer_parts
+from moekernels.model.decoder import DecoderSpec, copies, layer_parts
 from moekernels.model.dispatch import routed_rows, way_of
 from moekernels.model.spec import WIDTH, Place
-from moekernels.plan.memory import place_of
+from moekernels.plan.memory import place_of, rank_parameters
 from moekernels.plan.strategy import STATE_BYTES, Cluster, Strategy
 
 GRADIENT = 4  # bytes of an accumulated gradient
@@ -158,16 +158,12 @@ def message_seconds(model: DecoderSpec, cluster: Cluster, s: Strategy, tokens: f
 
 def update_seconds(model: DecoderSpec, cluster: Cluster, s: Strategy) -> dict[str, float]:
     """Behind the flush: gradients summed over copies, then the optimiser; of the slowest rank."""
-    layout, c, at = s.layout, cluster, place_of(s, 0.0)
+    layout, c = s.layout, cluster
     worst = {"gradient sum": 0.0, "optimizer": 0.0, "step overhead": c.step_overhead}
     bandwidth = c.update_bandwidth or c.memory_bandwidth * c.bandwidth_efficiency
     per_parameter = update_bytes(s)
     for rank in {0, layout.pp - 1}:
-        parts: dict[str, int] = {}
-        for v in range(rank, s.depth, layout.pp):
-            chunk = chunk_parameters(model, at, s.layer_range(v), v == 0, v == s.depth - 1)
-            for name, count in chunk.items():
-                parts[name] = parts.get(name, 0) + count
+        parts = rank_parameters(model, s, rank)
         summed = 0.0
         for part, count in parts.items():
             ranks, stride = copies(layout, part)

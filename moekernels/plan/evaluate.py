@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -89,10 +89,10 @@ def simulator(name: str, stages: int, microbatches: int, virtual_stages: int) ->
 class Plan:
     """A strategy, with what it takes and reaches. Seconds and bytes."""
 
+    problem: Problem = field(repr=False)
     strategy: Strategy
     flush: float
     parts: dict[str, float]  # of the step, by the slowest stage's reckoning; they add up to it
-    stages: tuple[StageMemory, ...]
     layer_seconds: float  # one layer's forward over the mean micro-batch
     mean_tokens: float
     largest_tokens: int
@@ -103,9 +103,16 @@ class Plan:
     hardware_flops: float
     peak_flops: float
 
-    @property
+    @cached_property
     def step(self) -> float:
         return sum(self.parts.values())
+
+    @cached_property  # a search asks it of few of the plans that it plays
+    def stages(self) -> tuple[StageMemory, ...]:
+        return tuple(
+            memory_of(self.problem, self.strategy, rank, self.largest_tokens)
+            for rank in range(self.strategy.layout.pp)
+        )
 
     @property
     def memory(self) -> float:
@@ -190,13 +197,16 @@ def lower_bound(problem: Problem, s: Strategy, sl: Slots) -> float:
         pair = layer.total(layer.forward) + layer.total(layer.backward)
         both[number], shortest[number] = whole(pair), pair(*sl.least)
     loss = whole(cost.loss_cost(problem.model, problem.cluster, s))
+    ranges, stages = s.layer_ranges, s.layout.pp
     best = 0.0
-    for rank in range(s.layout.pp):
-        own = loss if rank == s.layout.pp - 1 else 0.0
-        for v in range(rank, s.depth, s.layout.pp):
-            own += sum(count * both[n] for n, count in alike(model, s.layer_range(v)))
-        before = alike(model, range(1, 1 + sum(s.layers[:rank])))
-        best = max(best, own + sum(count * shortest[n] for n, count in before))
+    for rank in range(stages):
+        own = loss if rank == stages - 1 else 0.0
+        for layers in ranges[rank::stages]:
+            for n, count in alike(model, layers):
+                own += count * both[n]
+        for n, count in alike(model, range(1, ranges[rank].start)):
+            own += count * shortest[n]
+        best = max(best, own)
     return best
 
 
@@ -248,27 +258,26 @@ def _evaluate(problem: Problem, s: Strategy, exact_order: bool) -> tuple[Plan, T
     parts |= cost.update_seconds(model, c, s)
 
     tokens, squares = float(sl.tokens.sum()), float(sl.squares.sum())
-    lengths = problem.batch.lengths
-    useful = 3.0 * cost.forward_flops(model, sum(lengths), sum(n * n for n in lengths))
+    batch = problem.batch
+    useful = 3.0 * cost.forward_flops(model, batch.tokens, batch.squares)
     redone = sum(
         again * cost.layer_flops(model, tokens, squares, number)
         for v in range(s.depth)
         for number, _, again in s.kinds_of_layers(model, v)
     )
     done = 3.0 * cost.forward_flops(model, tokens, squares) + redone
-    stages = tuple(memory_of(problem, s, r, sl.largest) for r in range(layout.pp))
     mean = float(sl.tokens.mean())
     plan = Plan(
+        problem=problem,
         strategy=s,
         flush=played.makespan,
         parts=parts,
-        stages=stages,
         layer_seconds=float(layer.total(layer.forward)(sl.tokens, sl.squares).mean()),
         mean_tokens=mean,
         largest_tokens=sl.largest,
         bubble=float(np.mean(played.bubble)),
-        sequences=len(lengths),
-        tokens=sum(lengths),
+        sequences=len(batch.lengths),
+        tokens=batch.tokens,
         model_flops=useful / layout.world,
         hardware_flops=done / layout.world,
         peak_flops=c.flops,

@@ -121,6 +121,44 @@ def cached_schedule(name: str, stages: int, microbatches: int, virtual_stages: i
     return build(name, stages, microbatches, virtual_stages)
 
 
+@lru_cache(maxsize=1 << 14)  # ranks and strategies share most of their chunks
+def chunk_activations(
+    model: DecoderSpec,
+    at: Place,
+    layers: tuple[tuple[int, int, int], ...],
+    first: bool,
+    last: bool,
+) -> tuple[float, float]:
+    """Of a chunk with `layers` (as `Strategy.kinds_of_layers`) and one micro-batch: (kept until its
+    backward, the most that is held besides at any moment)."""
+    beside, loss, working = chunk_bytes(model, at, first, last)
+    kept = beside + loss
+    for layer, count, again in layers:
+        one = layer_bytes(model, at, layer)
+        kept += (count - again) * one.total + again * one.checkpointed
+        # What the loss keeps is gone by the time a layer works.
+        working = max(working, one.besides(again > 0) - loss)
+    return kept, working
+
+
+@lru_cache(maxsize=1 << 14)
+def _rank_parameters(
+    model: DecoderSpec, at: Place, layers: tuple[range, ...], stages: int, rank: int
+) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for v in range(rank, len(layers), stages):
+        part = chunk_parameters(model, at, layers[v], v == 0, v == len(layers) - 1)
+        for name, count in part.items():
+            counts[name] = counts.get(name, 0) + count
+    return counts
+
+
+def rank_parameters(model: DecoderSpec, s: Strategy, rank: int) -> dict[str, int]:
+    """Parameters of a rank of pipeline stage `rank`, by part; not to be changed."""
+    at = Place(s.layout, sequence_parallel=s.sequence_parallel)  # all that matters of it
+    return _rank_parameters(model, at, s.layer_ranges, s.layout.pp, rank)
+
+
 def stage_memory(
     model: DecoderSpec,
     s: Strategy,
@@ -134,27 +172,18 @@ def stage_memory(
     stages = s.layout.pp
     virtual = range(rank, s.depth, stages)
     at = place_of(s, tokens, imbalance=imbalance, device=device)
-    parameters: dict[str, int] = {}
-    for v in virtual:
-        part = chunk_parameters(model, at, s.layer_range(v), v == 0, v == s.depth - 1)
-        for name, count in part.items():
-            parameters[name] = parameters.get(name, 0) + count
+    parameters = rank_parameters(model, s, rank)
     total = sum(parameters.values())
     weight, gradient, master, moments = STATE_BYTES[s.dtype, s.optimizer_state]
 
-    chunks, working = [], 0.0
-    for v in virtual:
-        beside, loss, besides = chunk_bytes(model, at, v == 0, v == s.depth - 1)
-        chunks.append(beside + loss)
-        working = max(working, besides)
-        for layer, count, again in s.kinds_of_layers(model, v):
-            one = layer_bytes(model, at, layer)
-            chunks[-1] += (count - again) * one.total + again * one.checkpointed
-            # What the loss keeps is gone by the time a layer works.
-            working = max(working, one.besides(again > 0) - loss)
+    held = [
+        chunk_activations(model, at, s.kinds_of_layers(model, v), v == 0, v == s.depth - 1)
+        for v in virtual
+    ]
+    working = max(besides for _, besides in held)
     # The pairs in flight go round the rank's chunks in turn; the heaviest come first.
     pairs = in_flight_limits(s.schedule, stages, s.microbatches, s.virtual_stages)[rank]
-    chunks.sort(reverse=True)
+    chunks = sorted((kept for kept, _ in held), reverse=True)
     share, rest = divmod(pairs, len(chunks))
     activations = share * sum(chunks) + sum(chunks[:rest])
     message = at.residual * model.d_model * at.width

@@ -20,6 +20,12 @@ STATE_BYTES = {
 }
 
 
+@lru_cache(maxsize=1024)
+def _layer_ranges(layers: tuple[int, ...]) -> tuple[range, ...]:
+    ends = accumulate(layers, initial=1)
+    return tuple(range(*bounds) for bounds in pairwise(ends))
+
+
 @dataclass(frozen=True)
 class Strategy:
     """`layers` and `checkpointed` count layers per virtual stage; those checkpointed come first."""
@@ -50,19 +56,18 @@ class Strategy:
 
     def layer_range(self, stage: int) -> range:
         """Numbers, from 1, of a virtual stage's layers."""
-        return self._layer_ranges[stage]
+        return self.layer_ranges[stage]
 
-    @cached_property
-    def _layer_ranges(self) -> list[range]:
-        ends = list(accumulate(self.layers, initial=1))
-        return [range(*bounds) for bounds in pairwise(ends)]
+    @property
+    def layer_ranges(self) -> tuple[range, ...]:
+        return _layer_ranges(self.layers)
 
-    def kinds_of_layers(self, model: DecoderSpec, stage: int) -> list[tuple[int, int, int]]:
+    def kinds_of_layers(self, model: DecoderSpec, stage: int) -> tuple[tuple[int, int, int], ...]:
         """(number of a layer, how many of the virtual stage's are made as it is, how many of them
         are computed again), for each kind; those checkpointed come first."""
         layers = self.layer_range(stage)
         redone = dict(alike(model, layers[: self.checkpointed[stage]]))
-        return [(layer, count, redone.get(layer, 0)) for layer, count in alike(model, layers)]
+        return tuple((layer, count, redone.get(layer, 0)) for layer, count in alike(model, layers))
 
 
 def ranges_text(numbers: tuple[int, ...]) -> str:
@@ -104,9 +109,14 @@ class Batch:
     policy: str = "packed"
     assumed: str = field(default="", compare=False)  # what was taken for granted about them
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return sum(self.lengths)
+
+    @cached_property
+    def squares(self) -> int:
+        """The lengths' squares, summed."""
+        return sum(n * n for n in self.lengths)
 
 
 @dataclass(frozen=True)
