@@ -136,7 +136,7 @@ class RankPool:
         path = Path(self._directory.name, f"stack{rank}")
         if self._processes[rank].is_alive():
             os.kill(self._processes[rank].pid, signal.SIGUSR1)
-            until = time.monotonic() + 2.0
+            until = time.monotonic() + 30.0
             while time.monotonic() < until and not (path.exists() and path.stat().st_size):
                 time.sleep(0.02)
             time.sleep(0.05)

@@ -45,7 +45,7 @@ def losses(out):
     return [line["loss"] for line in read_metrics(out)]
 
 
-def wait_for_steps(out, steps, process, seconds=90):
+def wait_for_steps(out, steps, process, seconds=300):
     deadline = time.monotonic() + seconds
     while len(read_metrics(out)) < steps and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()

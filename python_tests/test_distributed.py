@@ -16,6 +16,11 @@ def _sum(rank, scale):
     return x
 
 
+def stuck_here(rank):
+    if rank == 1:
+        time.sleep(600)
+
+
 def test_results_come_in_rank_order_and_closures_work():
     offset = 10
     results = run_ranks(4, lambda rank: (rank + offset, dist.get_world_size()))
@@ -55,24 +60,23 @@ def test_a_rank_that_raises_is_named_and_the_others_do_not_hang():
 
     start = time.monotonic()
     with pytest.raises(RankError, match="(?s)rank 2 of 3 failed.*rank two is unhappy") as caught:
-        run_ranks(3, work)
-    assert caught.value.rank == 2 and time.monotonic() - start < 10
+        run_ranks(3, work, timeout=600)
+    assert caught.value.rank == 2 and time.monotonic() - start < 300
 
 
 def test_a_rank_that_dies_is_named():
     def work(rank):
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(30)
+        time.sleep(600)
 
     with pytest.raises(RankError, match="rank 1 was killed by SIGKILL"):
         run_ranks(2, work)
 
 
 def test_a_rank_that_hangs_shows_its_stack():
-    def stuck_here(rank):
-        if rank == 1:
-            time.sleep(30)
-
-    with pytest.raises(RankError, match="(?s)no answer after 1.5 s.*stuck_here"):
-        run_ranks(2, stuck_here, timeout=1.5)
+    with RankPool(2) as pool:
+        pool.run(_sum, 1.0)  # all are there, however busy the machine is
+        pool.timeout = 1.5
+        with pytest.raises(RankError, match="(?s)no answer after 1.5 s.*stuck_here"):
+            pool.run(stuck_here)

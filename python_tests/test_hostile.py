@@ -2,12 +2,12 @@
 
 import json
 import os
-import time
 
 import pytest
 
 from moekernels import cli
 from moekernels.train import room
+from python_tests.counting import at_most_calls
 
 HUGE = "9" * 5000
 LETTERS = "x" * 60_000
@@ -177,10 +177,9 @@ def machine(monkeypatch, tmp_path, tmp_path_factory):
 
 
 def call(capsys, argv):
-    began = time.process_time()
     code = cli.main(argv)
     captured = capsys.readouterr()
-    return code, captured.out, captured.err, time.process_time() - began
+    return code, captured.out, captured.err
 
 
 def split(flags):
@@ -191,11 +190,12 @@ def split(flags):
 
 
 def refused(capsys, argv, said):
-    code, out, err, seconds = call(capsys, argv)
+    with at_most_calls(20_000_000):  # a search of the planner makes 4 million
+        code, out, err = call(capsys, argv)
     assert (code, out) == (2, ""), err[-300:]
     assert err.startswith("moekernels: ") and err.count("\n") == 1 and len(err) < 1700
     assert any(part in err for part in said.split("|")), err[:300]
-    assert "Traceback" not in err and seconds < 2
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("case", TRAIN.items(), ids=lambda c: ascii(c[0])[:60])
@@ -222,7 +222,7 @@ RUNS = [
 
 @pytest.mark.parametrize("flags", RUNS)
 def test_train_starts(capsys, text, flags):
-    code, _, err, _ = call(capsys, ["train", *TINY.split(), "--data", str(text), *flags.split()])
+    code, _, err = call(capsys, ["train", *TINY.split(), "--data", str(text), *flags.split()])
     assert (code, err) == (0, "")
 
 
@@ -278,7 +278,7 @@ def test_a_file_may_have_a_mark_and_other_line_ends(capsys, text, tmp_path, mark
     path = tmp_path / "é.toml"
     lines = [b"[train]", b"steps = 3", b"[batch]", f"data = {str(text)!r}".encode(), b""]
     path.write_bytes(mark + end.join(lines))
-    code, _, err, _ = call(capsys, ["train", *TINY.split(), "--config", str(path)])
+    code, _, err = call(capsys, ["train", *TINY.split(), "--config", str(path)])
     assert (code, err) == (0, "")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import time
 
 import pytest
 
@@ -10,6 +9,7 @@ from moekernels.pipeline.check import peak_in_flight
 from moekernels.pipeline.schedule import Kind, build
 from moekernels.pipeline.simulate import Simulator, makespan
 from moekernels.pipeline.trace import Event, trace_events, write_trace
+from python_tests.counting import at_most_calls
 
 
 def equal_costs(stage, microbatch, kind):
@@ -124,14 +124,11 @@ def test_order_of_unequal_microbatches_matters():
 
 
 def test_a_makespan_is_quick():
-    """32 microbatches on 4 stages took 27 us when this was written; a search asks for hundreds."""
+    """32 microbatches on 4 stages, 256 computations, took 27 us when this was written, as no
+    function is called for each; a search asks for hundreds."""
     simulator = Simulator(build("1f1b", 4, 32))
-    best = float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
+    with at_most_calls(20):
         simulator.makespan([1.0] * 32, [2.0] * 32)
-        best = min(best, time.perf_counter() - start)
-    assert best < 1e-3
 
 
 def test_trace(tmp_path):

@@ -173,11 +173,11 @@ def test_a_second_signal_ends_it_at_once(train, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     out = tmp_path / "run"
-    monkeypatch.setattr("moekernels.train.loop.finish", lambda *_: time.sleep(60))
+    monkeypatch.setattr("moekernels.train.loop.finish", lambda *_: time.sleep(600))
     began = time.monotonic()
     with signals_behind(out, 2, *[signal.SIGTERM] * 20):
         code, _, err = train(*PAIR, "--steps", "400")
-    assert code == 143 and err == "moekernels: terminated\n" and time.monotonic() - began < 50
+    assert code == 143 and err == "moekernels: terminated\n" and time.monotonic() - began < 300
     assert not list((tmp_path / "tmp").iterdir())
     assert not list((out / "checkpoints").glob(".partial*"))
 
@@ -197,7 +197,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(train, text, tmp_path):
     wait_for_steps(out, 4, process)
     before = children(process.pid)
     os.kill(before[1], signal.SIGKILL)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while set(children(process.pid)) & set(before) and time.monotonic() < deadline:
         time.sleep(0.01)
     wait_for_steps(out, len(losses(out)) + 2, process)

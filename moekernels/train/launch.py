@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -135,7 +135,8 @@ def run_local(
                     args=(rank, world, device, store, os.getpid(), there, target, args),
                     daemon=True,
                 )
-                process.start()
+                with _tokenizers_left_behind():
+                    process.start()
                 there.close()
                 processes.append(process)
                 pipes[here] = rank
@@ -153,6 +154,20 @@ def run_local(
                 process.join()
             if sys.stdout.isatty():
                 sys.stdout.write("\x1b[?25h")  # a killed rank cannot give the cursor back
+
+
+@contextlib.contextmanager
+def _tokenizers_left_behind() -> Iterator[None]:
+    """Around a fork: releases of tokenizers before 0.23 warn on stderr, in every child of a process
+    that built a corpus, unless they are told that the child will use no threads of theirs."""
+    name = "TOKENIZERS_PARALLELISM"
+    told = name in os.environ
+    os.environ.setdefault(name, "false")
+    try:
+        yield
+    finally:
+        if not told:
+            del os.environ[name]
 
 
 def _watch(processes, pipes: dict, describe: Callable[[int], str]) -> Any:
