@@ -147,8 +147,8 @@ def ours(*folders: str) -> set[str]:
 # Every room of the package, from the bottom up. A room imports those on floors below it only,
 # inside functions, too; rooms on one floor do not know each other.
 FLOORS = (
-    ("errors", "jsonio", "files", "console", "reference", "balance", "_host"),
-    ("model", "pipeline", "ops", "data", "interop"),
+    ("errors", "jsonio", "files", "console", "reference", "_host"),
+    ("model", "pipeline", "ops", "data", "balance", "interop"),
     ("run", "parallel"),
     ("nn", "flags"),
     ("train", "integrations"),

@@ -5,6 +5,7 @@
 
 #include "gemm.h"
 #include "partition.h"
+#include "placement.h"
 
 namespace py = pybind11;
 
@@ -30,4 +31,12 @@ PYBIND11_MODULE(_host, m) {
   m.def("karmarkar_karp", &moekernels::host::karmarkar_karp, py::arg("costs"), py::arg("parts"),
         py::call_guard<py::gil_scoped_release>(),
         "Largest differencing: the indices of costs in `parts` groups of nearly equal sums.");
+  m.def("place_experts",
+        [](std::vector<double> loads, std::vector<int> node_of, std::vector<double> parting,
+           const std::vector<int>& start) {
+    return moekernels::host::place_experts(
+        {std::move(loads), std::move(node_of), std::move(parting)}, start);
+  },
+        py::arg("loads"), py::arg("node_of"), py::arg("parting"), py::arg("start"),
+        py::call_guard<py::gil_scoped_release>(), "The rank of each expert; see placement.h.");
 }
