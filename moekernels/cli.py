@@ -21,7 +21,15 @@ from moekernels.run import files as cfg
 from moekernels.train.stop import Terminated, end_now, handled
 
 RUNS = ("numpy", "tokenizers", "rich", "matplotlib", "safetensors")
-NEEDS = {"train": RUNS, "plan": RUNS, "verify": ("numpy",), "bench": (*RUNS, "pytest-benchmark")}
+FOLDERS = ("numpy", "tokenizers", "safetensors", "transformers")
+NEEDS = {
+    "import": FOLDERS,
+    "export": FOLDERS,
+    "train": RUNS,
+    "plan": RUNS,
+    "verify": ("numpy",),
+    "bench": (*RUNS, "pytest-benchmark"),
+}
 
 DEGREE_DEFAULTS = {
     "ep": " (default: tp/etp where that is whole, else 1)",
@@ -75,6 +83,13 @@ def build_parser() -> Parser:
         metavar="auto|must",
         help="go on from the newest whole checkpoint in --out; auto: or begin anew where there is "
         "none (default must; torchrun's restarts take auto by themselves)",
+    )
+    train.add_argument(
+        "--init-from",
+        type=path,
+        metavar="FOLDER",
+        help="begin with the weights of a Hugging Face folder or of a run; [model] is theirs "
+        "(default: random weights)",
     )
     add_config_flags(train, "tiny")
     train.set_defaults(run=_train)
@@ -150,6 +165,33 @@ def build_parser() -> Parser:
     add_config_flags(plan, "spec-30b")
     plan.set_defaults(run=_plan)
 
+    folders = commands.add_parser(
+        "import",
+        help="make a run of a Hugging Face folder",
+        description="Copies the weights of a Hugging Face folder and holds them to what its "
+        "config.json says. `train --init-from` begins with the result, `export` gives it back.",
+        allow_abbrev=False,
+    )
+    folders.add_argument("source", type=path, metavar="HF_FOLDER")
+    folders.add_argument("--out", type=path, required=True, help="folder of the new run")
+    folders.set_defaults(run=_import)
+
+    export = commands.add_parser(
+        "export",
+        help="write a run's newest checkpoint as a Hugging Face folder",
+        description="Writes safetensors, config.json, generation config and tokenizer as "
+        "transformers reads and writes them.",
+        allow_abbrev=False,
+    )
+    export.add_argument("source", type=path, metavar="RUN")
+    export.add_argument("--out", type=path, required=True, help="the new folder")
+    export.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="of the weights (default: as they are kept)",
+    )
+    export.set_defaults(run=_export)
+
     bench = commands.add_parser(
         "bench", help="run the benches of a source checkout", add_help=False
     )
@@ -173,8 +215,26 @@ def _train(args) -> int:
     from moekernels.train.start import train
 
     return train(
-        args.preset, args.config, args.flags, out=args.out, name=args.name, resume_how=args.resume
+        args.preset,
+        args.config,
+        args.flags,
+        out=args.out,
+        name=args.name,
+        resume_how=args.resume,
+        init_from=args.init_from,
     )
+
+
+def _import(args) -> int:
+    from moekernels.train.importing import import_
+
+    return import_(args.source, args.out)
+
+
+def _export(args) -> int:
+    from moekernels.train.exporting import export
+
+    return export(args.source, args.out, args.dtype or "")
 
 
 def _verify(args) -> int:

@@ -63,7 +63,7 @@ def read(folder, mesh, run=None):
     if found.path is None:
         return None, False, found.passed
     state = state_of(mesh, False)
-    checkpoint.load(found.path, found.manifest, state)
+    checkpoint.load(found.path, found.manifest.tensors, state)
     right = all(torch.equal(x, info.take(full(n))) for n, x, info in state)
     return found.facts["step"], right, found.passed
 
@@ -120,7 +120,7 @@ def test_dtypes_and_shapes_come_back(tmp_path):
     checkpoints.close()
     blank = [(name, torch.full_like(x, -1), info) for name, x, info in state]
     found = resume.newest(tmp_path)
-    checkpoint.load(found.path, found.manifest, blank)
+    checkpoint.load(found.path, found.manifest.tensors, blank)
     assert all(torch.equal(x, kept[name]) for name, x, _ in blank)
 
 
@@ -265,7 +265,7 @@ def test_another_shape_is_refused_by_name(tmp_path):
         name = "norm" if text == "has shape" else "other"
         with pytest.raises(UsageError, match=text):
             state = [(name, torch.zeros(info.full_shape), info)]
-            checkpoint.load(found.path, found.manifest, state)
+            checkpoint.load(found.path, found.manifest.tensors, state)
 
 
 def facts_of(run, step=3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from moekernels import files
 from moekernels.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
+BESIDE = "tokenizer_config.json"  # of a Hugging Face tokenizer: which token ends a text, say
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of a text
 _CHUNK = 1 << 17  # characters
 _CHUNKS_AT_ONCE = 1024
@@ -42,12 +44,15 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 class Tokenizer:
-    """A trained vocabulary. Id 0 ends a text."""
+    """A vocabulary: one that was trained here, or a Hugging Face tokenizer.
 
-    end_of_text = 0
+    `end_of_text`: the id that ends a text. `beside`: what a tokenizer_config.json says beside it.
+    """
 
-    def __init__(self, model, text: str | None = None) -> None:
+    def __init__(self, model, text: str | None = None, beside: str | None = None) -> None:
         self._model = model  # tokenizers.Tokenizer, imported only when one is needed
+        self._beside = beside
+        self.end_of_text = _end_of_text(model, beside)
         # As it was written: another release may write the same tokenizer in other words.
         self._json = model.to_str() if text is None else text
         self._model.encode_special_tokens = (
@@ -84,18 +89,25 @@ class Tokenizer:
         library_version()
         from tokenizers import Tokenizer as Model
 
+        beside = Path(path).with_name(BESIDE)
         try:
             text = Path(path).read_text(encoding="utf-8")
-            return cls(Model.from_str(text), text)
+            more = beside.read_text(encoding="utf-8") if beside.is_file() else None
+            return cls(Model.from_str(text), text, more)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
         except Exception as error:  # noqa: BLE001, tokenizers raises nothing more specific
             raise UsageError(f"{path}: no tokenizer that can be read: {error}") from None
 
     def save(self, path: str | os.PathLike) -> None:
         files.write(path, self._json)
+        if self._beside is not None:
+            files.write(Path(path).with_name(BESIDE), self._beside)
 
     def hash(self) -> str:
         """Of all that decides how a text is encoded."""
-        return hashlib.sha256(self._json.encode()).hexdigest()
+        beside = "" if self._beside is None else f"\n{self.end_of_text}"
+        return hashlib.sha256((self._json + beside).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
@@ -119,6 +131,21 @@ class Tokenizer:
             for (number, _, last), encoding in zip(group, encoded):
                 ids = [*encoding.ids, self.end_of_text] if last else encoding.ids
                 yield number, np.array(ids, dtype=dtype)
+
+
+def _end_of_text(model, beside: str | None) -> int:
+    """The id that ends a text: what `beside` calls eos_token, else ours; UsageError for neither."""
+    token = END_OF_TEXT
+    if beside is not None:
+        said = json.loads(beside).get("eos_token")
+        said = said.get("content") if isinstance(said, dict) else said
+        token = said or token
+    number = model.token_to_id(token)
+    if number is None:
+        raise UsageError(
+            f"no token {token} that ends a text; say in {BESIDE} beside it which is the eos_token"
+        )
+    return number
 
 
 def _bounded(texts: Iterable[str]) -> Iterator[str]:

@@ -9,9 +9,9 @@ A family is an entry of `FAMILIES`: what our names are called there, how its con
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from torch import Tensor
 from moekernels.errors import UsageError
 from moekernels.integrations import _fields
 from moekernels.model.decoder import DecoderSpec
-from moekernels.nn.transformer import StageModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,6 +43,11 @@ _LAYER = {
     "moe.router.selection_bias": ["mlp.gate.e_score_correction_bias"],
     "moe.experts.w1": ["mlp.experts.gate_up_proj"],
     "moe.experts.w2": ["mlp.experts.down_proj"],
+}
+# In files every expert is apart.
+_EXPERT = {
+    "moe.experts.w1": ["mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"],
+    "moe.experts.w2": ["mlp.experts.{}.down_proj.weight"],
 }
 
 
@@ -94,9 +98,10 @@ _ROPE = {"rope_theta": ..., "rope_type": "default", "partial_rotary_factor": 1.0
 @dataclass(frozen=True)
 class Family:
     """names: our names within a layer beyond `_LAYER`. spec: what a configuration says beyond the
-    common fields. The sets are those of `_fields.check`."""
+    common fields; config: the way back. The sets are those of `_fields.check`."""
 
     spec: Callable[[Any], dict[str, Any]]
+    config: Callable[[DecoderSpec], dict[str, Any]]
     names: Mapping[str, list[str]] = field(default_factory=dict)
     honoured: frozenset[str] = frozenset()
     neutral: Mapping[str, Any] = field(default_factory=dict)
@@ -131,6 +136,34 @@ def _qwen2_moe(config: Any) -> dict[str, Any]:
     }
 
 
+def _of_qwen3(spec: DecoderSpec) -> dict[str, Any]:
+    return {"num_experts": spec.num_experts}
+
+
+def _of_qwen2(spec: DecoderSpec) -> dict[str, Any]:
+    return {
+        "num_experts": spec.num_experts,
+        "shared_expert_intermediate_size": spec.shared_d_ff,
+        "mlp_only_layers": list(range(spec.dense_layers)),
+        "intermediate_size": spec.dense_d_ff or spec.expert_d_ff,
+        "qkv_bias": False,
+        "use_sliding_window": False,
+    }
+
+
+def _of_dots1(spec: DecoderSpec) -> dict[str, Any]:
+    return {
+        "n_routed_experts": spec.num_experts,
+        "n_shared_experts": spec.shared_d_ff // spec.expert_d_ff,
+        "first_k_dense_replace": spec.dense_layers,
+        "intermediate_size": spec.dense_d_ff or spec.expert_d_ff,
+        "routed_scaling_factor": spec.scale,
+        "n_group": spec.num_groups,
+        "topk_group": spec.groups_kept,
+        "sliding_window": None,
+    }
+
+
 def _dots1(config: Any) -> dict[str, Any]:
     dense = config.first_k_dense_replace or 0
     return {
@@ -151,12 +184,14 @@ def _dots1(config: Any) -> dict[str, Any]:
 FAMILIES = {
     "qwen3_moe": Family(
         _qwen3_moe,
+        _of_qwen3,
         honoured=frozenset({"output_router_logits", "router_aux_loss_coef"}),
         neutral={**_QWEN, "mlp_only_layers": [], "sliding_window": None},
         irrelevant=frozenset({"intermediate_size"}),  # of layers without experts
     ),
     "qwen2_moe": Family(
         _qwen2_moe,
+        _of_qwen2,
         names={
             **_shared("mlp.shared_expert"),
             "moe.shared.gate": ["mlp.shared_expert_gate.weight"],
@@ -175,6 +210,7 @@ FAMILIES = {
     ),
     "dots1": Family(
         _dots1,
+        _of_dots1,
         names=_shared("mlp.shared_experts"),
         honoured=frozenset(
             {
@@ -242,6 +278,30 @@ def decoder_spec(config: PreTrainedConfig) -> DecoderSpec:
     )
 
 
+def config_of(spec: DecoderSpec, family: str, **more: Any) -> PreTrainedConfig:
+    """The family's configuration of the same model, as far as the family can say it; `more`: fields
+    beside, token numbers say."""
+    import transformers
+
+    return transformers.CONFIG_MAPPING[family](
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.d_model,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        num_experts_per_tok=spec.top_k,
+        moe_intermediate_size=spec.expert_d_ff,
+        norm_topk_prob=spec.renormalize,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
+        rms_norm_eps=spec.norm_eps,
+        tie_word_embeddings=spec.tie_embeddings,
+        initializer_range=spec.init_std,
+        **FAMILIES[family].config(spec),
+        **more,
+    )
+
+
 def their_names(name: str, family: str) -> list[str]:
     """Our full parameter (or selection bias) name -> theirs, whose tensors joined along dimension 0
     are ours; a feed-forward that all tokens visit has a first dimension of one here."""
@@ -252,14 +312,33 @@ def their_names(name: str, family: str) -> list[str]:
     return [f"model.layers.{int(number) - 1}.{theirs}" for theirs in inside]
 
 
+def file_names(name: str, family: str, full_shape: tuple[int, ...]) -> list[list[str]]:
+    """Our full name -> the keys in files: for each expert, and once where there are none, those
+    that lie one behind the other."""
+    _, _, rest = name.partition(".")[2].partition(".") if name.startswith("layers.") else ("",) * 3
+    if rest not in _EXPERT:
+        return [their_names(name, family)]
+    layer = int(name.split(".")[1]) - 1
+    patterns = [f"model.layers.{layer}.{inside}" for inside in _EXPERT[rest]]
+    return [[pattern.format(e) for pattern in patterns] for e in range(full_shape[0])]
+
+
 def in_our_shape(parts: list[Tensor], full_shape: tuple[int, ...]) -> Tensor:
     """Their tensors as our full one."""
     full = torch.cat(parts)
     return full[None] if full_shape[0] == 1 and full.dim() + 1 == len(full_shape) else full
 
 
+class Chunk(Protocol):
+    """What is asked of a `moekernels.nn.transformer.StageModel`."""
+
+    def named_shards(self) -> Iterator[tuple[str, Tensor, Any]]: ...
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
 @torch.no_grad()
-def load_(model: StageModel, state: Mapping[str, Tensor], family: str) -> None:
+def load_(model: Chunk, state: Mapping[str, Tensor], family: str) -> None:
     """Copy the `state_dict()` of a model of the family into our chunk, each rank its shard."""
     for name, parameter, info in model.named_shards():
         full = in_our_shape([state[n] for n in their_names(name, family)], info.full_shape)

@@ -187,15 +187,20 @@ def resolve(
     flags: dict[tuple[str, str], object],
     world: int | None = None,
     default: str = "tiny",
+    model: DecoderSpec | None = None,
 ) -> RunConfig:
     """The effective configuration: preset, then file, then flags `{(section, key): value}`.
 
     `world` is the number of ranks that torchrun gave, None without it. A file without a preset
-    starts from the schema's defaults; neither means the preset `default`.
+    starts from the schema's defaults; neither means the preset `default`. `model`: what [model] is
+    in place of the preset's.
     """
-    config, model = RunConfig(), {}
+    config, given = RunConfig(), model
+    model = {}
     if preset is not None or file is None:
         _overlay(config, model, read_toml(preset_path(preset or default)))
+    if given is not None:
+        model = dataclasses.asdict(given)
     if file is not None:
         _overlay(config, model, read_toml(file))
     degrees = {}

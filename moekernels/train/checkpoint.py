@@ -15,7 +15,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -229,12 +229,12 @@ class Checkpoints:
             return False
 
 
-def load(folder: Path, manifest: Manifest, state: State) -> None:
-    """Fill the tensors of `state` in place from a verified checkpoint; UsageError where it has not
-    all of them."""
+def load(folder: Path, tensors: Mapping[str, Saved], state: State) -> None:
+    """Fill the tensors of `state` in place from `tensors`, as verified files of a folder hold them;
+    UsageError where not all of them are there."""
     state = list(state)
     for name, _, info in state:
-        saved = manifest.tensors.get(name)
+        saved = tensors.get(name)
         if saved is None or saved.shape != info.full_shape:
             have = "is missing" if saved is None else f"has shape {list(saved.shape)}"
             raise UsageError(f"{folder}: {name} {have}, this model needs {list(info.full_shape)}")
@@ -242,7 +242,7 @@ def load(folder: Path, manifest: Manifest, state: State) -> None:
         for name, local, info in state:
             for piece in info.pieces:
                 target = piece.of_local(local.detach())
-                if not reader.fill(target, piece.full, manifest.tensors[name]):
+                if not reader.fill(target, piece.full, tensors[name]):
                     raise UsageError(f"{folder}: {name}: a part of it was never written")
 
 

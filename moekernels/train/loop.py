@@ -20,7 +20,7 @@ from moekernels.parallel.shard import shard
 from moekernels.parallel.tensor import all_reduce
 from moekernels.pipeline.trace import Event
 from moekernels.run import files as cfg
-from moekernels.train import assembly, checkpoint, launch, microbatches, resume
+from moekernels.train import assembly, checkpoint, launch, microbatches, resume, weights
 from moekernels.train.finish import finish
 from moekernels.train.metrics import Progress, RunFolder
 from moekernels.train.nonfinite import Guard
@@ -41,6 +41,7 @@ class Job:
     found: resume.Found  # what the run goes on from, if anything
     identity: str  # of the run: its checkpoints carry it
     tune: bool = False  # the number of micro-batches is still to be measured
+    weights: weights.Weights | None = None  # that a run begins with which goes on from nothing
 
     @property
     def facts(self) -> dict:
@@ -100,8 +101,11 @@ class Trainer:
             local_ranks=launch.local_world() or mesh.world.size,
         )
         if job.found.path is not None:
-            checkpoint.load(job.found.path, job.found.manifest, self.state())
+            checkpoint.load(job.found.path, job.found.manifest.tensors, self.state())
             self.optimizer.loaded(job.facts.get("updates", self.first_step))
+        elif job.weights is not None:
+            weights.load(job.weights, self.state())
+            self.optimizer.loaded(0)
         self.heat = torch.zeros(run.model.moe_layers, run.model.num_experts, dtype=torch.float64)
         self.peak = peak_flops(env.device)
         exchange_time.running = mesh.exchange.size > 1

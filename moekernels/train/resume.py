@@ -64,15 +64,18 @@ class Found:
         return {self.path: manifests.signature(self.path, self.manifest.files)}
 
 
-def newest(folder: Path, run: str | None = None, peers: Peers | None = None) -> Found:
+def newest(
+    folder: Path, run: str | None = None, peers: Peers | None = None, purpose: str = "resume"
+) -> Found:
     """The newest checkpoint of this run that is whole; every file is read and hashed, in parts by
     all peers.
 
-    `run`: the identity that it must have; None: whichever.
+    `run`: the identity that it must have; None: whichever. `purpose`: what the peers' words are
+    kept apart by.
     """
     peers = peers or Alone()
     passed: list[str] = []
-    names = peers.tell("steps", [path.name for path in steps(folder)])
+    names = peers.tell(f"{purpose}/steps", [path.name for path in steps(folder)])
     for number, name in enumerate(names):
         path, manifest = folder / name, None
         try:
@@ -82,12 +85,14 @@ def newest(folder: Path, run: str | None = None, peers: Peers | None = None) -> 
             fault = manifests.lengths_fault(path, manifest)
         except Damaged as damage:
             fault = str(damage)
-        digest = peers.tell(f"digest/{number}", manifest.digest if fault is None else None)
+        digest = peers.tell(
+            f"{purpose}/digest/{number}", manifest.digest if fault is None else None
+        )
         if fault is None and digest != manifest.digest:
             fault = f"{manifests.MANIFEST}: is another one on rank {peers.rank}"
         if fault is None:
             fault = manifests.contents_fault(path, manifest, peers.rank, peers.size)
-        fault = peers.first(f"fault/{number}", fault)
+        fault = peers.first(f"{purpose}/fault/{number}", fault)
         if fault is None:
             return Found(path, manifest, tuple(passed))
         passed.append(f"{path}: {fault}")

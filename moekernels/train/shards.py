@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moekernels import jsonio
 from moekernels.errors import RunError, UsageError
 from moekernels.train.manifest import Box, Saved
 
@@ -60,19 +61,30 @@ def write(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
     """Write CPU tensors to a new file, down to the disk; its length and sha256."""
     # Wide elements first: each then begins on a multiple of its own size.
     items = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    header, end = {}, 0
-    for key, x in items:
-        begin, end = end, end + x.numel() * x.element_size()
+    return write_each(path, [(k, x.dtype, tuple(x.shape)) for k, x in items], tensors.__getitem__)
+
+
+def write_each(
+    path: Path,
+    entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+    produce: Callable[[str], Tensor],
+    metadata: dict[str, str] | None = None,
+) -> tuple[int, str]:
+    """The same for tensors that are made one by one, in the order of `entries` (key, dtype,
+    shape): no more than one is held. The header is spelt as the safetensors library spells it."""
+    header, end = {} if metadata is None else {"__metadata__": metadata}, 0
+    for key, dtype, shape in entries:
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[key] = {
-            "dtype": NAMES[x.dtype],
-            "shape": list(x.shape),
+            "dtype": NAMES[dtype],
+            "shape": list(shape),
             "data_offsets": [begin, end],
         }
-    head = jsonio.dumps(header).encode()
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
     digest, size = hashlib.sha256(), 8 + len(head) + end
     with writing(path, size), open(path, "xb") as file:
-        for data in _blocks(len(head).to_bytes(8, "little") + head, (x for _, x in items)):
+        for data in _blocks(len(head).to_bytes(8, "little") + head, entries, produce):
             digest.update(data)
             file.write(data)
         file.flush()
@@ -80,12 +92,32 @@ def write(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _blocks(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
+def _blocks(head: bytes, entries, produce: Callable[[str], Tensor]) -> Iterator[memoryview]:
     yield memoryview(head)
-    for x in tensors:
+    for key, dtype, shape in entries:
+        x = produce(key)
+        if x.dtype != dtype or tuple(x.shape) != shape:
+            raise ValueError(f"{key}: announced as {dtype} {shape}, is {x.dtype} {tuple(x.shape)}")
         data = memoryview(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
         for begin in range(0, len(data), BLOCK):
             yield data[begin : begin + BLOCK]
+
+
+def copy(source: Path, target: Path) -> tuple[int, str]:
+    """Copy a file to a new one, down to the disk, hashed on its way; its length and sha256."""
+    digest, size = hashlib.sha256(), 0
+    with open(source, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        with writing(target, length), open(target, "xb") as out:
+            while block := file.read(BLOCK):
+                digest.update(block)
+                out.write(block)
+                size += len(block)
+            out.flush()
+            os.fsync(out.fileno())
+    if size != length:
+        raise RunError(f"{source}: was changed while it was read; start again when it rests")
+    return size, digest.hexdigest()
 
 
 class Reader:
@@ -123,6 +155,9 @@ class Reader:
         try:
             if box.file not in self._files:
                 self._files[box.file] = self._stack.enter_context(safe_open(path, "pt"))
-            return self._files[box.file].get_slice(box.key)[tuple(spans)]
+            found = self._files[box.file].get_slice(box.key)
+            inside = len(found.get_shape())  # a box may have leading ones that its key has not
+            part = found[tuple(spans[len(spans) - inside :])]
+            return part.reshape(*[1] * (len(spans) - inside), *part.shape)
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{path}: cannot be read: {error}") from None

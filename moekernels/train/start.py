@@ -11,7 +11,7 @@ from pathlib import Path
 from moekernels.data.batch_plan import check
 from moekernels.errors import RunError, UsageError
 from moekernels.run import files as cfg
-from moekernels.train import assembly, launch, microbatches, resume, room
+from moekernels.train import assembly, launch, microbatches, resume, room, weights
 from moekernels.train.checkpoint import sweep
 from moekernels.train.launcher import launched
 from moekernels.train.loop import Job, Trainer
@@ -28,9 +28,11 @@ def train(
     out: Path | None = None,
     name: str | None = None,
     resume_how: str | None = None,
+    init_from: Path | None = None,
 ) -> int:
     """Run a training as the command line describes it; the exit code.
 
+    `init_from`: the weights to begin with, where nothing is resumed.
     `resume_how`: None begins anew; `must` goes on from a checkpoint; `auto` does where there is
     one, and so does a rank that torchrun started again.
     """
@@ -54,7 +56,13 @@ def train(
     used = folder.path / "config.toml"
     if resume_how and preset is None and file is None and (found.path or used.exists()):
         file = used  # what the run was started with
-    run = cfg.resolve(preset, file, flags, told.size if told else None)
+    begin = None
+    if init_from is not None and found.path is None:
+        begin = weights.find(init_from, peers)
+    world = told.size if told else None
+    run = cfg.resolve(preset, file, flags, world, model=begin and begin.spec)
+    if begin is not None:
+        weights.check(begin, run.model)
     path, facts = found.path, found.facts
     tune = run.batch.microbatches == cfg.AUTO and "microbatches" not in facts
     if run.batch.microbatches == cfg.AUTO:
@@ -72,7 +80,7 @@ def train(
     if speaks:  # a place that will not do is said before text is read for minutes
         folder.open(resume_how is not None)
     try:
-        corpus = _corpus(run, folder, found, speaks)
+        corpus = _corpus(run, folder, found, speaks, begin)
     except BaseException:
         folder.abandon()
         raise
@@ -86,7 +94,7 @@ def train(
     for note in notes if speaks else ():
         print(f"resume   {note}", flush=True)
     identity = found.manifest.run if path else peers.tell("run", secrets.token_hex(8))
-    job = Job(run, folder, corpus, found, identity, tune)
+    job = Job(run, folder, corpus, found, identity, tune, begin)
     describe = assembly.rank_names(layout)
 
     if told is not None:
@@ -126,23 +134,32 @@ def _find(folder: Path, how: str, peers: resume.Peers) -> resume.Found:
     return found
 
 
-def _corpus(run: cfg.RunConfig, folder: RunFolder, found: resume.Found, speaks: bool):
+def _corpus(
+    run: cfg.RunConfig,
+    folder: RunFolder,
+    found: resume.Found,
+    speaks: bool,
+    begin: weights.Weights | None,
+):
     """The run's text in the tokens that the run's folder keeps; UsageError where it cannot be
     cut into the batches that are asked for, or is another than the checkpoint's."""
     from moekernels.data.corpus import load_corpus
 
     kept = folder.path / TOKENIZER
+    tokenizer = kept if found.path and kept.exists() else begin and begin.tokenizer
     corpus = load_corpus(
         run.batch.data,
         vocab_size=run.model.vocab_size,
         log=print if speaks else None,
-        tokenizer=kept if found.path and kept.exists() else None,
+        tokenizer=tokenizer,
     )
     loader = assembly.build_loader(run, corpus)
     if found.path:
         loader.load_state_dict(found.facts["data"])
     if speaks:
         corpus.tokenizer.save(kept)
+        if begin is not None:
+            weights.keep_beside(begin, folder.path)
     return corpus
 
 
