@@ -174,7 +174,7 @@ def test_any_text_comes_back(tmp_path):
     for text in ["", "a", TEXT, "déjà 漢字 \U0001f600\r\n\t", f"x{END_OF_TEXT}y", "\x01\x7f"]:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
-        assert Tokenizer.end_of_text not in ids
+        assert tokenizer.end_of_text not in ids
     tokenizer.save(tmp_path / "tokenizer.json")
     again = Tokenizer.load(tmp_path / "tokenizer.json")
     assert again.encode(TEXT + END_OF_TEXT) == tokenizer.encode(TEXT + END_OF_TEXT)

@@ -116,6 +116,10 @@ def _find(folder: Path, how: str, peers: resume.Peers) -> resume.Found:
     if peers.rank == 0:
         for fault in found.passed:
             print(f"resume   passed over {fault}", flush=True)
+    if found.path is not None and "imported" in found.facts:
+        raise UsageError(
+            f"{folder}: holds weights alone; --init-from {folder} begins with them in another --out"
+        )
     if found.path is not None:
         return found
     if found.passed:
