@@ -189,7 +189,7 @@ def test_long_documents_are_encoded_in_chunks_and_end_once():
     lengths = np.bincount([n for n, _ in pieces], weights=[len(ids) for _, ids in pieces])
     lengths = lengths.astype(int)
     ends = np.cumsum(lengths)
-    assert (np.flatnonzero(tokens == Tokenizer.end_of_text) == ends - 1).all()
+    assert (np.flatnonzero(tokens == tokenizer.end_of_text) == ends - 1).all()
     for text, end, length in zip(texts, ends, lengths):
         assert tokenizer.decode(tokens[end - length : end - 1]) == text
 
@@ -213,7 +213,7 @@ def test_statistics(tmp_path):
     assert (stats.documents, stats.files, stats.skipped) == (1, 1, {})
     assert stats.characters == len(TEXT)
     assert stats.tokens == len(corpus.tokens) == corpus.offsets[-1]
-    assert corpus.tokens[-1] == Tokenizer.end_of_text
+    assert corpus.tokens[-1] == corpus.tokenizer.end_of_text
     assert 257 <= stats.vocab_size <= 300 and corpus.tokens.max() < stats.vocab_size
     assert stats.unigram_entropy == unigram_entropy(np.bincount(corpus.tokens))
 
