@@ -148,7 +148,7 @@ def ours(*folders: str) -> set[str]:
 # inside functions, too; rooms on one floor do not know each other.
 FLOORS = (
     ("errors", "jsonio", "files", "console", "reference", "_host"),
-    ("model", "pipeline", "ops", "data", "balance", "interop"),
+    ("model", "pipeline", "ops", "data", "balance", "interop", "predict"),
     ("run", "parallel"),
     ("nn", "flags", "integrations"),
     ("train",),

@@ -8,10 +8,21 @@ from __future__ import annotations
 import re
 
 from moekernels.errors import UsageError
+from moekernels.predict.card import CARDS, Card
+from moekernels.predict.layer import Layer
+from moekernels.predict.ours import kernel_of, product
 
 KEYS = ("T", "H", "F", "E", "K")
 DTYPES = ("bf16", "fp16", "fp32")
 ORDER = {"band": 0, "grid": 0, "promotion": 0, "prefetch": True}  # where the table says nothing
+OPS = {  # of the products, as the timing model names them
+    "up (forward)": "up",
+    "down (forward)": "down",
+    "down dgrad + dact": "dact",
+    "down wgrad": "wgrad2",
+    "up dgrad": "dgrad",
+    "up wgrad": "wgrad1",
+}
 EXAMPLE = 'for example "T=16384 H=2048 F=4096 E=64 K=2"'
 
 
@@ -68,6 +79,23 @@ def products(shape: dict) -> list[tuple[str, str, int, int, int]]:
     ]
 
 
+def card_of(device: str | None) -> Card:
+    """The card that times are predicted for: this machine's if it is an H200, else an H100."""
+    import torch
+
+    here = device is None and torch.cuda.is_available()
+    return CARDS["H200" if here and "H200" in torch.cuda.get_device_name() else "H100"]
+
+
+def predicted_tflops(name: str, shape: dict, chosen: dict, card: Card) -> float:
+    """What the timing model says of one of `products` in the kernel that was chosen for it."""
+    layer = Layer(*(int(shape[key]) for key in KEYS))
+    tile_m, tile_n, _ = chosen["tile"]
+    how = {"tile_m": tile_m, "tile_n": tile_n, "stages": chosen["stages"]}
+    how |= {key: chosen["order"][key] for key in ("band", "grid")}
+    return product(OPS[name], layer, card, kernel_of(OPS[name], **how)).tflops
+
+
 def explain(text: str, device: str | None = None) -> str:
     """One line a product of a gated layer: its size, kernel, tile, stages and the reason."""
     shape, capability = parse_shape(text), parse_device(device)
@@ -86,7 +114,8 @@ def explain(text: str, device: str | None = None) -> str:
         f"R={rows} rows, {rows / shape['E']:.0f} an expert if all are alike; "
         f"wgmma kernels in this build: {'yes' if wgmma else 'no'}"
     ]
-    measured = 0
+    measured = predicted = 0
+    card = card_of(device)
     for name, op, m, n, k in products(shape):
         chosen = _host.choose_gemm(
             op,
@@ -111,10 +140,19 @@ def explain(text: str, device: str | None = None) -> str:
             reason = f"{', '.join(told)}: {reason}"
         if chosen["obstacle"] is not None:
             reason += f"; no wgmma: {chosen['obstacle']}"
+        rate = ""
+        if chosen["kernel"] == "wgmma":
+            rate = f"predicted {predicted_tflops(name, shape, chosen, card):.0f} TFLOP/s  "
+            predicted += 1
         lines.append(
             f"{name:<18} {size:<36} {2e-12 * m * n * k:7.3f} TFLOP  {chosen['kernel']:<6}"
-            f"{tile:<12} {chosen['stages']} stages  {reason}"
+            f"{tile:<12} {chosen['stages']} stages  {rate}{reason}"
         )
     if not measured:
         lines.append("tiles are predicted from the H200's arithmetic, not measured on one")
+    if predicted:
+        lines.append(
+            f"TFLOP/s are predicted by a model of the {card.name}, with an error of about 5 %, and "
+            "not measured; docs/howto/predict.md"
+        )
     return "\n".join(lines)

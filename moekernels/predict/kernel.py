@@ -1,0 +1,76 @@
+"""What a product kernel does to a tile, as far as its time depends on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+DEPTH = 64  # of K, a step
+LINE = 2 * DEPTH  # bytes of a row of a stage
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A persistent kernel of one producer and two consumer warpgroups.
+
+    epilogue: `direct` stops the consumers, `hidden` runs in a warpgroup of its own behind a buffer,
+    `pingpong` gives each consumer a tile of its own, so that one multiplies while the other stores.
+    pair: two SMs of a cluster share A (`n`: neighbours along N) or B (`m`), or nothing (``).
+    issue: instructions that all warps together issue for a tile's epilogue, from the machine code.
+    pack: cycles that a hidden epilogue still stops the consumers for.
+    gathered: A comes row by row, by cp.async, not by TMA.
+    """
+
+    tile_m: int = 128
+    tile_n: int = 256
+    stages: int = 4
+    epilogue: str = "direct"
+    pair: str = ""
+    issue: float = 5600.0
+    pack: float = 900.0
+    gathered: bool = False
+    band: int = 0
+    grid: int = 0
+
+    @property
+    def loads(self) -> tuple[int, int]:
+        """Bytes of A and of B that a step of one SM needs."""
+        return self.tile_m * LINE, self.tile_n * LINE
+
+    @property
+    def tensor(self) -> float:
+        """Cycles of the tensor cores for a step."""
+        return self.tile_m * self.tile_n * DEPTH * 2 / 4096
+
+    @property
+    def name(self) -> str:
+        parts = [f"{self.tile_m}x{self.tile_n}", f"{self.stages} stages", self.epilogue]
+        parts += [f"pairs along {self.pair.upper()}"] * bool(self.pair)
+        parts += ["gathered"] * self.gathered
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """C [m, n] = A [m, k] B of each group. For the row products `counts` are the groups' m; for
+    wgrad (`over_rows`) they are the groups' k, and m and n are one gradient's.
+
+    reads, writes: bytes that the epilogue moves for an element of C."""
+
+    counts: tuple[int, ...]
+    m: int
+    n: int
+    k: int
+    over_rows: bool = False
+    reads: float = 0.0
+    writes: float = 2.0
+
+    @property
+    def flops(self) -> float:
+        rows = sum(self.counts)
+        return 2.0 * self.m * self.n * rows if self.over_rows else 2.0 * rows * self.n * self.k
+
+    def shortened(self, share: float) -> Problem:
+        """The same with a share of the sums' length."""
+        if self.over_rows:
+            return replace(self, counts=tuple(-int(-rows * share // 1) for rows in self.counts))
+        return replace(self, k=max(1, round(self.k * share)))

@@ -1,0 +1,49 @@
+"""The kernels of this project as the model sees them: every variant of every product."""
+
+from __future__ import annotations
+
+from moekernels.predict.card import Card
+from moekernels.predict.events import Predicted, predict
+from moekernels.predict.kernel import Kernel
+from moekernels.predict.layer import Layer, Recipe
+
+# Instructions of a warp for 8 elements of SwiGLU, from the machine code (test_sass.py holds them).
+UP_PER_CHUNK, DACT_PER_CHUNK = 102, 211
+WARPS = 8
+# Of a warp besides: what stages a tile, and the whole of an epilogue that only stores or adds.
+UP_STAGE, DACT_STAGE, ROWS, ADD = 200, 400, 450, 1250
+
+
+def issue(op: str, tile_n: int = 256) -> float:
+    """Instructions that the warps of a block issue for the epilogue of a tile of 128 rows."""
+    chunks = 16 * tile_n / 8 / 32  # of a lane, of C
+    of_warp = {
+        "up": chunks / 2 * UP_PER_CHUNK + UP_STAGE,  # a gate and an up column make one element
+        "dact": chunks * DACT_PER_CHUNK + DACT_STAGE,
+        "wgrad": ADD * tile_n / 256,
+    }.get(op, ROWS * tile_n / 256)
+    return WARPS * of_warp
+
+
+def kernel_of(op: str, **how) -> Kernel:
+    """The kernel of an op; `how`: the fields that a variant changes."""
+    op = op.rstrip("12")
+    return Kernel(issue=issue(op, how.get("tile_n", 256)), **how)
+
+
+DEFAULT = Recipe(*(kernel_of(op) for op in ("up", "down", "dact", "dgrad", "wgrad")))
+
+
+def product(op: str, layer: Layer, card: Card, kernel: Kernel | None = None) -> Predicted:
+    """One of `layer.OPS` by one of our kernels, gradients added to fp32."""
+    return predict(layer.problem(op), kernel or DEFAULT.kernel(op, layer), card)
+
+
+# What is built, by op; the first of each is the default.
+VARIANTS: dict[str, tuple[dict, ...]] = {
+    "up": ({},),
+    "down": ({}, {"tile_n": 128, "stages": 6}),
+    "dact": ({},),
+    "dgrad": ({}, {"tile_n": 128, "stages": 6}),
+    "wgrad": ({},),
+}
