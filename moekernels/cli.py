@@ -116,6 +116,7 @@ def build_parser() -> Parser:
         ("balance-scope", str, "microbatch", "microbatch or sequence"),
         ("dtype", str, "fp64", "fp64 (to 1e-9) or fp32 (to 1e-5)"),
         ("device", str, "auto", "auto, cpu or cuda"),
+        ("exchange", str, "auto", "auto, shared or collective"),
     ):
         parse, metavar = (str, None) if kind is str else (number(kind), "INT")
         verify.add_argument(
@@ -251,6 +252,7 @@ def _verify(args) -> int:
         balance_scope=args.balance_scope,
         dtype=args.dtype,
         device=args.device,
+        exchange=args.exchange,
     )
 
 

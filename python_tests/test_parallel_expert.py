@@ -12,7 +12,7 @@ from torch import Tensor
 from moekernels.model.layout import Layout
 from moekernels.model.router import RouterSpec
 from moekernels.nn.dispatcher import AllGatherDispatcher, AllToAllDispatcher, make_dispatcher
-from moekernels.parallel import expert
+from moekernels.parallel import expert, tensor
 from moekernels.parallel.mesh import Mesh
 
 HIDDEN = 6
@@ -104,16 +104,16 @@ def round_trip(pool: RankPool, layout: str, kind: str, routed: str, dtype: torch
 def _count_messages(rank: int, kind: str) -> tuple[int, int]:
     """How many collectives a layer's forward and backward take."""
     calls = 0
-    whole = expert.all_to_all
+    whole = tensor.post_all_to_all
 
     def counted(*args, **kwargs):
         nonlocal calls
         calls += 1
         return whole(*args, **kwargs)
 
-    expert.all_to_all = counted
+    tensor.post_all_to_all = counted
     try:
-        mesh = Mesh(Layout(dp=3, ep=3))
+        mesh = Mesh(Layout(dp=3, ep=3), exchange_mode="collective")
         x, ids, weights = routing("all", rank, 2, torch.float32)
         x.requires_grad_()
         dispatcher = KINDS[kind](mesh, 6)
@@ -122,7 +122,7 @@ def _count_messages(rank: int, kind: str) -> tuple[int, int]:
         forward = calls
         out.sum().backward()
     finally:
-        expert.all_to_all = whole
+        tensor.post_all_to_all = whole
     return forward, calls - forward
 
 
@@ -132,23 +132,26 @@ def test_one_message_a_direction(three: RankPool) -> None:
     }  # counts, there, back; back, there
 
 
-def _replay(rank: int, kind: str) -> bool:
-    mesh = Mesh(Layout(dp=3, ep=3))
+def _replay(rank: int, kind: str, mode: str) -> bool:
+    mesh = Mesh(Layout(dp=3, ep=3), exchange_mode=mode)
     x, ids, weights = routing("all", rank, 3, torch.float32)
     dispatcher, kept = KINDS[kind](mesh, 6), expert.Kept()
     with kept.recording():
         rows, way = dispatcher.dispatch(x, ids, weights, kept)
-    whole, expert.all_to_all, expert.all_gather = expert.all_to_all, None, None
-    with kept.replay():  # no collective can be called now
+    before = mesh.exchange
+    dispatcher.group = None  # nobody can be met now
+    with kept.replay():
         again, way_again = dispatcher.dispatch(x, ids, weights, kept)
-    expert.all_to_all = whole
+    dispatcher.group = before
     return torch.equal(rows, again) and torch.equal(way.weights, way_again.weights)
 
 
+@pytest.mark.parametrize("mode", ["shared", "collective"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_an_exchange_brought_is_kept_for_recomputation(kind: str) -> None:
-    with RankPool(3) as pool:
-        assert all(pool.run(_replay, kind))
+def test_what_an_exchange_brought_is_kept_for_recomputation(
+    three: RankPool, kind: str, mode: str
+) -> None:
+    assert all(three.run(_replay, kind, mode))
 
 
 def choices(top_k: int) -> RouterSpec:

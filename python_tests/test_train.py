@@ -55,7 +55,9 @@ def test_folder_of_a_run(whole):
     for line in lines:
         assert line["tokens_per_s"] > 0 and line["grad_norm"] > 0 and line["dropped"] == 0
         assert line["load_max_over_mean"] >= 1 and 0 <= line["bubble"] < 1 and line["lr"] > 0
-        assert 0 < line["exchange"] < 1 and line["exchange_hidden"] == 0
+        assert 0 <= line["exchange_exposed"] < 1 and 0 <= line["exchange_skew"] < 1
+        assert line["exchange_hidden"] is None or 0 <= line["exchange_hidden"] <= 1
+        assert line["cores"] > 0
         assert line["aux"] > 0.9 and line["z"] > 0 and "mfu" not in line
     assert ["eval_loss" in line for line in lines] == [False, False, False, True] * 2
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3

@@ -5,6 +5,7 @@
 
 #include "gemm.h"
 #include "partition.h"
+#include "peers.h"
 #include "placement.h"
 
 namespace py = pybind11;
@@ -27,6 +28,7 @@ PYBIND11_MODULE(_host, m) {
 #endif
   m.attr("build") = build;
   moekernels::host::bind_gemm(m);
+  moekernels::host::bind_peers(m);
 
   m.def("karmarkar_karp", &moekernels::host::karmarkar_karp, py::arg("costs"), py::arg("parts"),
         py::call_guard<py::gil_scoped_release>(),

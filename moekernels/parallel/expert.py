@@ -21,60 +21,69 @@ from torch import Tensor
 from moekernels import ops
 from moekernels.ops import _derivatives
 from moekernels.parallel import tensor
+from moekernels.parallel.exchange import Collective, Exchange, Shared
 from moekernels.parallel.mesh import Group
-from moekernels.parallel.stopwatch import Stopwatch
-
-exchange_time = Stopwatch()  # of this process: what its layers wait for rows and their numbers
 
 
-def all_to_all(
-    x: Tensor, group: Group, receive: list[int] | None = None, send: list[int] | None = None
-) -> Tensor:
-    with exchange_time.span(x.device):
-        return tensor.all_to_all(x, group, receive, send)
-
-
-def all_gather(x: Tensor, group: Group) -> Tensor:
-    with exchange_time.span(x.device):
-        return tensor.all_gather(x, group)
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ExchangePlan:
     """Where the rows of one micro-batch go in one layer."""
 
     group: Group
+    exchange: Exchange
     row_of: Tensor  # [T, K] int32, where this rank's choices lie in what it sends
     token_of: Tensor  # [R] int32
     slot_of: Tensor  # [R] int32
+    outgoing: Tensor  # [P, e] int64 on the CPU: own rows for each expert of each peer
+    counts: Tensor | None  # [P, e], rows from each peer for each local expert; None: not here yet
     send: list[int]  # [P] rows to each peer
-    receive: list[int]  # [P] rows from each peer
-    counts: Tensor  # [P, e] int64 on the CPU: rows received from each peer for each local expert
+    layer: int = 0
+
+    @property
+    def local_experts(self) -> int:
+        return self.outgoing.shape[1]
+
+    @property
+    def receive(self) -> list[int]:
+        """[P] rows from each peer."""
+        return self.counts.sum(-1).tolist()
+
+    def describe(self) -> str:
+        """What a rank waits for."""
+        first = self.group.rank * self.local_experts
+        return f"experts {first}-{first + self.local_experts - 1} of layer {self.layer}"
 
     @staticmethod
     def make(
-        ids: Tensor, local_experts: int, group: Group, kept: Kept | None = None
+        ids: Tensor, local_experts: int, group: Group, kept: Kept | None = None, layer: int = 0
     ) -> ExchangePlan:
-        """ids [T, K] into P*e experts, e on each peer in peer order. Reads back from the device
-        once."""
-        return _kept(kept, lambda: (ExchangePlan._make(ids, local_experts, group),))[0]
+        """ids [T, K] into P*e experts, e on each peer in peer order. On a GPU it reads back from
+        the device once."""
+        return _kept(kept, lambda: (ExchangePlan._make(ids, local_experts, group, layer),))[0]
 
     @staticmethod
-    def _make(ids: Tensor, local_experts: int, group: Group) -> ExchangePlan:
+    def _make(ids: Tensor, local_experts: int, group: Group, layer: int) -> ExchangePlan:
         routing = ops.route(ids, group.size * local_experts)
+        exchange = exchange_of(group)
         outgoing = routing.counts.view(group.size, local_experts)
-        both = torch.stack([outgoing, all_to_all(outgoing, group)]).cpu()
-        send, receive = both.sum(-1).tolist()
+        outgoing, counts = exchange.counts(outgoing)
+        send = outgoing.sum(-1).tolist()
         rows = sum(send)  # fewer than T*K where ids are dropped
         return ExchangePlan(
             group,
+            exchange,
             routing.row_of,
             routing.token_of[:rows],
             routing.slot_of[:rows],
+            outgoing,
+            counts,
             send,
-            receive,
-            both[1],
+            layer,
         )
+
+
+def exchange_of(group: Group) -> Exchange:
+    return Collective(group) if group.memory is None else Shared(group.memory)
 
 
 def _scatter(
@@ -82,21 +91,12 @@ def _scatter(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, their weights and offsets of the local experts: what `dispatch` computes."""
 
-    def exchange() -> tuple[Tensor, Tensor, Tensor]:
-        message = ops.pack(x, weights, plan.slot_of, weights.shape[1])
-        message = all_to_all(message, plan.group, plan.receive, plan.send)
-        return ops.regroup(message, plan.counts, x.shape[1])
-
-    return _kept(kept, exchange)
+    return _kept(kept, lambda: plan.exchange.post_out(x, weights, plan).wait())
 
 
 def _gather(drows: Tensor, dweights: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
     """Its transpose: rows [R', H] and weights [R'] -> their sums [T, H] and [T, K]."""
-    message = ops.ungroup(drows.contiguous(), plan.counts, dweights.contiguous())
-    message = all_to_all(message, plan.group, plan.send, plan.receive)
-    # As one source with one expert, regroup keeps the order and takes rows and weights apart.
-    count = torch.tensor([[sum(plan.send)]])
-    drows, dweights, _ = ops.regroup(message, count, drows.shape[1])
+    drows, dweights = plan.exchange.post_back(drows, dweights, plan).wait()
     dx = ops.combine(drows, plan.row_of, plan.token_of)
     return dx, _by_slot(dweights, plan.row_of)
 
@@ -135,16 +135,13 @@ class _DispatchBack(torch.autograd.Function):
 
 def _bring(rows: Tensor, plan: ExchangePlan) -> Tensor:
     """Rows of the local experts -> each token's sum: what `combine` computes."""
-    message = ops.ungroup(rows.contiguous(), plan.counts)
-    message = all_to_all(message, plan.group, plan.send, plan.receive)
-    return ops.combine(message, plan.row_of, plan.token_of)
+    rows, _ = plan.exchange.post_back(rows, None, plan).wait()
+    return ops.combine(rows, plan.row_of, plan.token_of)
 
 
 def _spread(dout: Tensor, plan: ExchangePlan) -> Tensor:
     """Its transpose."""
-    message = ops.permute(dout.contiguous(), plan.token_of, plan.row_of)
-    message = all_to_all(message, plan.group, plan.receive, plan.send)
-    return ops.regroup(message, plan.counts, dout.shape[1])[0]
+    return plan.exchange.post_out(dout, None, plan).wait().rows
 
 
 class _Combine(torch.autograd.Function):
@@ -246,16 +243,17 @@ def _from_bytes(message: Tensor, likes: list[Tensor]) -> tuple[Tensor, ...]:
 def gather_uneven(x: Tensor, sizes: list[int], group: Group) -> Tensor:
     """x [T_p, ...] on each peer -> all of them [sum T_p, ...], in peer order."""
     if len(set(sizes)) == 1:
-        return all_gather(x, group)
+        return tensor.all_gather(x, group, stamped=True)
     copies = x.expand(group.size, *x.shape).reshape(-1, *x.shape[1:])
-    return all_to_all(copies, group, sizes, [x.shape[0]] * group.size)
+    send = [x.shape[0]] * group.size
+    return tensor.all_to_all(copies, group, sizes, send, stamped=True)
 
 
 def sum_uneven(parts: list[Tensor], sizes: list[int], group: Group) -> list[Tensor]:
     """parts [sum T_p, *] -> [T, *] of own tokens, summed over the peers in peer order, in fp32 at
     least. One message."""
     own = sizes[group.rank]
-    message = all_to_all(_to_bytes(parts), group, [own] * group.size, sizes)
+    message = tensor.all_to_all(_to_bytes(parts), group, [own] * group.size, sizes, stamped=True)
     summed = []
     for part in _from_bytes(message, parts):
         stacked = part.view(group.size, own, part.shape[1])
@@ -317,7 +315,7 @@ def token_counts(x: Tensor, group: Group, *, alike: bool, kept: Kept | None = No
     if alike:
         return [x.shape[0]] * group.size
     here = torch.tensor([x.shape[0]], dtype=torch.int64, device=x.device)
-    return _kept(kept, lambda: (all_gather(here, group).tolist(),))[0]
+    return _kept(kept, lambda: (tensor.all_gather(here, group, stamped=True).tolist(),))[0]
 
 
 def gather_tokens(

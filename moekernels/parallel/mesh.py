@@ -13,22 +13,29 @@ so tensor-parallel ranks are neighbours, and so are the ep*etp ranks that exchan
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
+from moekernels.errors import UsageError
 from moekernels.model.layout import Layout
+from moekernels.parallel.nodes import Nodes, gather, node_name
+from moekernels.parallel.peers import PeerMemory, share
+
+GROUPS = ("world", "stage", "tp", "dp", "pp", "exchange", "edp", "expert_copies")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that talk to one another. `process_group` is None where the group is one rank."""
+    """Ranks that talk to one another. `process_group` is None where the group is one rank;
+    `memory` is what they share where they are of one machine."""
 
     process_group: dist.ProcessGroup | None
     rank: int
     size: int
     ranks: tuple[int, ...]
+    memory: PeerMemory | None = None
 
 
 class Mesh:
@@ -39,10 +46,18 @@ class Mesh:
     edp           the copies of this rank's experts
     expert_copies the ranks that hold the same experts, their etp shards included (edp*etp)
     stage, world  all ranks of the stage, and of the run
+
+    `exchange_mode` is one of `peers.MODES`; `alone` says why ranks share no memory, where they do
+    not. `nodes` declares which ranks share a node, where that is not to be found out.
     """
 
     def __init__(
-        self, layout: Layout, rank: int | None = None, device: torch.device | str = "cpu"
+        self,
+        layout: Layout,
+        rank: int | None = None,
+        device: torch.device | str = "cpu",
+        exchange_mode: str = "auto",
+        nodes: Nodes | None = None,
     ) -> None:
         self.layout = layout
         self.device = torch.device(device)
@@ -58,6 +73,19 @@ class Mesh:
         self.rank = rank
         self._made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
         self._place()
+        self.nodes = nodes or Nodes.named(gather(node_name(), layout.world))
+        shared, self.alone = {}, ""
+        if layout.world > 1:
+            several = [ranks for ranks in self._made if len(ranks) > 1]
+            shared, self.alone = share(several, rank, self.nodes, exchange_mode, self.device)
+            if exchange_mode == "shared" and not self.nodes.together(self.exchange.ranks):
+                raise UsageError(
+                    f"--exchange shared: ranks {list(self.exchange.ranks)} exchange rows and are "
+                    f"not of one node; give auto or collective"
+                )
+        for name in GROUPS:
+            group = getattr(self, name)
+            setattr(self, name, replace(group, memory=shared.get(group.ranks)))
 
     def _place(self) -> None:
         """This rank's indices and groups. Every rank walks through every group in the same order,

@@ -19,11 +19,14 @@ Legend: T tokens, H hidden, P ranks of the group. Token dimensions are dimension
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moekernels.ops import _derivatives
+from moekernels.parallel.measure import waited
 from moekernels.parallel.mesh import Group
 
 # torch 2.13 renamed these two and warns at the old names.
@@ -38,18 +41,21 @@ def _sum_over(parts: Tensor) -> Tensor:
     return parts[0] + parts[1] if len(parts) == 2 else parts.sum(0)
 
 
-def all_gather(x: Tensor, group: Group) -> Tensor:
+def all_gather(x: Tensor, group: Group, *, stamped: bool = False) -> Tensor:
     """x [T, ...] -> [P*T, ...], raw (not differentiable), as are the functions below without an
-    autograd twin."""
+    autograd twin. `stamped` as in `all_to_all`."""
     if group.size == 1:
         return x
+    if group.memory is not None:
+        return group.memory.all_gather(x, stamped=stamped)
     out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
     if x.device.type == "cpu":
         # gloo passes an all-gather around a ring; sending to every peer at once halves the latency
         # at 4 ranks.
         copies = x.repeat(group.size, *[1] * (x.dim() - 1))
-        dist.all_to_all_single(out, copies, group=group.process_group)
-    else:
+        return post_all_to_all(copies, group, None, None).wait(stamped=stamped)
+    out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
+    with waited.span(x.device) if stamped else nullcontext():
         _all_gather_single(out, x.contiguous(), group=group.process_group)
     return out
 
@@ -85,15 +91,42 @@ def all_to_all(
     group: Group,
     receive: list[int] | None = None,
     send: list[int] | None = None,
+    *,
+    stamped: bool = False,
 ) -> Tensor:
     """Exchange rows: `send[p]` rows to peer p, `receive[p]` rows from it, in peer order; equal
-    parts by default."""
+    parts by default. `stamped`: it is one of those that `Measure` counts."""
     if group.size == 1:
         return x
+    if group.memory is not None:
+        return group.memory.all_to_all(x, receive, send, stamped=stamped)
+    posted = post_all_to_all(x, group, receive, send)
+    return posted.wait(stamped=stamped)
+
+
+class Posted:
+    """A collective under way; holds what it reads and writes."""
+
+    def __init__(self, out: Tensor, x: Tensor, work: dist.Work) -> None:
+        self.out, self.x, self.work = out, x, work
+
+    def wait(self, *, stamped: bool = True) -> Tensor:
+        if stamped:
+            with waited.span(self.out.device):
+                self.work.wait()
+        else:
+            self.work.wait()
+        return self.out
+
+
+def post_all_to_all(
+    x: Tensor, group: Group, receive: list[int] | None, send: list[int] | None
+) -> Posted:
+    """`all_to_all` that is waited for later, over the group's collective."""
     rows = x.shape[0] if receive is None else sum(receive)
-    out = x.new_empty(rows, *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group.process_group)
-    return out
+    out, x = x.new_empty(rows, *x.shape[1:]), x.contiguous()
+    work = dist.all_to_all_single(out, x, receive, send, group=group.process_group, async_op=True)
+    return Posted(out, x, work)
 
 
 def own_part(x: Tensor, group: Group) -> Tensor:

@@ -22,6 +22,7 @@ from moekernels.errors import UsageError
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.spec import AUTO, MOST
 from moekernels.pipeline.schedule import SCHEDULES, offered
+from moekernels.run import link
 from moekernels.run.sections import FLAG_SECTIONS, SECTIONS, LayoutSection, RunConfig
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
@@ -250,6 +251,8 @@ def check(config: RunConfig, world: int | None = None) -> None:
             f"--beta2 {t.beta2} with --optimizer-state bf16: rounded by chance, a moment that slow "
             f"is noise by a fifth and more; give at most 0.9999, or --optimizer-state fp32"
         )
+    if link.parse(t.link) and t.exchange == "collective":
+        raise UsageError(f"--link {t.link} is one of the shared exchange; give --exchange shared")
     several = SCHEDULES[lay.schedule].several
     if several and lay.pp > 1 and lay.virtual_stages < 2:
         raise UsageError(f"--schedule {lay.schedule} needs --virtual-stages of at least 2")

@@ -96,6 +96,17 @@ class TrainSection:
     )
     seed: int = key(0, "seed of parameters and data order", low=0, high=2**31 - 1)
     device: str = key("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    exchange: str = key(
+        "auto",
+        "how rows travel: through memory that ranks of one machine share, or by collectives; auto: "
+        "shared where it can be",
+        choices=("auto", "shared", "collective"),
+    )
+    link: str = key(
+        "",
+        "have the shared exchange arrive as over a link of that latency and rate, as in "
+        "20us,1GB/s; empty: as memory brings it",
+    )
     eval_every: int = key(0, "steps between held-out losses; 0: only at the end", low=0, high=STEPS)
     eval_sequences: int = key(64, "held-out sequences", low=1, high=MOST)
     save_every: int = key(

@@ -14,6 +14,7 @@ from moekernels.pipeline.runtime import PipelineRuntime
 from moekernels.pipeline.schedule import Schedule, build
 from moekernels.pipeline.simulate import Simulator
 from moekernels.run import files as cfg
+from moekernels.run import link
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 BACKWARD_COST = 2.0  # of a forward pass, for the order of micro-batches
@@ -39,6 +40,20 @@ def layout_of(run: cfg.RunConfig) -> Layout:
     checkpointed(run)
     build_schedule(run)
     return layout
+
+
+def build_mesh(run: cfg.RunConfig, device: torch.device) -> Mesh:
+    """This rank's place, groups and what they share; UsageError where that cannot be as the run
+    asks for it."""
+    t, wanted = run.train, link.parse(run.train.link)
+    mesh = Mesh(layout_of(run), device=device, exchange_mode=t.exchange)
+    memory = mesh.exchange.memory
+    if wanted and mesh.exchange.size > 1:
+        if memory is None:
+            why = mesh.alone or "ranks that exchange rows are of several machines"
+            raise UsageError(f"--link {t.link} is one of the shared exchange: {why}")
+        memory.set_link(*wanted)
+    return mesh
 
 
 def rank_names(layout: Layout) -> Callable[[int], str]:

@@ -3,6 +3,7 @@ user."""
 
 from __future__ import annotations
 
+import math
 import resource
 import signal
 import sys
@@ -14,8 +15,8 @@ import torch.distributed as dist
 
 from moekernels.balance import dead_experts, max_over_mean, update_selection_biases
 from moekernels.errors import RunError
-from moekernels.parallel.expert import exchange_time
-from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.measure import Measure, hidden_of
+from moekernels.parallel.nodes import cores
 from moekernels.parallel.shard import shard
 from moekernels.parallel.tensor import all_reduce
 from moekernels.pipeline.trace import Event
@@ -54,7 +55,7 @@ class Trainer:
     def __init__(self, env: launch.RankEnv, job: Job) -> None:
         run = job.run
         self.env, self.job, self.run = env, job, run
-        self.mesh = mesh = Mesh(assembly.layout_of(run), device=env.device)
+        self.mesh = mesh = assembly.build_mesh(run, env.device)
         self.first_step = job.facts.get("step", 0)
         count = run.batch.microbatches * run.batch.accumulation
         self.chosen = count if job.facts.get("microbatches") == count else None
@@ -108,7 +109,7 @@ class Trainer:
             self.optimizer.loaded(0)
         self.heat = torch.zeros(run.model.moe_layers, run.model.num_experts, dtype=torch.float64)
         self.peak = peak_flops(env.device)
-        exchange_time.running = mesh.exchange.size > 1
+        self.exchanges = Measure(mesh.exchange)
         self.held_out = None
         self.stopping = False  # a signal reached some rank: this step is the last
         report = layout_report(run, mesh, self.chunks, self.optimizer, self.loader)
@@ -197,14 +198,14 @@ class Trainer:
         start = time.perf_counter()
         batches = [b.to(self.env.device) for b in self.loader.batch(step)]
         self.optimizer.zero_grad()
-        exchange_time.take()  # not that of an evaluation
+        self.exchanges.take()  # not those of an evaluation
         origin = self.shared_clock() if step == self.run.train.steps else None
-        flush = time.perf_counter()
+        flush, worked = time.perf_counter(), time.process_time()
         result = self.runtime.step(batches, origin=origin)
-        flush = time.perf_counter() - flush
+        flush, worked = time.perf_counter() - flush, time.process_time() - worked
         self.optimizer.reduce()
         norm = self.optimizer.grad_norm()
-        line, loads = self.collect(step, result, flush)
+        line, loads = self.collect(step, result, flush, worked)
         line.update(grad_norm=norm.item(), lr=self.optimizer.lr)
         if self.guard.passes(line, self.optimizer.largest_norm, self.run.train.clip):
             self.optimizer.step(norm)
@@ -241,14 +242,14 @@ class Trainer:
             self.progress.say(text)
             self.job.folder.configure(self.run)
 
-    def collect(self, step: int, result, flush: float) -> tuple[dict, torch.Tensor]:
-        """Sums over the ranks, in one message: loss, losses of the router, idle share, share of the
-        exchange, memory; and the loads [layers, experts]."""
+    def collect(self, step: int, result, flush: float, worked: float) -> tuple[dict, torch.Tensor]:
+        """Sums over the ranks, in one message: loss, losses of the router, idle share, shares of
+        the exchange, `worked` CPU seconds, memory; and the loads [layers, experts]."""
         model, mesh = self.run.model, self.mesh
         loads = torch.zeros(
             model.moe_layers, model.num_experts, dtype=torch.float64, device=self.env.device
         )
-        scalars = torch.zeros(6 + self.env.world, dtype=torch.float64, device=self.env.device)
+        scalars = torch.zeros(10 + self.env.world, dtype=torch.float64, device=self.env.device)
         for chunk, layers in zip(self.chunks, self.rows):
             counts, losses = chunk.take_statistics()
             loads[layers] = counts.double()
@@ -258,12 +259,15 @@ class Trainer:
             scalars[0] = torch.stack(result.losses).double().sum()
         busy = sum(e.end - e.start for e in result.events if e.kind.computes)
         scalars[3] = (1 - busy / flush) / self.env.world
-        scalars[4] = exchange_time.take() / flush / self.env.world
-        scalars[5] = bool(self.env.stop.signal)
-        scalars[6 + self.env.rank] = _peak_memory(self.env.device)
+        scalars[4] = bool(self.env.stop.signal)
+        scalars[5] = worked / (flush * cores() * mesh.nodes.count)
+        shares = scalars.new_tensor(self.exchanges.take()) / flush / self.env.world
+        scalars[6:10] = shares
+        scalars[10 + self.env.rank] = _peak_memory(self.env.device)
         everything = all_reduce(torch.cat([scalars, loads.flatten()]), mesh.world).cpu()
         loads = everything[len(scalars) :].view(loads.shape)
-        loss, balance, z, bubble, exchange, stop, *memory = everything[: len(scalars)].tolist()
+        loss, balance, z, bubble, stop, busy, *rest = everything[: len(scalars)].tolist()
+        (moving, skew, exposed, flight), memory = rest[:4], rest[4:]
         self.stopping = stop > 0
         line = {
             "step": step,
@@ -276,8 +280,11 @@ class Trainer:
             "dropped": self.loader.global_tokens(step) * model.top_k * model.moe_layers
             - int(loads.sum()),
             "bubble": bubble,
-            "exchange": exchange,
-            "exchange_hidden": 0.0,  # a layer waits for its rows: nothing runs meanwhile
+            "exchange_moving": moving,
+            "exchange_exposed": exposed,
+            "exchange_skew": None if math.isnan(skew) else skew,
+            "exchange_hidden": hidden_of(exposed, flight, 1.0),
+            "cores": busy,
             "memory_gb": max(memory) / 1e9,
         }
         return line, loads

@@ -131,9 +131,8 @@ def closing(
         ("memory", f"{last['memory_gb']:.2f} GB, the most of a rank"),
         ("written to", str(path)),
     ]
-    if last["exchange"]:
-        text = f"{100 * last['exchange']:.1f} %, waiting for peers included, none of it hidden"
-        rows.insert(7, ("exchange", text))
+    if last["exchange_exposed"]:
+        rows.insert(7, ("exchange", _exchange(last)))
     if skipped := sum(x.get("skipped", 0) for x in lines):
         rows.insert(1, ("steps skipped", f"{skipped}, not applied: a loss or norm was not finite"))
     if "eval_loss" in last:
@@ -141,3 +140,20 @@ def closing(
     if "mfu" in last:
         rows.insert(5, ("MFU", f"{100 * last['mfu']:.1f} %"))
     return rows
+
+
+FULL = 0.95  # of the cores' time: where ranks use more of it, one that waits leaves none idle
+
+
+def _exchange(line: dict) -> str:
+    """Shares of the step, and what of the exchange ran while something else did."""
+    exposed = f"{100 * line['exchange_exposed']:.1f} %"
+    if line["exchange_skew"] is None:
+        text = f"{exposed} waited for, peers that came late included"
+    else:
+        text = f"{exposed} waited for, {100 * line['exchange_skew']:.1f} % for peers that came late"
+    if line["exchange_hidden"] is not None:
+        text += f"; {100 * line['exchange_hidden']:.0f} % of it hidden"
+    if line["cores"] > FULL:
+        text += "; ranks share cores: waiting is not idle time"
+    return text

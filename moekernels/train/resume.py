@@ -127,7 +127,14 @@ MODEL_MAY_CHANGE = (
     "embedding_std",
     "recompute_experts",
 )
-NO_MATTER = ("eval_every", "eval_sequences", "save_every", "keep")  # of [train]: no number hangs on
+NO_MATTER = (
+    "eval_every",
+    "eval_sequences",
+    "save_every",
+    "keep",
+    "exchange",
+    "link",
+)  # of [train]: no number hangs on
 TOLD_APART = {"batch": ("microbatches", "accumulation"), "train": ("steps", *NO_MATTER)}
 
 

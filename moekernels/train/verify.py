@@ -26,6 +26,7 @@ from moekernels.model.decoder import DecoderSpec
 from moekernels.model.layout import Layout
 from moekernels.model.router import SCOPES
 from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.peers import MODES
 from moekernels.parallel.tensor import own_part
 from moekernels.pipeline.schedule import SCHEDULES, offered
 from moekernels.run import files as cfg
@@ -123,6 +124,7 @@ def verify(
     balance_scope: str = "microbatch",
     dtype: str = "fp64",
     device: str = "auto",
+    exchange: str = "auto",
 ) -> int:
     """Verify one layout, or all that are promised; 0 if everything agrees, 1 if not."""
     for flag, value, known in (
@@ -130,6 +132,7 @@ def verify(
         ("schedule", schedule, SCHEDULES),
         ("balance-scope", balance_scope, SCOPES),
         ("device", device, ("auto", "cpu", "cuda")),
+        ("exchange", exchange, MODES),
     ):
         if value not in known:
             raise UsageError(f"--{flag} {value!r}: {cfg.nearest(value, known)}")
@@ -141,8 +144,12 @@ def verify(
         raise UsageError("--all starts the ranks of each layout by itself; leave torchrun out")
     if not everything:
         variant = Variant(schedule, experts, top_k, steps, balance_scope)
-        return verify_layout(degrees, [variant], dtype, device, launcher.launched())
-    codes = [verify_layout(d, variants_of(d, steps), dtype, device) for d in LAYOUTS]
+        return verify_layout(
+            degrees, [variant], dtype, device, launcher.launched(), exchange=exchange
+        )
+    codes = [
+        verify_layout(d, variants_of(d, steps), dtype, device, exchange=exchange) for d in LAYOUTS
+    ]
     print("all agree" if not any(codes) else f"{sum(codes)} of {len(codes)} layouts disagree")
     return max(codes)
 
@@ -153,10 +160,13 @@ def verify_layout(
     dtype: str,
     device: str = "auto",
     launched: launcher.Launched | None = None,
+    exchange: str = "auto",
 ) -> int:
     """Verify variants of a layout with one start of its ranks; 0 if all agree, 1 if not."""
     world = launched.size if launched else None
     runs = [_configure(degrees, variant, dtype, world) for variant in variants]
+    for run in runs:
+        run.train.exchange = exchange
     layout = [assembly.layout_of(run) for run in runs][0]
     parts, describe = (layout, variants, runs), assembly.rank_names(layout)
     local = launched.local_size if launched else None
@@ -337,7 +347,7 @@ def _work(
     """A rank's part; the exit code, the same on every rank."""
     if env.leader:
         print(layout.describe(), flush=True)
-    mesh = Mesh(layout, device=env.device)
+    mesh = assembly.build_mesh(runs[0], env.device)
     known: dict[
         tuple[int, int, str], list[Recorded]
     ] = {}  # on rank 0: one recording for all schedules

@@ -1,0 +1,128 @@
+"""What exchanges take, from stamps of when they were posted, here and needed.
+
+Of an exchange that peers make through shared memory every rank knows, on the clock of the machine,
+when it gave its own rows away (`post`), when the last peer had (`last`), when all were here
+(`ready`), when somebody asked (`need`) and for how long its core moved rows. Of a collective it
+knows how long it was waited for, and no more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from moekernels import _host
+
+if TYPE_CHECKING:
+    from moekernels.parallel.mesh import Group
+
+WORTH_HIDING = 0.01  # of the step: where exchanges take less of it there is nothing to hide
+
+
+class Stamps(NamedTuple):
+    """Nanoseconds of `_host.now`, but for `moving`, which is a duration, `size` in bytes and
+    `label`, 4 x the layer + which of `exchange.NAMES`."""
+
+    post: int
+    last: int
+    ready: int
+    need: int
+    moving: int
+    size: int
+    label: int
+
+
+class Times(NamedTuple):
+    """Seconds of one rank. `skew` and `flight` are NaN where nobody stamped.
+
+    moving: this core put and took rows. skew: peers were waited for that had not posted yet, which
+    is load, not communication. exposed: what was waited for beside that, and moving. flight: what
+    the same exchanges take where they are waited for at once.
+    """
+
+    moving: float = 0.0
+    skew: float = 0.0
+    exposed: float = 0.0
+    flight: float = 0.0
+
+
+def times_of(stamps: Iterable[Stamps]) -> Times:
+    moving = skew = exposed = flight = 0
+    for s in stamps:
+        go = max(s.need, s.ready)
+        late = max(0, min(go, s.last) - s.need)
+        moving += s.moving
+        skew += late
+        exposed += go - s.need - late + s.moving
+        flight += s.ready - max(s.post, s.last) + s.moving
+    return Times(*(t / 1e9 for t in (moving, skew, exposed, flight)))
+
+
+def hidden_of(exposed: float, flight: float, step: float) -> float | None:
+    """The share of the flight that was not waited for; None where there is nothing to hide."""
+    if not flight >= WORTH_HIDING * step:  # NaN: nobody knows
+        return None
+    return 1 - exposed / flight
+
+
+class Waited:
+    """Adds up what a process waits for collectives, while `running`: the host's time on the CPU,
+    the stream's on a GPU."""
+
+    def __init__(self) -> None:
+        self.running = False
+        self._seconds = 0.0
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def span(self, device: torch.device) -> Iterator[None]:
+        if not self.running:
+            yield
+        elif device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._spans.append((begin, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - begin
+
+    def take(self) -> float:
+        """Seconds since the last call; waits for the device where it has spans to read."""
+        if self._spans:
+            self._spans[-1][1].synchronize()
+            self._seconds += sum(begin.elapsed_time(end) for begin, end in self._spans) / 1e3
+            self._spans.clear()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+waited = Waited()  # of this process: what its layers wait for rows and their numbers
+
+
+class Measure:
+    """The exchanges of one rank since the last `take`."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.stamps: list[Stamps] = []  # of the last `take`
+        waited.running = group.size > 1
+
+    def take(self) -> Times:
+        if self.group.size == 1:
+            return Times()
+        if self.group.memory is None:
+            return Times(0.0, float("nan"), waited.take(), float("nan"))
+        self.stamps = [Stamps(*s) for s in self.group.memory.host.take_stamps()]
+        return times_of(self.stamps)
+
+
+def origin_of(perf_counter: float) -> int:
+    """A moment of time.perf_counter() on the clock of stamps."""
+    return _host.now() + int((perf_counter - time.perf_counter()) * 1e9)

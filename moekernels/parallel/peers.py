@@ -1,0 +1,158 @@
+"""Memory that the ranks of a group on one machine share, and the tensors that travel through it.
+
+A rank writes into a slab of its own, which all ranks of the group map; the reader copies out. What
+waits, waits in C++ (`csrc/host/slabs.h`): it spins for a moment, then sleeps, and looks every
+second whether the rank that it waits for lives. Legend: P ranks of the group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moekernels import _host
+from moekernels.errors import UsageError
+from moekernels.parallel.nodes import Nodes, cores, gather
+
+MODES = ("auto", "shared", "collective")
+SPACE = 1 << 36  # bytes of addresses of a slab; memory is taken as messages need it
+SPINS, SPINS_ALONE = 50, 2000  # before a wait sleeps; where every rank has a core of its own
+
+
+class PeerLost(RuntimeError):
+    """A peer is gone, or did not come in time; the message says who waited for what of whom, and
+    whoever knows more (a micro-batch, a layer) adds a note."""
+
+    def __str__(self) -> str:
+        return "; ".join([super().__str__(), *getattr(self, "__notes__", [])])
+
+
+class PeerMemory:
+    """The memory that `ranks` share; this one is `ranks[rank]`."""
+
+    def __init__(self, ranks: Sequence[int], rank: int, *, space: int = SPACE) -> None:
+        """RuntimeError where this system has no such memory, or no room for it."""
+        self.ranks, self.rank, self.size = tuple(ranks), rank, len(ranks)
+        self.host = _host.Peers(rank, self.size, space)
+
+    def connect(self, pids: Sequence[int], descriptors: Sequence[int]) -> None:
+        """Map what the peers made, in the order of `ranks`; RuntimeError where one's memory cannot
+        be reached."""
+        self.host.connect(list(pids), list(descriptors))
+
+    def set_link(self, latency: float, rate: float) -> None:
+        """Have exchanges arrive `latency` seconds + bytes / `rate` behind their last post."""
+        self.host.latency, self.host.rate = int(latency * 1e9), rate / 1e9
+
+    def lost(self, error: Exception, what: str) -> PeerLost:
+        peer, seconds, gone = error.args
+        me, other = self.ranks[self.rank], self.ranks[peer]
+        if gone:
+            return PeerLost(
+                f"Connection closed by peer: rank {other} is gone, rank {me} waited {seconds:g} s "
+                f"for {what} from it"
+            )
+        return PeerLost(
+            f"Timed out waiting: rank {me} waited {seconds:g} s for {what} from rank {other}"
+        )
+
+    def all_to_all(
+        self,
+        x: Tensor,
+        receive: Sequence[int] | None = None,
+        send: Sequence[int] | None = None,
+        *,
+        stamped: bool = False,
+    ) -> Tensor:
+        """`send[p]` rows of x to peer p, `receive[p]` rows from it, in peer order; equal parts by
+        default."""
+        x = x.contiguous()
+        even = [x.shape[0] // self.size] * self.size
+        receive, send = receive or even, send or even
+        out = x.new_empty(sum(receive), *x.shape[1:])
+        row = x[:1].nbytes if x.shape[0] else out[:1].nbytes
+        try:
+            self.host.all_to_all(
+                x.data_ptr(),
+                out.data_ptr(),
+                [n * row for n in send],
+                [n * row for n in receive],
+                stamped,
+            )
+        except _host.Lost as lost:
+            raise self.lost(lost, f"a part of {list(out.shape)}") from None
+        return out
+
+    def all_gather(self, x: Tensor, *, stamped: bool = False) -> Tensor:
+        """x [T, ...] -> [P*T, ...]."""
+        x = x.contiguous()
+        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        try:
+            self.host.all_gather(x.data_ptr(), out.data_ptr(), x.nbytes, stamped)
+        except _host.Lost as lost:
+            raise self.lost(lost, f"a part of {list(out.shape)}") from None
+        return out
+
+    def send(self, x: Tensor, peer: int, lane: int, tag: int) -> None:
+        """Give x away; waits for nobody, unless many of its lane lie unread."""
+        x = x.contiguous()
+        try:
+            self.host.send(lane, peer, x.data_ptr(), x.nbytes, tag)
+        except _host.Lost as lost:
+            raise self.lost(lost, "room for a message") from None
+
+    def expect(self, peer: int, lane: int) -> int:
+        """The number of the next message of a lane; ask in the order in which they are sent."""
+        return self.host.expect(lane, peer)
+
+    def receive(self, out: Tensor, peer: int, lane: int, number: int, tag: int) -> None:
+        """Wait for a message and copy it to `out`."""
+        try:
+            self.host.receive(lane, peer, number, out.data_ptr(), out.nbytes, tag)
+        except _host.Lost as lost:
+            raise self.lost(lost, f"a message {list(out.shape)}") from None
+
+
+def share(
+    groups: Sequence[tuple[int, ...]], rank: int, nodes: Nodes, mode: str, device: torch.device
+) -> tuple[dict[tuple[int, ...], PeerMemory], str]:
+    """Memory for those of the groups that hold this rank and lie on one node, and why there is
+    none. All ranks of the run call it together; either all of them share or none does.
+
+    Raises UsageError under the mode `shared` where the ranks cannot share.
+    """
+    if mode == "collective":
+        return {}, "--exchange collective"
+    world = len(nodes.of)
+    if device.type != "cpu":
+        return _none(mode, "ranks share memory on the CPU only, this run is on a GPU")
+    mine = [ranks for ranks in groups if rank in ranks and nodes.together(ranks)]
+    made, complaint = {}, ""
+    try:
+        made = {ranks: PeerMemory(ranks, ranks.index(rank)) for ranks in mine}
+    except RuntimeError as error:
+        complaint = str(error)
+    opened = {ranks: memory.host.fd for ranks, memory in made.items()}
+    everyone = gather((os.getpid(), opened, complaint), world)
+    complaint = next((text for _, _, text in everyone if text), "")
+    if not complaint:
+        alone = len(nodes.mates(rank)) <= cores()
+        try:
+            for ranks, memory in made.items():
+                memory.connect(
+                    [everyone[r][0] for r in ranks], [everyone[r][1][ranks] for r in ranks]
+                )
+                memory.host.spins = SPINS_ALONE if alone else SPINS
+        except RuntimeError as error:
+            complaint = str(error)
+        complaint = next((text for text in gather(complaint, world) if text), "")
+    return _none(mode, complaint) if complaint else (made, "")
+
+
+def _none(mode: str, why: str) -> tuple[dict, str]:
+    if mode == "shared":
+        raise UsageError(f"--exchange shared: {why}; give --exchange collective")
+    return {}, why
