@@ -77,6 +77,34 @@ def test_traces_hold_every_pass_of_every_stage(whole):
         assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in events if e["ph"] == "X")
 
 
+def test_the_collective_exchange_has_the_same_losses(text, whole, tmp_path):
+    """Bit for bit; it cannot tell which part of a wait was a late peer's."""
+    process = start(text, tmp_path, *whole[2], "--exchange", "collective")
+    stdout, stderr = process.communicate(timeout=180)
+    assert process.returncode == 0, stderr
+    assert losses(tmp_path) == losses(whole[0])
+    for line in read_metrics(tmp_path):
+        assert line["exchange_exposed"] > 0 and line["exchange_skew"] is None
+        assert line["exchange_hidden"] is None and line["exchange_moving"] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--link", "20us"), "--link must be a latency and a rate, as in 20us,1GB/s"),
+        (("--link", "0us,0GB/s"), "--link 0us,0GB/s: a link of zero bytes a second carries"),
+        (
+            ("--link", "1s,1GB/s", "--exchange", "collective"),
+            "--link 1s,1GB/s is one of the shared",
+        ),
+        (("--exchange", "shard"), "--exchange is 'shard': did you mean shared?"),
+    ],
+)
+def test_an_exchange_that_cannot_be(text, tmp_path, flags, said, capsys):
+    assert main(argv(text, tmp_path / "out", *flags)) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_the_layout_comes_first_and_a_table_last(whole):
     out = whole[1]
     first, last = out.index("dense    4 ranks = tp 2 x dp 1 x pp 2"), out.index("unigram entropy")

@@ -3,8 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cstring>
 #include <chrono>
+#include <cstring>
 #include <thread>
 
 namespace moekernels::host {
@@ -141,8 +141,8 @@ int64_t Peers::arrive(int exchange, intptr_t counts) {
   arrive(e, kOut, true);
   e.counts.resize(size() * e.experts);
   for (int p = 0; p < size(); ++p) {
-    const void* from = p == rank() ? e.own_counts + p * e.experts
-                                   : static_cast<const void*>(e.messages[p].data);
+    const void* from =
+        p == rank() ? e.own_counts + p * e.experts : static_cast<const void*>(e.messages[p].data);
     std::memcpy(e.counts.data() + p * e.experts, from, e.experts * 8);
     if (p == rank()) continue;
     const int64_t n = sum(e.counts.data() + p * e.experts, e.experts);
@@ -167,25 +167,25 @@ void Peers::take_out(int exchange, intptr_t rows, intptr_t weights, intptr_t off
   for (int p = 0; p < size(); ++p) sizes[p] = sum(e.counts.data() + p * e.experts, e.experts);
   for_runs(e.counts.data(), size(), e.experts,
            [&](int p, int64_t, int64_t row, int64_t source, int64_t n) {
-             char* out = to<char>(rows) + row * w.row;
-             char* out_weights = to<char>(weights) + row * w.weight;
-             if (p != rank()) {
-               const char* from = e.messages[p].data + header(e.experts);
-               std::memcpy(out, from + source * w.row, n * w.row);
-               from += sizes[p] * w.row;
-               std::memcpy(out_weights, from + source * w.weight, n * w.weight);
-               return;
-             }
-             for (int64_t r = mine + source; r < mine + source + n; ++r, out += w.row) {
-               const int64_t slot = e.slot_of[r];
-               if (slot < 0 || slot >= e.slots) {
-                 throw std::runtime_error("a row's slot is outside the tokens");
-               }
-               std::memcpy(out, e.rows + slot / e.top_k * w.row, w.row);
-               std::memcpy(out_weights, e.weights + slot * w.weight, w.weight);
-               out_weights += w.weight;
-             }
-           });
+    char* out = to<char>(rows) + row * w.row;
+    char* out_weights = to<char>(weights) + row * w.weight;
+    if (p != rank()) {
+      const char* from = e.messages[p].data + header(e.experts);
+      std::memcpy(out, from + source * w.row, n * w.row);
+      from += sizes[p] * w.row;
+      std::memcpy(out_weights, from + source * w.weight, n * w.weight);
+      return;
+    }
+    for (int64_t r = mine + source; r < mine + source + n; ++r, out += w.row) {
+      const int64_t slot = e.slot_of[r];
+      if (slot < 0 || slot >= e.slots) {
+        throw std::runtime_error("a row's slot is outside the tokens");
+      }
+      std::memcpy(out, e.rows + slot / e.top_k * w.row, w.row);
+      std::memcpy(out_weights, e.weights + slot * w.weight, w.weight);
+      out_weights += w.weight;
+    }
+  });
   e.stamps.moving += now() - began;
   close(e, true);
 }
@@ -202,9 +202,8 @@ int Peers::post_back(intptr_t rows, intptr_t weights, Width width, intptr_t coun
   e.experts = experts;
   // Where each expert's rows of a peer begin among all.
   std::vector<int64_t> begins(size() * experts);
-  for_runs(e.own_counts, size(), experts, [&](int p, int64_t x, int64_t row, int64_t, int64_t) {
-    begins[p * experts + x] = row;
-  });
+  for_runs(e.own_counts, size(), experts,
+           [&](int p, int64_t x, int64_t row, int64_t, int64_t) { begins[p * experts + x] = row; });
   for_peers([&](int p) {
     const int64_t* n = e.own_counts + p * experts;
     const int64_t all = sum(n, experts);
@@ -245,11 +244,10 @@ void Peers::take_back(int exchange, intptr_t rows, intptr_t weights,
     expect_bytes(p, sum(e.own_counts + p * e.experts, e.experts), sizes[p]);
     for_runs(e.own_counts, size(), e.experts,
              [&](int peer, int64_t, int64_t row, int64_t source, int64_t n) {
-               if (peer != p) return;
-               std::memcpy(out + source * w.row, e.rows + row * w.row, n * w.row);
-               std::memcpy(out_weights + source * w.weight, e.weights + row * w.weight,
-                           n * w.weight);
-             });
+      if (peer != p) return;
+      std::memcpy(out + source * w.row, e.rows + row * w.row, n * w.row);
+      std::memcpy(out_weights + source * w.weight, e.weights + row * w.weight, n * w.weight);
+    });
   }
   e.stamps.moving += now() - began;
   close(e, true);
@@ -349,17 +347,16 @@ void bind_peers(pybind11::module_& m) {
       .def("post_out",
            [](Peers& self, intptr_t x, intptr_t weights, intptr_t slot_of, int64_t slots,
               int64_t top_k, int64_t row, int64_t weight, intptr_t counts, int64_t experts) {
-             return self.post_out(x, weights, slot_of, slots, top_k, {row, weight}, counts,
-                                  experts);
-           },
+    return self.post_out(x, weights, slot_of, slots, top_k, {row, weight}, counts, experts);
+  },
            Free())
       .def("arrive", py::overload_cast<int, intptr_t>(&Peers::arrive), Free())
       .def("take_out", &Peers::take_out, Free())
       .def("post_back",
            [](Peers& self, intptr_t rows, intptr_t weights, int64_t row, int64_t weight,
               intptr_t counts, int64_t experts) {
-             return self.post_back(rows, weights, {row, weight}, counts, experts);
-           },
+    return self.post_back(rows, weights, {row, weight}, counts, experts);
+  },
            Free())
       .def("take_back", &Peers::take_back, Free())
       .def("all_to_all", &Peers::all_to_all, Free())
@@ -368,12 +365,12 @@ void bind_peers(pybind11::module_& m) {
       .def("expect", &Peers::expect)
       .def("receive", &Peers::receive, Free())
       .def("take_stamps", [](Peers& self) {
-        py::list all;
-        for (const Stamps& s : self.take_stamps()) {
-          all.append(py::make_tuple(s.post, s.last, s.ready, s.need, s.moving, s.bytes, s.label));
-        }
-        return all;
-      });
+    py::list all;
+    for (const Stamps& s : self.take_stamps()) {
+      all.append(py::make_tuple(s.post, s.last, s.ready, s.need, s.moving, s.bytes, s.label));
+    }
+    return all;
+  });
 }
 
 }  // namespace moekernels::host

@@ -1,8 +1,8 @@
 // The exchange of rows and of whole tensors between the ranks of one machine, over `Slabs`.
 //
-// Every call is made by all ranks of the group in the same order. A post gives the own rows away and
-// does not wait; the take that goes with it does. Addresses are those of contiguous CPU tensors, and
-// stay valid from the post to the end of the take.
+// Every call is made by all ranks of the group in the same order. A post gives the own rows away
+// and does not wait; the take that goes with it does. Addresses are those of contiguous CPU
+// tensors, and stay valid from the post to the end of the take.
 //
 // Legend: T tokens, K top-k, E = P*e experts, e of each of P peers, R own rows, R' rows that come.
 #pragma once

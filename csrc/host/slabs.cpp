@@ -41,7 +41,8 @@ uint64_t block_size(uint64_t bytes) {
 }
 
 void futex_wait(std::atomic<uint32_t>& word, uint32_t value, int64_t nanoseconds) {
-  const timespec limit{.tv_sec = nanoseconds / 1'000'000'000, .tv_nsec = nanoseconds % 1'000'000'000};
+  const timespec limit{.tv_sec = nanoseconds / 1'000'000'000,
+                       .tv_nsec = nanoseconds % 1'000'000'000};
   syscall(SYS_futex, &word, FUTEX_WAIT, value, &limit, nullptr, 0);
 }
 
@@ -127,12 +128,13 @@ void Slabs::commit(uint64_t end) {
   if (end <= committed_) return;
   end = rounded(end, end - committed_ > kChunk ? kPage : kChunk);
   end = end < space_ ? end : space_;
-  const int error = posix_fallocate(fd_, static_cast<off_t>(committed_),
-                                    static_cast<off_t>(end - committed_));
+  const int error =
+      posix_fallocate(fd_, static_cast<off_t>(committed_), static_cast<off_t>(end - committed_));
   if (error != 0) {
     errno = error;
-    throw std::runtime_error(said(("no room for " + std::to_string((end + (1 << 20) - 1) >> 20) +
-                                   " MiB of shared memory").c_str()));
+    throw std::runtime_error(said(
+        ("no room for " + std::to_string((end + (1 << 20) - 1) >> 20) + " MiB of shared memory")
+            .c_str()));
   }
   committed_ = end;
 }
@@ -170,9 +172,7 @@ void Slabs::post(int lane, int peer, const char* block, uint64_t bytes, uint32_t
   const uint32_t number = ++sent_[lane * size_ + peer];
   Channel& out = channel(rank_, lane, peer);
   Slot& slot = out.slots[number % kSlots];
-  const auto free = [&] {
-    return number <= kSlots || reached(slot.taken.load(), number - kSlots);
-  };
+  const auto free = [&] { return number <= kSlots || reached(slot.taken.load(), number - kSlots); };
   if (!free()) wait_until(slot.taken, out.writers, peer, free);
   const uint64_t offset = static_cast<uint64_t>(block - slabs_[rank_]);
   for (auto it = blocks_.rbegin(); it != blocks_.rend(); ++it) {
@@ -236,9 +236,7 @@ void Slabs::wait_until(std::atomic<uint32_t>& word, std::atomic<uint32_t>& sleep
 #else  // another system: the collective exchange does all
 
 int64_t now() { return 0; }
-Slabs::Slabs(int, int, uint64_t) {
-  throw std::runtime_error("ranks share memory on Linux only");
-}
+Slabs::Slabs(int, int, uint64_t) { throw std::runtime_error("ranks share memory on Linux only"); }
 Slabs::~Slabs() = default;
 void Slabs::connect(const std::vector<int>&, const std::vector<int>&) {}
 char* Slabs::allocate(uint64_t) { return nullptr; }

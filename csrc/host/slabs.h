@@ -75,7 +75,7 @@ class Slabs {
     int64_t posted;
   };
   struct alignas(64) Channel {
-    std::atomic<uint32_t> posted;  // number of the last message
+    std::atomic<uint32_t> posted;            // number of the last message
     std::atomic<uint32_t> readers, writers;  // asleep
     Slot slots[kSlots];
   };
