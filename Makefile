@@ -40,7 +40,7 @@ test: sanitizers
 sanitize: export MOEKERNELS_CUDA_ARCHS := 90a-real
 sanitize: export MOEKERNELS_EMULATED := 1
 sanitize: sanitizers
-	$(BIN)/python -m pytest python_tests/test_sanitize.py $(ARGS)
+	$(BIN)/python -m pytest python_tests/cuda/test_sanitize.py $(ARGS)
 
 sanitizers: build
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cmake --target sanitizers

@@ -21,8 +21,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
+import ptx_emulator as ptx  # noqa: E402
 from moekernels import jsonio  # noqa: E402
-from python_tests import ptx, ptx_hardware  # noqa: E402
+from ptx_emulator import hardware as ptx_hardware  # noqa: E402
 
 SOURCE = ROOT / "bench" / "calibrate.cu"
 STEP_CYCLES = {128: 512, 192: 768, 256: 1024}  # of 128 x n x 64 at a tensor core's full rate

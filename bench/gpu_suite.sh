@@ -74,8 +74,8 @@ build() {
 }
 
 run_tests() {
-  "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$OUT/tests.xml" python_tests/test_cuda_*.py \
-    python_tests/test_cutlass.py
+  "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$OUT/tests.xml" python_tests/cuda/test_cuda_*.py \
+    python_tests/cuda/test_cutlass.py
 }
 
 # One slice of the cases under each tool: the emulator has seen the others.
@@ -85,7 +85,7 @@ sanitize() {
   [ -x "$sanitizer" ] || { echo "compute-sanitizer is not installed here"; return 1; }
   for tool in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all \
-      "$PYTHON" -m pytest -q -x -m gpu -p no:cacheprovider python_tests/test_cuda_device.py \
+      "$PYTHON" -m pytest -q -x -m gpu -p no:cacheprovider python_tests/cuda/test_cuda_device.py \
       -k "test_values_and_gradients and (ordinary or segments or groups-bias or weight)" || return 1
   done
 }

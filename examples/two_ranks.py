@@ -7,11 +7,12 @@ Both ranks share every layer's attention (tp 2) and hold half of its experts eac
 
 import torch
 
+from moekernels import assembly
 from moekernels.data import MicroBatch
+from moekernels.parallel import launch
 from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.optimizer import AdamWConfig, Optimizer
 from moekernels.run import files
-from moekernels.train import assembly, launch
-from moekernels.train.optimizer import AdamWConfig, Optimizer
 
 SMALL = {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 4, "head_dim": 8}
 SMALL |= {"expert_d_in": 32, "expert_d_ff": 32, "num_experts": 8, "vocab_size": 258}

@@ -1,4 +1,5 @@
-"""Output of a program whose reader may be gone, or that was started with none."""
+"""Output of a program whose reader may be gone, or that was started with none; and what it says in
+numbers and columns."""
 
 from __future__ import annotations
 
@@ -49,3 +50,25 @@ def prepare() -> None:
             line_buffering=terminal or name == "stderr",
         )
         setattr(sys, name, new)
+
+
+def count(n: float) -> str:
+    """31300000 -> `31.3 M`."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """190 -> `3:10`."""
+    seconds = round(seconds)
+    if seconds < 3600:
+        return f"{seconds // 60}:{seconds % 60:02d}"
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two columns of text."""
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"  {name:<{width}}{value}" for name, value in rows)

@@ -15,6 +15,8 @@ import zlib
 import pytest
 import torch
 
+pytest.register_assert_rewrite("python_tests.support")
+
 # What the suite is budgeted for; more only makes ranks fight. Workers of pytest-xdist share it.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 GIB_A_WORKER = 4  # half of it the emulator's largest kernels, the rest 8 ranks of the tiny model
@@ -39,7 +41,7 @@ def pytest_collection_modifyitems(items):
     """With `--dist loadgroup` a file stays together, for its fixtures and caches; and whatever
     spawns ranks, or limits the time they take, runs in one worker, never beside its like."""
     for item in items:
-        spawns = item.module.__name__.startswith(SPAWNS_RANKS)
+        spawns = item.path.name.startswith(SPAWNS_RANKS)
         spawns |= not {"RankPool", "run_ranks"}.isdisjoint(vars(item.module))
         item.add_marker(pytest.mark.xdist_group("ranks" if spawns else item.module.__name__))
 
@@ -54,7 +56,7 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _seed_and_threads(request):
     """The same numbers in every run and order of tests, and no setting that leaks into the next."""
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    torch.manual_seed(zlib.crc32(request.node.nodeid.rpartition("/")[2].encode()))
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(THREADS)

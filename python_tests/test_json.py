@@ -10,17 +10,9 @@ import pytest
 from moekernels import jsonio
 from moekernels.run.sections import RunConfig
 from moekernels.train.metrics import METRICS, RunFolder, read_metrics
+from python_tests.support.strict_json import strict
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def strict(text):
-    """Parsed as the standard has it."""
-
-    def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 def test_numbers_that_are_not_finite_are_null_and_named():

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from moekernels import verify as module
 from moekernels.errors import UsageError
-from moekernels.train import verify as module
-from moekernels.train.optimizer import Optimizer
-from moekernels.train.verify import LAYOUTS, Variant, variants_of, verify, verify_layout
+from moekernels.parallel.optimizer import Optimizer
+from moekernels.verify import LAYOUTS, Variant, variants_of, verify, verify_layout
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = [

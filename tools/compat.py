@@ -22,9 +22,11 @@ ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "compat"
 SETS = ("lowest", "newest")
 TESTS = (
-    "contract grouped_gemm gate transformers transformers_gates transformers_inputs "
-    "nn_against_transformers nn_layers data_corpus data_loader optimizer checkpoint "
-    "parallel_expert pipeline_runtime train"
+    "ops/contract ops/grouped_gemm ops/gate integrations/transformers "
+    "integrations/transformers_gates integrations/transformers_inputs "
+    "nn/nn_against_transformers nn/nn_layers data/data_corpus data/data_loader "
+    "parallel/optimizer parallel/parallel_expert pipeline/pipeline_runtime "
+    "train/checkpoint train/train"
 ).split()
 # The lower ISA levels run the contract again, which says nothing of versions.
 LEFT_OUT = "not isa_level"
@@ -73,13 +75,14 @@ def hold(name: str, pytest_arguments: list[str]) -> None:
     run([*pip, "install", *newer, "-c", constraints, f"moekernels[test] @ {wheel.as_uri()}"])
     run([*pip, "check"])
 
-    shutil.rmtree(work / "python_tests", ignore_errors=True)
     ignored = shutil.ignore_patterns("__pycache__", ".*")
-    shutil.copytree(ROOT / "python_tests", work / "python_tests", ignore=ignored)
+    for folder in ("python_tests", "ptx_emulator"):
+        shutil.rmtree(work / folder, ignore_errors=True)
+        shutil.copytree(ROOT / folder, work / folder, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", work)
     facts = "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in '%s'.split()))"
     run([tools / "python", "-c", facts % REPORTED])
-    tests = [f"python_tests/test_{stem}.py" for stem in TESTS]
+    tests = [f"python_tests/{test.replace('/', '/test_')}.py" for test in TESTS]
     command = [*python, "pytest", "-q", "-n", "auto", "--dist", "loadgroup", "-k", LEFT_OUT, *tests]
     run([*command, *pytest_arguments], cwd=work, PATH=path)
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-from python_tests import emulated, ptx, ptx_hardware
+import ptx_emulator as ptx
+from ptx_emulator import hardware as ptx_hardware
+from python_tests.support import emulated
 
 ROOT = Path(__file__).parents[2]
 PROBES = Path(__file__).parent / "probes.cu"

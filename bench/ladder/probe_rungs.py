@@ -8,10 +8,11 @@ import re
 import numpy as np
 import torch
 
+import ptx_emulator as ptx
 from ladder.diagnose import LINE, explain_box, explain_order, swizzled, where
 from ladder.kit import Kit, RungFailed, probes, require, rung
-from python_tests import ptx, ptx_hardware
-from python_tests.ptx.types import bf16_to_f32, f32_to_bf16
+from ptx_emulator import hardware as ptx_hardware
+from ptx_emulator.types import bf16_to_f32, f32_to_bf16
 
 TILE_REGISTERS, FILE_REGISTERS = 384 * 168, 64 << 10  # of a product's launch; of an SM
 UNWRITTEN = 0xEE

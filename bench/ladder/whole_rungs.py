@@ -205,7 +205,7 @@ def capture(kit: Kit) -> dict:
     return {"replays": 2}
 
 
-@rung(14, "driver", look="the op named; its contract cases in python_tests/test_cuda_device.py")
+@rung(14, "driver", look="the op named; cases in python_tests/cuda/test_cuda_device.py")
 def simt(kit: Kit) -> dict:
     """gate, route, permute and combine against the reference; route and permute to the bit."""
     tokens, experts, top_k, hidden = (4096, 64, 4, 264) if kit.hardware else (70, 16, 4, 72)

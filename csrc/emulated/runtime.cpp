@@ -30,7 +30,7 @@ std::map<const void*, std::string>& kernels() {
 }
 
 // What the driver's encoder leaves in the 128 bytes of a CUtensorMap here, for
-// python_tests/emulated.py to read.
+// python_tests/support/emulated.py to read.
 struct EncodedTensorMap {
   uint64_t magic, address;
   uint32_t type, rank, swizzle, box[5];

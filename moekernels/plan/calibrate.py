@@ -204,7 +204,7 @@ def against(folder: Path, found: dict) -> dict:
     """A run's measured steps beside the prediction: the step, and every stage's F and B."""
     from moekernels.plan.problem import configured
     from moekernels.run import files as cfg
-    from moekernels.train.metrics import read_metrics
+    from moekernels.run.folder import read_metrics
 
     try:
         run = cfg.resolve(None, folder / "config.toml", {})

@@ -19,9 +19,9 @@ from moekernels.data.batch import MicroBatch
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
+from moekernels.parallel import launch
 from moekernels.parallel.mesh import Mesh
-from moekernels.train import launch
-from moekernels.train.optimizer import AdamWConfig, Optimizer
+from moekernels.parallel.optimizer import AdamWConfig, Optimizer
 
 MOST_RANKS = 16  # as many as the samples have experts
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}

@@ -165,7 +165,7 @@ def space_of(flags: dict[tuple[str, str], object]) -> Space:
 
 def configured(run: cfg.RunConfig) -> Strategy:
     """The strategy that the configuration itself describes."""
-    from moekernels.train import assembly
+    from moekernels import assembly
 
     layout, lay = assembly.layout_of(run), run.layout
     ranges = assembly.layer_ranges(run)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from moekernels import files, jsonio
+from moekernels.console import table
 from moekernels.pipeline.schedule import Schedule
 from moekernels.pipeline.simulate import Simulator
 from moekernels.pipeline.trace import Event, trace_events, write_trace
-from moekernels.train.metrics import read_metrics, table
+from moekernels.run.folder import read_metrics
 from moekernels.train.report import closing
 
 if TYPE_CHECKING:

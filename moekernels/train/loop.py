@@ -13,19 +13,22 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 
+from moekernels import assembly
 from moekernels.balance import dead_experts, max_over_mean, update_selection_biases
 from moekernels.errors import RunError
+from moekernels.parallel import launch
 from moekernels.parallel.measure import Measure, hidden_of
 from moekernels.parallel.nodes import cores
+from moekernels.parallel.optimizer import AdamWConfig, Optimizer
 from moekernels.parallel.shard import shard
 from moekernels.parallel.tensor import all_reduce
 from moekernels.pipeline.trace import Event
+from moekernels.plan import microbatches
 from moekernels.run import files as cfg
-from moekernels.train import assembly, checkpoint, launch, microbatches, resume, weights
+from moekernels.train import checkpoint, resume, weights
 from moekernels.train.finish import finish
 from moekernels.train.metrics import Progress, RunFolder
 from moekernels.train.nonfinite import Guard
-from moekernels.train.optimizer import AdamWConfig, Optimizer
 from moekernels.train.report import layout_report, peak_flops
 
 HEAT_SHARE = 0.2  # of the steps, the last ones: what experts.png shows

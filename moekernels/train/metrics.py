@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import sys
 import time
 from pathlib import Path
 
 from moekernels import files, jsonio
+from moekernels.console import duration
 from moekernels.errors import UsageError
 from moekernels.run import files as cfg
+from moekernels.run.folder import METRICS, read_metrics
 
-METRICS = "metrics.jsonl"
 TOKENIZER = "tokenizer.json"  # so that a run goes on under another release of tokenizers
 LOCK_SECONDS = 1.0
 
@@ -108,22 +108,6 @@ def check_name(name: str) -> None:
         )
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The whole lines of a run's `metrics.jsonl`, numbers that were not finite as NaN; a line
-    that a kill cut short is left out."""
-    lines = []
-    try:
-        text = (path / METRICS).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return lines
-    for line in text.splitlines():
-        try:
-            lines.append(jsonio.restore(json.loads(line)))
-        except ValueError:
-            break
-    return lines
-
-
 def _lock(file) -> None:
     """Take the lock, or BlockingIOError. Ranks share their parent's lock, and one that was killed
     a moment ago may take a moment to go: a short wait is not another run."""
@@ -191,16 +175,3 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
-
-
-def duration(seconds: float) -> str:
-    seconds = round(seconds)
-    if seconds < 3600:
-        return f"{seconds // 60}:{seconds % 60:02d}"
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-
-def table(rows: list[tuple[str, str]]) -> str:
-    """Two columns of text."""
-    width = max(len(name) for name, _ in rows) + 2
-    return "\n".join(f"  {name:<{width}}{value}" for name, value in rows)

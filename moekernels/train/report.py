@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moekernels import assembly
+from moekernels.console import count, duration
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.optimizer import Optimizer
 from moekernels.pipeline.simulate import Simulator
 from moekernels.run import files as cfg
-from moekernels.train import assembly
-from moekernels.train.metrics import duration
-from moekernels.train.optimizer import Optimizer
 
 # Dense bf16 FLOP/s by a part of the card's name.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -25,14 +25,6 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-
-
-def count(n: float) -> str:
-    """31300000 -> `31.3 M`."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= size:
-            return f"{n / size:.1f} {unit}"
-    return f"{n:.0f}"
 
 
 def layout_report(

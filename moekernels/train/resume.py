@@ -9,13 +9,13 @@ from typing import Protocol
 
 from moekernels import jsonio
 from moekernels.errors import UsageError
+from moekernels.parallel.optimizer import AdamWConfig
 from moekernels.run import files as cfg
 from moekernels.run.sections import SECTIONS
 from moekernels.train import manifest as manifests
 from moekernels.train import shards
 from moekernels.train.checkpoint import steps
 from moekernels.train.manifest import Damaged, Manifest
-from moekernels.train.optimizer import AdamWConfig
 
 RUN = "run.json"
 

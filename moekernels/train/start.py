@@ -8,16 +8,19 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
+from moekernels import assembly
 from moekernels.data.batch_plan import check
 from moekernels.errors import RunError, UsageError
+from moekernels.parallel import launch
+from moekernels.parallel.launcher import launched
+from moekernels.parallel.stop import Forward
+from moekernels.plan import microbatches, room
 from moekernels.run import files as cfg
-from moekernels.train import assembly, launch, microbatches, resume, room, weights
+from moekernels.train import resume, weights
 from moekernels.train.checkpoint import sweep
-from moekernels.train.launcher import launched
 from moekernels.train.loop import Job, Trainer
 from moekernels.train.metrics import TOKENIZER, RunFolder, check_name
 from moekernels.train.shards import FULL, no_room
-from moekernels.train.stop import Forward
 
 
 def train(

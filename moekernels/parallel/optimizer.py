@@ -1,0 +1,278 @@
+"""AdamW over flat buffers: fp32 gradients and master weights, whatever dtype the model computes in.
+
+All parameters of one kind (gradients summed over the same ranks, held by the same ranks, decayed
+or not) lie in one flat tensor, so that a reduction, a norm and an update are each one call. fp32
+parameters are views of their masters; bf16 ones are copied from them after a step. bf16 moments are
+rounded stochastically (see `rounding`).
+
+Weight decay acts on matrices. Norms, biases (anything one-dimensional) and embeddings are not
+decayed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.rounding import Noise, round_
+from moekernels.parallel.shard import ShardInfo
+from moekernels.parallel.tensor import all_reduce
+
+CHUNK = 1 << 18  # elements whose bf16 moments are widened at a time: what fits a cache
+ALIGN = 16  # elements: every parameter begins on a 64-byte line
+FP32_MAX = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    lr: float = 1e-3
+    min_lr_ratio: float = 0.1
+    warmup: int = 0
+    steps: int = 1
+    clip: float = 0.0
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    state_dtype: torch.dtype = torch.float32
+    seed: int = 0  # of the rounding of bf16 moments
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step 1, 2, ...: a line up over `warmup` steps, then half a cosine down
+        to the last step."""
+        if step <= self.warmup:
+            return self.lr * step / self.warmup
+        done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        low = self.lr * self.min_lr_ratio
+        return low + (self.lr - low) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def decays(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) > 1 and "embed" not in name
+
+
+@dataclass
+class Bucket:
+    """Parameters of one kind, end to end. All tensors are flat and of one length."""
+
+    reduce_over: str  # groups of the mesh
+    copies: str
+    decay: bool
+    names: list[str] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    grads: Tensor = None
+    master: Tensor = None
+    exp_avg: Tensor = None
+    exp_avg_sq: Tensor = None
+    weights: Tensor | None = (
+        None  # what the model computes with, where that is not the master itself
+    )
+    noise: Noise | None = None  # for moments that are rounded
+
+
+class Optimizer:
+    """Owns the storage of parameters and gradients of this rank.
+
+    Gradients accumulate over backward passes into `parameter.main_grad` (kernels that know it
+    write there, autograd's are added) until `zero_grad`. A step is `reduce`, then `step`.
+    """
+
+    def __init__(
+        self, shards: Iterable[tuple[str, Tensor, ShardInfo]], mesh: Mesh, config: AdamWConfig
+    ) -> None:
+        self.mesh, self.config, self.steps_done = mesh, config, 0
+        self.parameters = {name: (parameter, info) for name, parameter, info in shards}
+        kinds: dict[tuple, Bucket] = {}
+        for name, (parameter, info) in self.parameters.items():
+            key = (info.reduce_over, info.copies, decays(name, info.full_shape), parameter.dtype)
+            bucket = kinds.setdefault(key, Bucket(*key[:3]))
+            begin = -(-(bucket.spans[-1][1] if bucket.spans else 0) // ALIGN) * ALIGN
+            bucket.names.append(name)
+            bucket.spans.append((begin, begin + parameter.numel()))
+        self.buckets = list(kinds.values())
+        self._hooks = []
+        for bucket in self.buckets:
+            self._allocate(bucket)
+
+    def _allocate(self, bucket: Bucket) -> None:
+        first = self.parameters[bucket.names[0]][0]
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        moments = torch.float64 if dtype == torch.float64 else self.config.state_dtype
+        size = bucket.spans[-1][1]
+
+        def flat(of: torch.dtype) -> Tensor:
+            return torch.zeros(size, dtype=of, device=first.device)
+
+        bucket.grads, bucket.master = flat(dtype), flat(dtype)
+        bucket.exp_avg, bucket.exp_avg_sq = flat(moments), flat(moments)
+        bucket.weights = None if first.dtype == dtype else flat(first.dtype)
+        if moments == torch.bfloat16:
+            placed = zip(bucket.names, bucket.spans)
+            parts = [(name, begin, self.parameters[name][1]) for name, (begin, _) in placed]
+            bucket.noise = Noise(self.config.seed, parts, CHUNK, first.device)
+        home = bucket.master if bucket.weights is None else bucket.weights
+        for name, (begin, end) in zip(bucket.names, bucket.spans):
+            parameter = self.parameters[name][0]
+            bucket.master[begin:end].copy_(parameter.detach().reshape(-1))
+            home[begin:end].copy_(parameter.detach().reshape(-1))
+            parameter.data = home[begin:end].view(parameter.shape)
+            parameter.main_grad = bucket.grads[begin:end].view(parameter.shape)
+            if bucket.weights is None:
+                parameter.grad = parameter.main_grad  # autograd adds in place
+            else:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(_into_main_grad))
+
+    def zero_grad(self) -> None:
+        for bucket in self.buckets:
+            bucket.grads.zero_()
+
+    def reduce(self) -> None:
+        """Sum the gradients over the ranks that computed parts of them."""
+        for bucket in self.buckets:
+            group = getattr(self.mesh, bucket.reduce_over)
+            if group.size > 1:
+                bucket.grads.copy_(all_reduce(bucket.grads, group))
+
+    def grad_norm(self) -> Tensor:
+        """Norm of the whole model's gradient [] in fp64, the same on every rank: each parameter
+        counts once. Finite if every gradient is: where their squares overflow they are scaled."""
+        total = self._squares(lambda grads: torch.linalg.vector_norm(grads).double())
+        if math.isfinite(total.item()):
+            return total.sqrt()
+        largest = self._largest()
+        if not math.isfinite(largest) or largest == 0:
+            return total.sqrt()
+
+        def scaled(grads: Tensor) -> Tensor:
+            parts = [torch.linalg.vector_norm(part / largest) for part in grads.split(CHUNK)]
+            return torch.stack(parts).double().norm()
+
+        return self._squares(scaled).sqrt() * largest
+
+    def _squares(self, norm_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum over all ranks [] of the squares of `norm_of` each bucket's gradients."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
+        for bucket in self.buckets:
+            if getattr(self.mesh, bucket.copies).rank == 0:
+                total += norm_of(bucket.grads).square()
+        return all_reduce(total, self.mesh.world)[0]
+
+    def _largest(self) -> float:
+        """The largest absolute gradient over all ranks; NaN where one is."""
+        world = self.mesh.world
+        each = torch.zeros(world.size, dtype=torch.float64, device=self.mesh.device)
+        bounds = [torch.stack(torch.aminmax(b.grads)).abs().max() for b in self.buckets]
+        if bounds:
+            each[world.rank] = torch.stack([bound.double() for bound in bounds]).max()
+        return all_reduce(each, world).max().item()
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self.config.lr_at(self.steps_done + 1)
+
+    @property
+    def largest_norm(self) -> float:
+        """Of a gradient, clipped if at all, whose squares the second moments hold."""
+        return min((torch.finfo(b.master.dtype).max ** 0.5 for b in self.buckets), default=math.inf)
+
+    def step(self, norm: Tensor | None = None) -> tuple[Tensor, float]:
+        """One update from reduced gradients; the gradient's norm before clipping, and the learning
+        rate. `norm`: what `grad_norm` has said of them, finite."""
+        c, lr = self.config, self.lr
+        norm = self.grad_norm() if norm is None else norm
+        self.steps_done += 1
+        divisor = None
+        if c.clip:
+            divisor = ((norm + 1e-6) / c.clip).clamp(min=1.0)
+            if divisor.item() > FP32_MAX:  # more than one division can do
+                divisor = divisor.sqrt()
+                for bucket in self.buckets:
+                    bucket.grads /= divisor
+            divisor = divisor.float()
+        for bucket in self.buckets:
+            self._update(bucket, lr, divisor)
+            if bucket.weights is not None:
+                bucket.weights.copy_(bucket.master)
+        return norm, lr
+
+    def _update(self, bucket: Bucket, lr: float, divisor: Tensor | None) -> None:
+        """The update divides the gradients on its way: no pass of their own over them."""
+        if bucket.noise is None:
+            moments = (bucket.exp_avg, bucket.exp_avg_sq)
+            self._adamw(bucket, bucket.master, bucket.grads, *moments, lr, divisor)
+            return
+        for begin, end, bits in bucket.noise.chunks(self.steps_done):
+            part = slice(begin, end)
+            narrow = [bucket.exp_avg[part], bucket.exp_avg_sq[part]]
+            wide = [moment.float() for moment in narrow]
+            self._adamw(bucket, bucket.master[part], bucket.grads[part], *wide, lr, divisor)
+            round_(wide[0], bits & 0xFFFF, narrow[0])
+            round_(wide[1], bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF), narrow[1])
+
+    def _adamw(self, bucket: Bucket, master, grads, exp_avg, exp_avg_sq, lr, divisor) -> None:
+        c = self.config
+        adamw(
+            [master],
+            [grads],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [torch.tensor(float(self.steps_done - 1), device=master.device)],
+            fused=True,
+            amsgrad=False,
+            beta1=c.beta1,
+            beta2=c.beta2,
+            lr=lr,
+            weight_decay=c.weight_decay if bucket.decay else 0.0,
+            eps=c.eps,
+            maximize=False,
+            grad_scale=divisor,
+        )
+
+    def state(self) -> Iterator[tuple[str, Tensor, ShardInfo]]:
+        """What a checkpoint keeps, as views: `master.<name>`, `exp_avg.<name>`,
+        `exp_avg_sq.<name>`."""
+        for bucket in self.buckets:
+            for name, (begin, end) in zip(bucket.names, bucket.spans):
+                parameter, info = self.parameters[name]
+                for key in ("master", "exp_avg", "exp_avg_sq"):
+                    yield (
+                        f"{key}.{name}",
+                        getattr(bucket, key)[begin:end].view(parameter.shape),
+                        info,
+                    )
+
+    def loaded(self, steps_done: int) -> None:
+        """Tell that the tensors of `state` were filled from a checkpoint made after that many
+        steps."""
+        self.steps_done = steps_done
+        for bucket in self.buckets:
+            if bucket.weights is not None:
+                bucket.weights.copy_(bucket.master)
+
+    def bytes(self) -> int:
+        """Memory of parameters, gradients and state on this rank."""
+        total = 0
+        for bucket in self.buckets:
+            for x in (
+                bucket.grads,
+                bucket.master,
+                bucket.exp_avg,
+                bucket.exp_avg_sq,
+                bucket.weights,
+            ):
+                total += 0 if x is None else x.numel() * x.element_size()
+        return total
+
+
+def _into_main_grad(parameter: Tensor) -> None:
+    if parameter.grad is not None:  # None where a kernel has written to main_grad itself
+        parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None

@@ -1,0 +1,181 @@
+"""`--microbatches auto`: how many micro-batches a flush has, from what the first steps take.
+
+One of m micro-batches costs a pipeline stage alpha + W/m seconds: alpha however small it is, W for
+the step's tokens. A flush of m over p stages of v chunks fills and drains for (p-1)/v of them, so
+
+    T(m) = (m + (p-1)/v) (alpha + W/m),    least at    m* = sqrt((p-1)/v W/alpha)
+
+Two settings are run for some steps each. The global batch is the same whatever m is: nothing is
+lost to measuring.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from moekernels import assembly
+from moekernels.errors import UsageError
+from moekernels.parallel import launch
+from moekernels.parallel.mesh import Mesh
+from moekernels.run import files as cfg
+
+WARM, TIMED = 1, 2  # steps of a setting: those that are not counted, and those that are
+STEPS = 2 * (WARM + TIMED)
+ROOM = 0.9  # of the memory, that a count may be predicted to take
+
+
+def fit(few: tuple[int, float], many: tuple[int, float]) -> tuple[float, float]:
+    """(alpha, W) through two (micro-batches, stage seconds of one), neither below 0."""
+    (a, slow), (b, fast) = few, many
+    work = max(0.0, (slow - fast) / (1 / a - 1 / b))
+    return max(0.0, fast - work / b), work
+
+
+def optimum(alpha: float, work: float, stages: int, virtual_stages: int = 1) -> float:
+    """m*, of the fit alone."""
+    idle = (stages - 1) / virtual_stages
+    return math.sqrt(idle * work / alpha) if alpha > 0 else (math.inf if idle * work > 0 else 1.0)
+
+
+def choose(
+    alpha: float, work: float, stages: int, virtual_stages: int, least: int, most: int
+) -> int:
+    """The whole number from `least` to `most` with the shortest flush."""
+    best = optimum(alpha, work, stages, virtual_stages)
+    if best >= most:
+        return most
+    near = {min(max(n, least), most) for n in (math.floor(best), math.ceil(best))}
+    idle = (stages - 1) / virtual_stages
+    return min(sorted(near), key=lambda m: (m + idle) * (alpha + work / m))
+
+
+def settings(least: int, most: int, stages: int) -> tuple[int, int] | None:
+    """Two counts to measure, a factor of four apart where there is room; None: nothing to
+    choose."""
+    if least >= most:
+        return None
+    many = min(most, 4 * max(least, stages))
+    return max(least, min(stages, many // 2)), many
+
+
+def with_count(run: cfg.RunConfig, count: int) -> cfg.RunConfig:
+    """The configuration with so many micro-batches in a flush; AUTO: still to be measured."""
+    batch = dataclasses.replace(run.batch, microbatches=count, accumulation=1)
+    return dataclasses.replace(run, batch=batch)
+
+
+def most(run: cfg.RunConfig) -> int:
+    """A micro-batch holds a sequence at least."""
+    return max(1, run.batch.sequences // run.layout.dp)
+
+
+def least(run: cfg.RunConfig, corpus, memory: float, device: str) -> int:
+    """The smallest count of which the planner says that it fits into `memory` bytes a rank."""
+    from moekernels.plan.memory import stage_memory
+    from moekernels.plan.problem import configured
+
+    model = run.model
+
+    def fits(count: int) -> bool:
+        tried = with_count(run, count)
+        s = configured(tried)
+        rows = assembly.build_loader(tried, corpus).plan(1).rows
+        tokens = max(max(rank) for rank in rows)
+        stages = [stage_memory(model, s, r, tokens, device=device) for r in range(s.layout.pp)]
+        return max(stage.total for stage in stages) <= ROOM * memory
+
+    low, high = 0, most(run)  # low does not fit, high is the best there is
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def memory_of(device: torch.device, local_ranks: int) -> float:
+    """Bytes that a rank may use."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_ranks
+
+
+def check(run: cfg.RunConfig, done: int) -> None:
+    if run.train.steps - done <= STEPS:
+        raise UsageError(
+            f"--microbatches auto measures for {STEPS} steps, --steps is {run.train.steps}"
+            + (f", {done} of them done" if done else "")
+            + "; give more steps, or a number of micro-batches"
+        )
+
+
+def agree(value: int, mesh: Mesh) -> int:
+    """Rank 0's value, on every rank."""
+    told = torch.tensor([value], device=mesh.device)
+    if mesh.world.size > 1:
+        dist.broadcast(told, 0)
+    return int(told)
+
+
+@dataclass
+class Tuner:
+    """Measures `tried` in turn from behind `done` steps on, then decides."""
+
+    least: int
+    most: int
+    tried: tuple[int, int]
+    stages: int
+    virtual_stages: int
+    done: int = 0
+    seconds: dict[int, list[float]] = field(default_factory=dict)  # of a stage, a token
+    tokens: list[int] = field(default_factory=list)
+
+    def count(self, step: int) -> int:
+        return self.tried[(step - self.done - 1) // (WARM + TIMED)]
+
+    def saw(self, step: int, stage_seconds: float, tokens: int) -> bool:
+        """Note what a step took of its busiest stage; whether it was the last one to measure."""
+        place = step - self.done - 1
+        if place % (WARM + TIMED) >= WARM:
+            self.seconds.setdefault(self.count(step), []).append(stage_seconds / tokens)
+            self.tokens.append(tokens)
+        return place == STEPS - 1
+
+    def decide(self) -> tuple[int, str]:
+        """(the choice, what to say of it)."""
+        tokens = sum(self.tokens) / len(self.tokens)
+        few, many = ((m, min(self.seconds[m]) * tokens / m) for m in self.tried)
+        alpha, work = fit(few, many)
+        shape = (self.stages, self.virtual_stages)
+        chosen = choose(alpha, work, *shape, self.least, self.most)
+        return chosen, (
+            f"auto     a stage takes {1e3 * few[1]:.1f} ms for one of {few[0]} micro-batches, "
+            f"{1e3 * many[1]:.1f} ms for one of {many[0]}: alpha {1e3 * alpha:.2f} ms, "
+            f"W {1e3 * work:.1f} ms, m* = {optimum(alpha, work, *shape):.1f}; "
+            f"of {self.least} to {self.most}: {chosen}"
+        )
+
+
+def begin(run: cfg.RunConfig, corpus, mesh: Mesh, done: int) -> tuple[Tuner | None, int, str]:
+    """(what measures, or None where nothing is to be chosen; the first count; what to say). Called
+    by every rank together; rank 0's memory decides."""
+    lay = run.layout
+    local_ranks = launch.local_world() or mesh.world.size
+    low = 1
+    if mesh.rank == 0:
+        low = least(run, corpus, memory_of(mesh.device, local_ranks), mesh.device.type)
+    low, high = agree(low, mesh), most(run)
+    tried = settings(low, high, lay.pp)
+    if lay.pp == 1:
+        return None, low, f"auto     one stage waits for nobody: the fewest that fit, {low}"
+    if tried is None:
+        return None, low, f"auto     nothing to choose: {low}"
+    text = (
+        f"auto     {tried[0]}, then {tried[1]} micro-batches for {STEPS // 2} steps each, then "
+        f"the best of {low} to {high}"
+    )
+    return Tuner(low, high, tried, lay.pp, lay.virtual_stages, done), tried[0], text

@@ -1,0 +1,352 @@
+"""The ladder of the GPU suite (bench/ladder), rehearsed: each rung passes under the emulator and
+fails by its own check under the bug that it is there for, with the emulator's race tracking off, as
+hardware has none."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ptx_emulator as ptx
+from python_tests.support import emulated
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=emulated.why_not() or "")
+
+if emulated.why_not() is None:
+    from ladder import climb, diagnose, kit, probe_rungs, product_rungs, whole_rungs
+    from ladder.kit import RUNGS, Kit, RungFailed
+
+    climb.load_rungs(True)
+NAMES = list(RUNGS) if emulated.why_not() is None else []
+
+
+@pytest.fixture
+def as_hardware(monkeypatch):
+    """The emulator tracks no races: what a bug does to the numbers is what is left of it."""
+    launch = ptx.Module.launch
+    monkeypatch.setattr(ptx.Module, "launch", functools.partialmethod(launch, races=False))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rung_passes(name):
+    assert isinstance(RUNGS[name].fn(Kit()), dict)
+
+
+def test_probes_pass_in_any_order():
+    for name in ("mbarrier", "tma_2d", "wgmma_k_major", "ring"):
+        RUNGS[name].fn(Kit(how={"schedule": 1, "lazy": True}))
+
+
+# ---- planted in what the probes are told
+@pytest.mark.parametrize(
+    "name, planted, words",
+    [
+        (
+            "driver",
+            {"facts": {"capability": [8, 0], "encoder": True, "driver": 13000}},
+            "not sm_90",
+        ),
+        ("driver", {"facts": {"capability": [9, 0], "encoder": False, "driver": 13000}}, "Encode"),
+        ("attributes", {"kernels": {"k": {"local": 8, "registers": 168}}}, "8 bytes of local"),
+        ("mbarrier", {"arrivals": 4}, "Only 4|arrivals|out of order"),
+        ("mbarrier", {"arrivals": 9}, "wait"),
+        ("tma_2d", {"swizzle": 0}, "lies in no swizzle"),
+        ("tma_2d", {"order": lambda at: at}, "no layout known"),
+        ("tma_3d", {"order": lambda at: (at[2], at[1], 0)}, "no layout known"),
+        ("tma_edges", {"bytes": 128 * 128 + 16}, "16 bytes that no copy brings"),
+        ("wgmma_k_major", {"layout_b_k": (32, 8192, 2048)}, r"\(n 8, k 0\).* at \(n 16, k 0\)"),
+        ("wgmma_k_major", {"layout_a_k": (64, 8192, 1024)}, "A is read in another order"),
+        (
+            "wgmma_mn_major",
+            {"layout_b_mn": (2048, 1024, 8192)},
+            r"\(n 0, k 8\) holds what lies at \(n 64, k 0\)",
+        ),
+        ("wgmma_mn_major", {"layout_a_mn": (1024, 8192, 1024)}, r"\(m 0, k 16\).*\(m 0, k 8\)"),
+        ("wgmma_n128", {"layout_b_k": (32, 8192, 2048)}, r"\(n 8, k 0\)"),
+        ("ring", {"waits": 0}, "another stage|expects|arriv"),
+        ("ring", {"arrivals": 9}, "wait"),
+    ],
+)
+def test_planted_in_a_probe(as_hardware, name, planted, words):
+    with pytest.raises((RungFailed, ptx.PtxError), match=words):
+        RUNGS[name].fn(Kit(planted=planted, how={"schedule": 0, "lazy": True}))
+
+
+def test_fp16_read_as_bf16(as_hardware, monkeypatch):
+    launch = Kit.launch
+    monkeypatch.setattr(
+        Kit, "launch", lambda self, name, *args: launch(self, name.replace("f16", "bf16"), *args)
+    )
+    with pytest.raises(RungFailed, match="A is read|B is read"):
+        probe_rungs.wgmma_f16(Kit())
+
+
+def test_more_registers_than_a_launch_has():
+    text = kit.probes(None).text.replace(
+        "setmaxnreg.inc.sync.aligned.u32 232", "setmaxnreg.inc.sync.aligned.u32 240"
+    )
+    with pytest.raises(RungFailed, match="wait for ever"):
+        probe_rungs.setmaxnreg(Kit(planted={"text": text}))
+
+
+# ---- planted in the products
+INSTANCE = """
+#include "detail/product_sm90.cuh"
+#include "detail/{header}"
+namespace moekernels::cuda::sm90 {{
+const void* planted() {{ return reinterpret_cast<const void*>(product<{kind}, {flags}>); }}
+}}
+"""
+ROWS = ("rows_sm90.cuh", "StoreRows<__nv_bfloat16, 256>", "false, false", "grouped_gemm_sm90")
+ROWS128 = ("rows_sm90.cuh", "StoreRows<__nv_bfloat16, 128>", "false, false", "grouped_gemm_sm90")
+ADD = (
+    "rows_sm90.cuh",
+    "StoreGradient<__nv_bfloat16, 256, true>",
+    "true, true",
+    "grouped_gemm_sm90",
+)
+SET = (
+    "rows_sm90.cuh",
+    "StoreGradient<__nv_bfloat16, 256, false>",
+    "true, true",
+    "grouped_gemm_sm90",
+)
+UP = ("experts_sm90.cuh", "StoreUp<__nv_bfloat16>", "false, false", "experts_sm90")
+DACT = ("experts_sm90.cuh", "StoreDAct<__nv_bfloat16>", "false, true", "experts_sm90")
+
+
+def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wrong: str) -> None:
+    """One product of the library compiled again with a line exchanged, in the library's place."""
+    header, kind, flags, stem = product
+    shutil.copytree(ROOT / "csrc" / "cuda" / "detail", folder / "detail")
+    target = folder / "detail" / file
+    text = target.read_text()
+    assert text.count(right) == 1, f"{file} holds {text.count(right)} of {right!r}"
+    target.write_text(text.replace(right, wrong))
+    source = folder / "planted.cu"
+    source.write_text(INSTANCE.format(header=header, kind=kind, flags=flags))
+    buggy = ptx.Module(
+        ptx.compile_ptx(
+            source,
+            emulated.ARCH,
+            defines=['MOEKERNELS_CUDA_ARCHS="PTX"'],
+            include=[ROOT / "csrc" / "include"],
+            lines=False,
+        )
+    )
+    module = emulated.module
+
+    class Both:
+        """The planted product before the library's others."""
+
+        def __init__(self, stem: str):
+            self.kernels = {**module(stem).kernels, **buggy.kernels}
+
+        def launch(self, kernel, *args, **how):
+            home = buggy if kernel.name in buggy.kernels else module(stem)
+            return home.launch(kernel, *args, **how)
+
+    both = Both(stem)
+    monkeypatch.setattr(emulated, "module", lambda s: both if s == stem else module(s))
+
+
+@pytest.mark.parametrize(
+    "name, product, file, right, wrong, words",
+    [
+        (
+            "rows_one_tile",
+            ROWS128,
+            "rows_sm90.cuh",
+            "staged_at(lane % 16, 2 * i + lane / 16)",
+            "staged_at(lane % 16, 2 * i + 1 - lane / 16)",
+            "128 columns, K 320 is wrong",
+        ),
+        (
+            "rows_ragged",
+            ROWS,
+            "product_sm90.cuh",
+            "tile.row_end = kOverRows ? INT32_MAX : static_cast<int32_t>(rows.end);",
+            "tile.row_end = kOverRows ? INT32_MAX : static_cast<int32_t>(rows.end) - 1;",
+            "ragged rows",
+        ),
+        (
+            "rows_many_tiles",
+            ROWS,
+            "product_sm90.cuh",
+            "uint64_t rows_in = kOverRows && steps > 0 ? counting(0) : 0;",
+            "ring = {args.stages}; uint64_t rows_in = kOverRows && steps > 0 ? counting(0) : 0;",
+            "many tiles a block is wrong|wait",
+        ),
+        (
+            "wgrad",
+            ADD,
+            "rows_sm90.cuh",
+            "= {sum[j][half].x + part[0],",
+            "= {part[0],",
+            r"fp32 \+= is wrong.*column % 8 in \{0, 2, 4, 6\}",
+        ),
+        (
+            "wgrad_tail",
+            SET,
+            "product_sm90.cuh",
+            "if (!(rows_in >> row & 1)) {",
+            "if (!(rows_in >> row & 1) && row > 62) {",
+            "dw is wrong",
+        ),
+        (
+            "up",
+            UP,
+            "experts_sm90.cuh",
+            "const float* c = d + column_of(kPart, block) / 2 + half * 2;",
+            "const float* c = d + column_of(1 - kPart, block) / 2 + half * 2;",
+            "swiglu: y is wrong",
+        ),
+        (
+            "dact",
+            DACT,
+            "experts_sm90.cuh",
+            "const float* c = d + (kPart * 8 + block) * 4 + half * 2;",
+            "const float* c = d + (kPart * 8 + 7 - block) * 4 + half * 2;",
+            "swiglu: d.* is wrong",
+        ),
+        # The end of the walk is wrong too, so that the first number of experts shows it.
+        ("limits", ROWS, "product_sm90.cuh", "    before += total;\n", "", r"E \d+ is wrong"),
+    ],
+    ids=lambda v: v if isinstance(v, str) and v in NAMES else "",
+)
+def test_planted_in_a_product(
+    as_hardware, monkeypatch, tmp_path, name, product, file, right, wrong, words
+):
+    plant(monkeypatch, tmp_path, product, file, right, wrong)
+    with pytest.raises((RungFailed, ptx.PtxError), match=words):
+        RUNGS[name].fn(Kit())
+
+
+# ---- planted in what stands above the products
+def wavering(after: int, result: int):
+    """The layer, one bit of a result other from the given call on."""
+    calls = []
+
+    def layer(**inputs):
+        calls.append(1)
+        out = whole_rungs._layer(**inputs)
+        if len(calls) > after:
+            out[result].detach().view(-1)[7] += 1
+        return out
+
+    return layer
+
+
+def misplaced(ids, experts, alignment):
+    routing = product_rungs.ops.route(ids, experts, alignment=alignment)
+    return routing._replace(token_of=routing.token_of.flip(0))
+
+
+@pytest.mark.parametrize(
+    "name, planted, words",
+    [
+        ("headline", lambda: {"layer": wavering(1, 2)}, "dw1 has other bits: 1 of"),
+        ("headline", lambda: {"layer": wavering(0, 1)}, "dx is wrong at 1 of"),
+        ("capture", lambda: {"capture": lambda kit, fn: (fn(), lambda: None)}, "replayed result 0"),
+        ("simt", lambda: {"route": misplaced}, "route's token_of has other bits"),
+    ],
+)
+def test_planted_above_the_products(name, planted, words):
+    with pytest.raises(RungFailed, match=words):
+        RUNGS[name].fn(Kit(planted=planted()))
+
+
+def test_portable_products_do_not_pass_for_hopper_ones():
+    with pytest.raises(RungFailed, match="launched were none"):
+        kit.expect_products(Kit(), kit.products(["_ZN10moekernels4cuda3mmaE"]), {"StoreRows"})
+
+
+# ---- the climb
+@pytest.fixture
+def rungs(monkeypatch):
+    """A ladder of our own in the place of the real one."""
+    monkeypatch.setattr(kit, "RUNGS", {})
+    for module in (climb, kit):
+        monkeypatch.setattr(module, "RUNGS", kit.RUNGS)
+    monkeypatch.setattr(climb, "load_rungs", lambda products: None)
+
+    def fine(kit):
+        return {"answer": 42}
+
+    def broken(kit):
+        raise RuntimeError("CUDA error: misaligned address")
+
+    def dies(kit):
+        import os
+
+        os._exit(9)
+
+    def hangs(kit):
+        import time
+
+        time.sleep(60)
+
+    def above(kit):
+        return {}
+
+    def beside(kit):
+        return {}
+
+    for fn, needs in (
+        (fine, ()),
+        (broken, ("fine",)),
+        (dies, ("fine",)),
+        (hangs, ("fine",)),
+        (above, ("fine", "broken")),
+        (beside, ("fine",)),
+    ):
+        kit.rung(1, *needs, look=f"look at {fn.__name__}", limit=1.0)(fn)
+
+
+def test_a_failure_stops_its_branch_alone_and_says_where_to_look(rungs, tmp_path, capsys):
+    path = tmp_path / "ladder.jsonl"
+    with path.open("w") as out:
+        assert not climb.climb(["sass"], True, None, [], out, None)
+    lines = {line["rung"]: line for line in map(json.loads, path.read_text().splitlines())}
+    status = {name: line["status"] for name, line in lines.items()}
+    assert status == {
+        "fine": "pass",
+        "broken": "fail",
+        "dies": "fail",
+        "hangs": "hang",
+        "above": "stopped",
+        "beside": "pass",
+    }
+    assert lines["fine"]["facts"] == {"answer": 42}
+    assert lines["broken"]["legend"].startswith("716") and lines["broken"]["look"]
+    assert "exit code 9" in lines["dies"]["error"]
+    assert "bytes announced" in lines["hangs"]["legend"]
+    assert "broken did not pass" in lines["above"]["error"]
+    assert "look at hangs" in capsys.readouterr().out
+
+
+def test_rungs_need_rungs_that_come_before():
+    order = sorted(RUNGS.values(), key=lambda r: r.number)
+    for i, rung in enumerate(order):
+        assert set(rung.needs) <= {r.name for r in order[:i]}, rung.name
+    assert {r.number for r in order} == set(range(1, 15))
+
+
+def test_what_is_wrong_is_said_where():
+    ours, exact = torch.zeros(64, 32), torch.zeros(64, 32).double()
+    exact[8::16, 5] = 1
+    with pytest.raises(
+        RungFailed, match=r"4 of 2048 elements, rows 8, 24, 40, 56; columns 5; row % 8"
+    ):
+        diagnose.close("y", ours, exact, torch.bfloat16)
+    with pytest.raises(RungFailed, match="y is wrong"):
+        diagnose.close("y", ours * float("nan"), exact * 0, torch.bfloat16)

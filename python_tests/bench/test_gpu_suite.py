@@ -1,0 +1,261 @@
+"""The GPU suite's tuner, trace, calibration, report and pack, without a GPU: made-up clocks and
+records, and the bugs that each must notice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+import torch
+
+import ptx_emulator as ptx
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import gpu_report  # noqa: E402
+import pack_gpu_suite  # noqa: E402
+import trace_tiles  # noqa: E402
+import tune  # noqa: E402
+import tune_problems  # noqa: E402
+from tune_problems import LAYERS, Layer, Problem, Setting, settings_of  # noqa: E402
+
+SHAPE = Layer(16, 136, 136, 2, 2)
+
+
+def problem(op: str = "dact", run=None, layer: Layer = SHAPE) -> Problem:
+    return Problem(op, layer, layer.rows, 256, 64, run or (lambda: torch.ones(2)))
+
+
+class Clock(tune.Rehearsal):
+    """A made-up card: one setting is best, and times tremble by 0.5 %."""
+
+    def __init__(self, best: Setting, broken: Setting | None = None):
+        self.best, self.broken, self.calls, self.now = best, broken, 0, Setting()
+
+    def seconds(self, problem: Problem, setting: Setting) -> float:
+        self.calls += 1
+        assert setting == self.now, "what is timed is what is applied"
+        off = sum(a != b for a, b in zip(astuple(setting), astuple(self.best)))
+        return 1e-3 * (1 + 0.04 * off) * (1 + 0.005 * (self.calls * 37 % 11 - 5) / 5)
+
+    def result(self) -> torch.Tensor:
+        if self.now == self.broken:
+            raise RuntimeError("up_sm90: shared memory has room for 3 stages")
+        return torch.ones(2)
+
+
+# ---- the tuner
+@pytest.mark.parametrize("best", [Setting(band=8, promotion=128), Setting(grid=128), Setting()])
+def test_halving_finds_the_best_setting(best):
+    clock = Clock(best)
+    line = tune.tune(
+        problem(run=clock.result), settings_of("dact", 132), clock, time.monotonic() + 60
+    )
+    assert tune.setting_in(line["best"]) == best
+    assert tune.setting_in(line["next"]) != best and line["tried"] == 64
+    assert line["default_ms"] >= line["best"]["ms"] and clock.now == Setting()
+
+
+def test_settings_are_all_tried_and_the_default_is_first():
+    for op in tune_problems.OPS:
+        settings = settings_of(op, 132)
+        assert settings[0] == Setting() and len(set(settings)) == len(settings)
+        assert any(not s.prefetch for s in settings) == (op in tune_problems.PREFETCHING)
+    assert {s.grid for s in settings_of("up", 132)} == {0, 128}
+
+
+def test_a_setting_that_changes_a_bit_is_refused_however_fast():
+    wrong = Setting(band=8)
+
+    class Wrong(Clock):
+        def result(self):
+            return torch.full((2,), 1.0 + (self.now == wrong))
+
+    clock = Wrong(best=wrong)
+    line = tune.tune(
+        problem(run=clock.result), settings_of("up", 132), clock, time.monotonic() + 60
+    )
+    assert line["other_bits"] == ["band 8"]
+    assert tune.setting_in(line["best"]) != wrong
+
+
+def test_a_setting_without_room_is_left_out_and_said():
+    clock = Clock(Setting(), broken=Setting(stages=3))
+    line = tune.tune(
+        problem(run=clock.result), settings_of("up", 132), clock, time.monotonic() + 60
+    )
+    assert line["refused"] == ["stages 3"] and line["tried"] == 31
+
+
+def test_the_time_is_kept_and_what_is_skipped_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tune", "--rehearse", "--seconds", "-1"])
+    sys.argv += ["--out", str(tmp_path / "t.jsonl"), "--rows", str(tmp_path / "rows")]
+    assert tune.main() == 1
+    lines = [json.loads(x) for x in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 and all(x["skipped"] for x in lines)
+
+
+@pytest.fixture
+def rehearsed(tmp_path, monkeypatch) -> list[dict]:
+    """The lines of a tuner's rehearsal; they and its rows are in tmp_path."""
+    monkeypatch.setattr(sys, "argv", ["tune", "--rehearse"])
+    sys.argv += ["--out", str(tmp_path / "tune.jsonl"), "--rows", str(tmp_path / "rows.txt")]
+    assert tune.main() == 0
+    return [json.loads(x) for x in (tmp_path / "tune.jsonl").read_text().splitlines()]
+
+
+def test_rows_go_into_the_table_and_are_replaced_there(tmp_path, rehearsed):
+    assert [x["op"] for x in rehearsed] == list(tune_problems.OPS)
+    found, table = (tmp_path / "rows.txt").read_text(), tune.TABLE.read_text()
+    once = tune.write_rows(table, found)
+    assert found in once and tune.write_rows(once, found) == once
+    assert tune.write_rows(once, "") == tune.write_rows(table, "")
+    assert (
+        found.count("GemmKernel::wgmma") == 5 and '"measured, rehearsal, driver none, 20' in found
+    )
+    assert "{8, 0, 128, false}" in found and max(map(len, found.splitlines())) <= 120
+
+
+def test_rows_compile_and_are_taken_where_they_fit(tmp_path):
+    """The table with measured rows, through the very function that chooses."""
+    if (compiler := ptx.launch.shutil.which("g++")) is None:
+        pytest.skip("g++ is not on PATH")
+    base = {"card": "H", "driver": "1", "date": "today", "default_ms": 1.0, "k": 2048}
+    best = {"ms": 0.9, "tflops": 600.0, **tune.asdict(Setting(band=8, prefetch=False))}
+    as_before = {"ms": 0.999, "tflops": 600.0, **tune.asdict(Setting(band=32))}
+    lines = [
+        {**base, **tune.asdict(LAYERS[1]), "op": "dact", "m": 32768, "n": 4096, "best": best},
+        {**base, **tune.asdict(LAYERS[0]), "op": "dact", "m": 131072, "n": 4096, "best": as_before},
+    ]
+    include = tmp_path / "moekernels"
+    include.mkdir()
+    table = tune.write_rows(tune.TABLE.read_text(), tune.rows(lines))
+    (include / "gemm_tuned.h").write_text(table)
+    (tmp_path / "main.cpp").write_text(
+        """#include "moekernels/gemm_choice.h"
+        #include <cstdio>
+        #include <initializer_list>
+        using namespace moekernels;
+        int main() {
+          for (int64_t rows : {511, 512, 2047, 2048}) {
+            const GemmProblem p{GemmOp::dact, DType::bf16, rows * 64, 4096, 2048, 64,
+                                16, 90, true, false};
+            const GemmChoice c = choose_gemm(p);
+            std::printf("%d %d ", c.order.band, c.order.prefetch);
+          }
+        }"""
+    )
+    command = [compiler, "-std=c++17", f"-I{tmp_path}", f"-I{ROOT / 'csrc' / 'include'}"]
+    command += [str(tmp_path / "main.cpp"), "-o", str(tmp_path / "main")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = subprocess.run([tmp_path / "main"], capture_output=True, text=True).stdout
+    assert said.split() == ["0", "1", "8", "0", "8", "0", "0", "1"]
+
+
+def test_other_lines_than_rows_are_not_applied(tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows").write_text("#error\n")
+    monkeypatch.setattr(sys, "argv", ["tune", "--apply", str(tmp_path / "rows")])
+    before = tune.TABLE.read_text()
+    assert tune.main() == 2 and tune.TABLE.read_text() == before
+    assert "other lines than measured rows" in capsys.readouterr().err
+
+
+def test_the_problems_are_the_layers_products():
+    for found in tune_problems.problems(SHAPE, "cpu"):
+        assert found.run().isfinite().all(), found.name
+    ops = {p.op: (p.m, p.n, p.k) for p in tune_problems.problems(SHAPE, "cpu")}
+    assert ops["up"] == (32, 272, 136) and ops["wgrad"] == (272, 136, 32)
+
+
+# ---- the trace
+def test_the_trace_reads_records_back():
+    made = trace_tiles.made_up(problem("dact"))
+    found = trace_tiles.figures("dact", made)
+    assert found["step"] == 1024 and found["epilogue"] == 14000 and found["sms"] == 8
+    assert found["tiles"] == 2 * 8 * 6
+    made[:, :2, :, trace_tiles.END] += 500 * (made[:, :2, :, trace_tiles.TIMER] != 0)
+    assert trace_tiles.figures("dact", made)["epilogue"] == 14500
+    assert trace_tiles.figures("dact", made * 0)["tiles"] == 0
+
+
+# ---- the report
+def test_the_report_sets_measured_beside_predicted(tmp_path, rehearsed, capsys, monkeypatch):
+    line = {"op": "dact", **tune.asdict(LAYERS[0]), "m": 131072, "n": 4096, "k": 2048}
+    line |= {"default_ms": 4.524, "best": {"ms": 4.0, "tflops": 550.0}}
+    with (tmp_path / "tune.jsonl").open("a") as out:
+        out.write(json.dumps(line) + '\n{"op": "dgr')  # cut off in the middle
+    broken = {
+        "rung": "ring",
+        "way": "sass",
+        "status": "hang",
+        "error": "hang: ...",
+        "look": "there",
+    }
+    (tmp_path / "ladder.jsonl").write_text(json.dumps(broken) + "\n")
+    (tmp_path / "clocks.csv").write_text("t, 1755, 690.5, 61, 0x4\nt, 345, 80, 40, 0x1\ncut")
+    (tmp_path / "sections.txt").write_text("ladder rc=1 seconds=40\ntune rc=124 seconds=200\n")
+    monkeypatch.setattr(sys, "argv", ["gpu_report", str(tmp_path)])
+    assert gpu_report.main() == 0
+    said = capsys.readouterr().out
+    assert "dact T32768 H2048 F4096 E64 K4 TFLOP/s            486      486    1.00" in said
+    assert "ring (sass) hang" in said and "look: there" in said
+    assert "busy: 1755 MHz" in said and "TIMED OUT" in said and "0 of 1 rungs hold" in said
+    report = json.loads((tmp_path / "gpu_suite.json").read_text())
+    assert report["tune"][-1] == {"cut_off": '{"op": "dgr'} and len(report["tune"]) == 7
+
+
+def test_predictions_are_of_what_is_measured():
+    known = {str(layer) for layer in LAYERS}
+    for part in ("products", "layers"):
+        assert set(gpu_report.PREDICTED[part]) == known
+    for rates in gpu_report.PREDICTED["products"].values():
+        assert set(rates) == set(tune_problems.OPS)
+
+
+# ---- the pack and the plan
+def test_the_pack_wants_an_empty_folder_and_built_libraries(tmp_path, monkeypatch, capsys):
+    (tmp_path / "old").touch()
+    for arguments, words in (([str(tmp_path)], "holds old"),):
+        monkeypatch.setattr(sys, "argv", ["pack", *arguments])
+        with pytest.raises(SystemExit) as error:
+            pack_gpu_suite.main()
+        assert error.value.code == 2 and words in capsys.readouterr().err
+    monkeypatch.setattr(pack_gpu_suite, "LIBRARIES", ("_C_absent.so",))
+    with pytest.raises(SystemExit):
+        pack_gpu_suite.built(tmp_path, "python3")
+    assert "_C_absent.so not built" in capsys.readouterr().err
+
+
+def test_the_plan_names_what_there_is():
+    """Every command of PLAN.md is a section or a script that exists."""
+    plan, suite = (ROOT / "bench" / name for name in ("PLAN.md", "gpu_suite.sh"))
+    sections = suite.read_text().split('all="')[1].split('"')[0].split()
+    text = plan.read_text()
+    for line in text.splitlines():
+        if "bench/gpu_suite.sh " in line and line.startswith("    "):
+            named = line.split("bench/gpu_suite.sh ")[1].split(";")[0].split()
+            assert set(named) <= set(sections), line
+    for path in set(ptx.launch.re.findall(r"bench/[\w/]+\.\w+", text)):
+        assert (ROOT / path).exists() or "baselines" in path, path
+
+
+def test_the_suite_refuses_what_it_does_not_know(tmp_path):
+    suite = str(ROOT / "bench" / "gpu_suite.sh")
+    for arguments, words in (
+        (["nonsense"], "no section is called nonsense"),
+        ([], "give sections"),
+    ):
+        done = subprocess.run(
+            ["bash", suite, *arguments],
+            capture_output=True,
+            text=True,
+            env={"PATH": "/usr/bin:/bin", "OUT": str(tmp_path)},
+        )
+        assert done.returncode == 2 and words in done.stderr

@@ -1,0 +1,215 @@
+"""The machine code of the Hopper kernels, read from the built library: no spills, tensor cores and
+TMA in use, products that are not forced to wait for one another."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+LIBRARY = Path(__file__).parents[2] / "moekernels" / "_C.so"
+# Where the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm put their programs.
+NVIDIA = importlib.util.find_spec("nvidia")
+WHEELS = [
+    str(Path(at) / "cu13" / "bin") for at in (NVIDIA.submodule_search_locations if NVIDIA else ())
+]
+SEARCH = os.pathsep.join([os.environ.get("PATH", ""), *WHEELS])
+KERNELS = ("StoreRows", "StoreGradient", "StoreUp", "StoreDAct")
+
+
+def cuobjdump(*args: str) -> str:
+    program = shutil.which("cuobjdump", path=SEARCH)
+    env = {**os.environ, "PATH": SEARCH}  # without nvdisasm on PATH it prints nothing
+    done = subprocess.run([program, *args, str(LIBRARY)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@functools.cache
+def resources() -> dict[str, dict[str, int]]:
+    """What every kernel of sm_90a uses: name -> {"REG": 168, "STACK": 0, ...}."""
+    found, name = {}, None
+    for line in cuobjdump("-res-usage", "-arch", "sm_90a").splitlines():
+        if match := re.match(r"\s*Function (\w+):", line):
+            name = match[1]
+        elif name:
+            found[name] = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
+            name = None
+    return found
+
+
+@functools.cache
+def code_of(name: str) -> list[tuple[int, str]]:
+    """The instructions of a kernel: (address, text)."""
+    return parse(cuobjdump("-sass", "-fun", name, "-arch", "sm_90a"))
+
+
+def parse(sass: str) -> list[tuple[int, str]]:
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
+    return [(int(address, 16), text.strip()) for address, text in lines]
+
+
+def reached(code: list[tuple[int, str]], start: int) -> set[int]:
+    """The instructions that can follow the one at `start`, by their places in `code`."""
+    at = {address: i for i, (address, _) in enumerate(code)}
+    seen, todo = set(), [start]
+    while todo:
+        i = todo.pop()
+        while i < len(code) and i not in seen:
+            seen.add(i)
+            op = code[i][1]
+            assert not re.search(r"\b(BRX|CALL|JMX|RET)\b", op), f"where {op} leads cannot be told"
+            if target := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)$", op):
+                todo.append(at[int(target[1], 16)])
+            if re.fullmatch(r"BRA 0x[0-9a-f]+|EXIT", op):
+                break
+            i += 1
+    return seen
+
+
+def registers(texts: list[str]) -> int:
+    return 1 + max(int(r) for text in texts for r in re.findall(r"\bR(\d+)\b", text))
+
+
+def loops(code: list[tuple[int, str]]) -> list[list[str]]:
+    """The bodies of the loops that jump back by one branch."""
+    at = {address: i for i, (address, _) in enumerate(code)}
+    bodies = []
+    for i, (address, text) in enumerate(code):
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            bodies.append([t for _, t in code[at[int(target[1], 16)] : i + 1]])
+    return bodies
+
+
+def why_not() -> str | None:
+    for program in ("cuobjdump", "nvdisasm"):
+        if shutil.which(program, path=SEARCH) is None:
+            return f"{program} is not on PATH: pip install nvidia-cuda-{program}"
+    if not LIBRARY.exists():
+        return f"{LIBRARY} is not built"
+    if not any("cuda4sm90" in name for name in resources()):
+        return f"{LIBRARY.name} holds no kernels for sm_90a"
+    return None
+
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+
+def products(kind: str) -> list[str]:
+    return [n for n in resources() if "cuda4sm907product" in n and re.search(rf"\d+{kind}I", n)]
+
+
+def test_no_kernel_of_the_products_spills():
+    for kind in KERNELS:
+        assert products(kind)
+        for name in products(kind):
+            assert resources()[name]["STACK"] == 0, name
+            assert resources()[name]["LOCAL"] == 0, name
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_tensor_cores_and_bulk_copies(kind):
+    """One kernel of each kind and orientation: its wgmmas go out in groups of four, of which only
+    the last is waited for; where ptxas has to serialise them, every one carries a barrier."""
+    for name in (n for n in products(kind) if "bfloat16" in n):
+        code = cuobjdump("-sass", "-fun", name, "-arch", "sm_90a")
+        wgmmas = re.findall(r"HGMMA\.64x(?:128|256)x16\.F32\.BF16 [^;]*;", code)
+        assert wgmmas and len(wgmmas) % 4 == 0
+        assert sum("gsb0" in w for w in wgmmas) == len(wgmmas) // 4
+        assert re.search(r"UTMALDG\.[23]D", code)
+        assert "USETMAXREG" in code and "SYNCS.PHASECHK" in code
+        assert not re.search(r"\b(LDL|STL)\b", code)
+
+
+def test_epilogues_store_whole_vectors():
+    """What leaves for global memory is 16 bytes a lane, but for the fp32 gradient (a sector for
+    every four lanes) and the dots of 64 columns (one number a row)."""
+    limits = {"StoreRows": {"128"}, "StoreUp": {"128"}, "StoreDAct": {"128", "32"}}
+    for kind, allowed in limits.items():
+        name = next(n for n in products(kind) if "bfloat16" in n)
+        code = cuobjdump("-sass", "-fun", name, "-arch", "sm_90a")
+        stores = re.findall(r"\bSTG[.\w]* ", code)
+        assert stores and {(re.findall(r"\.(\d+) ", s) or ["32"])[0] for s in stores} <= allowed
+
+
+def budget(code: list[tuple[int, str]], change: str) -> tuple[int, int]:
+    """Where setmaxnreg is, and what it leaves a thread."""
+    (start,) = (i for i, (_, text) in enumerate(code) if f"USETMAXREG.{change}" in text)
+    return start, int(re.search(r"0x[0-9a-f]+", code[start][1])[0], 16)
+
+
+def producers_registers(code: list[tuple[int, str]]) -> int:
+    start, _ = budget(code, "DEALLOC")
+    return registers([code[i][1] for i in reached(code, start)])
+
+
+def test_registers_are_within_what_setmaxnreg_leaves():
+    """Nothing but this looks: ptxas does not, the emulator has registers without end, and a GPU
+    would read other warps' registers."""
+    for kind in KERNELS:
+        for name in products(kind):
+            code = code_of(name)
+            assert budget(code, "DEALLOC")[1] == 40 and budget(code, "TRY_ALLOC")[1] == 232, name
+            assert 128 * 40 + 256 * 232 <= 168 * 384  # the block's registers
+            assert producers_registers(code) <= 40, name
+            assert registers([text for _, text in code]) <= 232, name
+
+
+def test_a_producer_with_too_many_registers_is_found():
+    sass = """
+        /*0000*/  MOV R99, R1 ;
+        /*0010*/  USETMAXREG.DEALLOC.CTAPOOL 0x28 ;
+        /*0020*/  @P0 BRA 0x40 ;
+        /*0030*/  EXIT ;
+        /*0040*/  IADD3 R39, R2, R3, RZ ;
+        /*0050*/  BRA 0x30 ;
+        /*0060*/  MOV R200, R1 ;"""
+    assert producers_registers(parse(sass)) == 40
+    assert producers_registers(parse(sass.replace("R39", "R40"))) == 41
+
+
+# Instructions that an epilogue takes for 8 elements of SwiGLU, which decide how long it lasts, as
+# nothing runs beside it. A lower count replaces its number here.
+UP, DACT = 102, 211
+
+
+def up_per_chunk(code: list[tuple[int, str]]) -> list[int]:
+    """Of StoreUp's loops over its rows, those with a sigmoid an element and three whole stores."""
+    of = [(b, sum("STG.E.128" in t for t in b), sum("MUFU" in t for t in b)) for b in loops(code)]
+    return sorted(len(body) for body, stores, mufu in of if stores == 3 and mufu == 16)
+
+
+def dact_per_chunk(code: list[tuple[int, str]]) -> list[int]:
+    """The same of StoreDAct, whose rows are unrolled: each ends with three shuffles for its dot."""
+    shuffles = [i for i, (_, text) in enumerate(code) if "SHFL.BFLY" in text][2::3]
+    parts = [[text for _, text in code[a:b]] for a, b in zip(shuffles, shuffles[1:])]
+    gated = [
+        p
+        for p in parts
+        if sum("MUFU" in t for t in p) == 16 and 4 <= sum("STG" in t for t in p) <= 6
+    ]
+    return sorted(map(len, gated))
+
+
+def test_epilogues_take_no_more_instructions():
+    """The leanest of the gated activations with a sigmoid is SwiGLU; it comes in two layouts."""
+    for name in (n for n in products("StoreUp") if "bfloat16" in n):
+        sizes = up_per_chunk(code_of(name))
+        assert len(sizes) >= 6 and sizes[1] <= UP, sizes
+    for name in (n for n in products("StoreDAct") if "bfloat16" in n):
+        sizes = dact_per_chunk(code_of(name))
+        assert len(sizes) >= 24 and sizes[6] <= DACT, sizes
+
+
+def test_a_longer_epilogue_is_found():
+    body = ["MUFU.EX2 R1, R2", "MUFU.RCP R1, R1"] * 8 + ["STG.E.128 desc[UR4][R2.64], R4"] * 3
+    lines = [*body, *["FMUL R1, R2, R3"] * (UP - len(body)), "@P0 BRA 0x0"]
+    sass = "".join(f"\n /*{16 * i:04x}*/ {line} ;" for i, line in enumerate(lines))
+    assert up_per_chunk(parse(sass)) == [UP + 1]

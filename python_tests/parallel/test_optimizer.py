@@ -1,0 +1,213 @@
+"""AdamW over flat buffers against torch's own, and the norm across layouts."""
+
+import math
+
+import pytest
+import torch
+
+from moekernels.model.layout import Layout
+from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.optimizer import AdamWConfig, Optimizer
+from moekernels.parallel.shard import even_range, shard
+from python_tests.support.distributed import run_ranks
+
+SHAPES = {
+    "embed.weight": (40, 24),
+    "layers.1.w": (24, 36),
+    "layers.1.norm": (24,),
+    "layers.1.w1": (4, 12, 24),
+}
+
+
+def model(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        for name, shape in SHAPES.items()
+    }
+
+
+def gradient(name, step):
+    return torch.randn(
+        SHAPES[name], generator=torch.Generator().manual_seed(100 * step + len(name))
+    )
+
+
+def whole(parameters):
+    return [(name, p, shard(p.shape)) for name, p in parameters.items()]
+
+
+def config(**changes):
+    return AdamWConfig(
+        **{"lr": 1e-2, "warmup": 2, "steps": 8, "clip": 1.0, "weight_decay": 0.1, **changes}
+    )
+
+
+def train(optimizer, parameters, steps):
+    out = []
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        for name, p in parameters.items():
+            # Twice half a gradient, as two micro-batches give it; autograd adds the second to the
+            # first.
+            for _ in range(2):
+                (p * (gradient(name, step) / 2).to(p.dtype)).sum().backward()
+        optimizer.reduce()
+        out.append(optimizer.step())
+    return out
+
+
+def by_torch(settings, steps, dtype=torch.float32):
+    parameters = model(dtype)
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [parameters["layers.1.w"], parameters["layers.1.w1"]],
+                "weight_decay": settings.weight_decay,
+            },
+            {
+                "params": [parameters["embed.weight"], parameters["layers.1.norm"]],
+                "weight_decay": 0.0,
+            },
+        ],
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+    )
+    norms = []
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr_at(step)
+        for name, p in parameters.items():
+            p.grad = gradient(name, step).to(dtype)
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip).item())
+        optimizer.step()
+    return parameters, norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_torch(dtype):
+    settings, parameters = config(), model(dtype)
+    steps = train(Optimizer(whole(parameters), Mesh(Layout()), settings), parameters, 8)
+    expected, norms = by_torch(settings, 8, dtype)
+    torch.testing.assert_close([norm.item() for norm, _ in steps], norms, rtol=1e-6, atol=0)
+    for name, p in parameters.items():
+        torch.testing.assert_close(p.data, expected[name].data, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_parameters_follow_their_fp32_masters():
+    settings, parameters = config(clip=0.0), model(torch.bfloat16)
+    start = {name: p.detach().float() for name, p in parameters.items()}
+    optimizer = Optimizer(whole(parameters), Mesh(Layout()), settings)
+    train(optimizer, parameters, 8)
+    masters = {key: x for key, x, _ in optimizer.state() if key.startswith("master.")}
+    for name, p in parameters.items():
+        master = masters[f"master.{name}"]
+        assert p.dtype == torch.bfloat16 and p.main_grad.dtype == master.dtype == torch.float32
+        assert torch.equal(p.data, master.bfloat16()) and not torch.equal(master, start[name])
+        assert p.grad is None, "autograd's own gradient went into main_grad"
+
+
+def test_bf16_moments_follow_fp32_ones():
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        parameters = model()
+        optimizer = Optimizer(whole(parameters), Mesh(Layout()), config(state_dtype=dtype))
+        train(optimizer, parameters, 8)
+        assert {x.dtype for key, x, _ in optimizer.state() if key.startswith("exp")} == {dtype}
+        results.append((parameters, optimizer.bytes()))
+    moved = {name: (p - model()[name]).abs().mean() for name, p in results[0][0].items()}
+    for name, p in results[1][0].items():
+        assert (p - results[0][0][name]).abs().mean() < 0.02 * moved[name]
+    assert results[1][1] == results[0][1] * 12 // 16
+
+
+@pytest.mark.parametrize("betas", [(0.99, 0.999), (0.999, 0.9999)])
+def test_slow_bf16_moments_follow_fp32_ones(betas):
+    """Half way to where they will be; rounded to nearest they would stand still there."""
+    start, steps, states = {"exp_avg.w": 0.15, "exp_avg_sq.w": 0.5}, 100, []
+    for dtype in (torch.float32, torch.bfloat16):
+        p, generator = torch.nn.Parameter(torch.zeros(16, 256)), torch.Generator().manual_seed(0)
+        settings = config(state_dtype=dtype, beta1=betas[0], beta2=betas[1], steps=steps)
+        optimizer = Optimizer([("w", p, shard(p.shape))], Mesh(Layout()), settings)
+        state = {key: x for key, x, _ in optimizer.state()}
+        for key, value in start.items():
+            state[key].fill_(value)
+        for _ in range(steps):
+            p.main_grad.normal_(0.3, generator=generator)
+            optimizer.step(norm=torch.ones((), dtype=torch.float64))
+        states.append({key: x.double() for key, x in state.items()})
+    for key, value in start.items():
+        exact, got = states[0][key], states[1][key]
+        moved = (exact.mean() - value).abs()
+        assert (got.mean() - exact.mean()).abs() < 0.1 * moved, key
+        assert (got - exact).square().mean().sqrt() < 0.04 * exact.square().mean().sqrt(), key
+
+
+def test_kernels_that_know_main_grad_and_autograd_write_to_one_place():
+    parameters = model()
+    optimizer = Optimizer(whole(parameters), Mesh(Layout()), config())
+    p = parameters["layers.1.w"]
+    (p * 2).sum().backward()
+    p.main_grad.add_(1.0)
+    assert torch.equal(p.grad, torch.full_like(p, 3.0)) and torch.equal(p.main_grad, p.grad)
+    optimizer.zero_grad()
+    assert not p.grad.any() and p.grad.data_ptr() == p.main_grad.data_ptr()
+
+
+def test_learning_rate():
+    c = AdamWConfig(lr=1.0, min_lr_ratio=0.1, warmup=4, steps=20)
+    assert [c.lr_at(s) for s in (1, 2, 4)] == [0.25, 0.5, 1.0]
+    assert c.lr_at(12) == pytest.approx(0.55) and c.lr_at(20) == pytest.approx(0.1) == c.lr_at(30)
+    rates = [c.lr_at(s) for s in range(4, 21)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def layout_norm(rank, layout):
+    """The same full gradients, cut and shared as the layout wants: norm and updated full-tensor
+    pieces."""
+    mesh = Mesh(layout)
+    tp, e = mesh.tp, SHAPES["layers.1.w1"][0] // layout.ep
+    mine = (mesh.ep_index * e, (mesh.ep_index + 1) * e)
+    infos = {
+        "embed.weight": shard(SHAPES["embed.weight"], {0: [even_range(40, tp.rank, tp.size)]}),
+        "layers.1.w": shard(SHAPES["layers.1.w"], {1: [even_range(36, tp.rank, tp.size)]}),
+        "layers.1.norm": shard(SHAPES["layers.1.norm"], reduce_over="stage", copies="stage"),
+        "layers.1.w1": shard(SHAPES["layers.1.w1"], {0: [mine]}, reduce_over="edp", copies="edp"),
+    }
+    full = model()
+    # Stage p holds the parameters of its number, so that each rank's norm is a part only.
+    here = [name for i, name in enumerate(SHAPES) if i % layout.pp == mesh.pp_index]
+    shards = [
+        (name, torch.nn.Parameter(infos[name].take(full[name].data)), infos[name]) for name in here
+    ]
+    optimizer = Optimizer(shards, mesh, config())
+    for step in (1, 2):
+        optimizer.zero_grad()
+        for name, p, info in shards:
+            parts = getattr(mesh, info.reduce_over).size
+            p.main_grad.add_(info.take(gradient(name, step)) / parts)
+        optimizer.reduce()
+        norm, _ = optimizer.step()
+    return norm.item(), [(name, p.data, info) for name, p, info in shards]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2, ep=2),
+        Layout(pp=2),
+        Layout(dp=2),
+        Layout(dp=2, ep=2),
+        Layout(tp=2, dp=2, ep=2),
+        Layout(2, 1, 2),
+    ],
+    ids=str,
+)
+def test_every_layout_has_one_norm_and_one_update(layout):
+    expected, norms = by_torch(config(), 2)
+    results = run_ranks(layout.world, layout_norm, layout)
+    assert len({norm for norm, _ in results}) == 1, "ranks disagree on the norm"
+    assert math.isclose(results[0][0], norms[1], rel_tol=1e-6)
+    for _, shards in results:
+        for name, p, info in shards:
+            torch.testing.assert_close(p, info.take(expected[name].data), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,59 @@
+"""Trainings of seconds, started as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from moekernels.train.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "--layers 4 --experts 8 --d-model 32 --heads 4 --head-dim 8 --expert-d-in 48 --expert-d-ff 32 "
+    "--vocab-size 300 --sequences 16 --context 48 --microbatches 4 --accumulation 1 --warmup 2 "
+    "--device cpu --eval-sequences 16"
+).split()
+LAYOUT = ["--tp", "2", "--pp", "2"]
+
+
+def argv(text, out, *more):
+    return ["train", *SMALL, "--data", str(text / "text.txt"), "--out", str(out), *more]
+
+
+def environment(text):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(text / "cache")}
+
+
+def run_command(text, *command):
+    return subprocess.Popen(
+        [sys.executable, "-m", "moekernels", *command],
+        env=environment(text),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start(text, out, *more):
+    return run_command(text, *argv(text, out, *more))
+
+
+def losses(out):
+    return [line["loss"] for line in read_metrics(out)]
+
+
+def wait_for_steps(out, steps, process, seconds=300):
+    deadline = time.monotonic() + seconds
+    while len(read_metrics(out)) < steps and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    assert len(read_metrics(out)) >= steps
+
+
+def torchrun(*flags):
+    """The command line up to moekernels' own arguments."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return [*command, "2", *flags, "-m", "moekernels"]
