@@ -1,28 +1,24 @@
-"""The ops, as public differentiable functions."""
+"""The ops, as public differentiable functions.
 
-from moekernels.ops.all_to_all import pack, regroup, ungroup
-from moekernels.ops.combine import combine
-from moekernels.ops.experts import experts
-from moekernels.ops.gate import GateOutput, gate, load_balancing_loss
-from moekernels.ops.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
-from moekernels.ops.permute import permute, permute_weights
-from moekernels.ops.route import route
-from moekernels.reference import Routing
+Every file here without an underscore is a stem; its `__all__` names what this package offers of it.
+"""
 
-__all__ = [
-    "GateOutput",
-    "Routing",
-    "combine",
-    "experts",
-    "gate",
-    "grouped_gemm",
-    "grouped_gemm_dgrad",
-    "grouped_gemm_wgrad",
-    "load_balancing_loss",
-    "pack",
-    "permute",
-    "permute_weights",
-    "regroup",
-    "route",
-    "ungroup",
-]
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+__all__: list[str] = []
+
+for _found in pkgutil.iter_modules(__path__):
+    if not _found.name.startswith("_"):
+        _stem = importlib.import_module(f"{__name__}.{_found.name}")
+        # A function takes the place of the module of its name.
+        globals().update({_name: getattr(_stem, _name) for _name in _stem.__all__})
+        __all__ += _stem.__all__
+__all__.sort()
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...

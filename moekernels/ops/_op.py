@@ -72,3 +72,8 @@ def _wrong_kind(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> str | None
             way = "; torch.as_tensor makes one" if kinds[0][0] == "a tensor" else ""
             return f"{fn.__name__}: {name} must be {wanted}, got {type(value).__name__}{way}"
     return None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of routing weights and sums beside `dtype`: fp64 stays, all else is fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

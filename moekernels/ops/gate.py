@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from moekernels import reference
-from moekernels.ops import _derivatives, _spec
+from moekernels.ops import _derivatives
 from moekernels.ops._library import fake, raw
-from moekernels.ops._op import op
+from moekernels.ops._op import op, wide
 from moekernels.reference import GateOutput
 
 __all__ = ["GateOutput", "gate", "load_balancing_loss"]
@@ -38,14 +36,14 @@ def _(
     valid: Tensor | None,
 ):
     tokens, experts = logits.shape
-    wide = _spec.wide(logits.dtype)
+    sums = wide(logits.dtype)
     parts = 1 if segments is None else segments.shape[0] - 1
     return (
-        logits.new_empty(tokens, top_k, dtype=wide),
+        logits.new_empty(tokens, top_k, dtype=sums),
         logits.new_empty(tokens, top_k, dtype=torch.int32),
-        logits.new_empty(parts, experts, dtype=wide),
+        logits.new_empty(parts, experts, dtype=sums),
         logits.new_empty(parts, experts, dtype=torch.int64),
-        logits.new_empty(parts, dtype=wide),
+        logits.new_empty(parts, dtype=sums),
     )
 
 
@@ -162,7 +160,7 @@ def gate(
         raise ValueError(f"gate: group_score must be {'|'.join(_SUM_TWO)}, got {group_score!r}")
     logits = logits.contiguous()
     if bias is not None:
-        bias = bias.detach().to(_spec.wide(logits.dtype)).contiguous()
+        bias = bias.detach().to(wide(logits.dtype)).contiguous()
     options = (
         top_k,
         _SCORE[score],
@@ -176,122 +174,3 @@ def gate(
     if logits.requires_grad and torch.is_grad_enabled():
         return GateOutput(*_Gate.apply(logits, options, segments, valid))
     return GateOutput(*_gate(logits, *options, segments, valid))
-
-
-def _logits(dtype: torch.dtype, tokens: int, experts: int, seed: int) -> Tensor:
-    """[T, E] values that differ within a row in every dtype: no choice is left to rounding."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(tokens, experts, generator=generator).argsort(dim=-1)
-    step = 6 / experts
-    return ((order - experts / 2) * step + 0.25 * step * (order % 3)).to(dtype)
-
-
-def _options() -> Iterator[tuple[str, dict]]:
-    bias = _spec.randn(torch.float64, 24, seed=3, scale=0.2)
-    for score in _SCORE:
-        yield score, {"score": score}
-        yield f"{score}-scaled", {"score": score, "renormalize": True, "scale": 2.5}
-        if score != "softmax_topk":
-            yield f"{score}-bias", {"score": score, "bias": bias, "renormalize": True}
-    groups = {"num_groups": 6, "groups_kept": 2}
-    yield "groups", {"score": "sigmoid", **groups}
-    yield "groups-bias", {"score": "sigmoid", **groups, "bias": bias, "group_score": "sum2"}
-
-
-def _cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
-    x = _logits(dtype, 21, 24, seed=0)
-    for name, options in _options():
-        if options.get("bias") is not None:
-            options = {**options, "bias": options["bias"].to(_spec.wide(dtype))}
-        yield _spec.Case(name, {"logits": x, "top_k": 4, **options})
-    everything = {
-        "segments": torch.tensor([0, 9, 9, 75, 150]),
-        "valid": torch.arange(150) % 7 != 3,
-        "score": "sigmoid",
-        "renormalize": True,
-    }
-    x = _logits(dtype, 150, 8, seed=1)
-    yield _spec.Case("segments", {"logits": x, "top_k": 2, **everything}, False, compile=True)
-    gap = {"segments": torch.tensor([2, 5, 8])}
-    yield _spec.Case("gaps", {"logits": x[:10], "top_k": 2, **gap})
-    yield _spec.Case("chunks", {"logits": x, "top_k": 2}, gradcheck=False, compile=True)
-    yield _spec.Case("no_tokens", {"logits": x[:0], "top_k": 2})
-    yield _spec.Case("one_token", {"logits": x[:1], "top_k": 1})
-    yield _spec.Case("k_is_e", {"logits": x[:9], "top_k": 8})
-    yield _spec.Case("one_expert", {"logits": x[:9, :1], "top_k": 1, "renormalize": True})
-    nobody = {"valid": torch.zeros(9, dtype=torch.bool)}
-    yield _spec.Case("none_valid", {"logits": x[:9], "top_k": 2, **nobody})
-    yield _spec.Case("all_tie", {"logits": torch.zeros(5, 40, dtype=dtype), "top_k": 7}, False)
-    yield _spec.Case("far", {"logits": _logits(dtype, 7, 24, seed=2) * 8, "top_k": 3}, False)
-
-
-def _large(dtype: torch.dtype) -> dict:
-    segments = torch.tensor([0, 300, 301, 1024])
-    return {"logits": _logits(dtype, 1024, 40, seed=4), "top_k": 6, "segments": segments}
-
-
-def _sized(tokens: int) -> dict:
-    segments = torch.tensor([0, tokens // 2, tokens])
-    return {"logits": _logits(torch.float32, tokens, 12, seed=0), "top_k": 3, "segments": segments}
-
-
-def _messages():
-    x = torch.zeros(4, 6)
-    names = "float32|bfloat16|float16|float64"
-    yield lambda: gate(x[0], 2), f"gate: logits must be {names} [T, E], got float32 [6]"
-    yield lambda: gate(x.int(), 2), f"gate: logits must be {names} [T, E], got int32 [4, 6]"
-    yield lambda: gate(x, 0), "gate: top_k must be in [1, E=6], got 0"
-    yield lambda: gate(x, 7), "gate: top_k must be in [1, E=6], got 7"
-    yield lambda: gate(x, 2, num_groups=4), "gate: num_groups must divide E=6, got 4"
-    yield (
-        lambda: gate(x, 2, num_groups=3, groups_kept=4),
-        "gate: groups_kept must be in [1, 3], got 4",
-    )
-    yield (
-        lambda: gate(x, 3, num_groups=3, groups_kept=1),
-        "gate: the 1 groups kept hold 2 experts, fewer than top_k=3",
-    )
-    yield (
-        lambda: gate(x, 2, bias=torch.zeros(5)),
-        "gate: bias must be float32 [E=6], got float32 [5]",
-    )
-    yield (
-        lambda: gate(x, 2, valid=torch.zeros(4)),
-        "gate: valid must be bool [T=4], got float32 [4]",
-    )
-    yield (
-        lambda: gate(x, 2, segments=torch.zeros(2, dtype=torch.int32)),
-        "gate: segments must be int64 [S+1], got int32 [2]",
-    )
-    yield (
-        lambda: gate(x, 2, score="tanh"),
-        "gate: score must be softmax|softmax_topk|sigmoid|sqrtsoftplus, got 'tanh'",
-    )
-    yield (
-        lambda: gate(x, 2, group_score="mean"),
-        "gate: group_score must be max|sum2, got 'mean'",
-    )
-    yield (
-        lambda: _gate(x.T, 2, 0, None, 1, 1, False, False, 1.0, None, None),
-        "gate: logits must be contiguous, got strides [1, 6]",
-    )
-
-
-def _saved(inputs: dict) -> int:
-    tokens = inputs["logits"].shape[0]
-    return _spec.nbytes(inputs["logits"], inputs.get("segments")) + 4 * tokens * inputs["top_k"]
-
-
-_spec.register(
-    _spec.OpSpec(
-        name="gate",
-        fn=gate,
-        reference=reference.gate,
-        cases=_cases,
-        sized=_sized,
-        differentiable=("logits",),
-        messages=_messages,
-        large=_large,
-        saved=_saved,
-    )
-)

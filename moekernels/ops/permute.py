@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from moekernels import ops, reference
-from moekernels.ops import _spec
 from moekernels.ops._library import fake, raw
 from moekernels.ops._op import op, require_tensor
 from moekernels.reference import Routing
+
+__all__ = ["permute", "permute_weights"]
 
 _permute = raw._permute.default
 
@@ -84,66 +83,3 @@ def permute_weights(weights: Tensor, routing: Routing) -> Tensor:
     """
     flat = permute(weights.reshape(-1, 1), routing.slot_of, routing.row_of.reshape(-1, 1))
     return flat.reshape(-1)
-
-
-def _cases(dtype: torch.dtype) -> Iterator[_spec.Case]:
-    for name, ids, _, routing in _spec.routing_cases():
-        x = _spec.randn(dtype, ids.shape[0], 10)
-        inputs = {"x": x, "token_of": routing.token_of, "row_of": routing.row_of}
-        yield _spec.Case(name, inputs, compile=name == "ordinary")
-
-
-def _large(dtype: torch.dtype) -> dict:
-    routing = _spec.large_routing()
-    x = _spec.randn(dtype, routing.row_of.shape[0], 130)
-    return {"x": x, "token_of": routing.token_of, "row_of": routing.row_of}
-
-
-def _sized(tokens: int) -> dict:
-    routing = _spec.routed(tokens)
-    x = _spec.randn(torch.float32, tokens, 12)
-    return {"x": x, "token_of": routing.token_of, "row_of": routing.row_of}
-
-
-def _messages():
-    x, token_of = torch.zeros(3, 4), torch.zeros(6, dtype=torch.int32)
-    row_of = torch.zeros(3, 2, dtype=torch.int32)
-    yield (
-        lambda: permute(x[0], token_of, row_of),
-        "permute: x must be float32|bfloat16|float16|float64 [T, H], got float32 [4]",
-    )
-    yield (
-        lambda: permute(x, token_of.long(), row_of),
-        "permute: token_of must be int32 [R], got int64 [6]",
-    )
-    yield (
-        lambda: permute(x, token_of[::2], row_of),
-        "permute: token_of must be contiguous, got strides [2]",
-    )
-    yield (
-        lambda: permute(x, token_of, row_of[:2]),
-        "permute: row_of must be int32 [T=3, K], got int32 [2, 2]",
-    )
-    yield (
-        lambda: permute(x.clone().requires_grad_(), token_of, row_of.flatten()),
-        "permute: row_of must be int32 [T=3, K], got int32 [6]",
-    )
-    yield (
-        lambda: _permute(x.T, token_of),
-        "permute: x must be contiguous, got strides [1, 4]",
-    )
-
-
-_spec.register(
-    _spec.OpSpec(
-        name="permute",
-        fn=permute,
-        reference=reference.permute,
-        cases=_cases,
-        sized=_sized,
-        differentiable=("x",),
-        messages=_messages,
-        large=_large,
-        saved=lambda i: _spec.nbytes(i["token_of"], i["row_of"]),
-    )
-)

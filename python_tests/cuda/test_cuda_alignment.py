@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from moekernels import ops, reference
-from moekernels.ops._spec import randn, random_ids
 from python_tests.support.contract import assert_close, evaluate, hold, spec_of
 from python_tests.support.hopper import back, here, hopper, products, where  # noqa: F401
 from python_tests.support.products import ffn, offsets_of, product
+from python_tests.support.spec import randn, random_ids
 
 BF16, F32 = torch.bfloat16, torch.float32
 TOKENS, EXPERTS, TOP_K, WIDTH = 6, 8, 2, 24

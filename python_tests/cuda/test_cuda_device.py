@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from moekernels import interop, ops
-from moekernels.ops._spec import all_specs, randn, random_ids
 from python_tests.support import emulated
 from python_tests.support.contract import assert_same, evaluate, hold
 from python_tests.support.device import no_waiting, on_device, to_cpu
+from python_tests.support.spec import all_specs, randn, random_ids
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from moekernels import ops, reference
-from moekernels.ops._spec import all_specs, randn, random_ids
 from python_tests.support import emulated
 from python_tests.support.contract import assert_same, evaluate, hold, spec_of
+from python_tests.support.spec import all_specs, randn, random_ids
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=emulated.why_not() or "")
 

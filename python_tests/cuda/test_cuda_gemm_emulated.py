@@ -13,10 +13,10 @@ import torch
 import ptx_emulator as ptx
 from moekernels import ops, reference
 from moekernels.ops._library import raw
-from moekernels.ops._spec import randn, random_ids
 from python_tests.support import emulated
 from python_tests.support.contract import assert_close, assert_same, evaluate, hold, lift, spec_of
 from python_tests.support.products import ffn, offsets_of, product
+from python_tests.support.spec import randn, random_ids
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=emulated.why_not() or "")
 

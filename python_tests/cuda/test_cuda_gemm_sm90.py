@@ -13,11 +13,11 @@ import torch
 import ptx_emulator as ptx
 from moekernels import ops, reference
 from moekernels.ops._library import raw
-from moekernels.ops._spec import randn, random_ids
 from python_tests.support import emulated
 from python_tests.support.contract import assert_close, assert_same, evaluate, hold, spec_of
 from python_tests.support.hopper import back, here, hopper, products, where  # noqa: F401
 from python_tests.support.products import ffn, offsets_of, product
+from python_tests.support.spec import randn, random_ids
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # (schedule, lazy): as issued, as late as may be, in other orders

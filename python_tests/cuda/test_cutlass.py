@@ -13,10 +13,10 @@ import torch
 
 import ptx_emulator as ptx
 from moekernels import _host, ops
-from moekernels.ops._spec import all_specs, randn, routing_cases
 from python_tests.support import emulated
 from python_tests.support.contract import assert_same, evaluate, hold
 from python_tests.support.device import no_waiting, on_device, to_cpu
+from python_tests.support.spec import all_specs, randn, routing_cases
 
 BF16 = torch.bfloat16
 SPECS = {spec.name: spec for spec in all_specs() if spec.name.startswith("grouped_gemm")}

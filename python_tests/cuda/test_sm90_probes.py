@@ -10,10 +10,10 @@ import torch
 import ptx_emulator as ptx
 from moekernels import ops, reference
 from moekernels.ops._library import raw
-from moekernels.ops._spec import randn
 from python_tests.support import emulated
 from python_tests.support.hopper import hopper, skip_if, why_not_emulated
 from python_tests.support.products import offsets_of, product
+from python_tests.support.spec import randn
 
 pytestmark = skip_if(why_not_emulated())
 

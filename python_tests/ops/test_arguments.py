@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moekernels import ops
-from moekernels.ops._spec import randn
 from python_tests.support.contract import each, each_spec, evaluate, tensors
+from python_tests.support.spec import randn
 
 
 @pytest.mark.parametrize("kind", ["list", "ndarray", "str"])

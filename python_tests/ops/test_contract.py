@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moekernels import ops
 from moekernels.ops._library import raw
-from moekernels.ops._spec import Case, OpSpec, randn
 from python_tests.support.contract import (
     SPECS,
     assert_same,
@@ -31,6 +30,7 @@ from python_tests.support.contract import (
     same_bits,
     tensors,
 )
+from python_tests.support.spec import Case, OpSpec, randn
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moekernels import ops
-from moekernels.ops._spec import OpSpec, randn
 from python_tests.support.contract import SPECS, each, each_spec, tensors
+from python_tests.support.spec import OpSpec, randn
 
 DIFFERENTIABLE = [spec for spec in SPECS if spec.differentiable]
 

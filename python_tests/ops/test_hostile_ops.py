@@ -15,9 +15,9 @@ from torch import Tensor
 
 from moekernels import ops, reference
 from moekernels.ops._library import raw
-from moekernels.ops._spec import all_specs, randn, wide
 from python_tests.support import emulated
 from python_tests.support.contract import evaluate, hold, lift
+from python_tests.support.spec import all_specs, randn, wide
 
 SPECS = {spec.name: spec for spec in all_specs()}
 UNGATED = ("relu2", "silu", "gelu")

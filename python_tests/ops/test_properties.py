@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moekernels import ops, reference
-from moekernels.ops._spec import randn, wide
+from python_tests.support.spec import randn, wide
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 SEEDS = st.integers(0, 2**31)

@@ -16,7 +16,6 @@ from moekernels.model.layout import Layout
 from moekernels.model.spec import Place
 from moekernels.nn import attention, dispatcher, embedding, experts, router
 from moekernels.nn.transformer import StageModel
-from moekernels.ops._spec import all_specs, nbytes
 from moekernels.parallel import expert
 from moekernels.parallel.expert import ExchangePlan
 from moekernels.parallel.mesh import Mesh
@@ -24,6 +23,7 @@ from moekernels.parallel.optimizer import AdamWConfig, Optimizer
 from moekernels.plan.memory import chunk_bytes, layer_bytes, place_of, stage_memory
 from moekernels.plan.strategy import Strategy
 from moekernels.run import files as cfg
+from python_tests.support.spec import all_specs, nbytes
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

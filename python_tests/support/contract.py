@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moekernels import ops
-from moekernels.ops._spec import OpSpec, all_specs, randn
+from python_tests.support.spec import OpSpec, all_specs, randn
 
 SPECS = all_specs()
 ACTIVATIONS = {"x", "rows", "drows", "logits", "message", "weights", "ids"}

@@ -34,24 +34,6 @@ ROOT = Path(__file__).parents[2]
 SANITIZER = os.environ.get("MOEKERNELS_SANITIZER")
 LIBRARY = ROOT / "build" / "cmake" / f"_C_{SANITIZER or 'emulated'}.so"
 ARCH = "90a"
-OPS = (
-    "_gate",
-    "_gate_backward",
-    "_route",
-    "_permute",
-    "_combine",
-    "_combine_backward",
-    "_pack",
-    "_regroup",
-    "_ungroup",
-    "_grouped_gemm",
-    "_grouped_gemm_wgrad",
-    "_grouped_gemm_wgrad_",
-    "_experts",
-    "_experts_dact",
-    "_experts_dbias",
-    "_experts_dbias_",
-)
 
 # nvcc names internal kernels after the file and a hash of how it was compiled.
 _FILE_HASH = re.compile(r"\d+_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}")
@@ -296,6 +278,17 @@ def stems() -> list[str]:
 
 
 @cache
+def raw_ops() -> list[str]:
+    """Of the emulated library, once it is loaded: all that take tensors."""
+    prefix = "moekernels_emulated::"
+    return sorted(
+        schema.name.removeprefix(prefix)
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith(prefix) and "Tensor" in str(schema).partition("->")[0]
+    )
+
+
+@cache
 def device() -> _Device | _Fibers:
     return _Fibers() if SANITIZER else _Device()
 
@@ -318,7 +311,7 @@ def emulated_cuda(
         emulator.library.moekernels_emulate_capability(capability)
     library = torch.library.Library("moekernels", "IMPL")
     try:
-        for name in filter(lambda name: hasattr(torch.ops.moekernels_emulated, name), OPS):
+        for name in raw_ops():
             library.impl(
                 name,
                 lambda *args, name=name: emulator.call(name, *args),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moekernels import reference
-from moekernels.ops._spec import randn, random_ids
+from python_tests.support.spec import randn, random_ids
 
 
 def offsets_of(*counts: int) -> torch.Tensor:

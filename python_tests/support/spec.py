@@ -1,12 +1,15 @@
-"""What the contract test and the benches know of an op.
+"""What the tests know of an op.
 
-Every stem ends with `register(OpSpec(...))`. The contract test walks `all_specs()`: values and
-gradients against the reference in fp64, gradcheck, opcheck of every raw op that a call reaches,
-torch.compile, messages, determinism. Legend: T tokens, E experts, K top-k, R routed rows.
+`cases/` has a file for each stem, which calls `register(OpSpec(...))`. The contract test walks
+`all_specs()`: values and gradients against the reference in fp64, gradcheck, opcheck of every raw
+op that a call reaches, torch.compile, messages, determinism. Legend: T tokens, E experts, K top-k,
+R routed rows.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +18,8 @@ import torch
 from torch import Tensor
 
 from moekernels import reference
+from moekernels.ops._op import wide  # noqa: F401  beside what else makes inputs
+from python_tests.support import cases
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -60,14 +65,10 @@ def register(spec: OpSpec) -> OpSpec:
 
 
 def all_specs() -> list[OpSpec]:
-    import moekernels.ops  # noqa: F401  every stem registers when it is imported
-
+    """Of every stem that has a file in `cases/`."""
+    for module in pkgutil.iter_modules(cases.__path__):
+        importlib.import_module(f"{cases.__name__}.{module.name}")
     return list(_registry.values())
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of routing weights and sums beside `dtype`: fp64 stays, all else is fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def nbytes(*tensors: Tensor | None) -> int:

@@ -1,0 +1,34 @@
+"""What mkdocs fills into a page before it renders it: lists that follow from the code."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+OPS = Path(__file__).parents[1] / "moekernels" / "ops"
+
+
+def public(path: Path) -> list[str]:
+    """The full names of what a stem offers, where they are defined."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    homes, names = {}, []
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            homes |= {alias.name: node.module for alias in node.names}
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names = ast.literal_eval(node.value)
+    here = f"moekernels.ops.{path.stem}"
+    return [f"{homes.get(name, here)}.{name}" for name in names]
+
+
+def entry(name: str) -> str:
+    """mkdocstrings' words for a function, or for a NamedTuple whose fields have comments."""
+    options = "\n    options:\n      show_if_no_docstring: true"
+    return f"::: {name}" + options * name.rpartition(".")[2][0].isupper()
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    stems = [path for path in sorted(OPS.glob("*.py")) if path.name[0] != "_"]
+    entries = [entry(name) for path in stems for name in public(path)]
+    return markdown.replace("<!-- ops -->", "\n\n".join(entries))
