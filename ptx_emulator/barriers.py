@@ -4,13 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .clusters import bind_cluster_barrier
 from .errors import DivergentBarrier, Unsupported
 from .machine import Lanes, Machine, instruction
 from .schedule import Waits
 from .syntax import Instruction
 from .warp import bind_warp_sync
-
-_CLUSTER = 16  # behind the barriers that a kernel can name
 
 
 @dataclass
@@ -32,10 +31,6 @@ class BlockBarriers(Waits):
     def arrive(self, number: int, arrival: _Arrival) -> None:
         self.arrivals.setdefault(number, []).append(arrival)
         self.release_complete(number)
-
-    def wait_for_all(self, number: int, lanes: Lanes) -> None:
-        """All threads of the block wait for one another."""
-        self.arrive(number, _Arrival(self.machine.pc, lanes.ids, True, None))
 
     def release_complete(self, number: int) -> None:
         """Let the blocks go in which everyone has arrived."""
@@ -147,10 +142,7 @@ def _bind_barrier(machine: Machine, ins: Instruction):
     if "warp" in ins.mods:
         return bind_warp_sync(machine, ins)
     if "cluster" in ins.mods:
-        # Clusters have one block, so this is a barrier of that block; nobody waits at arrive.
-        if "arrive" in ins.mods:
-            return lambda lanes: lanes
-        return lambda lanes: machine.barriers.wait_for_all(_CLUSTER, lanes)
+        return bind_cluster_barrier(machine, ins)
     kind = next((m for m in ins.mods if m in ("sync", "arrive", "red")), None)
     operands, reduce, target, vote = list(ins.operands), None, None, None
     if kind is None:

@@ -323,21 +323,6 @@ def _bind_convert_address(machine: Machine, ins: Instruction):
     return step
 
 
-@instruction("mapa")
-def _bind_map_address(machine: Machine, ins: Instruction):
-    """The address of a variable in another block of the cluster, of which there is only one."""
-    source = machine.source(ins.operands[1], ins.type, ins)
-    rank = machine.source(ins.operands[2], "u32", ins)
-    target = machine.target(ins.operands[0], ins.type, ins)
-
-    def step(lanes):
-        if rank[lanes.at].any():
-            raise Unsupported(f"another block of a cluster, `{ins.text}`")
-        target[lanes.at] = source[lanes.at]
-
-    return step
-
-
 @instruction("isspacep")
 def _bind_is_space(machine: Machine, ins: Instruction):
     edges = {

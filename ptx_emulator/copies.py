@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .clusters import refuse_gone
 from .errors import AsyncHazard
 from .machine import Lanes, Machine
 from .schedule import Waits
@@ -108,8 +109,8 @@ class Copies(Waits):
         if races is not None:
             cells, count = races.cells(copy.shared, copy.size)
             ids = np.repeat(copy.ids, count)
-            warp = machine.warp_in_block[ids]
-            races.record_write(cells, machine.warp[ids], warp, machine.lane[ids])
+            rows = machine.warp[ids]
+            races.record_write(cells, rows, rows % races.warps, machine.lane[ids])
 
     # ---- bulk loads
     def begin_load(self, load: BulkLoad) -> None:
@@ -117,7 +118,7 @@ class Copies(Waits):
         races = machine.memory.shared_races
         if races is not None:
             cells, count = races.cells(load.shared, load.chunk)
-            load.cells, load.actor = cells, races.load_actor(load.mbarrier)
+            load.cells, load.actor = cells, races.load_actor(load.block, load.mbarrier)
             ids = np.full(len(cells), load.thread_id)
             races.begin_write(cells, ids, load.ins, load.actor)
         self.loads.append(load)
@@ -130,6 +131,8 @@ class Copies(Waits):
             return False
         random = self.machine.scheduler.random
         load = self.loads.pop(0 if random is None else int(random.integers(len(self.loads))))
+        if load.block != self.machine.block_of[load.thread_id]:
+            refuse_gone(self.machine, load.block, load.thread_id, load.ins)
         memory, seen = self.machine.memory, None
         memory.shared.reshape(-1, load.chunk)[load.shared // load.chunk] = load.values
         if memory.shared_races is not None:
@@ -178,8 +181,7 @@ class Copies(Waits):
                         self._write_out(store)
                     if races is not None:
                         row = self.machine.warp[[thread_id]]
-                        actor = races.async_actor(int(self.machine.warp_in_block[thread_id]))
-                        races.async_done(row, actor, store.epoch)
+                        races.async_done(row, races.async_actor(int(row[0])), store.epoch)
 
     def finish(self) -> None:
         stores = [s for group in self.open_stores.values() for s in group]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .copies import BulkLoad, BulkStore, ThreadCopy
-from .errors import DescriptorError, Unsupported
+from .errors import ClusterError, DescriptorError, Unsupported
 from .machine import GLOBAL_BASE, PARAM_BASE, Lanes, Machine, instruction
 from .mbarriers import shared_address
 from .syntax import Address, Imm, Instruction, TensorAddress
@@ -79,7 +79,8 @@ def bind_bulk(machine: Machine, ins: Instruction):
     if "wait_group" in mods:
         left = ins.operands[0].value
         return lambda lanes: copies.finish_stores(lanes, left)
-    if any(m.startswith("multicast") for m in mods) or "im2col" in mods:
+    multicast = any(m.startswith("multicast") for m in mods)
+    if "im2col" in mods or (multicast and "tensor" not in mods):
         raise Unsupported(f"`{ins.text}`")
     if "prefetch" in mods:
         return _bind_prefetch(machine, ins)
@@ -147,30 +148,59 @@ def _bind_tensor_load(machine: Machine, ins: Instruction):
     target = machine.address(ins.operands[0], ins)
     tiles = _tile(machine, ins.operands[1], ins)
     mbarrier = shared_address(machine, ins.operands[2], ins)
+    mask = None
+    if any(m.startswith("multicast") for m in ins.mods):
+        mask = machine.source(ins.operands[3], "u16", ins)
     memory = machine.memory
 
     def step(lanes):
         places, barriers = target(lanes).tolist(), mbarrier(lanes).tolist()
+        masks = None if mask is None else mask[lanes.at]
         for i, (tile, coordinates) in enumerate(tiles(lanes)):
             thread_id = int(lanes.ids[i])
             chunk, offsets, inside = tile.cut(coordinates)
             shared = _tile_in_shared(machine, tile, chunk, places[i], thread_id, ins, True)
-            if memory.tile_swizzle is not None:
-                memory.tile_swizzle[shared >> 4] = tile.swizzle_span
             values = np.zeros((len(offsets), chunk), np.uint8)
             if inside.any():
                 offsets = offsets[inside]
                 many = Lanes.repeated(thread_id, len(offsets))
                 memory.locate("global", offsets + GLOBAL_BASE, chunk, many, ins)
                 values[inside] = memory.globals.data.reshape(-1, chunk)[offsets // chunk]
-            block = int(machine.block_of[thread_id])
-            machine.mbarriers.find(block, barriers[i], thread_id, ins)
-            load = BulkLoad(
-                thread_id, block, barriers[i], tile.tile_bytes, chunk, shared, values, None, 0, ins
-            )
-            machine.copies.begin_load(load)
+            own = int(machine.block_of[thread_id])
+            for block in _targets(machine, ins, thread_id, masks, i):
+                there = shared + (block - own) * memory.stride
+                if memory.tile_swizzle is not None:
+                    memory.tile_swizzle[there >> 4] = tile.swizzle_span
+                machine.mbarriers.find(block, barriers[i], thread_id, ins)
+                machine.mbarriers.check_remote(block, barriers[i], thread_id, ins)
+                machine.copies.begin_load(
+                    BulkLoad(
+                        thread_id,
+                        block,
+                        barriers[i],
+                        tile.tile_bytes,
+                        chunk,
+                        there,
+                        values,
+                        None,
+                        0,
+                        ins,
+                    )
+                )
 
     return step
+
+
+def _targets(machine: Machine, ins: Instruction, thread_id: int, masks, i: int) -> list[int]:
+    """The blocks that a load goes to: its own, or those of the cluster that the mask names."""
+    own = int(machine.block_of[thread_id])
+    if masks is None:
+        return [own]
+    mask, first = int(masks[i]), own - own % machine.cluster
+    if not mask or mask >> machine.cluster:
+        what = f"a multicast to {mask:#b} in a cluster of {machine.cluster}"
+        machine.fail(ClusterError, what, thread_id, ins)
+    return [first + rank for rank in range(machine.cluster) if mask >> rank & 1]
 
 
 def _bind_tensor_store(machine: Machine, ins: Instruction):

@@ -61,6 +61,10 @@ class MBarrierError(PtxError):
     """An mbarrier is used before it is initialised, arrived at too often, or counts no bytes."""
 
 
+class ClusterError(PtxError):
+    """Memory of a block that has exited, or a cluster's barrier used wrongly."""
+
+
 class DescriptorError(PtxError):
     """A wgmma descriptor, a TMA box or a matrix address that the hardware would refuse."""
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from .barriers import BlockBarriers
+from .clusters import ClusterBarriers
 from .copies import Copies
-from .errors import OutOfBounds, PtxError, Unsupported
+from .errors import OutOfBounds, PtxError
 from .global_races import GlobalRaces, GlobalShadow
 from .machine import GLOBAL_BASE, Machine
 from .mbarriers import MBarriers
@@ -128,6 +129,7 @@ class Module:
         races: bool = True,
         profile: bool = False,
         max_steps: int = 3_000_000,
+        cluster: int = 1,
     ) -> Stats:
         """Run a kernel; arrays among `args` are written in place.
 
@@ -138,11 +140,17 @@ class Module:
         lazy: asynchronous work takes effect as late as it may, not when it is issued.
         races: False switches off the tracking of races and of unwritten shared memory.
         profile: count bank conflicts and sectors, in `Stats.traffic`.
+        cluster: blocks of a cluster, along x, unless the kernel says it.
         max_steps: how long groups may run on without waiting before NoProgress is raised.
         """
         if not isinstance(kernel, Kernel):
             kernel = self.kernel(kernel)
         launch = _Launch(self, kernel, _three(grid), _three(block), args, shared_bytes)
+        launch.cluster = max(cluster, kernel.cluster)
+        if launch.grid[0] % launch.cluster:
+            raise PtxError(
+                f"{kernel.name}: {launch.grid[0]} blocks in clusters of {launch.cluster}"
+            )
         with np.errstate(all="ignore"):
             launch.traffic = Traffic() if profile else None
             return launch.run(schedule, lazy, races, max_steps)
@@ -199,8 +207,6 @@ class _Launch:
         if not 0 < threads <= min(kernel.max_threads or 1024, 1024):
             limit = kernel.max_threads or 1024
             raise PtxError(f"{kernel.name}: {threads} threads a block, allowed are 1 to {limit}")
-        if kernel.cluster > 1:
-            raise Unsupported(f"{kernel.name} wants clusters of {kernel.cluster} blocks")
         if kernel.sizes["shared"] + shared_bytes > MAX_SHARED:
             raise OutOfBounds(f"{kernel.name}: more than {MAX_SHARED} bytes of shared memory")
         if len(args) != len(kernel.params):
@@ -279,7 +285,8 @@ class _Launch:
             shadow = GlobalShadow(len(self.memory.data), self._grain("global"), blocks)
         threads = int(np.prod(self.block))
         per_lane = max(sum(size_of(t) for t in self.kernel.registers.values()), 1)
-        at_once = max(1, min(_LANES_AT_ONCE, _REGISTER_BYTES // per_lane) // threads)
+        at_once = min(_LANES_AT_ONCE, _REGISTER_BYTES // per_lane) // (threads * self.cluster)
+        at_once = max(1, at_once) * self.cluster  # whole clusters
         clock = 0
         try:
             for first in range(0, blocks, at_once):
@@ -297,18 +304,20 @@ class _Launch:
 
     def _machine(self, blocks, lazy: bool, shadow, seed, max_steps: int) -> Machine:
         """A machine for some blocks, with all its parts."""
-        machine = Machine(self.kernel, self.grid, self.block, blocks, self.symbols)
+        machine = Machine(self.kernel, self.grid, self.block, blocks, self.symbols, self.cluster)
         machine.memory = memory = Memory(machine, self.memory, self.params, self.dynamic)
         memory.traffic = self.traffic
         machine.scheduler = scheduler = Scheduler(machine, seed, max_steps)
         machine.warp_waits = WarpWaits(machine)
         machine.barriers = BlockBarriers(machine)
+        machine.cluster_barriers = ClusterBarriers(machine)
         machine.mbarriers = MBarriers(machine)
         machine.copies = Copies(machine, self.maps, lazy)
         machine.products = WarpgroupProducts(machine, lazy)
         scheduler.waits = [
             machine.warp_waits,
             machine.barriers,
+            machine.cluster_barriers,
             machine.mbarriers,
             machine.copies,
             machine.products,

@@ -76,7 +76,16 @@ class _Nowhere:
 class Machine:
     """Registers, special registers and identities of the threads of some blocks of a grid."""
 
-    def __init__(self, kernel: Kernel, grid, block, blocks: np.ndarray, symbols: dict[str, int]):
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid,
+        block,
+        blocks: np.ndarray,
+        symbols: dict[str, int],
+        cluster: int = 1,
+    ):
+        self.cluster = cluster  # blocks that see one another's shared memory, along x
         self.kernel, self.grid, self.block, self.blocks = kernel, grid, block, blocks
         self.symbols = symbols
         self.threads_per_block = int(np.prod(block))
@@ -235,12 +244,12 @@ class Machine:
             "ntid": lambda: ones * self.block[i],
             "ctaid": lambda: split(block_index, self.grid),
             "nctaid": lambda: ones * self.grid[i],
-            "clusterid": lambda: split(block_index, self.grid),
-            "nclusterid": lambda: ones * self.grid[i],
-            "cluster_ctaid": lambda: ones * 0,
-            "cluster_ctarank": lambda: ones * 0,
-            "cluster_nctaid": lambda: ones,
-            "cluster_nctarank": lambda: ones,
+            "clusterid": lambda: split(block_index, self.grid) // (1 if i else self.cluster),
+            "nclusterid": lambda: ones * (self.grid[i] // (1 if i else self.cluster)),
+            "cluster_ctaid": lambda: block_index % self.cluster * (i == 0),
+            "cluster_ctarank": lambda: block_index % self.cluster,
+            "cluster_nctaid": lambda: ones * (1 if i else self.cluster),
+            "cluster_nctarank": lambda: ones * self.cluster,
             "laneid": lambda: self.lane,
             "warpid": lambda: self.warp_in_block,
             "nwarpid": lambda: ones * 64,

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import MBarrierError, Unsupported
+from .clusters import block_of, offset_of, refuse_gone
+from .errors import ClusterError, MBarrierError, Unsupported
 from .machine import Lanes, Machine, instruction
 from .schedule import Waits
 from .syntax import Address, Instruction
@@ -21,6 +22,7 @@ class _Phase:
     flips: int = 0
     seen: object = None  # what arrivals of this phase release
     released: object = None  # what waiters on the finished phase acquire
+    born: tuple[int, int] = (0, 0)  # the warp that initialised it, and that warp's epoch
 
 
 class MBarriers(Waits):
@@ -41,14 +43,28 @@ class MBarriers(Waits):
             )
         return state
 
+    def check_remote(self, block: int, address: int, thread_id: int, ins: Instruction) -> None:
+        """Another block's mbarrier must live, and its initialisation lie behind this thread."""
+        machine = self.machine
+        if block == machine.block_of[thread_id]:
+            return
+        refuse_gone(machine, block, thread_id, ins)
+        row, epoch = self.find(block, address, thread_id, ins).born
+        races = machine.memory.shared_races
+        if races is not None and races.seen[machine.warp[thread_id], row % races.warps] < epoch:
+            what = f"nothing orders this after block {int(machine.blocks[block])} initialised its "
+            machine.fail(ClusterError, f"{what}mbarrier at {address:#x}", thread_id, ins)
+
     def groups(self, lanes: Lanes, addresses: np.ndarray):
         """Lanes that name the same mbarrier: (block, address, positions in lanes)."""
-        keys = self.machine.block_of[lanes.ids] * (1 << 32) + addresses
+        blocks = block_of(self.machine, lanes.ids, addresses)
+        keys = blocks * (1 << 32) + offset_of(addresses)
         for key in np.unique(keys):
             yield int(key >> 32), int(key & 0xFFFFFFFF), np.flatnonzero(keys == key)
 
     def arrive(self, block, address, count: int, expect: int, ids: np.ndarray, ins) -> int:
         """Arrivals and announced bytes of some threads; gives the phase they arrived in."""
+        self.check_remote(block, address, int(ids[0]), ins)
         state = self.find(block, address, ids[0], ins)
         phase = state.phase
         state.bytes += expect
@@ -169,7 +185,7 @@ def shared_address(machine: Machine, operand: Address, ins: Instruction):
         at = address(lanes)
         if generic:
             at = machine.memory.split_generic(at, lanes)[0][1]
-        machine.memory.locate_barrier(at, lanes, ins)
+        machine.memory.locate_barrier(offset_of(at), lanes, ins)
         return at
 
     return located
@@ -183,7 +199,10 @@ def _bind_init(machine: Machine, ins: Instruction):
         at, counts = address(lanes), count[lanes.at]
         for block, where, members in machine.mbarriers.groups(lanes, at):
             expected = int(counts[members[0]])
-            machine.mbarriers.objects[block, where] = _Phase(expected, expected)
+            row, races = int(machine.warp[lanes.ids[members[0]]]), machine.memory.shared_races
+            epoch = 0 if races is None else int(races.seen[row, row % races.warps]) + 1
+            phase = _Phase(expected, expected, born=(row, epoch))
+            machine.mbarriers.objects[block, where] = phase
         return lanes
 
     return step

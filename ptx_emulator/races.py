@@ -1,8 +1,9 @@
 """Shared-memory races by vector clocks: what an access conflicts with must have happened before.
 
-Actors are the warps of a block and, for asynchronous work, one more for every warp (wgmma, cp.async
-and TMA stores it issued) and eight for TMA loads (by mbarrier). `seen[w, a]` is the last epoch of
-actor a that warp w is ordered after; of its own epochs that is the one the last barrier finished.
+Actors are the warps of a block (of all blocks of a cluster) and, for asynchronous work, one more
+for every warp (wgmma, cp.async and TMA stores it issued) and eight a block for TMA loads (by
+mbarrier). `seen[w, a]` is the last epoch of actor a that warp w is ordered after; of its own epochs
+that is the one the last barrier finished.
 """
 
 import numpy as np
@@ -19,8 +20,9 @@ _MANY = -2  # several lanes of a warp
 class SharedRaces:
     def __init__(self, machine: Machine, nbytes: int, stride: int, grain: int, asynchronous: bool):
         self.machine, self.grain, self.stride = machine, grain, stride
-        warps = self.warps = machine.warps_per_block
-        self.actors = warps + (warps + _LOADS if asynchronous else 0)
+        # The blocks of a cluster see one another's memory: their warps are actors of one unit.
+        warps = self.warps = machine.warps_per_block * machine.cluster
+        self.actors = warps + (warps + _LOADS * machine.cluster if asynchronous else 0)
         cells = nbytes // grain
         self.seen = np.zeros((machine.num_blocks * warps, self.actors), np.int32)
         self.write_actor = np.full(cells, -1, np.int16)
@@ -33,7 +35,8 @@ class SharedRaces:
         self.read_pc = np.zeros(cells, np.int32)
         self.fenced = np.zeros(machine.num_blocks * warps, np.int32)
         self.fence_seen = np.zeros_like(self.seen)
-        self.async_epoch = np.zeros((machine.num_blocks, self.actors), np.int32)
+        units = machine.num_blocks // machine.cluster
+        self.async_epoch = np.zeros((units, self.actors), np.int32)
 
     def cells(self, offsets: np.ndarray, nbytes: int) -> tuple[np.ndarray, int]:
         """Cells of accesses of `nbytes` each, and how many an access has."""
@@ -47,7 +50,8 @@ class SharedRaces:
         cells, count = self.cells(offsets, nbytes)
         ids = lanes.ids if count == 1 else np.repeat(lanes.ids, count)
         machine = self.machine
-        row, warp, lane = machine.warp[ids], machine.warp_in_block[ids], machine.lane[ids]
+        row, lane = machine.warp[ids], machine.lane[ids]
+        warp = row % self.warps
         self._check_writes(cells, ids, row, warp, lane, ins, write, atomic)
         if write:
             self._check_reads(cells, ids, row, warp, lane, ins)
@@ -124,11 +128,11 @@ class SharedRaces:
     # ---- what orders: rows are warps of the batch
     def barrier(self, rows: np.ndarray) -> None:
         """All these warps are ordered after one another, within each block."""
-        warp = rows % self.warps
+        warp, block = rows % self.warps, rows // self.machine.warps_per_block
         self.seen[rows, warp] += 1
-        blocks, start = np.unique(rows // self.warps, return_index=True)
+        blocks, start = np.unique(block, return_index=True)
         latest = np.maximum.reduceat(self.seen[rows], start, axis=0)
-        self.seen[rows] = latest[np.searchsorted(blocks, rows // self.warps)]
+        self.seen[rows] = latest[np.searchsorted(blocks, block)]
 
     def warp_sync(self, rows: np.ndarray) -> None:
         self.seen[rows, rows % self.warps] += 1
@@ -152,15 +156,16 @@ class SharedRaces:
         self.fence_seen[rows] = self.seen[rows]
 
     # ---- asynchronous work
-    def async_actor(self, warp: int) -> int:
-        return self.warps + warp
+    def async_actor(self, row: int) -> int:
+        return self.warps + row % self.warps
 
-    def load_actor(self, mbarrier_address: int) -> int:
-        return 2 * self.warps + (mbarrier_address // 8) % _LOADS
+    def load_actor(self, block: int, mbarrier_address: int) -> int:
+        rank = block % self.machine.cluster
+        return 2 * self.warps + rank * _LOADS + (mbarrier_address // 8) % _LOADS
 
     def async_read(self, cells: np.ndarray, rows: np.ndarray, ids, ins: Instruction) -> int:
         """wgmma or a TMA store, issued by the warps `rows`, reads cells; gives the read's epoch."""
-        block, actor = int(rows[0]) // self.warps, self.async_actor(int(rows[0]) % self.warps)
+        unit, actor = int(rows[0]) // self.warps, self.async_actor(int(rows[0]))
         writer, epoch = self.write_actor[cells], self.write_epoch[cells]
         if (writer < 0).any():
             cell = cells[np.flatnonzero(writer < 0)[0]]
@@ -172,7 +177,7 @@ class SharedRaces:
             i = int(np.flatnonzero(bad)[0])
             self._report(cells[i], int(writer[i]), "write", ids[0], ins, False)
         plain = writer < self.warps
-        fenced = self.fenced[block * self.warps + np.where(plain, writer, 0)]
+        fenced = self.fenced[unit * self.warps + np.where(plain, writer, 0)]
         known = np.maximum(fenced, self.fence_seen[rows].min(axis=0)[writer])
         bare = plain & (epoch > known)
         if bare.any():
@@ -183,8 +188,8 @@ class SharedRaces:
                 "fence.proxy.async in between"
             )
             self.machine.fail(ProxyFenceMissing, what, ids[0], ins)
-        self.async_epoch[block, actor] += 1
-        now = self.async_epoch[block, actor]
+        self.async_epoch[unit, actor] += 1
+        now = self.async_epoch[unit, actor]
         self.read_epoch[cells, actor] = now
         self.read_pc[cells] = self.machine.pc
         return int(now)
@@ -196,7 +201,8 @@ class SharedRaces:
     def begin_write(self, cells, ids, ins: Instruction, actor: int | None = None) -> None:
         """An asynchronous write is issued: from here on nobody may touch the cells."""
         machine = self.machine
-        row, warp, lane = machine.warp[ids], machine.warp_in_block[ids], machine.lane[ids]
+        row, lane = machine.warp[ids], machine.lane[ids]
+        warp = row % self.warps
         self._check_writes(cells, ids, row, warp, lane, ins, True, False)
         self._check_reads(cells, ids, row, warp, lane, ins)
         self.write_actor[cells] = self.warps + warp if actor is None else actor
@@ -206,8 +212,9 @@ class SharedRaces:
 
     def end_load(self, block: int, cells: np.ndarray, actor: int) -> np.ndarray:
         """A TMA load has landed; gives what waiting on its mbarrier acquires."""
-        self.async_epoch[block, actor] += 1
-        self.write_epoch[cells] = self.async_epoch[block, actor]
+        unit = block // self.machine.cluster
+        self.async_epoch[unit, actor] += 1
+        self.write_epoch[cells] = self.async_epoch[unit, actor]
         seen = np.zeros(self.actors, np.int32)
-        seen[actor] = self.async_epoch[block, actor]
+        seen[actor] = self.async_epoch[unit, actor]
         return seen

@@ -103,7 +103,7 @@ class WarpgroupProducts(Waits):
                     if not in_flight[name]:
                         del in_flight[name]
                 if races is not None:
-                    actor = races.async_actor(row % machine.warps_per_block)
+                    actor = races.async_actor(row)
                     races.async_done(np.arange(row, row + 4), actor, product.epoch)
 
     def refuse_touch(self, ins: Instruction, lanes: Lanes) -> None:
