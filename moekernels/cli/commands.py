@@ -48,10 +48,10 @@ def export(args) -> int:
 
 
 def verify(args) -> int:
-    from moekernels import verify as room
+    from moekernels.verify import command
 
     degrees = {d: getattr(args, d) for d in cfg.DEGREES if getattr(args, d) is not None}
-    return room.verify(
+    return command.verify(
         degrees,
         everything=args.all,
         schedule=args.schedule,

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from moekernels import verify as module
 from moekernels.errors import UsageError
+from moekernels.model.dispatch import WAYS
 from moekernels.parallel.optimizer import Optimizer
-from moekernels.verify import LAYOUTS, Variant, variants_of, verify, verify_layout
+from moekernels.verify import compare as module
+from moekernels.verify.command import verify, verify_layout
+from moekernels.verify.variants import LAYOUTS, Variant, variants_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TESTED = [
     {"tp": 2, "pp": 4},
     {"dp": 8, "ep": 8},
@@ -37,6 +39,8 @@ def test_the_variants_are_those_promised():
     assert {v.top_k for v in found if v.experts == 8} == set(range(1, 9))
     assert {v.schedule for v in found} == {"1f1b", "interleaved"}
     assert any(v.experts == 6 for v in found)
+    assert any(v.guests for v in found)
+    assert {v.dispatcher for v in found} == {"auto", *WAYS}
     assert not any(v.experts == 6 for v in variants_of({"dp": 8, "ep": 8}, 3)), "8 do not divide 6"
     assert {v.schedule for v in variants_of({"tp": 4}, 3)} == {"1f1b"}
 

@@ -1,0 +1,134 @@
+"""What is verified: layouts, variants of the model and the run, and their batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from moekernels.data.batch import MicroBatch
+from moekernels.model.decoder import DecoderSpec
+from moekernels.model.dispatch import WAYS
+from moekernels.pipeline.schedule import SCHEDULES, offered
+from moekernels.run import files as cfg
+from moekernels.run.sections import LayoutSection
+
+MICROBATCHES = 8  # of a step, but at least two on each data-parallel rank
+VOCABULARY = 131  # a prime: no tensor-parallel size divides it
+
+LAYOUTS = (  # what the project promises
+    {"tp": 2, "pp": 4},
+    {"tp": 4},
+    {"pp": 8},
+    {"dp": 8, "ep": 8},
+    {"tp": 2, "dp": 4, "ep": 4},
+    {"tp": 2, "dp": 2, "etp": 2, "ep": 2},
+    {"tp": 2, "pp": 4, "etp": 2, "ep": 1},
+    {"tp": 2, "pp": 2},
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is run on a layout."""
+
+    schedule: str = "1f1b"
+    experts: int = 8
+    top_k: int = 2
+    steps: int = 3
+    balance_scope: str = "microbatch"
+    dispatcher: str = "auto"
+    guests: bool = False  # a shared expert with a gate, and a first layer without experts
+
+    @property
+    def model(self) -> tuple:
+        """What its recording in one process depends on."""
+        return self.experts, self.top_k, self.balance_scope, self.guests
+
+    def __str__(self) -> str:
+        text = f"{self.schedule}, {self.experts} experts, top {self.top_k}, {self.steps} steps"
+        if self.balance_scope != "microbatch":
+            text += ", balance by sequence"
+        if self.dispatcher != "auto":
+            text += f", {self.dispatcher}"
+        return text + ", shared expert and a dense layer" * self.guests
+
+
+def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
+    """Every variant that is promised for a layout."""
+    run = cfg.RunConfig()
+    cfg.set_degrees(run.layout, degrees)
+    found = [Variant(name, steps=steps) for name in offered(several=False)]
+    if run.layout.pp > 1:
+        found += [Variant(name, steps=steps) for name in offered(several=True)]
+    found += [Variant(top_k=k, steps=1) for k in range(1, 9) if k != 2]
+    found.append(Variant(steps=1, balance_scope="sequence"))
+    found.append(Variant(steps=1, guests=True))
+    found += [Variant(steps=1, dispatcher=name) for name in WAYS]
+    if 6 % run.layout.ep == 0:
+        found.append(Variant(experts=6, top_k=3, steps=1))
+    return found
+
+
+def configure(
+    degrees: dict[str, int], variant: Variant, dtype: str, world: int | None
+) -> cfg.RunConfig:
+    """A small model that has everything: a lift, uneven vocabulary shards, grouped queries,
+    recomputed layers, both losses of the router."""
+    run = cfg.RunConfig()
+    for name, value in degrees.items():
+        cfg.check_value(f"--{name}", LayoutSection, name, value)
+    cfg.set_degrees(run.layout, degrees, world)
+    lay = run.layout
+    lay.schedule = variant.schedule
+    lay.virtual_stages = 2 if SCHEDULES[variant.schedule].several else 1
+    lay.checkpoint_layers = "2"
+    lay.dispatcher = variant.dispatcher
+    stages = 2 * lay.pp  # the same model under every schedule
+    run.model = DecoderSpec(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        num_layers=stages * max(1, 4 // stages),
+        num_heads=8,
+        num_kv_heads=4 if 4 % lay.tp == 0 else 8,
+        head_dim=4,
+        num_experts=variant.experts,
+        top_k=variant.top_k,
+        balance_scope=variant.balance_scope,
+        renormalize=False,
+        expert_d_in=48,
+        expert_d_ff=32,
+        init_std=0.1,
+    )
+    if variant.guests:
+        guests = {"shared_d_ff": 16, "shared_gate": True, "dense_layers": 1, "dense_d_ff": 24}
+        run.model = replace(run.model, **guests)
+    run.batch.microbatches = max(2, MICROBATCHES // lay.dp)
+    run.batch.accumulation, run.batch.context = 1, 40
+    run.train.dtype = dtype
+    cfg.check(run, world)
+    return run
+
+
+def draw_batches(run: cfg.RunConfig, step: int) -> list[list[MicroBatch]]:
+    """Micro-batches [dp][m] of random tokens and uneven lengths, planned as training plans them."""
+    from moekernels.data.batch_plan import Cost, plan_batch
+
+    random = np.random.default_rng(step)
+    dp, tp = run.layout.dp, run.layout.tp
+    count = run.batch.microbatches
+    lengths = random.integers(1, run.batch.context + 1, 3 * count * dp).tolist()
+    texts = [torch.from_numpy(random.integers(0, VOCABULARY, n + 1)) for n in lengths]
+    plan = plan_batch(lengths, count, dp=dp, align=tp, cost=Cost(1.0, 0.01))
+    return [
+        [
+            MicroBatch.pack(
+                [(texts[i][:-1], texts[i][1:]) for i in group],
+                loss_scale=1 / sum(lengths),
+                align=tp,
+            )
+            for group in groups
+        ]
+        for groups in plan.groups
+    ]
