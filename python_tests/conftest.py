@@ -24,6 +24,7 @@ SPAWNS_RANKS = (
     "test_checkpoint",
     "test_cli",
     "test_examples",
+    "test_extension",
     "test_launch",
     "test_train",
     "test_verify",
