@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 SOURCES := CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/cuda/* csrc/cuda/*/* csrc/simt/* csrc/cutlass/*)
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
 
-.PHONY: train test compat lock sanitize sanitizers cuda-all verify bench build lint format docs clean setup newest
+.PHONY: train test compat lock sanitize sanitizers cuda-all verify bench bench-compare build lint format docs clean setup newest
 
 setup: $(STAMP)
 
@@ -54,6 +54,11 @@ verify: build
 
 bench: build
 	$(BIN)/python -m moekernels bench $(ARGS)
+
+# What fell by more than 10 % against the ratios stored for this kind of machine; ARGS=--store keeps those of this run.
+bench-compare: build
+	$(BIN)/python -m moekernels bench --benchmark-json=build/bench.json
+	$(BIN)/python bench/compare.py build/bench.json $(ARGS)
 
 # C++ and CUDA, by the same versions of the tools everywhere: those of requirements/.
 CPP = $$(find csrc bench python_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')

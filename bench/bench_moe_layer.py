@@ -173,6 +173,7 @@ def compare(name: str, dtype: torch.dtype, backward: bool, rounds: int, eager: b
 def test_layer(benchmark, name, dtype, backward, implementation):
     shape = SHAPES[name]
     benchmark.group = f"moe layer {name} {str(dtype)[6:]} {'fwd+bwd' if backward else 'forward'}"
+    benchmark.extra_info["implementation"] = implementation
     benchmark.extra_info["flops"] = shape.flops(backward)
     benchmark.extra_info["must"] = must(name, dtype, backward)
     layer = Layer(shape, dtype, backward)
