@@ -51,6 +51,7 @@ class DecoderSpec(VocabularySpec, AttentionSpec, FeedForwardSpec):
             )
         if self.head_dim % 2:
             raise UsageError(f"model: head_dim is {self.head_dim}; rotary positions need it even")
+        self.check_attention()
         if ACTIVATIONS.get(self.activation) is not self.gated:
             kinds = [name for name, gated in ACTIVATIONS.items() if gated is self.gated]
             gated = "gated" if self.gated else "not gated"

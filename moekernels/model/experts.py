@@ -23,7 +23,6 @@ ACTIVATIONS = {
     "silu": False,
     "gelu": False,
 }
-NEED_CONSTANTS = ("swiglu_oai", "swiglu_clamped")  # of the ops alone; no key carries them
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,15 @@ class ExpertsSpec(RouterSpec):
     activation: str = key(
         "swiglu",
         "activation of the experts",
-        choices=[name for name in ACTIVATIONS if name not in NEED_CONSTANTS],
+        choices=ACTIVATIONS,
     )
+    activation_limit: float = key(
+        7.0, "where swiglu_oai and swiglu_clamped clamp gate and up", above=0, high=1e6
+    )
+    activation_alpha: float = key(
+        1.702, "factor on the gate within swiglu_oai's sigmoid", above=0, high=1e6
+    )
+    expert_bias: bool = key(False, "biases of the experts' products")
     recompute_experts: bool = key(
         False, "experts keep no pre-activation and compute it again in backward"
     )
@@ -64,6 +70,8 @@ class ExpertsSpec(RouterSpec):
 def one_expert(spec: ExpertsSpec, etp: int = 1) -> int:
     """Parameters of an expert, or of its etp shard; the lift is whole on each."""
     ffn = (spec.up_rows + 1) * spec.d_in * (spec.expert_d_ff // etp)
+    if spec.expert_bias:  # the second product's is whole on each shard, and one of them adds it
+        ffn += spec.up_rows * (spec.expert_d_ff // etp) + spec.d_in
     return ffn + (2 * spec.d_model * spec.d_in if spec.lifted else 0)
 
 

@@ -26,6 +26,7 @@ class RouterSpec(Width):
     top_k: int = key(2, "experts that a token visits", low=1, high=MOST)
     score: str = key("softmax", "how router logits become scores", choices=SCORES)
     renormalize: bool = key(True, "weights of a token's experts sum to one")
+    router_bias: bool = key(False, "a learned bias of the router logits")
     scale: float = key(1.0, "factor on the routing weights", above=0, high=1e6)
     num_groups: int = key(
         1, "groups of experts (group-limited routing)", low=1, flag="expert-groups", high=MOST
@@ -50,7 +51,7 @@ class RouterSpec(Width):
 def parameters(spec: RouterSpec, at: Place, active: bool = False) -> int:
     """Without sequence parallel the ranks of a tensor-parallel group share the columns."""
     split = 1 if at.sequence_parallel else at.layout.tp
-    return spec.num_experts // split * spec.d_model
+    return spec.num_experts // split * (spec.d_model + int(spec.router_bias))
 
 
 def kept(spec: RouterSpec, at: Place) -> float:

@@ -42,9 +42,13 @@ def _layer(spec: DecoderSpec, layer: int) -> dict[str, Shape]:
     found |= {
         "moe_norm.weight": (hidden,),
         "moe.router.weight": (experts, hidden),
+        **({"moe.router.bias": (experts,)} if spec.router_bias else {}),
         "moe.experts.w1": (experts, spec.up_rows * f, d_in),
         "moe.experts.w2": (experts, d_in, f),
     }
+    if spec.expert_bias:
+        found["moe.experts.b1"] = (experts, spec.up_rows * f)
+        found["moe.experts.b2"] = (experts, d_in)
     if spec.lifted:
         found["moe.experts.w_in"] = (experts, d_in, hidden)
         found["moe.experts.w_out"] = (experts, hidden, d_in)
@@ -57,13 +61,39 @@ def _layer(spec: DecoderSpec, layer: int) -> dict[str, Shape]:
 
 def _attention(spec: DecoderSpec) -> dict[str, Shape]:
     heads, kv, hd = spec.num_heads, spec.kv_heads, spec.head_dim
-    found = {
-        "attention.qkv": ((heads + 2 * kv) * hd, spec.d_model),
-        "attention.out": (spec.d_model, heads * hd),
-    }
-    if spec.qk_norm:
-        found |= {"attention.q_norm.weight": (hd,), "attention.k_norm.weight": (hd,)}
+    if spec.kv_rank:
+        return _latent_attention(spec)
+    rows = (heads + 2 * kv) * hd
+    found = {"attention.qkv": (rows, spec.d_model), "attention.out": (spec.d_model, heads * hd)}
+    if spec.qkv_bias:
+        found["attention.qkv_bias"] = (rows,)
+    if spec.out_bias:
+        found["attention.out_bias"] = (spec.d_model,)
+    if spec.sinks:
+        found["attention.sinks"] = (heads,)
+    if spec.qk_norm or spec.qk_norm_wide:
+        widths = (hd, hd) if spec.qk_norm else (heads * hd, kv * hd)
+        found |= {f"attention.{x}_norm.weight": (width,) for x, width in zip("qk", widths)}
     return found
+
+
+def _latent_attention(spec: DecoderSpec) -> dict[str, Shape]:
+    heads, hd, rank, hidden = spec.num_heads, spec.head_dim, spec.kv_rank, spec.d_model
+    made = hd - spec.rotary_dim + spec.v_dim
+    found: dict[str, Shape] = {}
+    if spec.q_rank:
+        found["attention.q_a"] = (spec.q_rank, hidden)
+        found["attention.q_b"] = (heads * hd, spec.q_rank)
+    else:
+        found["attention.q"] = (heads * hd, hidden)
+    found |= {
+        "attention.kv_a": (rank + spec.rotary_dim, hidden),
+        "attention.kv_b": (heads * made, rank),
+        "attention.out": (hidden, heads * spec.v_dim),
+    }
+    if spec.q_rank:
+        found["attention.q_a_norm.weight"] = (spec.q_rank,)
+    return {**found, "attention.kv_a_norm.weight": (rank,)}
 
 
 def _ffn(spec: DecoderSpec, name: str, d_ff: int) -> dict[str, Shape]:

@@ -5,6 +5,7 @@ shard."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,16 @@ from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.dispatcher import Routed
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import ShardInfo, seeded_normal, shard
+
+
+def epilogue(config: DecoderSpec) -> dict[str, Any]:
+    """How `ops.experts` goes from one product to the other, and what it keeps."""
+    return {
+        "activation": config.activation,
+        "alpha": config.activation_alpha,
+        "limit": config.activation_limit,
+        "recompute": config.recompute_experts,
+    }
 
 
 class Experts(nn.Module):
@@ -37,7 +48,7 @@ class Experts(nn.Module):
         super().__init__()
         layout, d_in, d_ff = mesh.layout, config.d_in, config.expert_d_ff
         layout.validate(num_experts=config.num_experts, d_ff=d_ff)
-        self.activation, self.recompute = config.activation, config.recompute_experts
+        self.how = epilogue(config)
         e, f = config.num_experts // layout.ep, d_ff // layout.etp
         experts = (mesh.ep_index * e, (mesh.ep_index + 1) * e)
         hidden = (mesh.etp_index * f, (mesh.etp_index + 1) * f)
@@ -61,9 +72,13 @@ class Experts(nn.Module):
                 weight[local].copy_(one.take(full))
             setattr(self, key, nn.Parameter(weight))
 
-        self.lifted = config.lifted
+        self.lifted, self.adds_b2 = config.lifted, mesh.etp_index == 0
         add("w1", (config.up_rows * d_ff, d_in), {1: up}, std, "edp")
         add("w2", (d_in, d_ff), {2: [hidden]}, std if self.lifted else narrow, "edp")
+        self.b1 = self.b2 = None
+        if config.expert_bias:
+            add("b1", (config.up_rows * d_ff,), {1: up}, 0.0, "edp")
+            add("b2", (d_in,), {}, 0.0, "expert_copies")
         if self.lifted:
             add("w_in", (d_in, config.d_model), {}, std, "expert_copies")
             add("w_out", (config.d_model, d_in), {}, narrow, "expert_copies")
@@ -84,7 +99,8 @@ class Experts(nn.Module):
             routing.offsets,
             token_of=token_of,
             row_of=row_of,
-            activation=self.activation,
-            recompute=self.recompute,
+            b1=self.b1,
+            b2=self.b2 if self.adds_b2 else None,  # of partial results one has it
+            **self.how,
         )
         return ops.grouped_gemm(y, self.w_out, routing.offsets) if self.lifted else y

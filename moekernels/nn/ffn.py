@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moekernels import ops
 from moekernels.model.decoder import DecoderSpec
+from moekernels.nn.experts import epilogue
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import seeded_normal, shard
 from moekernels.parallel.tensor import copy_to, gather_tokens, reduce_from, scatter_tokens
@@ -31,7 +32,7 @@ class FeedForward(nn.Module):
         super().__init__()
         mesh.layout.divide("tp", d_ff, "hidden units of an FFN")
         self.tp, self.sequence_parallel = mesh.tp, sequence_parallel
-        self.activation, self.recompute = config.activation, config.recompute_experts
+        self.how = epilogue(config)
         part = d_ff // mesh.tp.size
         mine = (mesh.tp.rank * part, (mesh.tp.rank + 1) * part)
         up = [mine]
@@ -57,8 +58,7 @@ class FeedForward(nn.Module):
             self.w1,
             self.w2,
             bounds,
-            activation=self.activation,
-            recompute=self.recompute,
+            **self.how,
         )
         return scatter_tokens(y, self.tp) if self.sequence_parallel else reduce_from(y, self.tp)
 

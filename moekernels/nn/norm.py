@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from moekernels.ops import _derivatives
+from moekernels.parallel.mesh import Group
 from moekernels.parallel.shard import shard
+from moekernels.parallel.tensor import copy_to, reduce_from
 
 
 def _plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -76,3 +78,33 @@ class RMSNorm(nn.Module):
         if _derivatives.transformed():
             return _plain(x, self.weight, self.eps)
         return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class WideRMSNorm(nn.Module):
+    """x [T, heads, hd] of this rank's heads -> x / rms over all heads of a token * weight: the mean
+    square is one of the whole tp group."""
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        eps: float,
+        tp: Group,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.eps, self.tp, self.width = eps, tp, heads * head_dim
+        part = self.width // tp.size
+        mine = (tp.rank * part, (tp.rank + 1) * part)
+        self.weight = nn.Parameter(torch.ones(part, dtype=dtype, device=device))
+        self.shards = {"weight": shard((self.width,), {0: [mine]})}
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        squares = wide.square().sum((1, 2), keepdim=True)
+        # Each rank uses the sum: its gradient is a sum over the ranks, too.
+        mean = copy_to(reduce_from(squares, self.tp), self.tp) / self.width
+        hat = (wide * torch.rsqrt(mean + self.eps)).to(x.dtype)
+        return hat * self.weight.view(x.shape[1:])

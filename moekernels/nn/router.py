@@ -54,6 +54,14 @@ class Router(nn.Module):
         self.shards = {"weight": info}
         full = seeded_normal(full_shape, config.init_std, seed, f"{name}.weight")
         self.weight = nn.Parameter(info.take(full).to(device, dtype))
+        self.bias = None
+        if config.router_bias:
+            if self.by_columns:
+                info = shard(full_shape[:1], {0: [mine]})
+            else:
+                info = shard(full_shape[:1], reduce_over="stage", copies="stage")
+            self.shards["bias"] = info
+            self.bias = nn.Parameter(torch.zeros(info.local_shape, dtype=dtype, device=device))
         bias = None
         if config.bias_update_rate > 0:  # moves the choice only, and by no gradient
             bias = torch.zeros(config.num_experts, device=device)
@@ -63,10 +71,10 @@ class Router(nn.Module):
         """x [T/tp, H], or [T, H] replicated where the gate goes by columns -> [T/tp, E] in fp32 at
         least."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        weight = self.weight.to(wide)
+        weight, bias = self.weight.to(wide), None if self.bias is None else self.bias.to(wide)
         if not self.by_columns:
-            return F.linear(x.to(wide), weight)
-        return swap_columns(F.linear(copy_to(x, self.tp).to(wide), weight), self.tp)
+            return F.linear(x.to(wide), weight, bias)
+        return swap_columns(F.linear(copy_to(x, self.tp).to(wide), weight, bias), self.tp)
 
     def gate(
         self,

@@ -17,15 +17,18 @@ from torch.utils.checkpoint import checkpoint
 
 from moekernels.errors import UsageError
 from moekernels.model.decoder import DecoderSpec
-from moekernels.nn.attention import Attention, Packing
+from moekernels.model.rotary import frequencies
+from moekernels.nn.attention import Attention
 from moekernels.nn.auxiliary import Auxiliary, inject, join, own_segments
 from moekernels.nn.batch import Batch
 from moekernels.nn.dispatcher import make_dispatcher
 from moekernels.nn.embedding import VocabularyWeight, embed
 from moekernels.nn.ffn import FeedForward
+from moekernels.nn.latent import LatentAttention
 from moekernels.nn.loss import cross_entropy
 from moekernels.nn.moe import MoE
 from moekernels.nn.norm import RMSNorm
+from moekernels.nn.rotary import Packing
 from moekernels.nn.router import RouteHook
 from moekernels.parallel.expert import Kept
 from moekernels.parallel.mesh import Mesh
@@ -59,7 +62,8 @@ class Block(nn.Module):
         )
         self.has_experts = layer > config.dense_layers
         self.attention_norm = norm()
-        self.attention = Attention(config, mesh, name=f"{name}.attention", **parallel)
+        attention = LatentAttention if config.kv_rank else Attention
+        self.attention = attention(config, mesh, layer, name=f"{name}.attention", **parallel)
         if not self.has_experts:
             self.ffn_norm = norm()
             self.ffn = FeedForward(config, mesh, config.dense_d_ff, name=f"{name}.ffn", **parallel)
@@ -174,7 +178,12 @@ class StageModel(nn.Module):
             x = embed(self.embedding, batch.tokens, mesh, sequence_parallel=self.sequence_parallel)
         valid = None if batch.valid is None else own_part(batch.valid, mesh.tp)
         packing = Packing.make(
-            batch.positions, batch.cu_seqlens, config.head_dim, config.rope_theta, self.dtype
+            batch.positions,
+            batch.cu_seqlens,
+            frequencies(config, config.head_dim),
+            self.dtype,
+            magnitude=config.rope_magnitude,
+            pairs=config.rope_pairs,
         )
         hook = None if self.route_hook is None else partial(self.route_hook, batch)
         segments = None

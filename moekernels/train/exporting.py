@@ -19,9 +19,8 @@ from torch import Tensor
 from moekernels import files
 from moekernels.data.tokenizer import END_OF_TEXT, Tokenizer
 from moekernels.errors import UsageError
-from moekernels.integrations.families import FAMILIES, config_of, decoder_spec
+from moekernels.integrations.families import FAMILIES, config_of, decoder_spec, in_their_form
 from moekernels.integrations.keys import Part, parts
-from moekernels.model import tensors
 from moekernels.model.decoder import DecoderSpec
 from moekernels.train import folder, resume, shards, weights
 from moekernels.train.importing import building, check_place
@@ -40,8 +39,7 @@ def export(run: Path, out: Path, dtype: str = KEPT, family: str | None = None) -
     """Write the folder; the exit code."""
     check_place(out)
     found = weights.find(run)
-    stored = {x.dtype for name, x in found.tensors.items() if not _is_bias(name)}
-    held = stored.pop() if len(stored) == 1 else "float32"
+    held = found.tensors["embedding.weight"].dtype
     names = {"": held, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     if dtype not in names:
         raise UsageError(f"--dtype {dtype}: one of fp32, bf16, fp16 would do")
@@ -66,10 +64,6 @@ def export(run: Path, out: Path, dtype: str = KEPT, family: str | None = None) -
         f"{wanted}, {size:,} bytes, from {found.path}"
     )
     return 0
-
-
-def _is_bias(name: str) -> bool:
-    return name.endswith(tensors.SELECTION_BIAS)
 
 
 def _plain(spec: DecoderSpec) -> DecoderSpec:
@@ -137,7 +131,7 @@ def _write(found: Weights, family: str, out: Path, dtype: torch.dtype) -> None:
     if lacking := [p.name for p in every.values() if p.name not in found.tensors]:
         raise UsageError(f"{found.path}: {lacking[0]} is missing")
     entries = [
-        (key, torch.float32 if _is_bias(part.name) else dtype, part.shape)
+        (key, torch.float32 if part.wide else dtype, part.shape)
         for key, part in sorted(every.items())
     ]
     groups: list[list] = [[]]
@@ -195,7 +189,8 @@ def _producer(
             x = lift(part, "w_out") @ x[0].double()
         else:
             x = box(part.name, part.begin, part.size)
-        return x.reshape(part.shape).to(torch.float32 if _is_bias(part.name) else dtype)
+        x = in_their_form(x, part.form).reshape(part.shape)
+        return x.to(torch.float32 if part.wide else dtype)
 
     return produce
 

@@ -98,7 +98,7 @@ def read(path: Path) -> Folder:
                 f"{path / file}: {key} has shape {list(stored.shape)}, {CONFIG} asks for "
                 f"{list(part.shape)}"
             )
-        if not part.name.endswith(tensors.SELECTION_BIAS):  # in fp32 whatever the weights are in
+        if not part.wide:
             dtypes.setdefault(stored.dtype, key)
     if len(dtypes) > 1:
         said = " and ".join(f"{key} is {dtype}" for dtype, key in list(dtypes.items())[:2])
@@ -106,7 +106,9 @@ def read(path: Path) -> Folder:
     boxes: dict[str, list[Box]] = {}
     shapes = {**tensors.parameters(spec), **tensors.biases(spec)}
     for key, part in wanted.items():
-        boxes.setdefault(part.name, []).append(Box(held[key][0], key, part.begin, part.size))
+        boxes.setdefault(part.name, []).append(
+            Box(held[key][0], key, part.begin, part.size, part.form)
+        )
     saved = {
         name: Saved(DTYPES[held[found[0].key][1].dtype], shapes[name], tuple(found))
         for name, found in boxes.items()

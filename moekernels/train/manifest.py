@@ -34,6 +34,7 @@ class Box:
     key: str
     begin: tuple[int, ...]
     size: tuple[int, ...]
+    form: str = ""  # how it lies there, where not as it is: transposed, interleaved
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def read(folder: Path) -> Manifest:
                 x["dtype"],
                 tuple(x["shape"]),
                 tuple(
-                    Box(b["file"], b["key"], tuple(b["begin"]), tuple(b["size"]))
+                    Box(b["file"], b["key"], tuple(b["begin"]), tuple(b["size"]), b.get("form", ""))
                     for b in x["boxes"]
                 ),
             )

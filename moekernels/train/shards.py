@@ -156,8 +156,31 @@ class Reader:
             if box.file not in self._files:
                 self._files[box.file] = self._stack.enter_context(safe_open(path, "pt"))
             found = self._files[box.file].get_slice(box.key)
+            if box.form:
+                return _formed(found, box, spans)
             inside = len(found.get_shape())  # a box may have leading ones that its key has not
             part = found[tuple(spans[len(spans) - inside :])]
             return part.reshape(*[1] * (len(spans) - inside), *part.shape)
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{path}: cannot be read: {error}") from None
+
+
+def _formed(found, box: Box, spans: list[slice]) -> Tensor:
+    """The spans of a box [E, 2F, ...] that lies transposed [E, ..., 2F] or with gate and up by
+    turns in its file, or both."""
+    experts, rows, *rest = spans
+
+    def read(part: slice) -> Tensor:
+        if "transposed" in box.form:
+            return found[(experts, *rest, part)].mT
+        return found[(experts, part, *rest)]
+
+    if "interleaved" not in box.form:
+        return read(rows)
+    half, parts = box.size[1] // 2, []
+    for number in (0, 1):
+        low, high = max(rows.start, number * half), min(rows.stop, (number + 1) * half)
+        if low < high:
+            both = read(slice(2 * (low - number * half), 2 * (high - number * half)))
+            parts.append(both[:, number::2])
+    return torch.cat(parts, dim=1)

@@ -9,14 +9,15 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from transformers import MixtralConfig, Qwen3MoeConfig
+from transformers import CONFIG_MAPPING, LlamaConfig, Qwen3MoeConfig
 
 from moekernels.data.batch import MicroBatch
 from moekernels.errors import UsageError
-from moekernels.integrations import _fields, families
+from moekernels.integrations import _family, _fields, families
 from moekernels.integrations.families import (
     decoder_spec,
     family_of,
+    form_of,
     in_our_shape,
     load_,
     their_names,
@@ -27,7 +28,20 @@ from moekernels.parallel.mesh import Mesh
 from python_tests.support.transformers_models import tiny_model, worst
 
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
 TOLERANCE = 1e-5
 LENGTHS = (17, 5, 5, 1, 23)
 
@@ -50,7 +64,11 @@ def ours(hf, **options) -> StageModel:
 def gradients_in_our_names(model: StageModel, hf) -> dict[str, Tensor]:
     theirs, family = dict(hf.named_parameters()), family_of(hf.config)
     return {
-        name: in_our_shape([theirs[n].grad for n in their_names(name, family)], info.full_shape)
+        name: in_our_shape(
+            [theirs[n].grad for n in their_names(name, family)],
+            info.full_shape,
+            form_of(name, family),
+        )
         for name, _, info in model.named_shards()
     }
 
@@ -95,6 +113,24 @@ GUESTS = [
     ("Qwen2Moe", {"mlp_only_layers": [0], "norm_topk_prob": True}),
     ("Dots1", {}),  # a shared expert, a dense first layer, groups, sigmoid and a selection bias
     ("Dots1", {"first_k_dense_replace": 0, "norm_topk_prob": True, "num_key_value_heads": 4}),
+    ("Qwen2Moe", {"qkv_bias": True}),
+    ("Olmoe", {}),  # one norm over all heads
+    ("Olmoe", {"attention_bias": True, "norm_topk_prob": True, "num_key_value_heads": 4}),
+    ("Mixtral", {}),
+    ("Mixtral", {"sliding_window": 6}),
+    ("Glm4Moe", {}),  # half of a head turns
+    ("Glm4Moe", {"use_qk_norm": True, "attention_bias": True, "n_group": 3, "topk_group": 2}),
+    ("DeepseekV3", {}),  # MLA
+    ("DeepseekV3", {"q_lora_rank": None, "rope_interleave": False, "v_head_dim": 20}),
+    ("DeepseekV3", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.1}}),
+    ("DeepseekV2", {}),
+    ("DeepseekV2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}),
+    ("DeepseekV2", {"q_lora_rank": None, "rope_parameters": {**YARN, "mscale_all_dim": 0.7}}),
+    ("GptOss", {}),  # biases, sinks, windows, yarn, clamped SwiGLU
+    ("GptOss", {"sliding_window": 5, "num_hidden_layers": 3, "swiglu_limit": 0.5}),
+    ("Qwen3Moe", {"rope_parameters": {**PLAIN, "rope_type": "linear", "factor": 3.0}}),
+    ("Qwen3Moe", {"rope_parameters": LLAMA3}),
+    ("Mixtral", {"rope_parameters": YARN}),
 ]
 
 
@@ -169,7 +205,8 @@ def test_a_wrong_weight_is_noticed():
         ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
         ({"attention_dropout": 0.5}, "attention_dropout is 0.5; 0.0 would do"),
         ({"use_sliding_window": True, "sliding_window": 8}, "sliding_window is"),
-        ({"rope_parameters": YARN}, r"rope_parameters\['rope_type'\] is 'yarn'"),
+        ({"rope_parameters": {**YARN, "rope_type": "dynamic"}}, "'rope_type'] is 'dynamic'"),
+        ({"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor'] is"),
         ({"rope_parameters": {**PLAIN, "factor": 2.0}}, r"rope_parameters\['factor'\] is 2.0"),
         ({"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1, and what it means"),
         ({"quantization_config": {"bits": 8}}, "quantization_config is"),
@@ -181,20 +218,42 @@ def test_what_our_decoder_has_not_is_refused(overrides, named):
         decoder_spec(Qwen3MoeConfig(**overrides))
 
 
-def test_every_field_of_their_configuration_is_accounted_for():
+# Carried over where they mean something in the family's default, or the coefficient of a loss that
+# is not asked for.
+CONDITIONAL = {
+    "router_aux_loss_coef",
+    "intermediate_size",  # of dense layers
+    "n_group",  # of group-limited routing
+    "topk_group",
+}
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_field_of_their_configuration_is_accounted_for(family):
     """Changed one by one: what is accepted is carried over, or listed as without a meaning."""
-    plain = Qwen3MoeConfig(num_hidden_layers=2)
-    for name, value in plain.to_dict().items():
-        config = Qwen3MoeConfig(num_hidden_layers=2)
+    kind, entry = CONFIG_MAPPING[family], families.FAMILIES[family]
+    small = {"num_hidden_layers": 2, "num_experts_per_tok": 4, **ACCEPTED.get(family, {})}
+    plain = decoder_spec(kind(**small))
+    for name, value in kind(**small).to_dict().items():
+        config = kind(**small)
         object.__setattr__(config, name, another(value))
         try:
-            changed = decoder_spec(config) != decoder_spec(plain)
+            changed = decoder_spec(config) != plain
         except (UsageError, ValueError, TypeError, AttributeError):
             continue
-        known = families._IRRELEVANT | families.FAMILIES["qwen3_moe"].irrelevant
-        known |= _fields.IRRELEVANT | {"router_aux_loss_coef"}
+        known = _family.IRRELEVANT | entry.irrelevant | _fields.IRRELEVANT | CONDITIONAL
         assert changed or name in known, f"{name} is ignored"
-    # The coefficient counts where the loss is asked for.
+
+
+ACCEPTED = {
+    "qwen2_moe": {"mlp_only_layers": []},
+    "dots1": {"sliding_window": None, "n_routed_experts": 8, "n_shared_experts": 1},
+    "glm4_moe": {"head_dim": 128},
+    "deepseek_v3": {"first_k_dense_replace": 1},
+}
+
+
+def test_the_balance_coefficient_counts_where_the_loss_is_asked_for():
     config = Qwen3MoeConfig(output_router_logits=True, router_aux_loss_coef=0.5)
     assert decoder_spec(config).balance_coef == 0.5 * 8 / 24
 
@@ -262,8 +321,8 @@ def test_a_published_configuration_is_taken():
 
 
 def test_another_architecture_is_refused():
-    with pytest.raises(UsageError, match="mixtral: no family .* use one of .*qwen3_moe"):
-        decoder_spec(MixtralConfig())
+    with pytest.raises(UsageError, match="llama: no family .* use one of .*qwen3_moe"):
+        decoder_spec(LlamaConfig())
 
 
 def test_their_defaults_are_ours_too():

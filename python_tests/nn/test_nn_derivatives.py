@@ -14,9 +14,11 @@ from torch.autograd import forward_ad
 
 from moekernels import ops
 from moekernels.model.layout import Layout
-from moekernels.nn.attention import Packing, rotate
+from moekernels.model.rotary import RotarySpec, frequencies
 from moekernels.nn.loss import cross_entropy
+from moekernels.nn.masked import masked_attention
 from moekernels.nn.norm import RMSNorm
+from moekernels.nn.rotary import Packing, rotate
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel import expert, tensor
 from moekernels.parallel.mesh import Group, Mesh
@@ -25,7 +27,9 @@ from python_tests.support.layouts import TINY, micro_batches
 
 ALONE = Group(None, 0, 1, (0,))
 DOUBLE = {"dtype": torch.float64, "device": torch.device("cpu")}
-PACKING = Packing.make(torch.arange(5), [0, 5], 8, 100.0, torch.float64)
+RADIANS = frequencies(RotarySpec(rope_theta=100.0), 8)
+PACKING = Packing.make(torch.arange(5), [0, 5], RADIANS, torch.float64)
+PAIRS = Packing.make(torch.arange(5), [0, 5], RADIANS, torch.float64, magnitude=1.3, pairs=True)
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -33,10 +37,19 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
     return torch.func.functional_call(layer, {"weight": weight}, (x,))
 
 
+def masked(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    return masked_attention(q, k, v, sinks, [(1, 3), (1, 4)], 3, 0.5)
+
+
 @pytest.mark.parametrize(
     "fn, shapes",
-    [(norm, [(5, 8), (8,)]), (lambda x: rotate(x, PACKING), [(5, 2, 8)])],
-    ids=["norm", "rotate"],
+    [
+        (norm, [(5, 8), (8,)]),
+        (lambda x: rotate(x, PACKING), [(5, 2, 8)]),
+        (lambda x: rotate(x, PAIRS), [(5, 2, 10)]),  # of which the last two stay
+        (masked, [(7, 4, 4), (7, 2, 4), (7, 2, 3), (4,)]),
+    ],
+    ids=["norm", "rotate", "rotate pairs", "masked"],
 )
 def test_layers_in_every_mode(fn, shapes) -> None:
     values = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
@@ -195,7 +208,7 @@ def test_every_autograd_function_is_held_here_or_beside() -> None:
     """A new autograd.Function belongs into one of these tests."""
     root = Path(ops.__file__).parents[1]
     held = {p.stem for p in (root / "ops").glob("*.py")}
-    held |= {"norm", "attention", "auxiliary", "loss", "expert", "tensor"}
+    held |= {"norm", "masked", "rotary", "auxiliary", "loss", "expert", "tensor"}
     with_functions = {
         path.stem for path in root.rglob("*.py") if "(torch.autograd.Function)" in path.read_text()
     }

@@ -10,10 +10,12 @@ from moekernels.errors import UsageError
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.experts import one_expert
 from moekernels.model.layout import Layout
+from moekernels.model.rotary import RotarySpec, frequencies
 from moekernels.nn import loss as loss_module
-from moekernels.nn.attention import Packing, causal_attention, rotate
+from moekernels.nn.attention import causal_attention
 from moekernels.nn.loss import cross_entropy
 from moekernels.nn.norm import RMSNorm
+from moekernels.nn.rotary import Packing, rotate
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Group, Mesh
 from python_tests.support.layouts import TINY, micro_batches, variant
@@ -21,6 +23,10 @@ from python_tests.support.layouts import TINY, micro_batches, variant
 ALONE = Group(None, 0, 1, (0,))
 MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm_.default)
 DOUBLE = {"dtype": torch.float64, "device": torch.device("cpu")}
+
+
+def radians(head_dim: int, theta: float = 1e4) -> list[float]:
+    return frequencies(RotarySpec(rope_theta=theta), head_dim)
 
 
 def whole_model(config: DecoderSpec = TINY, **options) -> StageModel:
@@ -44,7 +50,7 @@ def test_norm_is_torchs(shape: tuple[int, ...]) -> None:
 
 def test_rotation_keeps_norms_and_relative_angles() -> None:
     positions = torch.arange(9)
-    packing = Packing.make(positions, [0, 9], 8, 100.0, torch.float64)
+    packing = Packing.make(positions, [0, 9], radians(8, 100.0), torch.float64)
     x = torch.randn(1, 2, 8, dtype=torch.float64).expand(9, 2, 8)
     turned = rotate(x, packing)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
@@ -62,7 +68,7 @@ def test_rotation_keeps_norms_and_relative_angles() -> None:
 def test_attention_sees_its_own_segment_and_the_past(lengths: list[int], kv_heads: int) -> None:
     total = sum(lengths)
     bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    packing = Packing.make(torch.arange(total), bounds, 6, 1e4, torch.float64)
+    packing = Packing.make(torch.arange(total), bounds, radians(6), torch.float64)
     q = torch.randn(total, 4, 6, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(total, kv_heads, 6, dtype=torch.float64) for _ in range(2))
     out = causal_attention(q, k, v, packing)

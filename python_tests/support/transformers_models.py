@@ -75,6 +75,10 @@ _OWN: dict[str, dict[str, Any]] = {
         num_experts_per_tok=2,
         first_k_dense_replace=1,
     ),
+    "DeepseekV2": {
+        **{k: v for k, v in _DEEPSEEK.items() if k not in ("head_dim", "n_group", "topk_group")},
+        "routed_scaling_factor": 1.5,
+    },
     "GptOss": dict(num_local_experts=6, num_experts_per_tok=2, sliding_window=16),
 }
 FAMILIES = tuple(_OWN)

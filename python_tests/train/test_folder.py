@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from moekernels.cli import main
 from moekernels.data.batch import MicroBatch
 from moekernels.errors import UsageError
-from moekernels.integrations.families import family_of, in_our_shape, their_names
+from moekernels.integrations.families import family_of, form_of, in_our_shape, their_names
 from moekernels.model import tensors
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
@@ -30,8 +30,23 @@ from moekernels.parallel.shard import shard
 from moekernels.train import checkpoint, exporting, folder, shards, weights
 from python_tests.support.transformers_models import tiny_model, worst
 
-FAMILIES = ("Qwen3Moe", "Qwen2Moe", "Dots1")
+FAMILIES = (
+    "Qwen3Moe",
+    "Qwen2Moe",
+    "Dots1",
+    "Olmoe",
+    "Mixtral",
+    "Glm4Moe",
+    "DeepseekV3",
+    "DeepseekV2",
+    "GptOss",
+)
+EVEN = {"Olmoe": {"num_experts": 8}, "Mixtral": {"num_local_experts": 6}}  # by two ranks
 TOKENS = torch.tensor([[5, 9, 33, 7, 50, 4, 11]])
+
+
+def tiny_of(family: str):
+    return tiny_model(family, **EVEN.get(family, {}))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +55,7 @@ def folders(tmp_path_factory):
     root, made = tmp_path_factory.mktemp("folders"), {}
     for family in FAMILIES:
         made[family] = root / family
-        tiny_model(family).save_pretrained(made[family], max_shard_size="60KB")
+        tiny_of(family).save_pretrained(made[family], max_shard_size="60KB")
         assert len(list(made[family].glob("*.safetensors"))) > 1
     return made
 
@@ -78,9 +93,11 @@ def test_import_then_export_gives_the_same_bytes(folders, family, tmp_path):
     assert contents(tmp_path / "back") == contents(folders[family])
 
 
-def test_another_dtype_is_what_transformers_would_write(folders, tmp_path):
+@pytest.mark.parametrize("family", ["Qwen3Moe", "Mixtral", "DeepseekV2", "GptOss"])
+def test_another_dtype_is_what_transformers_would_write(folders, family, tmp_path):
     out = tmp_path / "bf16"
-    assert main(["export", str(folders["Qwen3Moe"]), "--out", str(out), "--dtype", "bf16"]) == 0
+    assert main(["export", str(folders[family]), "--out", str(out), "--dtype", "bf16"]) == 0
+    assert folder.read(out).dtype == "bfloat16"  # and it is taken back
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
     model.save_pretrained(tmp_path / "theirs")
@@ -92,6 +109,18 @@ def test_another_dtype_is_what_transformers_would_write(folders, tmp_path):
     "spec",
     [
         TINY,
+        variant(
+            qkv_bias=True,
+            out_bias=True,
+            sinks=True,
+            window=3,
+            router_bias=True,
+            expert_bias=True,
+            activation="swiglu_oai",
+        ),
+        variant(qk_norm_wide=True, num_kv_heads=2, expert_bias=True, expert_d_in=24),
+        variant(kv_rank=6, q_rank=5, rotary_dim=2, value_dim=6),
+        variant(kv_rank=6, rotary_dim=2),
         variant(expert_d_in=24, qk_norm=True, tie_embeddings=True, bias_update_rate=0.1),
         variant(shared_d_ff=12, shared_gate=True, dense_layers=1, dense_d_ff=20),
         variant(gated=False, activation="relu2", shared_d_ff=8, num_kv_heads=2),
@@ -101,6 +130,8 @@ def test_the_list_of_tensors_is_that_of_the_modules(spec):
     model = whole_model(spec)
     named = {name: info.full_shape for name, _, info in model.named_shards()}
     assert tensors.parameters(spec) == named
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert spec.parameters_count() == count
     held = {n: tuple(x.shape) for n, x in model.named_buffers() if n.endswith("selection_bias")}
     assert tensors.biases(spec) == held
 
@@ -111,6 +142,22 @@ def test_the_list_of_tensors_is_that_of_the_modules(spec):
         ({"expert_d_in": 24, "qk_norm": True}, "qwen3_moe"),  # as the presets are made
         ({"tie_embeddings": True, "qk_norm": True, "renormalize": True}, "qwen3_moe"),
         ({"shared_d_ff": 10, "shared_gate": True}, "qwen2_moe"),
+        ({"qk_norm_wide": True, "renormalize": True}, "olmoe"),
+        ({"renormalize": True, "window": 5, "rope_scaling": "linear", "rope_factor": 2.0,
+          "num_kv_heads": 2}, "mixtral"),
+        ({"kv_rank": 6, "q_rank": 5, "rotary_dim": 2, "value_dim": 6, "rope_pairs": True,
+          "shared_d_ff": 12, "rope_scaling": "yarn", "rope_context": 32, "rope_factor": 4.0,
+          "rope_magnitude": 1.1}, "deepseek_v2"),
+        ({"kv_rank": 6, "rotary_dim": 2, "shared_d_ff": 12, "bias_update_rate": 0.1,
+          "score": "sigmoid", "group_score": "sum2", "num_groups": 2, "groups_kept": 1,
+          "dense_layers": 1, "dense_d_ff": 20}, "deepseek_v3"),
+        ({"qkv_bias": True, "out_bias": True, "sinks": True, "window": 5, "window_period": 2,
+          "router_bias": True, "expert_bias": True, "activation": "swiglu_oai",
+          "score": "softmax_topk", "activation_limit": 0.5, "rope_scaling": "llama3",
+          "rope_context": 24, "rope_fast": 4.0, "rope_factor": 8.0}, "gpt_oss"),
+        ({"qk_norm": True, "rotary_dim": 2, "score": "sigmoid", "bias_update_rate": 0.1,
+          "shared_d_ff": 12, "dense_layers": 1, "dense_d_ff": 20, "group_score": "sum2"},
+         "glm4_moe"),
         ({"qk_norm": True, "score": "sigmoid", "bias_update_rate": 0.1, "shared_d_ff": 24,
           "dense_layers": 1, "dense_d_ff": 20, "scale": 1.5, "group_score": "sum2"}, "dots1"),
     ],
@@ -119,8 +166,8 @@ def test_a_run_is_exported_in_the_family_that_has_its_model(changes, kind, tmp_p
     """And gives the same logits in plain transformers, from several files."""
     model = whole_model(variant(vocab_size=300, **changes))
     with torch.no_grad():
-        for bias in model.selection_biases:
-            bias.copy_(torch.linspace(-0.2, 0.2, len(bias)))
+        for bias in (*model.selection_biases, *model.parameters()):
+            bias.add_(0.2 * torch.randn_like(bias))
     run = tmp_path / "run"
     saver = checkpoint.Checkpoints(run / "checkpoints", model.mesh, keep=1, run="a")
     facts = {"run": {"model": vars(model.config), "batch": {"context": 77}}}
@@ -175,8 +222,8 @@ def _taken(rank: int, path: Path, layout: Layout, names: list[str]) -> dict[str,
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_rank_reads_its_slices_and_no_more(folders, family):
-    hf = tiny_model(family)
-    theirs = hf.state_dict()
+    hf = tiny_of(family)
+    theirs, kind = hf.state_dict(), family_of(hf.config)
     layout = Layout(tp=2, pp=2, ep=2)
     with RankPool(4) as pool:
         ranks = pool.run(_taken, folders[family], layout, [])
@@ -184,8 +231,9 @@ def test_every_rank_reads_its_slices_and_no_more(folders, family):
     for held in ranks:
         for name, (local, info) in held.items():
             ours = name.removeprefix("master.")
-            parts = [theirs[n] for n in their_names(ours, family_of(hf.config))]
-            assert torch.equal(local, info.take(in_our_shape(parts, info.full_shape))), name
+            parts = [theirs[n] for n in their_names(ours, kind)]
+            whole = in_our_shape(parts, info.full_shape, form_of(ours, kind))
+            assert torch.equal(local, info.take(whole)), name
             seen.add(ours)
     spec = folder.read(folders[family]).spec
     assert seen == {*tensors.parameters(spec), *tensors.biases(spec)}
