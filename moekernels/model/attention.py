@@ -105,10 +105,11 @@ def kept(spec: AttentionSpec, at: Place) -> float:
     size = norm_kept(spec, at)
     copies = 2 if at.device == "cpu" and at.runs > 1 else 1  # each run's output, and all joined
     if spec.kv_rank:
-        latents = spec.kv_rank + spec.q_rank
+        latents, gathered = spec.kv_rank + spec.q_rank, 0 if spec.q_rank else spec.d_model
         wide = max(hd, spec.v_dim)  # values are as wide as queries to the kernel
-        size += at.residual * (latents * b + at.wide * (2 if spec.q_rank else 1))  # normed
-        size += at.tokens * (latents + (0 if spec.q_rank else spec.d_model)) * b  # and gathered
+        normed = latents + spec.rotary_dim
+        size += at.residual * (normed * b + at.wide * (2 if spec.q_rank else 1))
+        size += at.tokens * (normed + gathered) * b
         size += at.residual * spec.d_model * b if spec.q_rank else 0.0
         size += at.tokens * b * q * (2 * hd + wide)  # queries, keys and values
         size += at.tokens * b * (q * spec.v_dim if wide > spec.v_dim else 0.0)

@@ -74,7 +74,7 @@ def chunk_bytes(
 ) -> tuple[float, float, float]:
     """Of a chunk and one micro-batch, beside its layers: (kept until its end, kept by the loss,
     which its backward lets go first, and what the loss holds besides while it runs)."""
-    kept = at.tokens * model.head_dim * at.wide  # sine and cosine
+    kept = at.tokens * model.turning(model.head_dim) * at.wide  # sine and cosine
     if first and at.layout.tp > 1:
         kept += at.tokens * 9  # which tokens are here
     if not last:

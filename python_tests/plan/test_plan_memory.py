@@ -266,6 +266,50 @@ def test_activations_of_shared_experts_and_dense_layers(dtype, checkpoint, optio
     assert 0.995 * peak <= said_peak <= 1.09 * peak
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qk_norm_wide": True},
+        {"qkv_bias": True, "out_bias": True, "rotary_dim": 8, "rope_pairs": True},
+        {"kv_rank": 24, "q_rank": 20, "rotary_dim": 4},
+        {"kv_rank": 24, "rotary_dim": 4, "value_dim": 12},
+        {"sinks": True, "window": 40, "router_bias": True},
+        {"expert_bias": True, "activation": "swiglu_oai"},
+    ],
+    ids=str,
+)
+def test_activations_of_what_the_families_ask_for(dtype, options):
+    """Kept within 0.5 %; parameters to the byte on every rank of a layout that cuts all of them.
+    The scores that windows and sinks make again for a moment are not counted."""
+    model, tokens = small(**options), 512
+    whole = StageModel(model, Mesh(Layout()), range(1, 5), True, True)
+    assert sum(p.numel() for p in whole.parameters()) == model.parameters_count()
+    kept, _ = measure(model, Mesh(Layout()), 3, True, False, dtype, tokens, ())
+    s = Strategy(Layout(), (3,), (0,), 1, dtype=dtype)
+    assert counted(model, s, tokens, True, False)[0] == pytest.approx(kept, rel=5e-3)
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qk_norm_wide": True, "qkv_bias": True, "out_bias": True, "sinks": True, "window": 4,
+         "router_bias": True, "expert_bias": True},
+        {"kv_rank": 24, "q_rank": 20, "rotary_dim": 4, "value_dim": 12},
+        {"kv_rank": 24, "rotary_dim": 4},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_parameters_of_what_the_families_ask_for_on_a_rank(options, sequence_parallel, fake_world):
+    layout = Layout(tp=2, dp=2, ep=2, etp=2)
+    model, mesh = small(**options), fake_world(layout, 1)
+    chunk = StageModel(model, mesh, range(1, 5), True, True, sequence_parallel=sequence_parallel)
+    at = Place(layout, sequence_parallel=sequence_parallel)
+    parts = chunk_parameters(model, at, range(1, 5), True, True, tp_index=1)
+    assert sum(parts.values()) == sum(p.numel() for p in chunk.parameters())
+
+
 @pytest.mark.parametrize("kind", ["all_to_all", "all_gather"])
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("stage, etp, layers", [(0, 1, 2), (1, 2, 2), (3, 1, 4), (3, 1, 1)])
