@@ -25,12 +25,36 @@ ORDERED_BACKENDS = ("nccl",)  # those that run the communications of a group one
 
 
 class PipelineGroup(Protocol):
-    """The ranks of one pipeline: `ranks[stage]` is the global rank, `rank` our own stage."""
+    """The ranks of one pipeline: `ranks[stage]` is the global rank, `rank` our own stage. `memory`
+    is what they share where they can, None otherwise."""
 
     process_group: dist.ProcessGroup | None
     rank: int
     size: int
     ranks: Sequence[int]
+    memory: PipelineMemory | None
+
+
+class PipelineMemory(Protocol):
+    """Messages that a lane delivers in the order in which they were sent."""
+
+    def send(self, x: Tensor, peer: int, lane: int, tag: int) -> None: ...
+
+    def expect(self, peer: int, lane: int) -> int: ...
+
+    def receive(self, out: Tensor, peer: int, lane: int, number: int, tag: int) -> None: ...
+
+
+class _Receive:
+    """A message that shared memory will hold; `wait` copies it out."""
+
+    def __init__(self, memory: PipelineMemory, out: Tensor, peer: int, lane: int, tag: int):
+        self._memory, self._number = memory, memory.expect(peer, lane)
+        self._message = out, peer, lane, tag
+
+    def wait(self) -> None:
+        out, peer, lane, tag = self._message
+        self._memory.receive(out, peer, lane, self._number, tag)
 
 
 class StepResult(NamedTuple):
@@ -157,7 +181,7 @@ class _Step:
         self._made: dict[
             Message, Tensor
         ] = {}  # waits for its send, or for the next chunk of this rank
-        self._awaited: dict[Message, tuple[Tensor, dist.Work]] = {}
+        self._awaited: dict[Message, tuple[Tensor, dist.Work | _Receive]] = {}
         self._sent: dict[bool, deque[tuple[Action, Tensor, dist.Work]]] = {
             True: deque(),
             False: deque(),
@@ -186,6 +210,9 @@ class _Step:
             raise
 
     def communicate(self, batch: list[Action]) -> None:
+        if self.runtime.group.memory is not None:
+            self._through_memory(batch, self.runtime.group.memory)
+            return
         operations, tensors = [], []
         for action in batch:
             message = self.schedule.message(self.rank, action)
@@ -194,11 +221,7 @@ class _Step:
                     self._wait_for_send(message.forward)
                 tensor = self._made.pop(message).contiguous()
             else:
-                tensor = torch.empty(
-                    self.runtime.shapes(self.microbatches[message.microbatch]),
-                    dtype=self.runtime.dtype,
-                    device=self.runtime.device,
-                )
+                tensor = self._room(message)
             tensors.append(tensor)
             operations.append(
                 dist.P2POp(
@@ -223,6 +246,30 @@ class _Step:
             else:
                 self._awaited[message] = tensor, work
 
+    def _through_memory(self, batch: list[Action], memory: PipelineMemory) -> None:
+        """A send is over when it has copied its tensor; a lane each way, as neither waits for the
+        other."""
+        for action in batch:
+            message = self.schedule.message(self.rank, action)
+            tag, lane = self.schedule.tag(message), 0 if message.forward else 1
+            peer = self.schedule.peer(self.rank, action)
+            if action.kind.sends:
+                try:
+                    memory.send(self._made.pop(message), peer, lane, tag)
+                except Exception as error:
+                    error.add_note(f"in {self._where(action)}")
+                    raise
+            else:
+                room = self._room(message)
+                self._awaited[message] = room, _Receive(memory, room, peer, lane, tag)
+
+    def _room(self, message: Message) -> Tensor:
+        return torch.empty(
+            self.runtime.shapes(self.microbatches[message.microbatch]),
+            dtype=self.runtime.dtype,
+            device=self.runtime.device,
+        )
+
     def finish(self) -> None:
         for forward, queue in self._sent.items():
             while queue:
@@ -246,7 +293,7 @@ class _Step:
         action, _tensor, work = self._sent[forward].popleft()
         self._wait(action, work)
 
-    def _wait(self, action: Action, work: dist.Work) -> None:
+    def _wait(self, action: Action, work: dist.Work | _Receive) -> None:
         try:
             work.wait()
         except Exception as error:

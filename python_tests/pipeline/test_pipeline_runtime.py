@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 import moekernels.pipeline.runtime as runtime_module
+from moekernels.parallel.nodes import Nodes, gather, node_name
+from moekernels.parallel.peers import share
 from moekernels.pipeline.runtime import PipelineRuntime
 from moekernels.pipeline.schedule import Action, Kind, build
 from moekernels.pipeline.trace import Clock
@@ -79,7 +81,16 @@ def gradients(chunks):
 
 
 def make_runtime(
-    rank, name, stages, count, virtual_stages, *, ranks=None, dtype=torch.float64, wrap=None
+    rank,
+    name,
+    stages,
+    count,
+    virtual_stages,
+    *,
+    ranks=None,
+    dtype=torch.float64,
+    wrap=None,
+    memory=None,
 ):
     depth = stages * virtual_stages
     chunks = [Chunk(c * stages + rank, depth, dtype) for c in range(virtual_stages)]
@@ -88,6 +99,7 @@ def make_runtime(
         rank=rank,
         size=stages,
         ranks=ranks or list(range(stages)),
+        memory=memory,
     )
     runtime = PipelineRuntime(
         build(name, stages, count, virtual_stages),
@@ -144,6 +156,30 @@ def test_step_equals_the_unsplit_model_bit_for_bit(ranks, name, stages, count, v
 def test_other_types(ranks, dtype):
     results = ranks.run(one_step, "1f1b", 4, 5, 1, dtype)
     assert_same(results, 4, 5, dtype)
+
+
+def _through_memory(rank, cases):
+    """The same through memory that the stages share, and no message of torch.distributed."""
+    nodes, results = Nodes.named(gather(node_name(), 4)), []
+    post, dist.batch_isend_irecv = dist.batch_isend_irecv, None
+    for name, stages, count, virtual_stages in cases:
+        ranks = tuple(range(stages))
+        memory = share([ranks], rank, nodes, "shared", torch.device("cpu"))[0].get(ranks)
+        if rank >= stages:
+            results.append(([], {}, []))
+            continue
+        options = {"memory": memory}
+        runtime, chunks = make_runtime(rank, name, stages, count, virtual_stages, **options)
+        losses = runtime.step(make_batches(count), record=False).losses
+        results.append((losses, gradients(chunks), []))
+    dist.batch_isend_irecv = post
+    return results
+
+
+def test_messages_through_shared_memory(ranks):
+    cases = [case for case in (*CASES, ("gpipe", 3, 40, 1), ("1f1b", 4, 40, 1)) if case[1] > 1]
+    for case, results in zip(cases, zip(*ranks.run(_through_memory, cases)), strict=True):
+        assert_same(results, case[1] * case[3], case[2])
 
 
 def _steps_of_changing_size(rank):
@@ -317,7 +353,7 @@ def test_a_result_of_another_shape_or_type_than_planned():
 
 
 def test_a_schedule_for_another_pipeline():
-    group = SimpleNamespace(process_group=None, rank=0, size=1, ranks=[0])
+    group = SimpleNamespace(process_group=None, rank=0, size=1, ranks=[0], memory=None)
     with pytest.raises(ValueError, match="4 stages of 1 chunks, the group has 1 ranks"):
         PipelineRuntime(build("1f1b", 4, 4), [Chunk(0, 1)], group, len, torch.float32, "cpu")
 
