@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moekernels import reference
-from moekernels.ops import _derivatives, _main_grad
+from moekernels.ops import _deferred, _derivatives, _main_grad
 from moekernels.ops._library import fake, raw
 from moekernels.ops._main_grad import main_grad_of
 from moekernels.ops._op import op, require_tensor, wide
@@ -194,7 +195,8 @@ def _plain_backward(ctx, inputs: tuple[Tensor | None, ...], dy: Tensor) -> list[
 def _dbias_or_accumulate(main_grad, rows, weights, offsets, token_of, tokens) -> Tensor | None:
     if main_grad is None:
         return _dbias(rows, weights, offsets, token_of, tokens)
-    _main_grad.dbias_(main_grad, rows, weights, offsets, token_of, tokens)
+    args = (rows, weights, offsets, token_of, tokens)
+    _deferred.later(partial(_main_grad.dbias_, main_grad, *args))
     return None
 
 

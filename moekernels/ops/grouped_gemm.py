@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from moekernels import reference
-from moekernels.ops import _derivatives, _main_grad
+from moekernels.ops import _deferred, _derivatives, _main_grad
 from moekernels.ops._library import fake, raw
 from moekernels.ops._main_grad import main_grad_of
 from moekernels.ops._op import op
@@ -57,13 +59,12 @@ def wgrad_or_accumulate(
     tokens: int = 0,
     gather: bool = False,
 ) -> Tensor | None:
-    """The gradient for w, or None after adding it to `main_grad`. With `gather`, rows are [T, I]
-    seen through token_of."""
+    """The gradient for w, or None where it is added to `main_grad`, now or later. With `gather`,
+    rows are [T, I] seen through token_of."""
     if main_grad is None:
         return _wgrad(rows, drows, offsets, transposed, token_of, tokens, gather, tf32(rows))
-    _main_grad.wgrad_(
-        main_grad, rows, drows, offsets, transposed, token_of, tokens, gather, tf32(rows)
-    )
+    args = (rows, drows, offsets, transposed, token_of, tokens, gather, tf32(rows))
+    _deferred.later(partial(_main_grad.wgrad_, main_grad, *args))
     return None
 
 
@@ -206,7 +207,7 @@ def grouped_gemm_wgrad(
     rows, drows = rows.contiguous(), drows.contiguous()
     if out is not None:
         _derivatives.refuse_gradients("grouped_gemm_wgrad", "it adds to out", rows, drows)
-        wgrad_or_accumulate(out, rows, drows, offsets, transposed)
+        _main_grad.wgrad_(out, rows, drows, offsets, transposed, None, 0, False, tf32(rows))
         return out
     if torch.is_grad_enabled() and (rows.requires_grad or drows.requires_grad):
         return _Wgrad.apply(rows, drows, offsets, transposed)

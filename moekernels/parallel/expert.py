@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moekernels import ops
-from moekernels.ops import _derivatives
+from moekernels.ops import _deferred, _derivatives
 from moekernels.parallel import tensor
 from moekernels.parallel.exchange import Collective, Exchange, Shared
 from moekernels.parallel.mesh import Group
@@ -94,9 +94,18 @@ def _scatter(
     return _kept(kept, lambda: plan.exchange.post_out(x, weights, plan).wait())
 
 
-def _gather(drows: Tensor, dweights: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
-    """Its transpose: rows [R', H] and weights [R'] -> their sums [T, H] and [T, K]."""
-    drows, dweights = plan.exchange.post_back(drows, dweights, plan).wait()
+def _gather(
+    drows: Tensor,
+    dweights: Tensor,
+    plan: ExchangePlan,
+    meanwhile: Callable[[], object] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Its transpose: rows [R', H] and weights [R'] -> their sums [T, H] and [T, K]. `meanwhile`
+    runs while they are on their way."""
+    pending = plan.exchange.post_back(drows, dweights, plan)
+    if meanwhile:
+        meanwhile()
+    drows, dweights = pending.wait()
     dx = ops.combine(drows, plan.row_of, plan.token_of)
     return dx, _by_slot(dweights, plan.row_of)
 
@@ -114,7 +123,8 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx, drows: Tensor, dweights: Tensor, _):
         if _differentiable("dispatch"):
             return *_DispatchBack.apply(drows, dweights, ctx.plan), None, None
-        return *_gather(drows, dweights, ctx.plan), None, None
+        # What the experts' backward has put off since that of `combine`.
+        return *_gather(drows, dweights, ctx.plan, _deferred.run), None, None
 
 
 class _DispatchBack(torch.autograd.Function):
@@ -156,6 +166,7 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         if _differentiable("combine"):
             return _Combine.apply(grad, ctx.plan, not ctx.back), None, None
+        _deferred.begin()
         return (_bring if ctx.back else _spread)(grad, ctx.plan), None, None
 
 

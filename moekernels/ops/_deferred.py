@@ -1,0 +1,86 @@
+"""Gradients of weights that nothing waits for, put off by a backward until somebody has time.
+
+Work that is put off adds to a `main_grad`, makes nothing that the rest of the backward needs, and
+runs in the order in which it was put off, so that sums keep their order and bits. Two places take
+it:
+
+    with deferred(queue): backward(...)   whoever drives the backward, and runs the queue when it
+                                          will: a schedule that computes weights apart
+    begin() ... run()                     within one backward, from where something is soon to be
+                                          waited for to the wait; its end runs what is left
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+Work = Callable[[], None]
+
+
+class Queue:
+    def __init__(self) -> None:
+        self._work: deque[Work] = deque()
+
+    def __len__(self) -> int:
+        return len(self._work)
+
+    def put(self, work: Work) -> None:
+        self._work.append(work)
+
+    def run(self, most: int | None = None) -> int:
+        """Run the oldest `most` (None: all), in order; how many ran."""
+        done = 0
+        while self._work and (most is None or done < most):
+            self._work.popleft()()
+            done += 1
+        return done
+
+
+_driven: list[Queue] = []  # of `deferred`, the innermost last
+_begun: dict[int, Queue] = {}  # of a backward that runs, by autograd's number of it
+
+
+@contextmanager
+def deferred(queue: Queue) -> Iterator[Queue]:
+    """Have backwards within put off to `queue` what nothing waits for."""
+    _driven.append(queue)
+    try:
+        yield queue
+    finally:
+        _driven.remove(queue)
+
+
+def later(work: Work) -> None:
+    """Put off, if anybody takes it, or run now."""
+    if torch.compiler.is_compiling() or not (_driven or _begun):
+        work()
+        return
+    if _driven:
+        _driven[-1].put(work)
+        return
+    queue = _begun.get(torch._C._current_graph_task_id())
+    if queue is None:
+        work()
+    else:
+        queue.put(work)
+
+
+def begin() -> None:
+    """Within a backward: put off until `run`, or until the backward ends."""
+    task = torch._C._current_graph_task_id()
+    if task < 0 or _driven or task in _begun:
+        return
+    _begun.clear()  # of backwards that failed: whatever they were to add to is no gradient
+    _begun[task] = Queue()
+    torch.autograd.Variable._execution_engine.queue_callback(lambda: run(task))
+
+
+def run(task: int | None = None) -> int:
+    """Run what this backward has put off since `begin`, which ends; how many ran."""
+    task = torch._C._current_graph_task_id() if task is None else task
+    queue = _begun.pop(task, None)
+    return 0 if queue is None else queue.run()
