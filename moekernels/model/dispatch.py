@@ -19,9 +19,10 @@ class Way:
     arriving: bytes of the rows, or the tokens behind them, that the experts see. keeps: bytes that
     outlive the first forward of a checkpointed layer, so that nothing is exchanged twice. traffic:
     bytes that a rank sends a micro-batch, and in how many collectives. view: the experts see rows
-    through `token_of`. peaks: (within a backward, within a forward, within a second forward of a
-    checkpointed layer) the most bytes held besides, from the first of them without any exchange
-    and the experts' own bytes."""
+    through `token_of`. defers: the experts' weight gradients are computed while the rows'
+    gradients travel home, so that what they read is held until then. peaks: (within a backward,
+    within a forward, within a second forward of a checkpointed layer) the most bytes held
+    besides, from the first of them without any exchange and the experts' own bytes."""
 
     suits: Callable[[RouterSpec, int], bool]  # spec, ep: whether it can pay at all
     rows: Callable[[RouterSpec, Place], float]
@@ -30,6 +31,7 @@ class Way:
     keeps: Callable[[RouterSpec, Place], float]
     traffic: Callable[[RouterSpec, Place], tuple[float, int]]
     view: bool
+    defers: bool
     peaks: Callable[[RouterSpec, Place, float, float, bool], tuple[float, float, float]]
 
 
@@ -55,6 +57,7 @@ LOCAL = Way(
     keeps=lambda spec, at: 0.0,
     traffic=lambda spec, at: (0.0, 0),
     view=True,
+    defers=False,
     peaks=_nothing_besides,
 )
 
@@ -85,6 +88,7 @@ ALL_TO_ALL = Way(
     ),
     traffic=_exchanged_traffic,
     view=False,
+    defers=True,
     peaks=_nothing_besides,
 )
 
@@ -129,6 +133,7 @@ ALL_GATHER = Way(
         2,
     ),
     view=True,
+    defers=False,
     peaks=_gathered_peaks,
 )
 

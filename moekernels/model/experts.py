@@ -99,10 +99,17 @@ def kept(spec: ExpertsSpec, at: Place) -> float:
 
 def working(spec: ExpertsSpec, at: Place) -> float:
     """Held by the backward besides: gradients of the output, of h, and the weighted activations or
-    the gradient of the input; the rows to be lowered are gone by then."""
-    rows, f = way_of(at).rows(spec, at), spec.expert_d_ff / at.layout.etp
-    size = rows * at.width * (spec.d_in + spec.up_rows * f + max(f, spec.d_in))
-    return size - (rows * spec.d_in * at.width if spec.lifted else 0.0)
+    the gradient of the input; the rows to be lowered are gone by then. Where weights' gradients
+    are put off, all of these, until the input's gradient is on its way; h is gone by then."""
+    way, f, hidden = way_of(at), spec.expert_d_ff / at.layout.etp, spec.d_model
+    rows, up = way.rows(spec, at), spec.up_rows * f
+    if not way.defers:
+        size = spec.d_in + up + max(f, spec.d_in) - (spec.d_in if spec.lifted else 0)
+        return rows * at.width * size
+    held = spec.d_in + up + f + (hidden + spec.d_in if spec.lifted else 0)
+    within = held + (0 if spec.lifted else spec.d_in)
+    back = held + 3 * hidden - (0 if spec.recompute_experts else up)  # a gradient, sent, received
+    return rows * at.width * max(within, back)
 
 
 def work(spec: ExpertsSpec, at: Place) -> Work:

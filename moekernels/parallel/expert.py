@@ -37,16 +37,12 @@ class ExchangePlan:
     outgoing: Tensor  # [P, e] int64 on the CPU: own rows for each expert of each peer
     counts: Tensor | None  # [P, e], rows from each peer for each local expert; None: not here yet
     send: list[int]  # [P] rows to each peer
+    receive: list[int] | None  # [P] rows from each peer, where the exchange asks beforehand
     layer: int = 0
 
     @property
     def local_experts(self) -> int:
         return self.outgoing.shape[1]
-
-    @property
-    def receive(self) -> list[int]:
-        """[P] rows from each peer."""
-        return self.counts.sum(-1).tolist()
 
     def describe(self) -> str:
         """What a rank waits for."""
@@ -78,6 +74,7 @@ class ExchangePlan:
             outgoing,
             counts,
             send,
+            None if counts is None else counts.sum(-1).tolist(),
             layer,
         )
 

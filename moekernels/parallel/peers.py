@@ -138,6 +138,8 @@ def share(
     opened = {ranks: memory.host.fd for ranks, memory in made.items()}
     everyone = gather((os.getpid(), opened, complaint), world)
     complaint = next((text for _, _, text in everyone if text), "")
+    if len({(nodes.of[r], pid) for r, (pid, _, _) in enumerate(everyone)}) < world:
+        complaint = "several ranks are of one process"  # a backend that only pretends, say
     if not complaint:
         alone = len(nodes.mates(rank)) <= cores()
         try:

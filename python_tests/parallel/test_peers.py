@@ -16,7 +16,7 @@ from torch import Tensor
 from moekernels import _host
 from moekernels.errors import UsageError
 from moekernels.model.layout import Layout
-from moekernels.parallel import expert, tensor
+from moekernels.parallel import expert, peers, tensor
 from moekernels.parallel.measure import Stamps, hidden_of, times_of
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.nodes import Nodes
@@ -234,6 +234,16 @@ def test_groups_over_several_nodes_keep_the_collective() -> None:
         "or collective"
     )
     assert run_ranks(4, _nodes) == [([True, True, False, False], said)] * 4
+
+
+def test_ranks_of_one_process_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under torch's fake backend, whose gathers bring every rank's own value."""
+    monkeypatch.setattr(peers, "gather", lambda value, world: [value] * world)
+    nodes, cpu = Nodes((0, 0)), torch.device("cpu")
+    said = "several ranks are of one process"
+    assert peers.share([(0, 1)], 0, nodes, "auto", cpu) == ({}, said)
+    with pytest.raises(UsageError, match=f"--exchange shared: {said}; give --exchange collective"):
+        peers.share([(0, 1)], 0, nodes, "shared", cpu)
 
 
 def _late(rank: int, link: bool) -> list[Stamps]:

@@ -17,6 +17,7 @@ from moekernels.model.spec import Place
 from moekernels.nn import attention, dispatcher, embedding, experts, router
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel import expert
+from moekernels.parallel.exchange import Collective
 from moekernels.parallel.expert import ExchangePlan
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.optimizer import AdamWConfig, Optimizer
@@ -79,12 +80,13 @@ def bare(monkeypatch):
         ),
     )
 
-    def balanced(ids, local_experts, group):
+    def balanced(ids, local_experts, group, layer):
         routing = torch.empty(ids.numel(), dtype=torch.int32)
-        share = [ids.numel() // group.size] * group.size
-        counts = torch.full((group.size, local_experts), share[0] // local_experts)
-        plan = (group, torch.empty(ids.shape, dtype=torch.int32), routing, routing.clone())
-        return ExchangePlan(*plan, share, share, counts)
+        share = ids.numel() // group.size
+        counts = torch.full((group.size, local_experts), share // local_experts)
+        rows = torch.empty(ids.shape, dtype=torch.int32), routing, routing.clone()
+        send = [share] * group.size
+        return ExchangePlan(group, Collective(group), *rows, counts, counts, send, send, layer)
 
     monkeypatch.setattr(ExchangePlan, "_make", staticmethod(balanced))
 
