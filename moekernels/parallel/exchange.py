@@ -84,6 +84,8 @@ class Shared:
         return _SharedOut(self, x, weights, plan)
 
     def post_back(self, rows: Tensor, weights: Tensor | None, plan: ExchangePlan) -> PendingBack:
+        if plan.counts is None:
+            raise RuntimeError("combine: the rows that come back were never dispatched")
         rows = rows.contiguous()
         if weights is not None:
             weights = weights.to(wide(rows.dtype)).contiguous()

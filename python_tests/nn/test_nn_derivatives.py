@@ -166,7 +166,7 @@ def _all_collectives(rank: int) -> None:
     x = torch.randn(4 + rank, 5, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(4 + rank, 2, dtype=torch.float64, requires_grad=True)
     _linear_twice("dispatch", lambda *v: expert.dispatch(*v, plan), [x, weights])
-    rows = torch.randn(sum(plan.receive), 5, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(int(plan.counts.sum()), 5, dtype=torch.float64, requires_grad=True)
     _linear_twice("combine", lambda v: [expert.combine(v, plan)], [rows])
     sizes = expert.token_counts(x, mesh.exchange, alike=False)
     _linear_twice(
