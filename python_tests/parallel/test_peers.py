@@ -21,6 +21,7 @@ from moekernels.parallel.measure import Stamps, hidden_of, times_of
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.nodes import Nodes
 from moekernels.parallel.peers import PeerLost, PeerMemory
+from python_tests.support import distributed
 from python_tests.support.distributed import RankPool, run_ranks
 
 EXPERTS = 6
@@ -158,8 +159,6 @@ def _kill_one(rank: int) -> str:
 
 
 def test_a_killed_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import distributed
-
     monkeypatch.setenv("SAID", str(tmp_path / "said"))
     monkeypatch.setattr(distributed, "GRACE_SECONDS", 20.0)
     with pytest.raises(distributed.RankError, match="rank 2 was killed by SIGKILL"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed import run_ranks
 from torch import Tensor
 
 from moekernels import ops
@@ -13,6 +12,7 @@ from moekernels.nn.dispatcher import AllToAllDispatcher
 from moekernels.ops import _deferred
 from moekernels.parallel.exchange import _SharedBack
 from moekernels.parallel.mesh import Mesh
+from python_tests.support.distributed import run_ranks
 
 E, H, F = 3, 4, 5
 
