@@ -68,8 +68,8 @@ class AllToAllDispatcher:
     """Each row goes to the rank that holds its expert; under ETP to all ranks that hold a shard of
     it."""
 
-    def __init__(self, mesh: Mesh, num_experts: int) -> None:
-        self.group = mesh.exchange
+    def __init__(self, mesh: Mesh, num_experts: int, layer: int = 0) -> None:
+        self.group, self.layer = mesh.exchange, layer
         self.etp = mesh.layout.etp
         self.local_experts = num_experts // mesh.layout.ep
 
@@ -78,7 +78,7 @@ class AllToAllDispatcher:
     ) -> tuple[Tensor, Routed]:
         if self.etp > 1:
             ids, weights = self._to_shards(ids), weights.repeat_interleave(self.etp, dim=1)
-        plan = expert.ExchangePlan.make(ids, self.local_experts, self.group, kept)
+        plan = expert.ExchangePlan.make(ids, self.local_experts, self.group, kept, self.layer)
         rows, row_weights, offsets = expert.dispatch(x, weights, plan, kept)
         return rows, Routed(row_weights, offsets, None, None, plan)
 
@@ -98,7 +98,7 @@ class AllGatherDispatcher:
     """Every rank sees all tokens of the group and computes its own experts: less traffic where K
     exceeds ep."""
 
-    def __init__(self, mesh: Mesh, num_experts: int) -> None:
+    def __init__(self, mesh: Mesh, num_experts: int, layer: int = 0) -> None:
         self.group = mesh.exchange
         self.local_experts = num_experts // mesh.layout.ep
         self.first_expert = mesh.ep_index * self.local_experts
@@ -130,11 +130,12 @@ DISPATCHERS: dict[str, type] = {
 }
 
 
-def make_dispatcher(kind: str, mesh: Mesh, spec: RouterSpec) -> Dispatcher:
-    """The dispatcher that `model.dispatch` chooses for a kind, one of its `WAYS` or `auto`."""
+def make_dispatcher(kind: str, mesh: Mesh, spec: RouterSpec, layer: int = 0) -> Dispatcher:
+    """The dispatcher that `model.dispatch` chooses for a kind, one of its `WAYS` or `auto`; what
+    it says of itself names the layer."""
     if kind != "auto" and kind not in DISPATCHERS:
         raise UsageError(f"dispatcher {kind!r}; use one of auto, {', '.join(DISPATCHERS)}")
     if mesh.exchange.size == 1:
         return LocalDispatcher(spec.num_experts)
     name = dispatch.choose(kind, spec, mesh.layout.ep)
-    return DISPATCHERS[name](mesh, spec.num_experts)
+    return DISPATCHERS[name](mesh, spec.num_experts, layer)

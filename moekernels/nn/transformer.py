@@ -69,7 +69,7 @@ class Block(nn.Module):
             self.ffn = FeedForward(config, mesh, config.dense_d_ff, name=f"{name}.ffn", **parallel)
             return
         self.moe_norm = norm()
-        ways = make_dispatcher(dispatcher, mesh, config)
+        ways = make_dispatcher(dispatcher, mesh, config, layer)
         self.moe = MoE(config, mesh, layer, ways, name=f"{name}.moe", **parallel)
 
     def forward(

@@ -20,14 +20,12 @@ from torch import Tensor
 
 from moekernels import _host, ops
 from moekernels.parallel import tensor
+from moekernels.parallel.measure import BACK, GRAD_BACK, GRAD_OUT, OUT
 from moekernels.parallel.peers import PeerMemory
 
 if TYPE_CHECKING:
     from moekernels.parallel.expert import ExchangePlan
     from moekernels.parallel.mesh import Group
-
-OUT, BACK, GRAD_OUT, GRAD_BACK = range(4)  # what a stamp's label says beside the layer
-NAMES = ("dispatch", "combine", "combine's gradient", "dispatch's gradient")
 
 
 class Arrived(NamedTuple):

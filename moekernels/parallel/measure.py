@@ -16,16 +16,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from moekernels import _host
+from moekernels.parallel.peers import WHOLE
 
 if TYPE_CHECKING:
     from moekernels.parallel.mesh import Group
 
+# What a stamp's label says beside the layer: which of an exchange's four ways it is.
+OUT, BACK, GRAD_OUT, GRAD_BACK = range(4)
+NAMES = ("dispatch", "combine", "combine's gradient", "dispatch's gradient")
 WORTH_HIDING = 0.01  # of the step: where exchanges take less of it there is nothing to hide
 
 
 class Stamps(NamedTuple):
     """Nanoseconds of `_host.now`, but for `moving`, which is a duration, `size` in bytes and
-    `label`, 4 x the layer + which of `exchange.NAMES`."""
+    `label`, 4 x the layer + which of `NAMES`, or `peers.WHOLE`."""
 
     post: int
     last: int
@@ -48,6 +52,29 @@ class Times(NamedTuple):
     skew: float = 0.0
     exposed: float = 0.0
     flight: float = 0.0
+
+
+class Flight(NamedTuple):
+    """An exchange as a trace draws it: from the last post until all rows were here."""
+
+    name: str
+    start: float  # seconds
+    end: float
+    size: int  # bytes
+    waited: float  # seconds
+    late: float  # seconds of these for a peer that had not posted
+
+
+def flights_of(stamps: Iterable[Stamps], origin: float) -> list[Flight]:
+    """In seconds since `origin`, a moment of time.perf_counter()."""
+    zero, flights = origin_of(origin), []
+    for s in stamps:
+        start, go = max(s.post, s.last), max(s.need, s.ready)
+        name = "tokens" if s.label == WHOLE else f"{NAMES[s.label % 4]} {s.label // 4}"
+        late = max(0, min(go, s.last) - s.need)
+        seconds = ((start - zero) / 1e9, (s.ready - zero) / 1e9)
+        flights.append(Flight(name, *seconds, s.size, (go - s.need) / 1e9, late / 1e9))
+    return flights
 
 
 def times_of(stamps: Iterable[Stamps]) -> Times:

@@ -19,6 +19,7 @@ from moekernels.parallel.nodes import Nodes, cores, gather
 
 MODES = ("auto", "shared", "collective")
 SPACE = 1 << 36  # bytes of addresses of a slab; memory is taken as messages need it
+WHOLE = -1  # the label of exchanges of whole tensors, which know no layer
 SPINS, SPINS_ALONE = 50, 2000  # before a wait sleeps; where every rank has a core of its own
 
 
@@ -74,6 +75,7 @@ class PeerMemory:
         receive, send = receive or even, send or even
         out = x.new_empty(sum(receive), *x.shape[1:])
         row = x[:1].nbytes if x.shape[0] else out[:1].nbytes
+        self.host.label = WHOLE
         try:
             self.host.all_to_all(
                 x.data_ptr(),
@@ -90,6 +92,7 @@ class PeerMemory:
         """x [T, ...] -> [P*T, ...]."""
         x = x.contiguous()
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        self.host.label = WHOLE
         try:
             self.host.all_gather(x.data_ptr(), out.data_ptr(), x.nbytes, stamped)
         except _host.Lost as lost:

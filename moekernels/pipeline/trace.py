@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -113,6 +113,39 @@ def trace_events(events: Iterable[Event], **args: Any) -> list[dict[str, Any]]:
                 "ts": round(event.start * 1e6, 3),
                 "dur": round((event.end - event.start) * 1e6, 3),
                 "args": {"chunk": event.chunk, "microbatch": event.microbatch, **args},
+            }
+        )
+    return entries
+
+
+class Traveller(Protocol):
+    """Rows on their way between the ranks of a stage; seconds from the events' origin."""
+
+    name: str
+    start: float
+    end: float
+    size: int
+    waited: float
+    late: float
+
+
+def exchange_events(stage: int, flights: Iterable[Traveller], **args: Any) -> list[dict[str, Any]]:
+    """Trace entries of a stage's exchanges, on a track of their own beside `THREADS`."""
+    thread = len(THREADS)
+    entries = [_metadata("thread_name", stage, thread, {"name": "exchange"})]
+    for flight in flights:
+        microseconds = {"waited_us": flight.waited, "late_us": flight.late}
+        facts = {key: round(value * 1e6, 3) for key, value in microseconds.items()}
+        entries.append(
+            {
+                "ph": "X",
+                "pid": stage,
+                "tid": thread,
+                "name": flight.name,
+                "cat": "exchange",
+                "ts": round(flight.start * 1e6, 3),
+                "dur": round((flight.end - flight.start) * 1e6, 3),
+                "args": {"bytes": flight.size, **facts, **args},
             }
         )
     return entries

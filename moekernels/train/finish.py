@@ -8,9 +8,10 @@ import torch.distributed as dist
 
 from moekernels import files, jsonio
 from moekernels.console import table
+from moekernels.parallel.measure import flights_of
 from moekernels.pipeline.schedule import Schedule
 from moekernels.pipeline.simulate import Simulator
-from moekernels.pipeline.trace import Event, trace_events, write_trace
+from moekernels.pipeline.trace import Event, exchange_events, trace_events, write_trace
 from moekernels.run.folder import read_metrics
 from moekernels.train.report import closing
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 def finish(trainer: Trainer, events: list[Event], step: int, seconds: float) -> None:
     """Traces of the last step, plots and the closing table, by rank 0; every rank calls it."""
-    mine = events if trainer.mesh.tp.rank == 0 and trainer.mesh.dp.rank == 0 else []
+    mine = ([], trainer.mesh.pp.rank, [])
+    if trainer.mesh.tp.rank == 0 and trainer.mesh.dp.rank == 0:
+        flights = flights_of(trainer.exchanges.stamps, trainer.origin)
+        mine = (events, trainer.mesh.pp.rank, flights)
     gathered = [mine]
     if trainer.env.world > 1:
         gathered = [None] * trainer.env.world if trainer.env.leader else None
@@ -30,8 +34,11 @@ def finish(trainer: Trainer, events: list[Event], step: int, seconds: float) -> 
     from moekernels.train.plots import draw
 
     path = trainer.job.folder.path
-    measured = sorted((e for part in gathered for e in part), key=lambda e: e.start)
-    write_trace(path / "trace.json", trace_events(measured, step=step))
+    measured = sorted((e for part, _, _ in gathered for e in part), key=lambda e: e.start)
+    entries = trace_events(measured, step=step)
+    for _, stage, flights in gathered:
+        entries += exchange_events(stage, flights, step=step) if flights else []
+    write_trace(path / "trace.json", entries)
     write_trace(
         path / "trace_planned.json", trace_events(planned(trainer.runtime.schedule, measured))
     )

@@ -113,6 +113,7 @@ class Trainer:
         self.heat = torch.zeros(run.model.moe_layers, run.model.num_experts, dtype=torch.float64)
         self.peak = peak_flops(env.device)
         self.exchanges = Measure(mesh.exchange)
+        self.origin = 0.0  # of the times of the last step's events
         self.held_out = None
         self.stopping = False  # a signal reached some rank: this step is the last
         report = layout_report(run, mesh, self.chunks, self.optimizer, self.loader)
@@ -204,6 +205,7 @@ class Trainer:
         self.exchanges.take()  # not those of an evaluation
         origin = self.shared_clock() if step == self.run.train.steps else None
         flush, worked = time.perf_counter(), time.process_time()
+        self.origin = flush if origin is None else origin
         result = self.runtime.step(batches, origin=origin)
         flush, worked = time.perf_counter() - flush, time.process_time() - worked
         self.optimizer.reduce()

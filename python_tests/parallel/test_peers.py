@@ -17,7 +17,7 @@ from moekernels import _host
 from moekernels.errors import UsageError
 from moekernels.model.layout import Layout
 from moekernels.parallel import expert, peers, tensor
-from moekernels.parallel.measure import Stamps, hidden_of, times_of
+from moekernels.parallel.measure import Stamps, flights_of, hidden_of, origin_of, times_of
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.nodes import Nodes
 from moekernels.parallel.peers import PeerLost, PeerMemory
@@ -286,6 +286,15 @@ def test_times_of_stamps() -> None:
     assert hidden_of(0.5, 1.0, 10.0) == 0.5
     assert hidden_of(0.5, 1.0, 1000.0) is None
     assert hidden_of(0.5, float("nan"), 1.0) is None
+
+
+def test_flights_are_what_a_trace_draws() -> None:
+    zero = origin_of(time.perf_counter())
+    stamps = Stamps(zero, zero + 2_000_000, zero + 5_000_000, zero + 1_000_000, 10, 64, 4 * 3 + 1)
+    flight = flights_of([stamps], time.perf_counter())[0]
+    assert flight.name == "combine 3" and flight.size == 64
+    assert flight.end - flight.start == pytest.approx(3e-3)
+    assert flight[4:] == pytest.approx((4e-3, 1e-3))
 
 
 def test_a_number_that_was_not_posted_is_refused() -> None:

@@ -77,6 +77,21 @@ def test_traces_hold_every_pass_of_every_stage(whole):
         assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in events if e["ph"] == "X")
 
 
+def test_the_trace_draws_the_exchange_on_a_track_of_its_own(whole):
+    """Of 4 layers and 4 micro-batches: there and back, and their gradients."""
+    events = json.loads((whole[0] / "trace.json").read_text())["traceEvents"]
+    tracks = {(e["pid"], e["tid"]) for e in events if e["args"].get("name") == "exchange"}
+    assert tracks == {(0, 2), (1, 2)}
+    for stage in (0, 1):
+        flights = [e for e in events if e["ph"] == "X" and (e["pid"], e["tid"]) == (stage, 2)]
+        names = sorted(e["name"] for e in flights)
+        ways = ("combine", "combine's gradient", "dispatch", "dispatch's gradient")
+        layers = (2 * stage + 1, 2 * stage + 2)
+        assert names == sorted(f"{way} {n}" for way in ways for n in layers for _ in range(4))
+        assert all(e["args"]["bytes"] > 0 and e["dur"] >= 0 for e in flights)
+        assert all(e["args"]["waited_us"] >= e["args"]["late_us"] >= 0 for e in flights)
+
+
 def test_the_collective_exchange_has_the_same_losses(text, whole, tmp_path):
     """Bit for bit; it cannot tell which part of a wait was a late peer's."""
     process = start(text, tmp_path, *whole[2], "--exchange", "collective")
