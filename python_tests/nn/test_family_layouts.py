@@ -27,7 +27,7 @@ from moekernels.integrations.families import (
 from moekernels.model.layout import Layout
 from moekernels.parallel.mesh import Mesh
 from moekernels.run import files as cfg
-from moekernels.verify import Side
+from moekernels.verify.compare import Side
 from python_tests.support.transformers_models import tiny_model, worst
 
 TOLERANCE = 1e-5
