@@ -62,7 +62,11 @@ class Experts(nn.Module):
         def add(key: str, shape: Sequence[int], ranges: dict, std: float, copies: str) -> None:
             full_shape = (config.num_experts, *shape)
             self.shards[key] = shard(
-                full_shape, {0: [experts], **ranges}, reduce_over=copies, copies=copies
+                full_shape,
+                {0: [experts], **ranges},
+                reduce_over=copies,
+                copies=copies,
+                apart=True,
             )
             # Every expert has its own generator: a rank makes only those that it holds.
             one = shard(shape, {d - 1: spans for d, spans in ranges.items()})

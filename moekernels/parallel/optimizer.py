@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.rounding import Noise, round_
 from moekernels.parallel.shard import ShardInfo
-from moekernels.parallel.tensor import all_reduce
+from moekernels.parallel.tensor import all_reduce, in_rank_order
 
 CHUNK = 1 << 18  # elements whose bf16 moments are widened at a time: what fits a cache
 ALIGN = 16  # elements: every parameter begins on a 64-byte line
@@ -64,6 +65,7 @@ class Bucket:
     reduce_over: str  # groups of the mesh
     copies: str
     decay: bool
+    apart: bool  # all of them are experts', none is
     names: list[str] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
     grads: Tensor = None
@@ -90,12 +92,15 @@ class Optimizer:
         self.parameters = {name: (parameter, info) for name, parameter, info in shards}
         kinds: dict[tuple, Bucket] = {}
         for name, (parameter, info) in self.parameters.items():
-            key = (info.reduce_over, info.copies, decays(name, info.full_shape), parameter.dtype)
-            bucket = kinds.setdefault(key, Bucket(*key[:3]))
+            decay = decays(name, info.full_shape)
+            key = (info.reduce_over, info.copies, decay, info.apart, parameter.dtype)
+            bucket = kinds.setdefault(key, Bucket(*key[:4]))
             begin = -(-(bucket.spans[-1][1] if bucket.spans else 0) // ALIGN) * ALIGN
             bucket.names.append(name)
             bucket.spans.append((begin, begin + parameter.numel()))
         self.buckets = list(kinds.values())
+        self._places: dict[str, int] | None = None  # of each expert tensor, among all squares
+        self._size = 0
         self._hooks = []
         for bucket in self.buckets:
             self._allocate(bucket)
@@ -104,7 +109,8 @@ class Optimizer:
         first = self.parameters[bucket.names[0]][0]
         dtype = torch.promote_types(first.dtype, torch.float32)
         moments = torch.float64 if dtype == torch.float64 else self.config.state_dtype
-        size = bucket.spans[-1][1]
+        # Whole lines: the last few elements would be updated with other bits than all before them.
+        size = -(-bucket.spans[-1][1] // ALIGN) * ALIGN
 
         def flat(of: torch.dtype) -> Tensor:
             return torch.zeros(size, dtype=of, device=first.device)
@@ -115,7 +121,7 @@ class Optimizer:
         if moments == torch.bfloat16:
             placed = zip(bucket.names, bucket.spans)
             parts = [(name, begin, self.parameters[name][1]) for name, (begin, _) in placed]
-            bucket.noise = Noise(self.config.seed, parts, CHUNK, first.device)
+            bucket.noise = Noise(self.config.seed, parts, CHUNK, ALIGN, first.device)
         home = bucket.master if bucket.weights is None else bucket.weights
         for name, (begin, end) in zip(bucket.names, bucket.spans):
             parameter = self.parameters[name][0]
@@ -137,12 +143,14 @@ class Optimizer:
         for bucket in self.buckets:
             group = getattr(self.mesh, bucket.reduce_over)
             if group.size > 1:
-                bucket.grads.copy_(all_reduce(bucket.grads, group))
+                add = in_rank_order if bucket.apart else all_reduce
+                bucket.grads.copy_(add(bucket.grads, group))
 
     def grad_norm(self) -> Tensor:
-        """Norm of the whole model's gradient [] in fp64, the same on every rank: each parameter
-        counts once. Finite if every gradient is: where their squares overflow they are scaled."""
-        total = self._squares(lambda grads: torch.linalg.vector_norm(grads).double())
+        """Norm of the whole model's gradient [] in fp64, the same on every rank, and the same bits
+        wherever the experts lie: each parameter counts once. Finite if every gradient is: where
+        their squares overflow they are scaled."""
+        total = self._squares(lambda grads: torch.linalg.vector_norm(grads, dim=1).double())
         if math.isfinite(total.item()):
             return total.sqrt()
         largest = self._largest()
@@ -150,18 +158,62 @@ class Optimizer:
             return total.sqrt()
 
         def scaled(grads: Tensor) -> Tensor:
-            parts = [torch.linalg.vector_norm(part / largest) for part in grads.split(CHUNK)]
-            return torch.stack(parts).double().norm()
+            parts = [
+                torch.linalg.vector_norm(part / largest, dim=1)
+                for part in grads.split(max(1, CHUNK // max(1, len(grads))), dim=1)
+            ]
+            return torch.stack(parts).double().norm(dim=0)
 
         return self._squares(scaled).sqrt() * largest
 
-    def _squares(self, norm_of: Callable[[Tensor], Tensor]) -> Tensor:
-        """The sum over all ranks [] of the squares of `norm_of` each bucket's gradients."""
-        total = torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
+    def _squares(self, norms_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum over all ranks [] of the squares of `norms_of` the gradients, [n, m] -> [n].
+
+        Experts go into places that hang on their names alone, and are summed in that order.
+        """
+        if self._places is None:
+            self._places, self._size = self._agree_on_places()
+        each = torch.zeros(1 + self._size, dtype=torch.float64, device=self.mesh.device)
         for bucket in self.buckets:
-            if getattr(self.mesh, bucket.copies).rank == 0:
-                total += norm_of(bucket.grads).square()
-        return all_reduce(total, self.mesh.world)[0]
+            if getattr(self.mesh, bucket.copies).rank != 0:
+                continue
+            if not bucket.apart:
+                each[0] += norms_of(bucket.grads[None])[0].square()
+                continue
+            for name in bucket.names:
+                parameter, info = self.parameters[name]
+                norms = norms_of(parameter.main_grad.flatten(1))
+                each[1 + self._experts_places(name, info)] = norms.square()
+        return all_reduce(each, self.mesh.world).sum()
+
+    def _agree_on_places(self) -> tuple[dict[str, int], int]:
+        """Where the squares of each expert tensor of the model begin, and how many there are. Ranks
+        ask together."""
+        own = {
+            name: info.full_shape[0] * self._parts(info)
+            for name, (_, info) in self.parameters.items()
+            if info.apart
+        }
+        everyone = [own]
+        if self.mesh.world.size > 1:
+            everyone = [None] * self.mesh.world.size
+            dist.all_gather_object(everyone, own)
+        sizes = {name: size for names in everyone for name, size in names.items()}
+        places, end = {}, 0
+        for name in sorted(sizes):
+            places[name] = end
+            end += sizes[name]
+        return places, end
+
+    def _parts(self, info: ShardInfo) -> int:
+        """Into how many shards each expert is cut."""
+        return self.mesh.layout.etp if info.copies == "edp" else 1
+
+    def _experts_places(self, name: str, info: ShardInfo) -> Tensor:
+        """Of the experts [e] that this rank holds, within all squares."""
+        parts = self._parts(info)
+        experts = torch.tensor(info.held(), device=self.mesh.device)
+        return self._places[name] + experts * parts + (self.mesh.etp_index if parts > 1 else 0)
 
     def _largest(self) -> float:
         """The largest absolute gradient over all ranks; NaN where one is."""

@@ -63,25 +63,28 @@ class Noise:
         seed: int,
         parameters: Iterable[tuple[str, int, ShardInfo]],
         size: int,
+        align: int,
         device: torch.device,
     ) -> None:
         """parameters: each one's name, place in the buffer and shard, in the buffer's order; size:
-        elements of a chunk, which is more where a row has more."""
-        self.seed, self.device = seed, device
+        elements of a chunk, more where rows that fill whole lines have more. A line is `align`
+        elements: parameters begin with one, chunks begin and end with one."""
+        self.seed, self.device, self.align = seed, device, align
         self._plan: list[tuple[int, list[tuple[_Part, int, int]]]] = []  # begin, rows of parameters
         for parameter in parameters:
             part, done = _Part(*parameter), 0
             width, height = part.width, part.height
+            unit = align // math.gcd(width, align)  # rows that fill whole lines
             while width and done < height:
                 first = part.begin + done * width
                 room = size - (first - self._plan[-1][0]) if self._plan else 0
-                if room < width:
+                if room < width * min(unit, height - done):
                     self._plan.append((first, []))
                     room = size
-                end = min(height, done + max(1, room // width))
+                end = min(height, done + max(1, room // (width * unit)) * unit)
                 self._plan[-1][1].append((part, done, end))
                 done = end
-        self._longest = max((_end(pieces) - begin for begin, pieces in self._plan), default=0)
+        self._longest = max((self._end(pieces) - begin for begin, pieces in self._plan), default=0)
 
     def chunks(self, step: int) -> Iterator[tuple[int, int, Tensor]]:
         """(begin, end, bits [end - begin] int32), in order; the bits hold until the next one. What
@@ -95,8 +98,12 @@ class Noise:
                 at, size = part.begin + first * part.width - begin, (last - first) * part.width
                 place = buffer[at : at + size].view(last - first, part.width)
                 torch.bitwise_xor(rows[first:last, None], columns, out=place)
-            end = _end(pieces)
+            end = self._end(pieces)
             yield begin, end, buffer[: end - begin]
+
+    def _end(self, pieces: list[tuple[_Part, int, int]]) -> int:
+        part, _, last = pieces[-1]
+        return -(-(part.begin + last * part.width) // self.align) * self.align
 
     def _hashes(self, step: int, part: _Part) -> tuple[Tensor, Tensor]:
         """[R] and [C] int32, evenly spread; their xor is independent between any two elements."""
@@ -107,11 +114,6 @@ class Noise:
             _hash(rows, *keys[:2]).to(torch.int32),
             _hash(columns, *keys[2:]).to(torch.int32),
         )
-
-
-def _end(pieces: list[tuple[_Part, int, int]]) -> int:
-    part, _, last = pieces[-1]
-    return part.begin + last * part.width
 
 
 def _hash(index: Tensor, low: int, high: int) -> Tensor:

@@ -33,19 +33,26 @@ class ShardInfo:
     share them.
 
     `reduce_over`: the ranks whose gradients are to be summed; `copies`: the ranks that hold the
-    same pieces.
+    same pieces. `apart`: dimension 0 counts experts, which may lie on any rank in any order; the
+    optimiser sums squares an expert at a time.
     """
 
     full_shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     reduce_over: str = "dp"
     copies: str = "dp"
+    apart: bool = False
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         return tuple(
             max(p.local[d] + p.size[d] for p in self.pieces) for d in range(len(self.full_shape))
         )
+
+    def held(self) -> list[int]:
+        """Which indices of the full tensor's dimension 0 lie here, in the order they lie in."""
+        spans = sorted({(p.local[0], p.full[0], p.size[0]) for p in self.pieces})
+        return [full + i for _, full, size in spans for i in range(size)]
 
     def take(self, full: Tensor) -> Tensor:
         """The local tensor out of the full one."""
@@ -66,6 +73,7 @@ def shard(
     *,
     reduce_over: str = "dp",
     copies: str = "dp",
+    apart: bool = False,
 ) -> ShardInfo:
     """Describe a shard by the ranges (begin, end) of each split dimension that it holds, one after
     the other."""
@@ -77,7 +85,7 @@ def shard(
             local += end - begin
         per_dim.append(spans)
     pieces = tuple(Piece(*map(tuple, zip(*spans))) for spans in product(*per_dim))
-    return ShardInfo(tuple(full_shape), pieces, reduce_over, copies)
+    return ShardInfo(tuple(full_shape), pieces, reduce_over, copies, apart)
 
 
 def even_range(length: int, index: int, parts: int) -> tuple[int, int]:

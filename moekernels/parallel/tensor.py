@@ -153,6 +153,15 @@ def _identity(x: Tensor, group: Group) -> Tensor:
     return x
 
 
+def in_rank_order(x: Tensor, group: Group) -> Tensor:
+    """The sum over the ranks of a flat x; the bits of an element do not hang on where in x it
+    lies, as they do where a ring begins each part of x with another rank. On the CPU."""
+    if x.device.type != "cpu" or group.size < 3:  # two terms have one order
+        return all_reduce(x, group)
+    padded = torch.nn.functional.pad(x, (0, -len(x) % group.size))
+    return all_gather(reduce_scatter(padded, group), group)[: len(x)]
+
+
 def _conjugate(name: str, forward, backward, doc: str):
     """An autograd function of (x, group) from two raw ones, skipped where the group is one rank.
 

@@ -9,6 +9,7 @@ from moekernels.model.layout import Layout
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.optimizer import AdamWConfig, Optimizer
 from moekernels.parallel.shard import even_range, shard
+from moekernels.parallel.tensor import in_rank_order
 from python_tests.support.distributed import run_ranks
 
 SHAPES = {
@@ -211,3 +212,47 @@ def test_every_layout_has_one_norm_and_one_update(layout):
     for _, shards in results:
         for name, p, info in shards:
             torch.testing.assert_close(p, info.take(expected[name].data), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+def test_no_bit_hangs_on_where_an_expert_lies(state):
+    """Norm, parameters and moments, with experts of an odd number of elements; a clip that is
+    reached."""
+    shape, layout = (5, 3, 7), Layout()
+    full = {name: torch.randn(shape) for name in ("layers.1.w1", "layers.2.w1")}
+    seen = []
+    for order in (range(5), (4, 1, 0, 3, 2), (2, 3, 0, 4, 1)):
+        ranges = {0: [(x, x + 1) for x in order]}
+        info = shard(shape, ranges, reduce_over="edp", copies="edp", apart=True)
+        assert info.held() == list(order)
+        shards = [(name, torch.nn.Parameter(info.take(x)), info) for name, x in full.items()]
+        optimizer = Optimizer(shards, Mesh(layout), config(state_dtype=state, clip=0.5))
+        norms = []
+        for step in (1, 2, 3):
+            optimizer.zero_grad()
+            for name, p, _ in shards:
+                p.main_grad.add_(info.take(full[name] * step - 1))
+            norms.append(optimizer.step()[0].item())
+        kept = {name: x.float().new_empty(shape) for name, x, _ in optimizer.state()}
+        for name, x, _ in optimizer.state():
+            info.put(x.float(), kept[name])
+        seen.append((norms, kept))
+    for norms, kept in seen[1:]:
+        assert norms == seen[0][0]
+        for name, x in kept.items():
+            assert torch.equal(x, seen[0][1][name]), name
+
+
+def add_up(rank, size):
+    x = torch.randn(size, generator=torch.Generator().manual_seed(rank))
+    group = Mesh(Layout(dp=3)).dp
+    return in_rank_order(x, group), in_rank_order(x.flip(0), group).flip(0)
+
+
+def test_a_sum_over_ranks_does_not_hang_on_the_place():
+    """More elements than what one message to every peer is used for."""
+    results = run_ranks(3, add_up, 70001)
+    parts = [torch.randn(70001, generator=torch.Generator().manual_seed(r)) for r in range(3)]
+    for there, flipped in results:
+        assert torch.equal(there, flipped)
+        assert torch.equal(there, parts[0] + parts[1] + parts[2])

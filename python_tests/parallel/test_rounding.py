@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 def bits_of(info, *, step=3, seed=1, name="w", size=1 << 18, begin=0):
     """[local shape] of the noise of one parameter in a buffer of its own."""
     out = torch.zeros(begin + torch.Size(info.local_shape).numel(), dtype=torch.int32)
-    for first, last, bits in Noise(seed, [(name, begin, info)], size, CPU).chunks(step):
+    for first, last, bits in Noise(seed, [(name, begin, info)], size, 1, CPU).chunks(step):
         out[first:last] = bits
     return out[begin:].view(info.local_shape)
 
@@ -37,10 +37,25 @@ def test_a_shard_draws_what_the_whole_draws_there(shape, ranges, size):
 def test_parameters_in_one_buffer_draw_what_each_draws_alone():
     infos = {"a": shard((5, 8)), "b": shard((3,)), "c": shard((2, 3, 4))}
     places = {"a": 0, "b": 48, "c": 64}
-    noise = Noise(1, [(name, places[name], infos[name]) for name in infos], 20, CPU)
+    noise = Noise(1, [(name, places[name], infos[name]) for name in infos], 20, 1, CPU)
     out = torch.zeros(88, dtype=torch.int32)
     for begin, end, bits in noise.chunks(3):
         out[begin:end] = bits
+    for name, info in infos.items():
+        got = out[places[name] :][: torch.Size(info.full_shape).numel()].view(info.full_shape)
+        assert torch.equal(got, bits_of(info, name=name))
+
+
+@pytest.mark.parametrize("size", [1, 60, 1 << 18])
+def test_chunks_are_whole_lines(size):
+    """Rows of 5 and of 24 elements, in lines of 16."""
+    infos = {"a": shard((7, 5)), "b": shard((9, 24)), "c": shard((20, 5))}
+    places = {"a": 0, "b": 48, "c": 272}
+    noise = Noise(1, [(name, places[name], infos[name]) for name in infos], size, 16, CPU)
+    out, done = torch.zeros(384, dtype=torch.int32), 0
+    for begin, end, bits in noise.chunks(3):
+        assert begin >= done and begin % 16 == end % 16 == 0
+        out[begin:end], done = bits, end
     for name, info in infos.items():
         got = out[places[name] :][: torch.Size(info.full_shape).numel()].view(info.full_shape)
         assert torch.equal(got, bits_of(info, name=name))
