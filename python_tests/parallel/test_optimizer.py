@@ -215,13 +215,15 @@ def test_every_layout_has_one_norm_and_one_update(layout):
 
 
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
-def test_no_bit_hangs_on_where_an_expert_lies(state):
-    """Norm, parameters and moments, with experts of an odd number of elements; a clip that is
-    reached."""
-    shape, layout = (5, 3, 7), Layout()
-    full = {name: torch.randn(shape) for name in ("layers.1.w1", "layers.2.w1")}
+def test_no_bit_hangs_on_where_an_expert_lies(state, monkeypatch):
+    """Norm, parameters and moments, with experts of an odd number of elements and of all sizes,
+    in chunks that hold a part of one; a clip that is reached."""
+    monkeypatch.setattr("moekernels.train.optimizer.CHUNK", 40)
+    shape, layout = (13, 3, 7), Layout()
+    sizes = torch.logspace(0, -3, 13)[:, None, None]
+    full = {name: torch.randn(shape) * sizes for name in ("layers.1.w1", "layers.2.w1")}
     seen = []
-    for order in (range(5), (4, 1, 0, 3, 2), (2, 3, 0, 4, 1)):
+    for order in (range(13), [*range(12, -1, -1)], [*range(6, 13), *range(6)]):
         ranges = {0: [(x, x + 1) for x in order]}
         info = shard(shape, ranges, reduce_over="edp", copies="edp", apart=True)
         assert info.held() == list(order)
@@ -231,7 +233,7 @@ def test_no_bit_hangs_on_where_an_expert_lies(state):
         for step in (1, 2, 3):
             optimizer.zero_grad()
             for name, p, _ in shards:
-                p.main_grad.add_(info.take(full[name] * step - 1))
+                p.main_grad.add_(info.take(full[name] * step))
             norms.append(optimizer.step()[0].item())
         kept = {name: x.float().new_empty(shape) for name, x, _ in optimizer.state()}
         for name, x, _ in optimizer.state():
