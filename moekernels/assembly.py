@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from moekernels.balance.replan import Rule
 from moekernels.errors import UsageError
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
@@ -39,6 +40,7 @@ def layout_of(run: cfg.RunConfig) -> Layout:
     layer_ranges(run)
     checkpointed(run)
     build_schedule(run)
+    replan_rule(run)
     return layout
 
 
@@ -54,6 +56,17 @@ def build_mesh(run: cfg.RunConfig, device: torch.device) -> Mesh:
             raise UsageError(f"--link {t.link} is one of the shared exchange: {why}")
         memory.set_link(*wanted)
     return mesh
+
+
+def replan_rule(run: cfg.RunConfig) -> Rule:
+    """How a run moves experts; UsageError where it cannot."""
+    rule = Rule.parse(run.train.replan)
+    if rule.every and run.layout.ep == 1:
+        raise UsageError(
+            f"--replan {run.train.replan}: with ep 1 a rank holds all experts of a layer and none "
+            f"can move; give --ep, or leave it out"
+        )
+    return rule
 
 
 def rank_names(layout: Layout) -> Callable[[int], str]:

@@ -52,16 +52,40 @@ def solve(
         raise UsageError(f"placement: nodes are numbered from 0 without a gap, got {node_of}")
     from moekernels import _host
 
-    parting: list[float] = []
-    if coactivation is not None and beta > 0 and len(set(node_of)) > 1:
-        pairs = coactivation.double()
-        chosen = pairs.diagonal().sum()
-        # A token of K choices has K*(K-1)/2 pairs and, if all are apart, K-1 nodes beyond its
-        # first: a pair apart counts 2/K of one. Both follow from the sums: K-1 = others / chosen.
-        if chosen > 0:
-            parting = (beta * 2 / chosen * pairs).flatten().tolist()
+    parting = _parting(node_of, coactivation, beta)
     start = [] if slot_of is None else (slot_of // (experts // ranks)).tolist()
-    return torch.tensor(_host.place_experts(loads.double().tolist(), list(node_of), parting, start))
+    costs = [] if parting is None else parting.flatten().tolist()
+    return torch.tensor(_host.place_experts(loads.double().tolist(), list(node_of), costs, start))
+
+
+def _parting(node_of: Sequence[int], coactivation: Tensor | None, beta: float) -> Tensor | None:
+    """What it costs [E, E] that two experts' nodes differ; None where it costs nothing."""
+    if coactivation is None or beta <= 0 or len(set(node_of)) == 1:
+        return None
+    pairs = coactivation.double()
+    chosen = pairs.diagonal().sum()
+    # A token of K choices has K*(K-1)/2 pairs and, if all are apart, K-1 nodes beyond its first: a
+    # pair apart counts 2/K of one. The diagonal sums to K a token.
+    return beta * 2 / chosen * pairs if chosen > 0 else None
+
+
+def cost(
+    loads: Tensor,
+    rank_of: Tensor,
+    node_of: Sequence[int],
+    coactivation: Tensor | None = None,
+    beta: float = 1.0,
+) -> float:
+    """What `solve` makes low, for any ranks [E]; 0 where nothing was routed."""
+    sums = torch.zeros(len(node_of), dtype=torch.float64).index_add_(0, rank_of, loads.double())
+    if not sums.any():
+        return 0.0
+    total = (sums.max() / sums.mean()).item()
+    parting = _parting(node_of, coactivation, beta)
+    if parting is not None:
+        nodes = torch.tensor(list(node_of))[rank_of]
+        total += parting[nodes[:, None] != nodes].sum().item() / 2
+    return total
 
 
 def put(rank_of: Tensor, slot_of: Tensor, ranks: int) -> Tensor:

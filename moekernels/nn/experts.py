@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moekernels import ops
 from moekernels.model.decoder import DecoderSpec
+from moekernels.nn.clock import expert_clock
 from moekernels.nn.dispatcher import Routed
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import ShardInfo, seeded_normal, shard
@@ -49,7 +50,8 @@ class Experts(nn.Module):
         layout, d_in, d_ff = mesh.layout, config.d_in, config.expert_d_ff
         layout.validate(num_experts=config.num_experts, d_ff=d_ff)
         self.how = epilogue(config)
-        e, f = config.num_experts // layout.ep, d_ff // layout.etp
+        self.count = e = config.num_experts // layout.ep
+        f = d_ff // layout.etp
         experts = (mesh.ep_index * e, (mesh.ep_index + 1) * e)
         hidden = (mesh.etp_index * f, (mesh.etp_index + 1) * f)
         up = [hidden]
@@ -87,9 +89,17 @@ class Experts(nn.Module):
             add("w_in", (d_in, config.d_model), {}, std, "expert_copies")
             add("w_out", (config.d_model, d_in), {}, narrow, "expert_copies")
 
+    def hold(self, experts: list[int]) -> None:
+        """Say that the experts of these numbers [e] lie here, in this order; moves no weights."""
+        self.shards = {key: info.holding(experts) for key, info in self.shards.items()}
+
     def forward(self, rows: Tensor, routing: Routed) -> Tensor:
         """rows [R, H] in expert order (or their view) -> their weighted results [R, H], partial
         under ETP."""
+        with expert_clock.span(rows.device, len(routing.weights)):
+            return self._compute(rows, routing)
+
+    def _compute(self, rows: Tensor, routing: Routed) -> Tensor:
         token_of, row_of = routing.token_of, routing.row_of
         if self.lifted:
             if token_of is not None:

@@ -45,7 +45,17 @@ class MoE(nn.Module):
             parallel = {"sequence_parallel": sequence_parallel, **common}
             self.shared = SharedExpert(config, mesh, name=f"{name}.shared", **parallel)
         self.dispatcher = dispatcher
+        self.first_held = mesh.ep_index * (config.num_experts // mesh.layout.ep)
+        self.slot_of: Tensor | None = None  # [E] where experts were moved, see `place`
         self.tp, self.replicated = mesh.tp, not sequence_parallel
+
+    def place(self, slot_of: Tensor) -> None:
+        """Experts lie by slot_of [E] int64 from now on, as `balance.placement` has it: slot s is
+        place s % e of the expert-parallel rank s // e. Moves no weights."""
+        expert_at = torch.argsort(slot_of)
+        held = expert_at[self.first_held :][: self.experts.count].tolist()
+        self.experts.hold(held)
+        self.slot_of = slot_of.to(self.experts.w1.device, torch.int32)
 
     def forward(
         self,
@@ -61,6 +71,8 @@ class MoE(nn.Module):
         logits = self.router.logits(x)
         own = split_tokens(x, self.tp) if self.replicated else x
         weights, ids, *sums = self.router.gate(logits, valid, hook, segments)
+        if self.slot_of is not None:
+            ids = torch.where(ids < 0, ids, self.slot_of[ids.clamp_min(0)])
         rows, routing = self.dispatcher.dispatch(own, ids, weights, kept)
         y = self.dispatcher.combine(self.experts(rows, routing), routing)
         if self.replicated:

@@ -243,6 +243,13 @@ class StageModel(nn.Module):
         losses, equal on all tp ranks, over dp and pp."""
         return self.auxiliary.take()
 
+    def place(self, slot_of: Tensor) -> None:
+        """Say where the experts of the layers that have some lie, slot_of [L, E]: see
+        `MoE.place`."""
+        blocks = [block for block in self.layers.values() if block.has_experts]
+        for block, slots in zip(blocks, slot_of, strict=True):
+            block.moe.place(slots)
+
     @property
     def selection_biases(self) -> list[Tensor]:
         """Each layer's selection bias [E]; empty where the router has none."""

@@ -118,10 +118,7 @@ class Optimizer:
         bucket.grads, bucket.master = flat(dtype), flat(dtype)
         bucket.exp_avg, bucket.exp_avg_sq = flat(moments), flat(moments)
         bucket.weights = None if first.dtype == dtype else flat(first.dtype)
-        if moments == torch.bfloat16:
-            placed = zip(bucket.names, bucket.spans)
-            parts = [(name, begin, self.parameters[name][1]) for name, (begin, _) in placed]
-            bucket.noise = Noise(self.config.seed, parts, CHUNK, ALIGN, first.device)
+        self._draw(bucket)
         home = bucket.master if bucket.weights is None else bucket.weights
         for name, (begin, end) in zip(bucket.names, bucket.spans):
             parameter = self.parameters[name][0]
@@ -133,6 +130,13 @@ class Optimizer:
                 parameter.grad = parameter.main_grad  # autograd adds in place
             else:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_into_main_grad))
+
+    def _draw(self, bucket: Bucket) -> None:
+        """Noise for moments that are rounded, by what the parameters are parts of."""
+        if bucket.exp_avg.dtype == torch.bfloat16:
+            placed = zip(bucket.names, bucket.spans)
+            parts = [(name, begin, self.parameters[name][1]) for name, (begin, _) in placed]
+            bucket.noise = Noise(self.config.seed, parts, CHUNK, ALIGN, bucket.master.device)
 
     def zero_grad(self) -> None:
         for bucket in self.buckets:
@@ -305,6 +309,20 @@ class Optimizer:
         """Tell that the tensors of `state` were filled from a checkpoint made after that many
         steps."""
         self.steps_done = steps_done
+        self._take_over()
+
+    def moved(self, shards: Iterable[tuple[str, Tensor, ShardInfo]]) -> None:
+        """Tell that the tensors of `state` were filled with those of other experts: `shards` as
+        they are now."""
+        for name, parameter, info in shards:
+            self.parameters[name] = (parameter, info)
+        for bucket in self.buckets:
+            if bucket.apart:
+                self._draw(bucket)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Weights from their masters."""
         for bucket in self.buckets:
             if bucket.weights is not None:
                 bucket.weights.copy_(bucket.master)

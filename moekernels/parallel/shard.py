@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -53,6 +53,21 @@ class ShardInfo:
         """Which indices of the full tensor's dimension 0 lie here, in the order they lie in."""
         spans = sorted({(p.local[0], p.full[0], p.size[0]) for p in self.pieces})
         return [full + i for _, full, size in spans for i in range(size)]
+
+    def holding(self, indices: Sequence[int]) -> ShardInfo:
+        """The same shard of other indices of dimension 0, which lie in the order given."""
+        runs: list[tuple[int, int, int]] = []  # (local, full, size)
+        for local, full in enumerate(indices):
+            if runs and runs[-1][1] + runs[-1][2] == full:
+                runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+            else:
+                runs.append((local, full, 1))
+        rest = sorted({(p.local[1:], p.full[1:], p.size[1:]) for p in self.pieces})
+        pieces = [
+            Piece(*((one, *others) for one, others in zip(run, other)))
+            for run, other in product(runs, rest)
+        ]
+        return replace(self, pieces=tuple(pieces))
 
     def take(self, full: Tensor) -> Tensor:
         """The local tensor out of the full one."""

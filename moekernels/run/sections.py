@@ -116,6 +116,11 @@ class TrainSection:
         high=STEPS,
     )
     keep: int = key(2, "newest checkpoints kept", low=1, high=STEPS)
+    replan: str = key(
+        "never",
+        "move experts between ranks where their loads are uneven: never, auto (every 10 steps, "
+        "where it pays), a number of steps, or random:N (every N steps anywhere, for tests)",
+    )
 
 
 @dataclass

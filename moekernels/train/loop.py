@@ -28,6 +28,7 @@ from moekernels.run import files as cfg
 from moekernels.train import checkpoint, resume, weights
 from moekernels.train.finish import finish
 from moekernels.train.metrics import Progress, RunFolder
+from moekernels.train.moves import Moves
 from moekernels.train.nonfinite import Guard
 from moekernels.train.report import layout_report, peak_flops
 
@@ -104,7 +105,9 @@ class Trainer:
             trusted=job.found.trusted,
             local_ranks=launch.local_world() or mesh.world.size,
         )
+        self.moves = Moves(run, mesh, self.chunks, self.rows, self.optimizer, self.shards)
         if job.found.path is not None:
+            self.moves.restore(job.facts, job.found.manifest.layout, str(job.found.path))
             checkpoint.load(job.found.path, job.found.manifest.tensors, self.state())
             self.optimizer.loaded(job.facts.get("updates", self.first_step))
         elif job.weights is not None:
@@ -123,6 +126,8 @@ class Trainer:
                 + (f", from step {self.first_step}" if self.first_step else "")
             )
             print(report, flush=True)
+            for note in self.moves.notes():
+                print(note, flush=True)
             if tuning:
                 print(tuning, flush=True)
             known = run if self.tuner is None else microbatches.with_count(run, cfg.AUTO)
@@ -169,6 +174,8 @@ class Trainer:
             line, events = self.step(step)
             if self.tuner is not None:
                 self.tune(step, events)
+            last = step == t.steps or self.stopping
+            line.update(self.moves.look(step, last))
             if step == t.steps or (t.eval_every and step % t.eval_every == 0):
                 line["eval_loss"] = self.evaluate()
             if self.env.leader:
@@ -178,7 +185,6 @@ class Trainer:
             if said and self.env.leader:
                 self.progress.say(said)
             self.checkpoints.poll()
-            last = step == t.steps or self.stopping
             due |= t.save_every != 0 if last else t.save_every > 0 and step % t.save_every == 0
             # No checkpoint without the choice: it could not be made again in the same way.
             if due and self.tuner is None:
@@ -216,6 +222,8 @@ class Trainer:
             self.optimizer.step(norm)
             self.count_loads(step, loads)
         seconds = time.perf_counter() - start
+        if not line["skipped"]:
+            self.moves.saw(loads, seconds)
         tokens = self.loader.global_tokens(step)
         line.update(seconds=seconds, tokens=tokens, tokens_per_s=tokens / seconds)
         if self.peak:
@@ -280,6 +288,7 @@ class Trainer:
             "aux": balance / model.moe_layers,
             "z": z / model.moe_layers,
             "load_max_over_mean": max_over_mean(loads).max().item(),
+            "rank_load_max_over_mean": self.moves.uneven(loads),
             "dead_experts": int(dead_experts(loads).sum()),
             "microbatches": self.runtime.schedule.microbatches,
             "dropped": self.loader.global_tokens(step) * model.top_k * model.moe_layers
@@ -342,6 +351,7 @@ class Trainer:
             "data": self.loader.state_dict(),
             "updates": self.optimizer.steps_done,
             "skipped_in_a_row": self.guard.in_a_row,
+            **self.moves.facts(),
         }
         if self.chosen is not None:
             facts["microbatches"] = self.chosen

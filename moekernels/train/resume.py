@@ -134,6 +134,7 @@ NO_MATTER = (
     "keep",
     "exchange",
     "link",
+    "replan",
 )  # of [train]: no number hangs on
 TOLD_APART = {"batch": ("microbatches", "accumulation"), "train": ("steps", *NO_MATTER)}
 

@@ -218,7 +218,7 @@ def test_every_layout_has_one_norm_and_one_update(layout):
 def test_no_bit_hangs_on_where_an_expert_lies(state, monkeypatch):
     """Norm, parameters and moments, with experts of an odd number of elements and of all sizes,
     in chunks that hold a part of one; a clip that is reached."""
-    monkeypatch.setattr("moekernels.train.optimizer.CHUNK", 40)
+    monkeypatch.setattr("moekernels.parallel.optimizer.CHUNK", 40)
     shape, layout = (13, 3, 7), Layout()
     sizes = torch.logspace(0, -3, 13)[:, None, None]
     full = {name: torch.randn(shape) * sizes for name in ("layers.1.w1", "layers.2.w1")}

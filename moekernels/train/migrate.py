@@ -1,0 +1,111 @@
+"""Experts move between steps: masters and moments of all that move, of all layers, in one message
+a peer and dtype. Gradients are zero then, and weights are made from their masters.
+
+Legend: L layers of this rank with experts, E experts, e experts of a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moekernels.nn.transformer import StageModel
+from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.optimizer import Optimizer
+
+
+class Moved(NamedTuple):
+    experts: int  # that came to another rank, of this rank's layers
+    bytes: int  # that this rank sent
+    messages: int  # that this rank sent, one a peer and dtype
+
+
+def expert_state(optimizer: Optimizer) -> dict[str, list[tuple[str, Tensor]]]:
+    """By layer (`layers.<n>`), in order: the masters and moments [e, ...] of its experts."""
+    layers: dict[str, list[tuple[str, Tensor]]] = {}
+    for key, tensor, info in optimizer.state():
+        if info.apart:
+            layer = ".".join(key.split(".")[1:3])
+            layers.setdefault(layer, []).append((key, tensor.detach()))
+    return {layer: sorted(layers[layer]) for layer in sorted(layers, key=_number)}
+
+
+def _number(layer: str) -> int:
+    return int(layer.split(".")[1])
+
+
+def migrate(
+    chunks: Sequence[StageModel],
+    optimizer: Optimizer,
+    mesh: Mesh,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+) -> Moved:
+    """Bring experts from where `before` has them to where `after` does: slot_of [L, E] of each
+    chunk, see `balance.placement`. Ranks call it together; placements of layers that a rank has
+    not are not asked for. Tell the optimiser with `moved` afterwards."""
+    was, now = (torch.cat(list(x)) for x in (before, after))
+    moved = _exchange(optimizer, mesh, was, now)
+    for chunk, slots in zip(chunks, after, strict=True):
+        chunk.place(slots)
+    return moved
+
+
+def _exchange(optimizer: Optimizer, mesh: Mesh, was: Tensor, now: Tensor) -> Moved:
+    group, each = mesh.exchange, was.shape[1] // mesh.layout.ep
+    homes = was // each, now // each  # [L, E] expert-parallel ranks
+    stay = homes[0] == homes[1]
+    if not torch.equal(was[stay], now[stay]):
+        raise RuntimeError("migrate: an expert that stays on its rank must keep its slot")
+    moves = (~stay).nonzero().tolist()
+    if not moves:
+        return Moved(0, 0, 0)
+    state = list(expert_state(optimizer).values())
+    out: dict[torch.dtype, dict[int, list[Tensor]]] = {}
+    into: dict[torch.dtype, dict[int, list[Tensor]]] = {}
+    for tensor in (tensor for layer in state for _, tensor in layer):
+        out.setdefault(tensor.dtype, {}), into.setdefault(tensor.dtype, {})
+    for layer, expert in moves:  # in one order on all ranks
+        source, target = (home[layer, expert].item() for home in homes)
+        for mine, peer, slots, parts in (
+            (source, target, was, out),
+            (target, source, now, into),
+        ):
+            if mine == mesh.ep_index:
+                there = peer * mesh.layout.etp + mesh.etp_index
+                place = slots[layer, expert].item() % each
+                for _, tensor in state[layer]:
+                    flat = tensor[place].view(-1)
+                    parts[tensor.dtype].setdefault(there, []).append(flat)
+    size = messages = 0
+    for dtype in sorted(out, key=str):
+        send, receive = (_sizes(parts[dtype], group.size) for parts in (out, into))
+        message = _joined(out[dtype], mesh.device, dtype)
+        came = message.new_empty(sum(receive))
+        dist.all_to_all_single(came, message, receive, send, group=group.process_group)
+        for place, part in zip(_in_peer_order(into[dtype]), _cut(came, into[dtype])):
+            place.copy_(part)
+        size += message.numel() * message.element_size()
+        messages += len(out[dtype])
+    return Moved(len(moves), size, messages)
+
+
+def _in_peer_order(parts: dict[int, list[Tensor]]) -> list[Tensor]:
+    return [x for peer in sorted(parts) for x in parts[peer]]
+
+
+def _sizes(parts: dict[int, list[Tensor]], peers: int) -> list[int]:
+    return [sum(x.numel() for x in parts.get(peer, ())) for peer in range(peers)]
+
+
+def _joined(parts: dict[int, list[Tensor]], device: torch.device, dtype: torch.dtype) -> Tensor:
+    flat = _in_peer_order(parts)
+    return torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=device)
+
+
+def _cut(message: Tensor, parts: dict[int, list[Tensor]]) -> tuple[Tensor, ...]:
+    return message.split([x.numel() for x in _in_peer_order(parts)])
