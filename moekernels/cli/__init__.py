@@ -22,6 +22,7 @@ NEEDS = {
     "import": FOLDERS,
     "export": FOLDERS,
     "train": RUNS,
+    "experts": RUNS,
     "plan": RUNS,
     "verify": ("numpy",),
     "bench": (*RUNS, "pytest-benchmark"),

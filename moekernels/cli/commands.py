@@ -47,6 +47,12 @@ def export(args) -> int:
     return exporting.export(args.source, args.out, args.dtype or "")
 
 
+def experts(args) -> int:
+    from moekernels.cli.experts import experts as show
+
+    return show(args.source, as_json=args.json)
+
+
 def verify(args) -> int:
     from moekernels.verify import command
 

@@ -26,7 +26,7 @@ def build_parser() -> Parser:
     parent = parser.add_subparsers(
         dest="command", metavar="command", required=True, parser_class=Parser
     )
-    for add in (_train, _verify, _plan, _import, _export, _bench, _info):
+    for add in (_train, _verify, _plan, _import, _export, _experts, _bench, _info):
         add(parent)
     return parser
 
@@ -171,6 +171,18 @@ def _export(parent) -> None:
         help="of the weights (default: as they are kept)",
     )
     parser.set_defaults(run=commands.export)
+
+
+def _experts(parent) -> None:
+    parser = parent.add_parser(
+        "experts",
+        help="how a run's experts are loaded, who is chosen with whom, where they lie",
+        description="Reads what a run left, prints a line a layer and draws RUN/experts.png anew.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", type=path, metavar="RUN")
+    parser.add_argument("--json", action="store_true", help="print JSON, not the table")
+    parser.set_defaults(run=commands.experts)
 
 
 def _bench(parent) -> None:

@@ -10,6 +10,7 @@ from moekernels.nn.dispatcher import Dispatcher
 from moekernels.nn.experts import Experts
 from moekernels.nn.ffn import SharedExpert
 from moekernels.nn.router import RouteHook, Router
+from moekernels.nn.watch import Watch
 from moekernels.parallel.expert import Kept
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.tensor import join_tokens, split_tokens
@@ -47,6 +48,7 @@ class MoE(nn.Module):
         self.dispatcher = dispatcher
         self.first_held = mesh.ep_index * (config.num_experts // mesh.layout.ep)
         self.slot_of: Tensor | None = None  # [E] where experts were moved, see `place`
+        self.watch: Watch | None = None  # of steps that are looked at
         self.tp, self.replicated = mesh.tp, not sequence_parallel
 
     def place(self, slot_of: Tensor) -> None:
@@ -71,6 +73,8 @@ class MoE(nn.Module):
         logits = self.router.logits(x)
         own = split_tokens(x, self.tp) if self.replicated else x
         weights, ids, *sums = self.router.gate(logits, valid, hook, segments)
+        if self.watch is not None and not (kept is not None and kept.replaying):
+            self.watch.see(ids)
         if self.slot_of is not None:
             ids = torch.where(ids < 0, ids, self.slot_of[ids.clamp_min(0)])
         rows, routing = self.dispatcher.dispatch(own, ids, weights, kept)

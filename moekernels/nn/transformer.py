@@ -246,15 +246,18 @@ class StageModel(nn.Module):
     def place(self, slot_of: Tensor) -> None:
         """Say where the experts of the layers that have some lie, slot_of [L, E]: see
         `MoE.place`."""
-        blocks = [block for block in self.layers.values() if block.has_experts]
-        for block, slots in zip(blocks, slot_of, strict=True):
-            block.moe.place(slots)
+        for moe, slots in zip(self.experts_layers, slot_of, strict=True):
+            moe.place(slots)
+
+    @property
+    def experts_layers(self) -> list[MoE]:
+        """Of the layers that have experts, in order."""
+        return [block.moe for block in self.layers.values() if block.has_experts]
 
     @property
     def selection_biases(self) -> list[Tensor]:
         """Each layer's selection bias [E]; empty where the router has none."""
-        blocks = [block for block in self.layers.values() if block.has_experts]
-        biases = [block.moe.router.selection_bias for block in blocks]
+        biases = [moe.router.selection_bias for moe in self.experts_layers]
         return [bias for bias in biases if bias is not None]
 
     def named_shards(self) -> Iterator[tuple[str, nn.Parameter, ShardInfo]]:

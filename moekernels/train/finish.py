@@ -45,7 +45,10 @@ def finish(trainer: Trainer, events: list[Event], step: int, seconds: float) -> 
     lines = read_metrics(path)
     entropy = trainer.job.corpus.stats.unigram_entropy
     files.write(path / "loads.json", jsonio.dumps(trainer.heat.tolist()) + "\n")
-    for said in draw(path, lines, trainer.heat.numpy(), entropy):
+    record = trainer.monitor.record(trainer.heat)
+    if record is not None:
+        record.write(path)
+    for said in draw(path, lines, trainer.heat.numpy(), entropy, record):
         print(said)
     print(table(closing(lines, trainer.first_step, seconds, entropy, path)), flush=True)
 

@@ -28,6 +28,7 @@ from moekernels.run import files as cfg
 from moekernels.train import checkpoint, resume, weights
 from moekernels.train.finish import finish
 from moekernels.train.metrics import Progress, RunFolder
+from moekernels.train.monitor import Monitor
 from moekernels.train.moves import Moves
 from moekernels.train.nonfinite import Guard
 from moekernels.train.report import layout_report, peak_flops
@@ -113,6 +114,7 @@ class Trainer:
         elif job.weights is not None:
             weights.load(job.weights, self.state())
             self.optimizer.loaded(0)
+        self.monitor = Monitor(mesh, self.chunks, self.rows, self.moves, t.steps)
         self.heat = torch.zeros(run.model.moe_layers, run.model.num_experts, dtype=torch.float64)
         self.peak = peak_flops(env.device)
         self.exchanges = Measure(mesh.exchange)
@@ -212,12 +214,14 @@ class Trainer:
         origin = self.shared_clock() if step == self.run.train.steps else None
         flush, worked = time.perf_counter(), time.process_time()
         self.origin = flush if origin is None else origin
+        self.monitor.begin(step)
         result = self.runtime.step(batches, origin=origin)
         flush, worked = time.perf_counter() - flush, time.process_time() - worked
         self.optimizer.reduce()
         norm = self.optimizer.grad_norm()
         line, loads = self.collect(step, result, flush, worked)
         line.update(grad_norm=norm.item(), lr=self.optimizer.lr)
+        line.update(self.monitor.end(self.shown(step)))
         if self.guard.passes(line, self.optimizer.largest_norm, self.run.train.clip):
             self.optimizer.step(norm)
             self.count_loads(step, loads)
@@ -306,12 +310,17 @@ class Trainer:
     def count_loads(self, step: int, loads: torch.Tensor) -> None:
         """What an applied step's loads [layers, experts] change: selection biases, and what
         experts.png shows."""
-        if step > self.run.train.steps * (1 - HEAT_SHARE) or step == self.run.train.steps:
+        if self.shown(step):
             self.heat += loads
         if rate := self.run.model.bias_update_rate:
             for chunk, layers in zip(self.chunks, self.rows):
                 biases = chunk.selection_biases
                 update_selection_biases(biases, loads[layers].to(self.env.device), rate)
+
+    def shown(self, step: int) -> bool:
+        """Whether experts.png and experts.safetensors are of it, among others."""
+        steps = self.run.train.steps
+        return step > steps * (1 - HEAT_SHARE) or step == steps
 
     def flops_per_token(self, batches) -> float:
         """Of a forward and backward pass, recomputation not counted."""

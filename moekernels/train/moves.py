@@ -72,6 +72,7 @@ class Moves:
     def _begin(self) -> None:
         """Look from here on."""
         self.loads = torch.zeros(self.slot_of.shape, dtype=torch.float64)
+        self.pairs: Tensor | None = None  # [L, E, E] where steps were watched
         self.seconds: list[float] = []
 
     def notes(self) -> list[str]:
@@ -92,8 +93,8 @@ class Moves:
     @property
     def sums_by_rank(self) -> bool:
         """Whether a token's rows are added up in an order that hangs on where experts lie."""
-        blocks = [b for chunk in self.chunks for b in chunk.layers.values() if b.has_experts]
-        return any(isinstance(b.moe.dispatcher, AllGatherDispatcher) for b in blocks)
+        layers = [moe for chunk in self.chunks for moe in chunk.experts_layers]
+        return any(isinstance(moe.dispatcher, AllGatherDispatcher) for moe in layers)
 
     def restore(self, facts: dict, layout: dict, where: str) -> None:
         """As a checkpoint left it, before its tensors are read; under another ep nothing is
@@ -128,10 +129,18 @@ class Moves:
             self.loads += loads.cpu()
             self.seconds.append(seconds)
 
+    def saw_pairs(self, pairs: Tensor) -> None:
+        """Note who was chosen with whom in a step, [L, E, E]: see `Monitor`."""
+        if self.rule.every:
+            self.pairs = pairs if self.pairs is None else self.pairs + pairs
+
+    def looks_at(self, step: int) -> bool:
+        return self.rule.every > 0 and step % self.rule.every == 0
+
     def look(self, step: int, last: bool) -> dict:
         """After a step: move experts if it is time and pays; what the step's line shall say.
         Every rank calls it."""
-        if not self.rule.every or step % self.rule.every or not self.seconds:
+        if not self.looks_at(step) or not self.seconds:
             return {}
         said: dict = {}
         steady = median(self.seconds[1:] or self.seconds)
@@ -150,7 +159,7 @@ class Moves:
     def _choose(self, step: int) -> Tensor:
         if self.rule.random:
             return replan.drawn(self.slot_of, self.mesh.layout.ep, self.seed, step)
-        return replan.better(self.loads, self.slot_of, self.node_of)
+        return replan.better(self.loads, self.slot_of, self.node_of, self.pairs)
 
     def _gain(self, after: Tensor) -> float:
         """Seconds a step that a placement would save, by the rows of this look's steps and what a

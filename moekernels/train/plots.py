@@ -9,19 +9,23 @@ from pathlib import Path
 import numpy as np
 
 from moekernels import files
+from moekernels.balance.record import Record
 from moekernels.errors import one_line
 
 
 def draw(
-    folder: Path, lines: list[dict], loads: np.ndarray, unigram_entropy: float | None
+    folder: Path,
+    lines: list[dict],
+    loads: np.ndarray,
+    unigram_entropy: float | None,
+    record: Record | None = None,
 ) -> list[str]:
     """loss.png and experts.png; what to say of those that could not be drawn: a run that is done
     does not fail for want of a picture."""
-    title = "load of each expert over its layer's mean"
     said = []
     for name, plot in (
         ("loss.png", lambda path: plot_loss(path, lines, unigram_entropy)),
-        ("experts.png", lambda path: plot_experts(path, loads, title)),
+        ("experts.png", lambda path: plot_experts(path, loads, record)),
     ):
         try:
             plot(folder / name)
@@ -30,8 +34,9 @@ def draw(
     return said
 
 
-def _figure(width: float, height: float):
-    """A figure that is drawn into memory, whatever a notebook or a file of settings asks for."""
+def _figure(width: float, height: float, panels: list[float] | None = None):
+    """A figure that is drawn into memory, whatever a notebook or a file of settings asks for, and
+    its axes; a list of them for panels of these widths."""
     asked = os.environ.pop("MPLBACKEND", None)  # read, and perhaps refused, on import
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -41,7 +46,10 @@ def _figure(width: float, height: float):
             os.environ["MPLBACKEND"] = asked
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    if panels is None:
+        return figure, figure.subplots()
+    axes = figure.subplots(1, len(panels), width_ratios=panels, squeeze=False)
+    return figure, list(axes[0])
 
 
 def _save(figure, path: Path) -> None:
@@ -68,16 +76,31 @@ def plot_loss(path: Path, lines: list[dict], unigram_entropy: float | None = Non
     _save(figure, path)
 
 
-def plot_experts(path: Path, counts: np.ndarray, title: str) -> None:
-    """Heat map of counts [layers, experts]: each expert's load over its layer's mean."""
-    share = counts / np.maximum(counts.mean(axis=1, keepdims=True), 1e-9)
-    layers, experts = share.shape
-    figure, axes = _figure(max(6.0, experts * 0.16), max(2.5, layers * 0.25))
-    image = axes.imshow(
-        share, aspect="auto", cmap="viridis", vmin=0, vmax=max(2.0, float(np.quantile(share, 0.99)))
-    )
-    axes.set(xlabel="expert", ylabel="layer", title=title)
+def plot_experts(path: Path, counts: np.ndarray, record: Record | None = None) -> None:
+    """Heat map of counts [layers, experts], each expert's load over its layer's mean; with a record
+    also the ranks' loads, and in the layer that has the closest pair who is chosen with whom."""
+    layers, experts = counts.shape
+    width, height = max(6.0, experts * 0.16), max(2.5, layers * 0.25)
+    panels = [width] if record is None else [width, max(3.0, record.ranks * 0.4), 5.0]
+    figure, axes = _figure(sum(panels), height if record is None else max(4.5, height), panels)
     step = max(1, layers // 16)
-    axes.set_yticks(range(0, layers, step), range(1, layers + 1, step))
-    figure.colorbar(image, ax=axes, label="load / mean")
+
+    def heat(place, loads: np.ndarray, of: str) -> None:
+        share = loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-9)
+        most = max(2.0, float(np.quantile(share, 0.99)))
+        image = place.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=most)
+        place.set(xlabel=of, ylabel="layer", title=f"load of {of}s")
+        place.set_yticks(range(0, layers, step), range(1, layers + 1, step))
+        place.set_xticks(range(0, loads.shape[1], max(1, loads.shape[1] // 16)))
+        figure.colorbar(image, ax=place, label="load over the layer's mean")
+
+    heat(axes[0], counts, "expert")
+    if record is not None:
+        heat(axes[1], record.rank_loads.numpy(), "rank")
+        together = record.together().numpy()
+        layer = int(together.max(axis=(1, 2)).argmax())
+        most = max(2.0, float(np.quantile(together[layer], 0.99)))
+        image = axes[2].imshow(together[layer], cmap="magma", vmin=0, vmax=most)
+        axes[2].set(xlabel="expert", ylabel="expert", title=f"chosen together, layer {layer + 1}")
+        figure.colorbar(image, ax=axes[2], label="times as often as by chance")
     _save(figure, path)

@@ -119,6 +119,7 @@ def closing(
         ("tokens", f"{sum(x['tokens'] for x in lines):,}"),
         ("tokens/s", f"{steady[len(steady) // 2]:,.0f} (median)"),
         ("load max/mean", f"{last['load_max_over_mean']:.2f}, dead experts {last['dead_experts']}"),
+        *_experts(lines, last),
         ("pipeline idle", f"{100 * last['bubble']:.1f} %"),
         ("memory", f"{last['memory_gb']:.2f} GB, the most of a rank"),
         ("written to", str(path)),
@@ -149,3 +150,25 @@ def _exchange(line: dict) -> str:
     if line["cores"] > FULL:
         text += "; ranks share cores: waiting is not idle time"
     return text
+
+
+def _experts(lines: list[dict], last: dict) -> list[tuple[str, str]]:
+    """Rows of the closing table: how ranks are loaded, what was watched of the choices, and what
+    moves brought."""
+    text = f"{last['rank_load_max_over_mean']:.2f}"
+    if watched := [x for x in lines if "nodes_a_token" in x]:
+        text += (
+            f"; a token visits {watched[-1]['nodes_a_token']:.2f} nodes, "
+            f"{100 * watched[-1]['together_on_a_rank']:.0f} % of its pairs of choices lie on one "
+            f"rank"
+        )
+    rows = [("ranks max/mean", text)]
+    if moves := [x for x in lines if "moved_experts" in x]:
+        text = f"{sum(x['moved_experts'] for x in moves)} in {len(moves)} moves"
+        text += f", {sum(x['move_seconds'] for x in moves):.2f} s"
+        if any(x["predicted_gain"] for x in moves):
+            gained = [x["realised_gain"] for x in lines if "realised_gain" in x]
+            text += f"; {sum(x['predicted_gain'] for x in moves):.3f} s a step predicted"
+            text += f", {sum(gained):.3f} s realised" if gained else ""
+        rows.append(("experts moved", text))
+    return rows

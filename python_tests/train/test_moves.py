@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moekernels.balance import placement, replan
+from moekernels.balance.record import Record
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Mesh
@@ -68,6 +69,13 @@ def test_a_run_with_moves_is_the_run_without(text, tmp_path):
     assert ends[0].keys() == ends[1].keys()
     for name, tensor in ends[0].items():
         assert torch.equal(tensor, ends[1][name]), name
+
+    left = [Record.read(tmp_path / run) for run in ("still", "moved")]
+    assert torch.equal(left[0].pairs, left[1].pairs) and left[0].pairs.any()
+    assert torch.equal(left[0].loads, left[1].loads)
+    assert not torch.equal(left[0].slot_of, left[1].slot_of)
+    for line in (lines[-1], expected[-1]):
+        assert line["nodes_a_token"] == 1 and 0 < line["together_on_a_rank"] < 1
 
     alone = ("--tp", "1", "--ep", "1", "--replan", "never")
     finished(start(text, other, *alone, *steps, "--resume"))
