@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
+from torch import Tensor
 
 from moekernels.balance.replan import Rule
 from moekernels.errors import UsageError
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.optimizer import AdamWConfig, Optimizer
+from moekernels.parallel.shard import ShardInfo
 from moekernels.pipeline.runtime import PipelineRuntime
 from moekernels.pipeline.schedule import Schedule, build
 from moekernels.pipeline.simulate import Simulator
@@ -18,6 +22,7 @@ from moekernels.run import files as cfg
 from moekernels.run import link
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BACKWARD_COST = 2.0  # of a forward pass, for the order of micro-batches
 
 
@@ -147,6 +152,14 @@ def build_chunks(run: cfg.RunConfig, mesh: Mesh) -> list[StageModel]:
         )
         for stage in range(mesh.pp_index, len(ranges), lay.pp)
     ]
+
+
+def build_optimizer(
+    run: cfg.RunConfig, mesh: Mesh, shards: list[tuple[str, Tensor, ShardInfo]]
+) -> Optimizer:
+    t = run.train
+    same = {f.name: getattr(t, f.name) for f in fields(AdamWConfig) if hasattr(t, f.name)}
+    return Optimizer(shards, mesh, AdamWConfig(**same, state_dtype=MOMENTS[t.optimizer_state]))
 
 
 def build_schedule(run: cfg.RunConfig) -> Schedule:

@@ -65,11 +65,6 @@ class RankFailure(RuntimeError):
         self.details = details
 
 
-def local_world() -> int | None:
-    """Ranks of this machine under a launcher, None without one."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
-
-
 def has_cuda_kernels() -> bool:
     """Whether the library has a CUDA kernel for every op that a training step calls."""
     import moekernels.ops  # noqa: F401, registers the ops

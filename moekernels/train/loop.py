@@ -9,19 +9,23 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from moekernels import assembly
 from moekernels.balance import dead_experts, max_over_mean, update_selection_biases
+from moekernels.data.batch import MicroBatch
 from moekernels.errors import RunError
-from moekernels.parallel import launch
+from moekernels.nn.transformer import StageModel
+from moekernels.parallel import launch, launcher
 from moekernels.parallel.measure import Measure, hidden_of
 from moekernels.parallel.nodes import cores
-from moekernels.parallel.optimizer import AdamWConfig, Optimizer
 from moekernels.parallel.shard import shard
 from moekernels.parallel.tensor import all_reduce
+from moekernels.pipeline.runtime import StepResult
 from moekernels.pipeline.trace import Event
 from moekernels.plan import microbatches
 from moekernels.run import files as cfg
@@ -32,9 +36,12 @@ from moekernels.train.monitor import Monitor
 from moekernels.train.moves import Moves
 from moekernels.train.nonfinite import Guard
 from moekernels.train.report import layout_report, peak_flops
+from moekernels.train.sums import StepSums
+
+if TYPE_CHECKING:
+    from moekernels.data.corpus import Corpus
 
 HEAT_SHARE = 0.2  # of the steps, the last ones: what experts.png shows
-MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -43,7 +50,7 @@ class Job:
 
     run: cfg.RunConfig
     folder: RunFolder
-    corpus: object
+    corpus: Corpus
     found: resume.Found  # what the run goes on from, if anything
     identity: str  # of the run: its checkpoints carry it
     tune: bool = False  # the number of micro-batches is still to be measured
@@ -58,55 +65,57 @@ class Trainer:
     """One rank: its chunks of the model, its optimiser, its batches."""
 
     def __init__(self, env: launch.RankEnv, job: Job) -> None:
-        run = job.run
-        self.env, self.job, self.run = env, job, run
-        self.mesh = mesh = assembly.build_mesh(run, env.device)
+        self.env, self.job, self.run = env, job, job.run
+        self.mesh = assembly.build_mesh(self.run, env.device)
         self.first_step = job.facts.get("step", 0)
-        count = run.batch.microbatches * run.batch.accumulation
-        self.chosen = count if job.facts.get("microbatches") == count else None
-        self.tuner, tuning = None, ""
-        if job.tune:
-            began = microbatches.begin(run, job.corpus, mesh, self.first_step)
-            self.tuner, count, tuning = began
-            self.chosen = None if self.tuner else count
-            self.run = run = microbatches.with_count(run, count)
-        self.chunks = assembly.build_chunks(run, mesh)
-        numbers = [sorted(map(int, chunk.layers)) for chunk in self.chunks]
-        before = 1 + run.model.dense_layers  # of [all layers with experts, experts]
-        self.rows = [slice(max(0, n[0] - before), max(0, n[-1] + 1 - before)) for n in numbers]
-        self.runtime = assembly.build_runtime(run, mesh, self.chunks)
-        self.loader = assembly.build_loader(run, job.corpus, mesh.dp_index)
+        tuning = self._begin_tuning()
+        self.chunks = assembly.build_chunks(self.run, self.mesh)
+        self.rows = [self._rows_of(chunk) for chunk in self.chunks]
+        self.runtime = assembly.build_runtime(self.run, self.mesh, self.chunks)
+        self.loader = assembly.build_loader(self.run, job.corpus, self.mesh.dp_index)
         self.shards = [shard for chunk in self.chunks for shard in chunk.named_shards()]
-        t = run.train
-        self.optimizer = Optimizer(
-            self.shards,
-            mesh,
-            AdamWConfig(
-                lr=t.lr,
-                min_lr_ratio=t.min_lr_ratio,
-                warmup=t.warmup,
-                steps=t.steps,
-                clip=t.clip,
-                weight_decay=t.weight_decay,
-                beta1=t.beta1,
-                beta2=t.beta2,
-                eps=t.eps,
-                state_dtype=MOMENTS[t.optimizer_state],
-                seed=t.seed,
-            ),
-        )
-        self.guard = Guard(
-            self.shards, mesh, t.skip_bad_steps, job.facts.get("skipped_in_a_row", 0)
-        )
+        self.optimizer = assembly.build_optimizer(self.run, self.mesh, self.shards)
+        t, m = self.run.train, self.run.model
+        bad_before = job.facts.get("skipped_in_a_row", 0)
+        self.guard = Guard(self.shards, self.mesh, t.skip_bad_steps, bad_before)
         self.checkpoints = checkpoint.Checkpoints(
             job.folder.path / "checkpoints",
-            mesh,
+            self.mesh,
             t.keep,
             run=job.identity,
             trusted=job.found.trusted,
-            local_ranks=launch.local_world() or mesh.world.size,
+            local_ranks=launcher.local_world() or self.mesh.world.size,
         )
-        self.moves = Moves(run, mesh, self.chunks, self.rows, self.optimizer, self.shards)
+        moved = (self.chunks, self.rows, self.optimizer, self.shards)
+        self.moves = Moves(self.run, self.mesh, *moved)
+        self._load()
+        self.monitor = Monitor(self.mesh, self.chunks, self.rows, self.moves, t.steps)
+        self.heat = torch.zeros(m.moe_layers, m.num_experts, dtype=torch.float64)
+        self.peak = peak_flops(env.device)
+        self.exchanges = Measure(self.mesh.exchange)
+        self.origin = 0.0  # of the times of the last step's events
+        self.held_out: list[list[MicroBatch]] | None = None
+        self.stopping = False  # a signal reached some rank: this step is the last
+        self._announce(tuning)
+        self.progress = Progress(self.first_step, t.steps, quiet=not env.leader)
+
+    def _begin_tuning(self) -> str:
+        """Settle how many micro-batches the run begins with; what to say of it."""
+        run, job = self.run, self.job
+        count = run.batch.microbatches * run.batch.accumulation
+        self.chosen = count if job.facts.get("microbatches") == count else None
+        self.tuner: microbatches.Tuner | None = None
+        if not job.tune:
+            return ""
+        began = microbatches.begin(run, job.corpus, self.mesh, self.first_step)
+        self.tuner, count, text = began
+        self.chosen = None if self.tuner else count
+        self.run = microbatches.with_count(run, count)
+        return text
+
+    def _load(self) -> None:
+        """Fill the model and the optimiser from what the run goes on from, or begins with."""
+        job = self.job
         if job.found.path is not None:
             self.moves.restore(job.facts, job.found.manifest.layout, str(job.found.path))
             checkpoint.load(job.found.path, job.found.manifest.tensors, self.state())
@@ -114,28 +123,26 @@ class Trainer:
         elif job.weights is not None:
             weights.load(job.weights, self.state())
             self.optimizer.loaded(0)
-        self.monitor = Monitor(mesh, self.chunks, self.rows, self.moves, t.steps)
-        self.heat = torch.zeros(run.model.moe_layers, run.model.num_experts, dtype=torch.float64)
-        self.peak = peak_flops(env.device)
-        self.exchanges = Measure(mesh.exchange)
-        self.origin = 0.0  # of the times of the last step's events
-        self.held_out = None
-        self.stopping = False  # a signal reached some rank: this step is the last
-        report = layout_report(run, mesh, self.chunks, self.optimizer, self.loader)
-        if env.leader:
-            print(
-                f"run      {job.folder.path}"
-                + (f", from step {self.first_step}" if self.first_step else "")
-            )
-            print(report, flush=True)
-            for note in self.moves.notes():
-                print(note, flush=True)
-            if tuning:
-                print(tuning, flush=True)
-            known = run if self.tuner is None else microbatches.with_count(run, cfg.AUTO)
-            job.folder.begin(known, self.first_step)
-            resume.write_identity(self.checkpoints.folder, job.identity)
-        self.progress = Progress(self.first_step, t.steps, quiet=not env.leader)
+
+    def _announce(self, tuning: str) -> None:
+        """What the user reads before the first step; and the run's folder begins."""
+        report = layout_report(self.run, self.mesh, self.chunks, self.optimizer, self.loader)
+        if not self.env.leader:
+            return
+        begins = f", from step {self.first_step}" if self.first_step else ""
+        print(f"run      {self.job.folder.path}{begins}\n{report}", flush=True)
+        for note in (*self.moves.notes(), *([tuning] if tuning else ())):
+            print(note, flush=True)
+        auto = self.tuner is not None
+        known = microbatches.with_count(self.run, cfg.AUTO) if auto else self.run
+        self.job.folder.begin(known, self.first_step)
+        resume.write_identity(self.checkpoints.folder, self.job.identity)
+
+    def _rows_of(self, chunk: StageModel) -> slice:
+        """A chunk's layers among all layers with experts."""
+        numbers = sorted(map(int, chunk.layers))
+        before = 1 + self.run.model.dense_layers
+        return slice(max(0, numbers[0] - before), max(0, numbers[-1] + 1 - before))
 
     def state(self):
         """Everything that a checkpoint keeps."""
@@ -259,51 +266,52 @@ class Trainer:
             self.progress.say(text)
             self.job.folder.configure(self.run)
 
-    def collect(self, step: int, result, flush: float, worked: float) -> tuple[dict, torch.Tensor]:
-        """Sums over the ranks, in one message: loss, losses of the router, idle share, shares of
-        the exchange, `worked` CPU seconds, memory; and the loads [layers, experts]."""
-        model, mesh = self.run.model, self.mesh
-        loads = torch.zeros(
-            model.moe_layers, model.num_experts, dtype=torch.float64, device=self.env.device
-        )
-        scalars = torch.zeros(10 + self.env.world, dtype=torch.float64, device=self.env.device)
+    def collect(
+        self, step: int, result: StepResult, flush: float, worked: float
+    ) -> tuple[dict, torch.Tensor]:
+        """The step's line of metrics but for its times, and the loads [layers, experts]: sums over
+        the ranks of what this one did in `flush` seconds, of which `worked` on a core."""
+        m, mesh, zeros = self.run.model, self.mesh, partial(torch.zeros, dtype=torch.float64)
+        loads = zeros(m.moe_layers, m.num_experts, device=self.env.device)
+        loss, router = zeros((), device=loads.device), zeros(2, device=loads.device)
         for chunk, layers in zip(self.chunks, self.rows):
             counts, losses = chunk.take_statistics()
             loads[layers] = counts.double()
-            if mesh.tp.rank == 0:
-                scalars[1:3] += losses
-        if result.losses and mesh.tp.rank == 0:
-            scalars[0] = torch.stack(result.losses).double().sum()
+            router += losses
+        if result.losses:
+            loss = torch.stack(result.losses).double().sum()
+        if mesh.tp.rank > 0:  # the first speaks for all that see the same tokens
+            loss, router = torch.zeros_like(loss), torch.zeros_like(router)
         busy = sum(e.end - e.start for e in result.events if e.kind.computes)
-        scalars[3] = (1 - busy / flush) / self.env.world
-        scalars[4] = bool(self.env.stop.signal)
-        scalars[5] = worked / (flush * cores() * mesh.nodes.count)
-        shares = scalars.new_tensor(self.exchanges.take()) / flush / self.env.world
-        scalars[6:10] = shares
-        scalars[10 + self.env.rank] = _peak_memory(self.env.device)
-        everything = all_reduce(torch.cat([scalars, loads.flatten()]), mesh.world).cpu()
-        loads = everything[len(scalars) :].view(loads.shape)
-        loss, balance, z, bubble, stop, busy, *rest = everything[: len(scalars)].tolist()
-        (moving, skew, exposed, flight), memory = rest[:4], rest[4:]
-        self.stopping = stop > 0
+        shares = [seconds / flush / self.env.world for seconds in self.exchanges.take()]
+        mine = StepSums(
+            loss,
+            *router,
+            (1 - busy / flush) / self.env.world,
+            float(bool(self.env.stop.signal)),
+            worked / (flush * cores() * mesh.nodes.count),
+            *shares,
+        )
+        sums, loads, peak = mine.over_ranks(loads, _peak_memory(self.env.device), mesh)
+        self.stopping = sums.stop > 0
+        rows = self.loader.global_tokens(step) * m.top_k * m.moe_layers
         line = {
             "step": step,
-            "loss": loss,
-            "aux": balance / model.moe_layers,
-            "z": z / model.moe_layers,
+            "loss": sums.loss,
+            "aux": sums.balance / m.moe_layers,
+            "z": sums.z / m.moe_layers,
             "load_max_over_mean": max_over_mean(loads).max().item(),
             "rank_load_max_over_mean": self.moves.uneven(loads),
             "dead_experts": int(dead_experts(loads).sum()),
             "microbatches": self.runtime.schedule.microbatches,
-            "dropped": self.loader.global_tokens(step) * model.top_k * model.moe_layers
-            - int(loads.sum()),
-            "bubble": bubble,
-            "exchange_moving": moving,
-            "exchange_exposed": exposed,
-            "exchange_skew": None if math.isnan(skew) else skew,
-            "exchange_hidden": hidden_of(exposed, flight, 1.0),
-            "cores": busy,
-            "memory_gb": max(memory) / 1e9,
+            "dropped": rows - int(loads.sum()),
+            "bubble": sums.idle,
+            "exchange_moving": sums.moving,
+            "exchange_exposed": sums.exposed,
+            "exchange_skew": None if math.isnan(sums.skew) else sums.skew,
+            "exchange_hidden": hidden_of(sums.exposed, sums.flight, 1.0),
+            "cores": sums.cores,
+            "memory_gb": peak / 1e9,
         }
         return line, loads
 
@@ -314,8 +322,8 @@ class Trainer:
             self.heat += loads
         if rate := self.run.model.bias_update_rate:
             for chunk, layers in zip(self.chunks, self.rows):
-                biases = chunk.selection_biases
-                update_selection_biases(biases, loads[layers].to(self.env.device), rate)
+                own = loads[layers].to(self.env.device)
+                update_selection_biases(chunk.selection_biases, own, rate)
 
     def shown(self, step: int) -> bool:
         """Whether experts.png and experts.safetensors are of it, among others."""
@@ -368,7 +376,7 @@ class Trainer:
 
     def shared_clock(self) -> float | None:
         """A moment that all ranks of one machine agree on; None where they are on several."""
-        if self.env.world == 1 or launch.local_world() not in (None, self.env.world):
+        if self.env.world == 1 or launcher.local_world() not in (None, self.env.world):
             return None
         moment = torch.tensor([time.perf_counter()], dtype=torch.float64, device=self.env.device)
         dist.broadcast(moment, 0)

@@ -1,0 +1,41 @@
+"""What a step's ranks add up: one message of named numbers, the experts' loads, and memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.tensor import all_reduce
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """A rank's part of a step, or the sum over all ranks; fields in the order in which they travel.
+
+    idle, cores and the four of the exchange are shares: a rank's part is divided by the ranks.
+    """
+
+    loss: float | Tensor  # nats a token
+    balance: float | Tensor  # the load-balancing loss, summed over layers
+    z: float | Tensor  # the router's z-loss, summed over layers
+    idle: float  # of the flush, in which a stage computed nothing
+    stop: float  # ranks that were asked to stop
+    cores: float  # of the cores' time, in which they worked
+    moving: float  # of the flush: rows under way,
+    skew: float  # waiting for peers that came late; NaN where it is not known,
+    exposed: float  # waiting at all,
+    flight: float  # and from a post to its arrival
+
+    def over_ranks(self, loads: Tensor, peak: float, mesh: Mesh) -> tuple[StepSums, Tensor, float]:
+        """All ranks' sums, loads [layers, experts] on the CPU, and the largest `peak`."""
+        parts = [getattr(self, field.name) for field in fields(self)]
+        mine = torch.stack([x if isinstance(x, Tensor) else loads.new_tensor(x) for x in parts])
+        peaks = loads.new_zeros(mesh.world.size)
+        peaks[mesh.world.rank] = peak
+        message = torch.cat([mine, peaks, loads.flatten()])
+        sizes = [len(mine), len(peaks), loads.numel()]
+        sums, peaks, total = all_reduce(message, mesh.world).cpu().split(sizes)
+        return StepSums(*sums.tolist()), total.view(loads.shape), max(peaks.tolist())
