@@ -7,7 +7,9 @@ Both factorisations share the pipeline stages. Inside a stage of S = tp*dp ranks
 
     s = dp_index * tp + tp_index = (edp_index * ep + ep_index) * etp + etp_index
 
-so tensor-parallel ranks are neighbours, and so are the ep*etp ranks that exchange rows.
+so tensor-parallel ranks are neighbours, and so are the ep*etp ranks that exchange rows. Places are
+dealt to ranks node by node: in whatever order a launcher starts them, neighbours share a node where
+they can, and pipeline stages lie across nodes.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ class Mesh:
     edp           the copies of this rank's experts
     expert_copies the ranks that hold the same experts, their etp shards included (edp*etp)
     stage, world  all ranks of the stage, and of the run
+    order         the rank in each place; the world alone is in the launcher's order
+    members       all groups of the run, by those names
 
     `exchange_mode` is one of `peers.MODES`; `alone` says why ranks share no memory, where they do
     not. `nodes` declares which ranks share a node, where that is not to be found out.
@@ -72,8 +76,9 @@ class Mesh:
             rank = dist.get_rank() if rank is None else rank
         self.rank = rank
         self._made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
-        self._place()
         self.nodes = nodes or Nodes.named(gather(node_name(), layout.world))
+        self.order = self.nodes.order()
+        self._place()
         shared, self.alone = {}, ""
         if layout.world > 1:
             several = [ranks for ranks in self._made if len(ranks) > 1]
@@ -92,36 +97,46 @@ class Mesh:
         as new_group demands.
         """
         layout = self.layout
-        self.pp_index, s = divmod(self.rank, layout.stage_ranks)
+        self.pp_index, s = divmod(self.order.index(self.rank), layout.stage_ranks)
         self.dp_index, self.tp_index = divmod(s, layout.tp)
         self.edp_index, folded = divmod(s, layout.exchange)
         self.ep_index, self.etp_index = divmod(folded, layout.etp)
-        self.world = self._groups(lambda stage, s: 0)
-        self.stage = self._groups(lambda stage, s: stage)
-        self.tp = self._groups(lambda stage, s: (stage, s // layout.tp))
-        self.dp = self._groups(lambda stage, s: (stage, s % layout.tp))
-        self.pp = self._groups(lambda stage, s: s)
-        self.exchange = self._groups(lambda stage, s: (stage, s // layout.exchange))
-        self.edp = self._groups(lambda stage, s: (stage, s % layout.exchange))
-        self.expert_copies = self._groups(lambda stage, s: (stage, s // layout.etp % layout.ep))
+        keys: dict[str, Callable[[int, int], object]] = {
+            "stage": lambda stage, s: stage,
+            "tp": lambda stage, s: (stage, s // layout.tp),
+            "dp": lambda stage, s: (stage, s % layout.tp),
+            "pp": lambda stage, s: s,
+            "exchange": lambda stage, s: (stage, s // layout.exchange),
+            "edp": lambda stage, s: (stage, s % layout.exchange),
+            "expert_copies": lambda stage, s: (stage, s // layout.etp % layout.ep),
+        }
+        self.members = {"world": [tuple(range(layout.world))]}
+        for name, key in keys.items():  # ranks that share a key(stage, place in the stage)
+            found: dict[object, list[int]] = {}
+            for place, rank in enumerate(self.order):
+                found.setdefault(key(*divmod(place, layout.stage_ranks)), []).append(rank)
+            self.members[name] = [tuple(ranks) for ranks in found.values()]
+        for name, groups in self.members.items():
+            setattr(self, name, self._group(groups))
 
-    def _groups(self, key: Callable[[int, int], object]) -> Group:
-        """Make the groups of ranks that share a key(stage, rank in the stage); return this
-        rank's."""
-        members: dict[object, list[int]] = {}
-        for rank in range(self.layout.world):
-            members.setdefault(key(*divmod(rank, self.layout.stage_ranks)), []).append(rank)
-        mine = next(ranks for ranks in members.values() if self.rank in ranks)
-        for ranks in map(tuple, members.values()):
+    def _group(self, groups: list[tuple[int, ...]]) -> Group:
+        """Make the groups; return this rank's."""
+        for ranks in groups:
             if ranks in self._made:  # dense and expert groups often coincide: one process group
                 continue
             if len(ranks) == 1:
                 self._made[ranks] = None
-            elif len(ranks) == self.layout.world:
+            elif ranks == self.members["world"][0]:
                 self._made[ranks] = dist.group.WORLD
-            else:
-                self._made[ranks] = dist.new_group(list(ranks))
-        return Group(self._made[tuple(mine)], mine.index(self.rank), len(mine), tuple(mine))
+            else:  # sorted already, but where a launcher dealt ranks to nodes in turn
+                kept = {} if list(ranks) == sorted(ranks) else {"sort_ranks": False}
+                self._made[ranks] = dist.new_group(list(ranks), **kept)
+        mine = next(ranks for ranks in groups if self.rank in ranks)
+        return Group(self._made[mine], mine.index(self.rank), len(mine), mine)
+
+    def across(self, name: str) -> int:
+        """How many of the run's groups of that name span nodes."""
+        return sum(not self.nodes.together(ranks) for ranks in self.members[name])
 
     @property
     def tokens_alike(self) -> bool:

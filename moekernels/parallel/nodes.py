@@ -31,6 +31,10 @@ class Nodes:
         """Whether all of them run on one node."""
         return len({self.of[rank] for rank in ranks}) == 1
 
+    def order(self) -> tuple[int, ...]:
+        """All ranks, those of a node one after the other, however a launcher dealt them."""
+        return tuple(sorted(range(len(self.of)), key=lambda rank: (self.of[rank], rank)))
+
     def mates(self, rank: int) -> list[int]:
         """The ranks of a rank's node, itself included."""
         return [r for r, node in enumerate(self.of) if node == self.of[rank]]

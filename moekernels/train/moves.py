@@ -57,7 +57,7 @@ class Moves:
         self.stages = stages
         layout, self.node_of = mesh.layout, [[0] * mesh.layout.ep for _ in self.slot_of]
         for stage, layers in enumerate(stages):  # as the first ranks of the stage exchange rows
-            ranks = range(stage * layout.stage_ranks, stage * layout.stage_ranks + layout.exchange)
+            ranks = mesh.order[stage * layout.stage_ranks :][: layout.exchange]
             for layer in layers:
                 self.node_of[layer] = placement.nodes_of_exchange(mesh.nodes.of, ranks, layout.etp)
         self.passes = 2 if m.recompute_experts or assembly.checkpointed(run) else 1

@@ -89,8 +89,10 @@ def layout_report(
         f"{'rank':>6}  {'tp':>3} {'dp':>3} {'pp':>3}  {'layers':<12} {'modules':>8} "
         f"{'parameters':>11} {'memory':>9}",
     ]
-    for rank, r in enumerate(ranks):
-        stage, inside = divmod(rank, layout.stage_ranks)
+    lines[2:2] = _topology(run, mesh, loader.global_tokens(1))
+    for place, rank in enumerate(mesh.order):
+        r = ranks[rank]
+        stage, inside = divmod(place, layout.stage_ranks)
         lines.append(
             f"{rank:>6}  {inside % layout.tp:>3} {inside // layout.tp:>3} {stage:>3}  "
             f"{r['layers']:<12} "
@@ -98,6 +100,46 @@ def layout_report(
         )
     lines.append("         memory: weights, gradients and optimizer state; activations come on top")
     return "\n".join(lines)
+
+
+GROUP_NAMES = {"tp": "tensor parallel", "exchange": "experts' exchange", "pp": "pipeline"}
+
+
+def _topology(run: cfg.RunConfig, mesh: Mesh, tokens: int) -> list[str]:
+    """Which groups stay inside a node, where there are several; and what an exchange that does not
+    sends over the network in a step of so many tokens."""
+    nodes = mesh.nodes
+    if nodes.count == 1:
+        return []
+    sizes = sorted({nodes.of.count(node) for node in nodes.of})
+    several = {key: mesh.across(key) for key in GROUP_NAMES if getattr(mesh.layout, key) > 1}
+    inside = [GROUP_NAMES[key] for key, across in several.items() if not across]
+    outside = [GROUP_NAMES[key] for key, across in several.items() if across]
+    text = f"nodes    {nodes.count} of {' to '.join(map(str, sizes))} ranks"
+    text += f"; inside a node: {', '.join(inside) or 'nothing'}; across: "
+    lines = [text + (", ".join(outside) or "data parallel alone")]
+    if several.get("exchange"):
+        lines.append(_exchange_over_network(run, mesh, tokens))
+    return lines
+
+
+def _exchange_over_network(run: cfg.RunConfig, mesh: Mesh, tokens: int) -> str:
+    """Its bytes a rank and step, if experts are chosen evenly, and seconds at [hardware]'s rate."""
+    m, layout = run.model, mesh.layout
+    apart = [
+        sum(mesh.nodes.of[a] != mesh.nodes.of[b] for a in ranks for b in ranks) / len(ranks) ** 2
+        for ranks in mesh.members["exchange"]
+    ]
+    width = torch.empty(0, dtype=assembly.DTYPES[run.train.dtype]).element_size()
+    rows = tokens / layout.stage_ranks * m.top_k * layout.etp * max(apart)
+    layers = m.moe_layers / layout.pp
+    size = 4 * rows * layers * m.d_model * width  # there and back, forward and backward
+    rate = run.hardware.network_gbps * 1e9
+    return (
+        f"         EP {layout.ep} over the network: about {size / 1e9:.3g} GB a rank and step, "
+        f"{size / rate:.3g} s at {run.hardware.network_gbps:g} GB/s; an ep*etp that divides "
+        f"{min(mesh.nodes.of.count(n) for n in mesh.nodes.of)} ranks stays inside a node"
+    )
 
 
 def closing(

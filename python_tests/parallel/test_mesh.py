@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekernels.errors import UsageError
 from moekernels.model.layout import Layout
 from moekernels.parallel.mesh import Group, Mesh
+from moekernels.parallel.nodes import Nodes
 from python_tests.support.distributed import run_ranks
+from python_tests.support.layouts import TINY, assemble, micro_batches, run_model
 
 GROUPS = ("world", "stage", "tp", "dp", "pp", "exchange", "edp", "expert_copies")
 SMALL = st.sampled_from([1, 2, 3, 4])
@@ -18,7 +23,7 @@ SMALL = st.sampled_from([1, 2, 3, 4])
 def ranks_of(layout: Layout, rank: int) -> dict[str, tuple[int, ...]]:
     """Every group of a rank, without torch.distributed."""
     mesh = Mesh.__new__(Mesh)
-    mesh.layout, mesh.rank = layout, rank
+    mesh.layout, mesh.rank, mesh.order = layout, rank, tuple(range(layout.world))
     mesh._made = AllGroups()
     mesh._place()
     return {name: getattr(mesh, name).ranks for name in GROUPS}
@@ -126,3 +131,42 @@ def test_describe_shows_both_factorisations() -> None:
 def test_layouts_that_do_not_divide_say_what_would(make, message: str) -> None:
     with pytest.raises(UsageError, match=message.replace("*", r"\*")):
         make()
+
+
+def test_neighbours_share_a_node_however_ranks_are_dealt():
+    """Eight ranks dealt to two nodes in turn: tensor parallel and the exchange stay inside."""
+    nodes = Nodes((0, 1) * 4)
+    layout = Layout(tp=2, dp=2, pp=2, ep=4)
+    mesh = Mesh.__new__(Mesh)
+    mesh.layout, mesh.nodes, mesh.order, mesh._made = layout, nodes, nodes.order(), AllGroups()
+    for mesh.rank in range(8):
+        mesh._place()
+        assert mesh.rank in mesh.tp.ranks and mesh.tp.ranks[mesh.tp_index] == mesh.rank
+        assert mesh.exchange.ranks[mesh.ep_index] == mesh.rank
+        assert mesh.pp.ranks[mesh.pp_index] == mesh.rank == mesh.world.rank
+    assert [mesh.across(name) for name in ("tp", "exchange", "stage", "pp", "world")] == [
+        0, 0, 0, 4, 1,
+    ]  # fmt: skip
+    mesh.layout = Layout(tp=2, dp=4, ep=8)
+    mesh._place()
+    assert mesh.across("exchange") == 1 and mesh.across("tp") == 0
+
+
+def dealt_in_turn(rank, layout, batches, config):
+    nodes = Nodes(tuple(r % 2 for r in range(layout.world)))
+    with patch("moekernels.parallel.mesh.Nodes.named", lambda names: nodes):
+        result = run_model(layout, config, batches, {"dtype": torch.float64})
+    return result
+
+
+@pytest.mark.parametrize("layout", (Layout(tp=2, dp=2, ep=4), Layout(tp=2, dp=2, ep=2)), ids=str)
+def test_ranks_that_are_dealt_in_turn_compute_the_same(layout):
+    """Their groups are not in the order of ranks."""
+    batches = micro_batches([[9, 7], [12], [5, 6], [8]])
+    one = run_model(Layout(), TINY, batches, {"dtype": torch.float64})
+    many = run_ranks(layout.world, dealt_in_turn, layout, batches, TINY)
+    loss = sum(r["loss"] for r in many if r["tp_index"] == 0)
+    torch.testing.assert_close(loss, one["loss"], rtol=1e-12, atol=0)
+    whole = assemble(many, "gradients")
+    for name, (gradient, _) in one["gradients"].items():
+        torch.testing.assert_close(whole[name], gradient, rtol=1e-9, atol=1e-12)
