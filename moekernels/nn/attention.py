@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekernels.model.decoder import DecoderSpec
+from moekernels.nn.home import Home
 from moekernels.nn.masked import masked_attention
 from moekernels.nn.norm import RMSNorm, WideRMSNorm
 from moekernels.nn.rotary import Packing, rotate
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.shard import ShardInfo, seeded_normal, shard
+from moekernels.parallel.shard import ShardInfo, shard
 from moekernels.parallel.tensor import copy_to, gather_tokens, reduce_from, scatter_tokens
 
 
@@ -64,16 +65,13 @@ class Attention(nn.Module):
         config: DecoderSpec,
         mesh: Mesh,
         layer: int,
+        home: Home,
         *,
-        sequence_parallel: bool,
-        seed: int,
         name: str,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         super().__init__()
         mesh.layout.validate(num_heads=config.num_heads, num_kv_heads=config.kv_heads)
-        self.tp, self.sequence_parallel = mesh.tp, sequence_parallel
+        self.tp, self.sequence_parallel = mesh.tp, home.sequence_parallel
         hd, hidden = config.head_dim, config.d_model
         heads, kv_heads = config.num_heads, config.kv_heads
         self.head_dim, self.scale, self.layer = hd, config.qk_scale, layer
@@ -89,34 +87,29 @@ class Attention(nn.Module):
         out = shard((hidden, heads * hd), {1: [mine(0, heads)]})
         self.shards = {"qkv": qkv, "out": out}
         std = config.init_std
-        self.qkv = nn.Parameter(
-            qkv.take(seeded_normal(qkv.full_shape, std, seed, f"{name}.qkv")).to(device, dtype)
-        )
+        self.qkv = home.normal(qkv, std, f"{name}.qkv")
         std = config.init_std / (2 * config.num_layers) ** 0.5
-        self.out = nn.Parameter(
-            out.take(seeded_normal(out.full_shape, std, seed, f"{name}.out")).to(device, dtype)
-        )
+        self.out = home.normal(out, std, f"{name}.out")
 
         def vector(key: str, info: ShardInfo) -> None:
             self.shards[key] = info
-            setattr(self, key, nn.Parameter(torch.zeros(info.local_shape).to(device, dtype)))
+            setattr(self, key, home.filled(info.local_shape, 0.0))
 
         self.qkv_bias = self.out_bias = self.sinks = None
         if config.qkv_bias:
             vector("qkv_bias", shard(qkv.full_shape[:1], {0: rows}))
         if config.out_bias:  # added to whole results: to own tokens, or by all ranks alike
-            over = "stage" if sequence_parallel else "dp"
+            over = "stage" if home.sequence_parallel else "dp"
             vector("out_bias", shard((hidden,), reduce_over=over, copies="stage"))
         if config.sinks:
             vector("sinks", shard((heads,), {0: [mine(0, heads, 1)]}))
         self.q_norm = self.k_norm = None
-        common = {"dtype": dtype, "device": device}
         if config.qk_norm:  # over each head, the same weights for all: gradients are sums over tp
-            self.q_norm = RMSNorm(hd, config.norm_eps, partial=True, **common)
-            self.k_norm = RMSNorm(hd, config.norm_eps, partial=True, **common)
+            self.q_norm = RMSNorm(hd, config.norm_eps, home, partial=True)
+            self.k_norm = RMSNorm(hd, config.norm_eps, home, partial=True)
         if config.qk_norm_wide:
-            self.q_norm = WideRMSNorm(heads, hd, config.norm_eps, mesh.tp, **common)
-            self.k_norm = WideRMSNorm(kv_heads, hd, config.norm_eps, mesh.tp, **common)
+            self.q_norm = WideRMSNorm(heads, hd, config.norm_eps, mesh.tp, home)
+            self.k_norm = WideRMSNorm(kv_heads, hd, config.norm_eps, mesh.tp, home)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """x [T/tp, H] under sequence parallel, else [T, H] -> the same shape."""

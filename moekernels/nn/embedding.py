@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moekernels.nn.home import Home
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.shard import even_range, seeded_normal, shard
+from moekernels.parallel.shard import even_range, shard
 from moekernels.parallel.tensor import reduce_from, scatter_tokens
 
 
@@ -20,18 +21,15 @@ class VocabularyWeight(nn.Module):
         vocab_size: int,
         d_model: int,
         mesh: Mesh,
+        home: Home,
         *,
         std: float,
-        seed: int,
         name: str,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         super().__init__()
         self.first, self.end = even_range(vocab_size, mesh.tp.rank, mesh.tp.size)
         info = shard((vocab_size, d_model), {0: [(self.first, self.end)]})
-        full = seeded_normal(info.full_shape, std, seed, f"{name}.weight")
-        self.weight = nn.Parameter(info.take(full).to(device, dtype))
+        self.weight = home.normal(info, std, f"{name}.weight")
         self.shards = {"weight": info}
 
 

@@ -14,8 +14,9 @@ from moekernels import ops
 from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.clock import expert_clock
 from moekernels.nn.dispatcher import Routed
+from moekernels.nn.home import Home
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.shard import ShardInfo, seeded_normal, shard
+from moekernels.parallel.shard import ShardInfo, shard
 
 
 def epilogue(config: DecoderSpec) -> dict[str, Any]:
@@ -40,11 +41,9 @@ class Experts(nn.Module):
         self,
         config: DecoderSpec,
         mesh: Mesh,
+        home: Home,
         *,
-        seed: int,
         name: str,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         super().__init__()
         layout, d_in, d_ff = mesh.layout, config.d_in, config.expert_d_ff
@@ -72,9 +71,9 @@ class Experts(nn.Module):
             )
             # Every expert has its own generator: a rank makes only those that it holds.
             one = shard(shape, {d - 1: spans for d, spans in ranges.items()})
-            weight = torch.empty(self.shards[key].local_shape, dtype=dtype, device=device)
+            weight = torch.empty(self.shards[key].local_shape, dtype=home.dtype, device=home.device)
             for local, number in enumerate(range(*experts)):
-                full = seeded_normal(shape, std, seed, f"{name}.{key}.{number}")
+                full = home.full(shape, std, f"{name}.{key}.{number}")
                 weight[local].copy_(one.take(full))
             setattr(self, key, nn.Parameter(weight))
 

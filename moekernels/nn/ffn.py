@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from moekernels import ops
 from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.experts import epilogue
+from moekernels.nn.home import Home
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.shard import seeded_normal, shard
+from moekernels.parallel.shard import shard
 from moekernels.parallel.tensor import copy_to, gather_tokens, reduce_from, scatter_tokens
 
 
@@ -22,16 +23,13 @@ class FeedForward(nn.Module):
         config: DecoderSpec,
         mesh: Mesh,
         d_ff: int,
+        home: Home,
         *,
-        sequence_parallel: bool,
-        seed: int,
         name: str,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         super().__init__()
         mesh.layout.divide("tp", d_ff, "hidden units of an FFN")
-        self.tp, self.sequence_parallel = mesh.tp, sequence_parallel
+        self.tp, self.sequence_parallel = mesh.tp, home.sequence_parallel
         self.how = epilogue(config)
         part = d_ff // mesh.tp.size
         mine = (mesh.tp.rank * part, (mesh.tp.rank + 1) * part)
@@ -45,8 +43,7 @@ class FeedForward(nn.Module):
         }
         for key, std in (("w1", config.init_std), ("w2", narrow)):
             info = self.shards[key]
-            full = seeded_normal(info.full_shape, std, seed, f"{name}.{key}")
-            setattr(self, key, nn.Parameter(info.take(full).to(device, dtype)))
+            setattr(self, key, home.normal(info, std, f"{name}.{key}"))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T/tp, H] under sequence parallel, else [T, H] -> the same shape."""
@@ -67,16 +64,15 @@ class SharedExpert(FeedForward):
     """A feed-forward beside the routed experts; `gate` [1, H], where there is one, scales a token's
     result by sigmoid(<gate, x>)."""
 
-    def __init__(self, config: DecoderSpec, mesh: Mesh, *, name: str, **place) -> None:
-        super().__init__(config, mesh, config.shared_d_ff, name=name, **place)
+    def __init__(self, config: DecoderSpec, mesh: Mesh, home: Home, *, name: str) -> None:
+        super().__init__(config, mesh, config.shared_d_ff, home, name=name)
         self.gate = None
         if config.shared_gate:
             # The same on every rank of a stage; under sequence parallel each sees its own tokens.
             over = "stage" if self.sequence_parallel else "dp"
             info = shard((1, config.d_model), reduce_over=over, copies="stage")
-            full = seeded_normal(info.full_shape, config.init_std, place["seed"], f"{name}.gate")
             self.shards["gate"] = info
-            self.gate = nn.Parameter(full.to(place["device"], place["dtype"]))
+            self.gate = home.normal(info, config.init_std, f"{name}.gate")
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.attention import causal_attention
+from moekernels.nn.home import Home
 from moekernels.nn.norm import RMSNorm
 from moekernels.nn.rotary import Packing, rotate
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.shard import ShardInfo, seeded_normal, shard
+from moekernels.parallel.shard import ShardInfo, shard
 from moekernels.parallel.tensor import copy_to, gather_tokens, reduce_from, scatter_tokens
 
 EPS = 1e-6  # of the latents' norms, whatever the others' is
@@ -33,16 +34,13 @@ class LatentAttention(nn.Module):
         config: DecoderSpec,
         mesh: Mesh,
         layer: int,
+        home: Home,
         *,
-        sequence_parallel: bool,
-        seed: int,
         name: str,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         super().__init__()
         mesh.layout.validate(num_heads=config.num_heads)
-        self.tp, self.sequence_parallel = mesh.tp, sequence_parallel
+        self.tp, self.sequence_parallel = mesh.tp, home.sequence_parallel
         self.layer, self.scale = layer, config.qk_scale
         self.head_dim, self.turning = config.head_dim, config.rotary_dim
         self.v_dim, self.ranks = config.v_dim, (config.q_rank, config.kv_rank)
@@ -55,11 +53,10 @@ class LatentAttention(nn.Module):
 
         def add(key: str, info: ShardInfo, std: float = config.init_std) -> None:
             self.shards[key] = info
-            full = seeded_normal(info.full_shape, std, seed, f"{name}.{key}")
-            setattr(self, key, nn.Parameter(info.take(full).to(device, dtype)))
+            setattr(self, key, home.normal(info, std, f"{name}.{key}"))
 
         def norm(width: int) -> RMSNorm:
-            return RMSNorm(width, EPS, partial=True, dtype=dtype, device=device)
+            return RMSNorm(width, EPS, home, partial=True)
 
         heads, hidden, hd = config.num_heads, config.d_model, config.head_dim
         whole = {"reduce_over": "stage", "copies": "stage"}

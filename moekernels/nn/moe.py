@@ -9,6 +9,7 @@ from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.dispatcher import Dispatcher
 from moekernels.nn.experts import Experts
 from moekernels.nn.ffn import SharedExpert
+from moekernels.nn.home import Home
 from moekernels.nn.router import RouteHook, Router
 from moekernels.nn.watch import Watch
 from moekernels.parallel.expert import Kept
@@ -23,33 +24,21 @@ class MoE(nn.Module):
         mesh: Mesh,
         layer: int,
         dispatcher: Dispatcher,
+        home: Home,
         *,
-        sequence_parallel: bool,
-        seed: int,
         name: str,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         super().__init__()
-        common = {"seed": seed, "dtype": dtype, "device": device}
-        self.router = Router(
-            config,
-            mesh,
-            layer,
-            sequence_parallel=sequence_parallel,
-            name=f"{name}.router",
-            **common,
-        )
-        self.experts = Experts(config, mesh, name=f"{name}.experts", **common)
+        self.router = Router(config, mesh, layer, home, name=f"{name}.router")
+        self.experts = Experts(config, mesh, home, name=f"{name}.experts")
         self.shared = None
         if config.shared_d_ff:
-            parallel = {"sequence_parallel": sequence_parallel, **common}
-            self.shared = SharedExpert(config, mesh, name=f"{name}.shared", **parallel)
+            self.shared = SharedExpert(config, mesh, home, name=f"{name}.shared")
         self.dispatcher = dispatcher
         self.first_held = mesh.ep_index * (config.num_experts // mesh.layout.ep)
         self.slot_of: Tensor | None = None  # [E] where experts were moved, see `place`
         self.watch: Watch | None = None  # of steps that are looked at
-        self.tp, self.replicated = mesh.tp, not sequence_parallel
+        self.tp, self.replicated = mesh.tp, not home.sequence_parallel
 
     def place(self, slot_of: Tensor) -> None:
         """Experts lie by slot_of [E] int64 from now on, as `balance.placement` has it: slot s is

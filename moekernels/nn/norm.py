@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from moekernels.nn.home import Home
 from moekernels.ops import _derivatives
 from moekernels.parallel.mesh import Group
 from moekernels.parallel.shard import shard
@@ -62,14 +63,13 @@ class RMSNorm(nn.Module):
         self,
         width: int,
         eps: float,
+        home: Home,
         *,
         partial: bool,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width, dtype=dtype, device=device))
+        self.weight = home.filled((width,), 1.0)
         self.shards = {
             "weight": shard((width,), reduce_over="stage" if partial else "dp", copies="stage")
         }
@@ -90,15 +90,13 @@ class WideRMSNorm(nn.Module):
         head_dim: int,
         eps: float,
         tp: Group,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
+        home: Home,
     ) -> None:
         super().__init__()
         self.eps, self.tp, self.width = eps, tp, heads * head_dim
         part = self.width // tp.size
         mine = (tp.rank * part, (tp.rank + 1) * part)
-        self.weight = nn.Parameter(torch.ones(part, dtype=dtype, device=device))
+        self.weight = home.filled((part,), 1.0)
         self.shards = {"weight": shard((self.width,), {0: [mine]})}
 
     def forward(self, x: Tensor) -> Tensor:

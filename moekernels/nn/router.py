@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from moekernels import ops
 from moekernels.errors import UsageError
 from moekernels.model.decoder import DecoderSpec
+from moekernels.nn.home import Home
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.shard import seeded_normal, shard
+from moekernels.parallel.shard import shard
 from moekernels.parallel.tensor import copy_to, swap_columns
 
 # (layer, logits [T, E], ids [T, K] that the gate chose) -> the ids to use instead, or None to keep
@@ -29,16 +30,13 @@ class Router(nn.Module):
         config: DecoderSpec,
         mesh: Mesh,
         layer: int,
+        home: Home,
         *,
-        sequence_parallel: bool,
-        seed: int,
         name: str,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         super().__init__()
         self.config, self.top_k, self.layer = config, config.top_k, layer
-        self.tp, self.by_columns = mesh.tp, not sequence_parallel and mesh.tp.size > 1
+        self.tp, self.by_columns = mesh.tp, not home.sequence_parallel and mesh.tp.size > 1
         full_shape = (config.num_experts, config.d_model)
         if self.by_columns:
             if config.num_experts % mesh.tp.size:
@@ -52,8 +50,7 @@ class Router(nn.Module):
         else:
             info = shard(full_shape, reduce_over="stage", copies="stage")
         self.shards = {"weight": info}
-        full = seeded_normal(full_shape, config.init_std, seed, f"{name}.weight")
-        self.weight = nn.Parameter(info.take(full).to(device, dtype))
+        self.weight = home.normal(info, config.init_std, f"{name}.weight")
         self.bias = None
         if config.router_bias:
             if self.by_columns:
@@ -61,10 +58,10 @@ class Router(nn.Module):
             else:
                 info = shard(full_shape[:1], reduce_over="stage", copies="stage")
             self.shards["bias"] = info
-            self.bias = nn.Parameter(torch.zeros(info.local_shape, dtype=dtype, device=device))
+            self.bias = home.filled(info.local_shape, 0.0)
         bias = None
         if config.bias_update_rate > 0:  # moves the choice only, and by no gradient
-            bias = torch.zeros(config.num_experts, device=device)
+            bias = torch.zeros(config.num_experts, device=home.device)
         self.register_buffer("selection_bias", bias)
 
     def logits(self, x: Tensor) -> Tensor:

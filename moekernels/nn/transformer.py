@@ -24,6 +24,7 @@ from moekernels.nn.batch import Batch
 from moekernels.nn.dispatcher import make_dispatcher
 from moekernels.nn.embedding import VocabularyWeight, embed
 from moekernels.nn.ffn import FeedForward
+from moekernels.nn.home import Home
 from moekernels.nn.latent import LatentAttention
 from moekernels.nn.loss import cross_entropy
 from moekernels.nn.moe import MoE
@@ -47,30 +48,23 @@ class Block(nn.Module):
         mesh: Mesh,
         layer: int,
         dispatcher: str,
-        *,
-        sequence_parallel: bool,
-        seed: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        home: Home,
     ) -> None:
         super().__init__()
         name = f"layers.{layer}"
-        common = {"dtype": dtype, "device": device}
-        parallel = {"sequence_parallel": sequence_parallel, "seed": seed, **common}
-        norm = partial(
-            RMSNorm, config.d_model, config.norm_eps, partial=sequence_parallel, **common
-        )
+        split = home.sequence_parallel
+        norm = partial(RMSNorm, config.d_model, config.norm_eps, home, partial=split)
         self.has_experts = layer > config.dense_layers
         self.attention_norm = norm()
         attention = LatentAttention if config.kv_rank else Attention
-        self.attention = attention(config, mesh, layer, name=f"{name}.attention", **parallel)
+        self.attention = attention(config, mesh, layer, home, name=f"{name}.attention")
         if not self.has_experts:
             self.ffn_norm = norm()
-            self.ffn = FeedForward(config, mesh, config.dense_d_ff, name=f"{name}.ffn", **parallel)
+            self.ffn = FeedForward(config, mesh, config.dense_d_ff, home, name=f"{name}.ffn")
             return
         self.moe_norm = norm()
         ways = make_dispatcher(dispatcher, mesh, config, layer)
-        self.moe = MoE(config, mesh, layer, ways, name=f"{name}.moe", **parallel)
+        self.moe = MoE(config, mesh, layer, ways, home, name=f"{name}.moe")
 
     def forward(
         self,
@@ -126,39 +120,19 @@ class StageModel(nn.Module):
         self.sequence_parallel = sequence_parallel and mesh.tp.size > 1
         self.checkpoint_layers = frozenset(checkpoint_layers)
         self.route_hook: BatchRouteHook | None = None
-        common = {"dtype": dtype, "device": device}
-        table = partial(
-            VocabularyWeight,
-            config.vocab_size,
-            config.d_model,
-            mesh,
-            std=config.init_std,
-            seed=seed,
-            **common,
-        )
+        home = Home(dtype, device, seed, self.sequence_parallel)
+        table = partial(VocabularyWeight, config.vocab_size, config.d_model, mesh, home)
         embedding_std = config.embedding_std or config.init_std
         self.embedding = table(name="embedding", std=embedding_std) if first else None
         self.layers = nn.ModuleDict(
-            {
-                str(layer): Block(
-                    config,
-                    mesh,
-                    layer,
-                    dispatcher,
-                    sequence_parallel=self.sequence_parallel,
-                    seed=seed,
-                    **common,
-                )
-                for layer in layers
-            }
+            {str(layer): Block(config, mesh, layer, dispatcher, home) for layer in layers}
         )
         self.norm = self.head = None
         if last:
-            self.norm = RMSNorm(
-                config.d_model, config.norm_eps, partial=self.sequence_parallel, **common
-            )
+            over = self.sequence_parallel
+            self.norm = RMSNorm(config.d_model, config.norm_eps, home, partial=over)
             if not config.tie_embeddings:
-                self.head = table(name="head")
+                self.head = table(name="head", std=config.init_std)
         routed = sum(layer > config.dense_layers for layer in layers)
         self.auxiliary = Auxiliary(config, mesh, routed, device)
 

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from moekernels import ops
 from moekernels.model.layout import Layout
 from moekernels.model.rotary import RotarySpec, frequencies
+from moekernels.nn.home import Home
 from moekernels.nn.loss import cross_entropy
 from moekernels.nn.masked import masked_attention
 from moekernels.nn.norm import RMSNorm
@@ -26,14 +27,14 @@ from python_tests.support.distributed import RankPool
 from python_tests.support.layouts import TINY, micro_batches
 
 ALONE = Group(None, 0, 1, (0,))
-DOUBLE = {"dtype": torch.float64, "device": torch.device("cpu")}
+DOUBLE = Home(torch.float64)
 RADIANS = frequencies(RotarySpec(rope_theta=100.0), 8)
 PACKING = Packing.make(torch.arange(5), [0, 5], RADIANS, torch.float64)
 PAIRS = Packing.make(torch.arange(5), [0, 5], RADIANS, torch.float64, magnitude=1.3, pairs=True)
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
-    layer = RMSNorm(x.shape[-1], 1e-6, partial=False, **DOUBLE)
+    layer = RMSNorm(x.shape[-1], 1e-6, DOUBLE, partial=False)
     return torch.func.functional_call(layer, {"weight": weight}, (x,))
 
 

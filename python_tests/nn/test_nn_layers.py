@@ -13,6 +13,7 @@ from moekernels.model.layout import Layout
 from moekernels.model.rotary import RotarySpec, frequencies
 from moekernels.nn import loss as loss_module
 from moekernels.nn.attention import causal_attention
+from moekernels.nn.home import Home
 from moekernels.nn.loss import cross_entropy
 from moekernels.nn.norm import RMSNorm
 from moekernels.nn.rotary import Packing, rotate
@@ -22,7 +23,7 @@ from python_tests.support.layouts import TINY, micro_batches, variant
 
 ALONE = Group(None, 0, 1, (0,))
 MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm_.default)
-DOUBLE = {"dtype": torch.float64, "device": torch.device("cpu")}
+DOUBLE = Home(torch.float64)
 
 
 def radians(head_dim: int, theta: float = 1e4) -> list[float]:
@@ -37,7 +38,7 @@ def whole_model(config: DecoderSpec = TINY, **options) -> StageModel:
 
 @pytest.mark.parametrize("shape", [(5, 8), (3, 2, 6), (0, 4)])
 def test_norm_is_torchs(shape: tuple[int, ...]) -> None:
-    norm = RMSNorm(shape[-1], 1e-6, partial=False, **DOUBLE)
+    norm = RMSNorm(shape[-1], 1e-6, DOUBLE, partial=False)
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(norm(x), F.rms_norm(x, shape[-1:], norm.weight, 1e-6))
