@@ -64,6 +64,7 @@ class Copies(Waits):
         self.loads: list[BulkLoad] = []
         self.open_stores: dict[int, list[BulkStore]] = {}
         self.store_groups: dict[int, list[list[BulkStore]]] = {}
+        self.bulk_warps: dict[str, set[int]] = {}  # of a block, by what they issued
 
     # ---- cp.async
     def issue(self, copy: ThreadCopy) -> None:

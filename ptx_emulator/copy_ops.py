@@ -82,15 +82,20 @@ def bind_bulk(machine: Machine, ins: Instruction):
     multicast = any(m.startswith("multicast") for m in mods)
     if "im2col" in mods or (multicast and "tensor" not in mods):
         raise Unsupported(f"`{ins.text}`")
+    stores = isinstance(ins.operands[0], TensorAddress) or "bulk_group" in mods
     if "prefetch" in mods:
-        return _bind_prefetch(machine, ins)
-    if "tensor" in mods:
-        if isinstance(ins.operands[0], TensorAddress):
-            return _bind_tensor_store(machine, ins)
-        return _bind_tensor_load(machine, ins)
-    if "bulk_group" in mods:
-        return _bind_flat_store(machine, ins)
-    return _bind_flat_load(machine, ins)
+        kind, bind = "prefetch", _bind_prefetch
+    elif "tensor" in mods:
+        kind, bind = ("store", _bind_tensor_store) if stores else ("load", _bind_tensor_load)
+    else:
+        kind, bind = ("store", _bind_flat_store) if stores else ("load", _bind_flat_load)
+    step, warps = bind(machine, ins), copies.bulk_warps.setdefault(kind, set())
+
+    def noting(lanes):
+        warps.update(np.unique(machine.warp_in_block[lanes.ids]).tolist())
+        return step(lanes)
+
+    return noting
 
 
 def _bind_prefetch(machine: Machine, ins: Instruction):

@@ -91,11 +91,15 @@ def load(source: str | Path, arch: str = "80", defines=(), include=()) -> "Modul
 
 @dataclass
 class Stats:
-    """What a launch executed: instructions are counted once for every thread."""
+    """What a launch executed: instructions are counted once for every thread.
+
+    bulk_warps: the warps of a block that issued bulk loads, stores and prefetches, by these names.
+    """
 
     steps: int = 0
     instructions: int = 0
     by_op: Counter = field(default_factory=Counter)
+    bulk_warps: dict[str, set[int]] = field(default_factory=dict)
     traffic: Traffic | None = None
 
 
@@ -297,6 +301,8 @@ class _Launch:
                 clock += machine.now + 1
                 for ins, count in zip(self.kernel.code, machine.scheduler.counts):
                     stats.by_op[ins.op] += count
+                for kind, warps in machine.copies.bulk_warps.items():
+                    stats.bulk_warps.setdefault(kind, set()).update(warps)
         finally:
             self.memory.copy_back()
         stats.steps, stats.instructions = clock, sum(stats.by_op.values())

@@ -11,8 +11,9 @@ import ptx_emulator as ptx
 from moekernels import ops, reference
 from moekernels.ops._library import raw
 from python_tests.support import emulated
-from python_tests.support.hopper import hopper, skip_if, why_not_emulated
-from python_tests.support.products import offsets_of, product
+from python_tests.support.contract import evaluate, spec_of
+from python_tests.support.hopper import PRODUCT, hopper, skip_if, why_not_emulated
+from python_tests.support.products import ffn, offsets_of, product
 from python_tests.support.spec import randn
 
 pytestmark = skip_if(why_not_emulated())
@@ -75,6 +76,25 @@ def test_settings_reach_the_launch_and_change_no_bit(probes):
             if "grid" in settings:
                 assert shape["blocks"] <= settings["grid"]
             assert shape["promotions"] == [settings.get("promotion", 256)] * 2
+
+
+LOADER, PREFETCHER = 8, 9  # the producer's first two warps
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_what_epilogues_read_is_prefetched_by_another_warp_than_loads(probes, prefetch):
+    """Each lane of a prefetch takes its turn, thousands of cycles a tile: in the loads' warp they
+    would begin the tile so much later."""
+    probes._sm90_settings(prefetch=prefetch)
+    rows, drows, offsets = randn(BF16, 70, 16), randn(BF16, 70, 24), offsets_of(70)
+    with hopper() as device:
+        evaluate(ops.experts, spec_of("experts"), ffn(BF16, 72, 136, 13, 3, 2))
+        ops.grouped_gemm_wgrad(rows, drows, offsets, out=torch.zeros(1, 24, 16))
+        issued = [shape["bulk_warps"] for shape in device.shapes]
+    found = [(name, warps) for name, warps in zip(device.launches, issued) if PRODUCT in name]
+    assert {LOADER} == set.union(*(warps["load"] for _, warps in found))
+    prefetchers = [warps["prefetch"] for _, warps in found if "prefetch" in warps]
+    assert prefetchers == [{PREFETCHER} if prefetch else set()] * 2  # h, and the sums in fp32
 
 
 @pytest.mark.parametrize("experts, stages", [(366, 4), (367, 3)])

@@ -148,7 +148,7 @@ class _Device:
         self.schedule: int | None = None
         self.lazy = self.hardware = False
         self.launches: list[str] = []
-        self.shapes: list[dict] = []  # of the launches: blocks, shared bytes, promotions of maps
+        self.shapes: list[dict] = []  # of the launches: blocks, shared bytes, maps' promotions, ...
         self.bytes_read: dict[tuple[ptx.Module, str], list[np.ndarray]] = {}
         self.error: Exception | None = None
         self.lasting: dict[int, tuple[int, bool]] = {}  # known beyond one call
@@ -227,7 +227,8 @@ class _Device:
             program(found).launch(name, blocks, threads, packed, shared_bytes)
             return
         how = {"schedule": self.schedule, "lazy": self.lazy}
-        found.launch(kernel, blocks, threads, packed, shared_bytes, **how)
+        stats = found.launch(kernel, blocks, threads, packed, shared_bytes, **how)
+        self.shapes[-1]["bulk_warps"] = stats.bulk_warps
 
     def call(self, name: str, *args):
         self.forget()
