@@ -22,6 +22,7 @@ import torch
 from cuda_clock import FAR, Clock, Exact, Shape, error_of, ids_of, run_bench, sampled, why_missing
 from torch import Tensor
 from torch.nn import functional
+from tune_problems import LAYERS
 
 from moekernels import _host, ops
 
@@ -35,16 +36,17 @@ SONIC = [  # of its paper, table 9b: its 30B and 7B, and OLMoE
     Shape(24576, 1536, 32, 2, "balanced", 1024),
     Shape(32768, 2048, 64, 8, "balanced", 1024),
 ]
-HEADLINE = Shape(16384, 2048, 64, 2, "balanced", 4096)
+# What bench/predicted.json says something of.
+PREDICTED = [Shape(at.T, at.H, at.E, at.K, "balanced", at.F) for at in LAYERS]
 
 Candidate = tuple[str, str, Callable[[], Tensor | None], int]  # op, implementation, function, FLOPs
 
 
 def shapes(quick: bool) -> Iterator[Shape]:
     if quick:
-        yield from (HEADLINE, Shape(32768, 2048, 64, 4, "zipf", 4096), SONIC[-1])
+        yield from (*PREDICTED[:3], Shape(32768, 2048, 64, 4, "zipf", 4096))
         return
-    yield from SONIC
+    yield from dict.fromkeys(PREDICTED + SONIC)
     for tokens in (4096, 16384, 65536):
         for hidden in (1024, 2048):
             for ffn in (2048, 4096):

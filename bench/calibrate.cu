@@ -115,6 +115,87 @@ extern "C" __global__ void tma_bandwidth(const __grid_constant__ CUtensorMap map
   taken[blockIdx.x] = cycles() - begin;
 }
 
+namespace {
+
+__device__ uint32_t block_of_cluster() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// At the barrier that lies there in another block of the cluster.
+__device__ void arrive_at(uint32_t barrier, uint32_t block) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(block)
+      : "memory");
+}
+// A box for every block of `blocks`, and its bytes for the barrier that each has there.
+__device__ void load_for(uint16_t blocks, uint32_t to, const CUtensorMap* map, int32_t x, int32_t y,
+                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
+      : "memory");
+}
+
+// As tma_bandwidth, but the blocks of a cluster need the same boxes: each loads its share of them
+// for all. A stage is loaded again once every block has seen its last.
+template <int kBlocks>
+__device__ void multicast_bandwidth(const CUtensorMap* map, int lines, int steps, int64_t* taken) {
+  constexpr int kStages = 4, kBoxes = 6;
+  __shared__ uint64_t full[kStages], empty[kStages];
+  const uint32_t rank = block_of_cluster();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      init_barrier(shared_address(&full[i]), 1);
+      init_barrier(shared_address(&empty[i]), kBlocks);
+    }
+    publish_barriers();
+  }
+  sync_cluster();
+  if (threadIdx.x == 0) {
+    const int64_t begin = cycles();
+    int line = blockIdx.x / kBlocks * 64 * kBoxes % lines;
+    for (int step = 0; step < steps + kStages; ++step) {
+      const int stage = step % kStages, round = step / kStages;
+      const uint32_t loaded = shared_address(&full[stage]);
+      if (step >= kStages) {
+        wait(loaded, (round - 1) & 1);
+        for (int block = 0; block < kBlocks; ++block)
+          arrive_at(shared_address(&empty[stage]), block);
+      }
+      if (step >= steps) continue;
+      if (step >= kStages) wait(shared_address(&empty[stage]), (round - 1) & 1);
+      arrive_and_expect(loaded, kBoxes * 8192);
+      for (int box = 0; box < kBoxes; ++box) {
+        if (box % kBlocks == rank)
+          load_for((1 << kBlocks) - 1, shared_address(shared) + (stage * kBoxes + box) * 8192, map,
+                   0, line, loaded);
+        line = line + 64 < lines ? line + 64 : 0;
+      }
+    }
+    taken[blockIdx.x] = cycles() - begin;
+  }
+  sync_cluster();  // no block ends while another loads for it or arrives
+}
+
+}  // namespace
+
+// taken [blocks]. One block a cluster is what can be rehearsed where there are none.
+extern "C" __global__ void __cluster_dims__(1, 1, 1)
+    tma_multicast_1(const __grid_constant__ CUtensorMap map, int lines, int steps, int64_t* taken) {
+  multicast_bandwidth<1>(&map, lines, steps, taken);
+}
+extern "C" __global__ void __cluster_dims__(2, 1, 1)
+    tma_multicast_2(const __grid_constant__ CUtensorMap map, int lines, int steps, int64_t* taken) {
+  multicast_bandwidth<2>(&map, lines, steps, taken);
+}
+
 // taken [rounds]: one box from issue to the end of the wait, each from other lines.
 extern "C" __global__ void tma_latency(const __grid_constant__ CUtensorMap map, int lines,
                                        int rounds, int64_t* taken) {

@@ -84,6 +84,17 @@ def through_l2(on) -> Iterator[dict]:
         yield {"name": f"tma_{name}", "bytes_a_cycle_and_sm": rate}
 
 
+def multicast(on) -> Iterator[dict]:
+    """What an SM takes in of boxes in L2 that each of two blocks loads for both: half is read."""
+    lines, steps, cluster = (512, 6, 1) if on.small else (1 << 17, 1000, 2)
+    blocks = on.blocks // cluster * cluster
+    taken = np.zeros(blocks, np.int64)
+    args = [ptx.TensorMap(np.zeros((lines, 64), np.uint16), BOX), lines, steps, taken]
+    on.launch(f"tma_multicast_{cluster}", blocks, 32, args, 4 * 6 * 8192)
+    rate = steps * 6 * 8192 / float(np.median(taken))
+    yield {"name": f"tma_l2_multicast_{cluster}", "bytes_a_cycle_and_sm": rate}
+
+
 def latencies(on) -> Iterator[dict]:
     rounds, lines = (4, 512) if on.small else (256, 1 << 14)
     array, taken = np.zeros((lines, 64), np.uint16), np.zeros(rounds, np.int64)
@@ -144,7 +155,7 @@ def main() -> int:
         return 2
     on = Emulated() if args.rehearse else Card(args.pack)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    parts = [tensor_cores, through_l2, latencies, *([] if on.small else [by_events])]
+    parts = [tensor_cores, through_l2, multicast, latencies, *([] if on.small else [by_events])]
     with args.out.open("w") as out:
         for part in parts:
             for figure in part(on):

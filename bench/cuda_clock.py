@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,9 @@ def run_bench(
     peers: tuple[str, ...],
     rows: Callable[[Clock, argparse.Namespace], Iterator[dict]],
 ) -> int:
-    """The command line of a bench: prints a row as it comes, writes all to --json at the end. The
-    exit code is 1 where a row says that a result of ours is `wrong`."""
+    """The command line of a bench: prints a row as it comes and writes it beside --json, as a line
+    of the same name with .jsonl, and all of them to --json at the end. The exit code is 1 where a
+    row says that a result of ours is `wrong`."""
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--json", type=Path, help="where to write every figure")
     parser.add_argument("--quick", action="store_true", help="a few shapes only")
@@ -155,10 +157,14 @@ def run_bench(
         return 2
     clock = Clock(device, rounds=5 if args.quick else 15)
     found: list[dict] = []
-    for row in rows(clock, args):
-        shape, text = row.pop("shape"), row.pop("text")
-        found.append({**row, **asdict(shape)})
-        print(f"{row['op']:26}{row['implementation']:14}{shape} {text}", flush=True)
+    with args.json.with_suffix(".jsonl").open("w") if args.json else nullcontext() as stream:
+        for row in rows(clock, args):
+            shape, text = row.pop("shape"), row.pop("text")
+            found.append({**row, **asdict(shape)})
+            print(f"{row['op']:26}{row['implementation']:14}{shape} {text}", flush=True)
+            if stream:
+                stream.write(jsonio.dumps(found[-1]) + "\n")
+                stream.flush()
     skipped = {peer: why for peer in peers if (why := why_missing(peer))}
     for peer, why in skipped.items():
         print(f"skipped {peer}: {why}")

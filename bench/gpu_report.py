@@ -55,8 +55,12 @@ def tests(folder: Path) -> dict:
 
 
 def figures(folder: Path, name: str) -> dict:
+    """What a bench wrote at its end; of one that was cut off, the rows until then."""
     path = folder / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if path.exists():
+        return json.loads(path.read_text())
+    rows = [line for line in lines_of(folder, name) if "op" in line]
+    return {"rows": rows, "cut_off": True} if rows else {}
 
 
 def lines_of(folder: Path, name: str) -> list[dict]:
@@ -117,7 +121,26 @@ def expected(value: float | list, card: str) -> float:
 
 
 def compared(what: str, predicted: float, measured: float) -> str:
-    return f"  {what:44}{predicted:9.0f}{measured:9.0f}{measured / predicted:8.2f}"
+    return f"  {what:50}{predicted:9.0f}{measured:9.0f}{measured / predicted:8.2f}"
+
+
+def layer_passes(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """TFLOP/s of our layer's passes by shape. The backward is what both take without the forward,
+    and has twice its operations."""
+    of: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        if row["implementation"] == "ours" and row["routing"] == "balanced" and "us" in row:
+            shape = "T{T} H{H} F{F} E{E} K{K}".format(**row)
+            of.setdefault(shape, {})[row["op"]] = row
+    found = {}
+    for shape, ops in of.items():
+        if (first := ops.get("layer forward")) is None:
+            continue
+        found[shape] = {"forward": first["tflops"]}
+        if both := ops.get("layer forward, backward"):
+            seconds = both["us"] - first["us"]
+            found[shape]["backward"] = 2 * first["tflops"] * first["us"] / seconds
+    return found
 
 
 def against_prediction(report: dict) -> list[str]:
@@ -136,17 +159,14 @@ def against_prediction(report: dict) -> list[str]:
         shape = "T{T} H{H} F{F} E{E} K{K}".format(**line)
         if value := PREDICTED["products"].get(shape, {}).get(line["op"]):
             rate = 2e-9 * line["m"] * line["n"] * line["k"] / line["default_ms"]
-            what = f"{line['op']} {shape}"
+            what = " ".join(filter(None, (line["op"], line["of"], shape)))
             lines.append(compared(f"{what} TFLOP/s", expected(value, card), rate))
             lines.append(compared(f"{what} tuned", expected(value, card), line["best"]["tflops"]))
-    for row in report["experts"].get("rows", []):
-        shape = "T{T} H{H} F{F} E{E} K{K}".format(**row)
-        value = PREDICTED["layers"].get(shape)
-        if value is None or row["implementation"] != "ours" or "tflops" not in row:
-            continue
-        if row["op"] == "layer forward" and row["routing"] == "balanced":
-            what = f"layer forward {shape} TFLOP/s"
-            lines.append(compared(what, expected(value["forward"], card), row["tflops"]))
+    for shape, passes in layer_passes(report["experts"].get("rows", [])).items():
+        for name, value in PREDICTED["layers"].get(shape, {}).items():
+            if name in passes:
+                what = f"layer {name} {shape} TFLOP/s"
+                lines.append(compared(what, expected(value, card), passes[name]))
     return lines
 
 
@@ -199,7 +219,7 @@ def main() -> int:
         print("  TFLOP/s:")
         print("\n".join(experts_table(rows)))
     if table := against_prediction(report):
-        print(f"  {'':44}{'predicted':>9}{'measured':>9}{'ratio':>8}")
+        print(f"  {'':50}{'predicted':>9}{'measured':>9}{'ratio':>8}")
         print("\n".join(table))
     print(f"  {target}")
     if any(facts["rc"] == 77 for facts in report["sections"].values()):

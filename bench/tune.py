@@ -27,12 +27,14 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from tune_problems import (  # noqa: E402
+    GROUPED,
     LAYERS,
+    PRODUCTS,
     QUICK,
     TINY,
     Problem,
     Setting,
-    problems,
+    every,
     settings_of,
 )
 
@@ -156,8 +158,9 @@ def halve(
 
 def tune(problem: Problem, settings: list[Setting], on, deadline: float) -> dict:
     """One product -> its line."""
-    line = {"op": problem.op, **asdict(problem.layer), "m": problem.m, "n": problem.n}
-    line |= {"k": problem.k, "card": on.name, "driver": on.driver}
+    line = {"op": problem.op, "of": problem.of, **asdict(problem.layer)}
+    line |= {"m": problem.m, "n": problem.n, "k": problem.k}
+    line |= {"card": on.name, "driver": on.driver}
     line["date"] = datetime.date.today().isoformat()
     good = usable(problem, settings, on.apply, line)
     ranked = halve(problem, good, on.apply, on.seconds, deadline)
@@ -216,7 +219,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=folder / "tune.jsonl")
     parser.add_argument("--rows", type=Path, default=folder / "gemm_tuned_rows.txt")
     parser.add_argument("--seconds", type=float, default=180, help="for all products together")
-    parser.add_argument("--quick", action="store_true", help="the first shape only")
+    parser.add_argument("--quick", action="store_true", help="the first layer's products only")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, by a made-up clock")
     parser.add_argument("--apply", type=Path, help="rows to put into gemm_tuned.h")
     args = parser.parse_args()
@@ -233,35 +236,36 @@ def main() -> int:
         return 2
     on = Rehearsal() if args.rehearse else Card()
     layers = TINY if args.rehearse else QUICK if args.quick else LAYERS
+    grouped = TINY if args.rehearse else () if args.quick else GROUPED
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    begin, count, done = time.monotonic(), 0, 5 * len(layers)
+    begin, count, done = time.monotonic(), 0, PRODUCTS * len(layers) + len(grouped)
     lines: list[dict] = []
     bad = False
     with args.out.open("w") as out:
-        for layer in layers:
-            for problem in problems(layer, "cpu" if args.rehearse else "cuda"):
-                left = args.seconds - (time.monotonic() - begin)
-                if left < 0:
-                    line = {"op": problem.op, **asdict(layer), "skipped": "the time was over"}
-                    bad = True
-                else:
-                    deadline = time.monotonic() + left / (done - count)
-                    settings = settings_of(problem.op, on.multiprocessors)
-                    lines.append(line := tune(problem, settings, on, deadline))
-                count += 1
-                out.write(jsonio.dumps(line) + "\n")
-                out.flush()
-                args.rows.write_text(rows(lines))  # what is known so far
-                best = line.get("best", {})
-                text = line.get("skipped") or (
-                    f"{line['default_ms']:8.3f} ms, best {best['ms']:8.3f} ms "
-                    f"{best['tflops']:6.0f} TFLOP/s, "
-                    f"{setting_in(best)}"
-                )
-                print(f"{problem.name:44} {text}", flush=True)
-                if wrong := line.get("other_bits"):
-                    bad = True
-                    print(f"  OTHER BITS under {'; '.join(wrong)}", flush=True)
+        for problem in every(layers, grouped, "cpu" if args.rehearse else "cuda"):
+            left = args.seconds - (time.monotonic() - begin)
+            if left < 0:
+                line = {"op": problem.op, "of": problem.of, **asdict(problem.layer)}
+                line["skipped"] = "the time was over"
+                bad = True
+            else:
+                deadline = time.monotonic() + left / (done - count)
+                settings = settings_of(problem.op, on.multiprocessors)
+                lines.append(line := tune(problem, settings, on, deadline))
+            count += 1
+            out.write(jsonio.dumps(line) + "\n")
+            out.flush()
+            args.rows.write_text(rows(lines))  # what is known so far
+            best = line.get("best", {})
+            text = line.get("skipped") or (
+                f"{line['default_ms']:8.3f} ms, best {best['ms']:8.3f} ms "
+                f"{best['tflops']:6.0f} TFLOP/s, "
+                f"{setting_in(best)}"
+            )
+            print(f"{problem.name:44} {text}", flush=True)
+            if wrong := line.get("other_bits"):
+                bad = True
+                print(f"  OTHER BITS under {'; '.join(wrong)}", flush=True)
     print(f"{args.rows.read_text().count('GemmKernel')} rows in {args.rows}")
     return 1 if bad else 0
 

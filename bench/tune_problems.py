@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-OPS = ("up", "down", "dact", "dgrad", "wgrad")
+OPS = ("up", "down", "dact", "dgrad", "wgrad")  # of a layer; forward is grouped_gemm by itself
 PREFETCHING = ("dact", "wgrad")  # whose epilogues read what a prefetch brings
 
 
@@ -39,6 +39,13 @@ LAYERS = (
     Layer(32768, 2048, 768, 128, 8),
     Layer(32768, 4096, 1024, 64, 4),
     Layer(32768, 4096, 2048, 64, 4),
+)
+# Rows of DeepGEMM's table of grouped products, 4 x 8192 and 8 x 4096 of them: R = T, N = F, K = H.
+GROUPED = (
+    Layer(32768, 7168, 4096, 4, 1),
+    Layer(32768, 2048, 7168, 4, 1),
+    Layer(32768, 7168, 4096, 8, 1),
+    Layer(32768, 2048, 7168, 8, 1),
 )
 QUICK = LAYERS[:1]
 TINY = (Layer(24, 136, 136, 2, 2),)
@@ -74,7 +81,8 @@ def settings_of(op: str, multiprocessors: int) -> list[Setting]:
 
 @dataclass(frozen=True)
 class Problem:
-    """A product at a shape. m, n, k: as the table of tiles counts them.
+    """A product at a shape. m, n, k: as the table of tiles counts them; of: which weights, where an
+    op has two of a layer's.
 
     run: one call -> its result; alone: what else a call of `run` holds, timed and taken off."""
 
@@ -85,6 +93,7 @@ class Problem:
     k: int
     run: Callable[[], Tensor]
     alone: Callable[[], Tensor] | None = None
+    of: str = ""
 
     @property
     def flops(self) -> float:
@@ -92,7 +101,15 @@ class Problem:
 
     @property
     def name(self) -> str:
-        return f"{self.op} {self.layer}"
+        return " ".join(filter(None, (self.op, self.of, str(self.layer))))
+
+
+def every(layers: tuple[Layer, ...], grouped: tuple[Layer, ...], device: str) -> Iterator[Problem]:
+    """The products of layers, and grouped_gemm forward at shapes of its own."""
+    for layer in layers:
+        yield from problems(layer, device)
+    for layer in grouped:
+        yield forward(layer, device)
 
 
 def balanced_offsets(layer: Layer, device: str) -> Tensor:
@@ -103,16 +120,39 @@ def balanced_offsets(layer: Layer, device: str) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(device)
 
 
-def problems(layer: Layer, device: str) -> Iterator[Problem]:
-    """The products of one layer, in bf16, gradients added to fp32."""
-    from moekernels.ops._library import raw
+def normal_on(device: str) -> Callable[..., Tensor]:
+    """A function of sizes (and a scale) that gives bf16 numbers."""
+    torch.manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, device=device) * scale).bfloat16()
 
+    return normal
+
+
+def forward(layer: Layer, device: str) -> Problem:
+    """grouped_gemm [R, H] x [E, F, H], with K of 1."""
+    from moekernels.ops._library import raw
+
+    normal, offsets = normal_on(device), balanced_offsets(layer, device)
+    x = normal(layer.rows, layer.H)
+    w = normal(layer.E, layer.F, layer.H, scale=layer.H**-0.5)
+
+    def run() -> Tensor:
+        return raw._grouped_gemm(x, w, offsets, False)
+
+    return Problem("forward", layer, layer.rows, layer.F, layer.H, run)
+
+
+PRODUCTS = 6  # of a layer
+
+
+def problems(layer: Layer, device: str) -> Iterator[Problem]:
+    """The products of one layer, in bf16, gradients added to fp32."""
+    from moekernels.ops._library import raw
+
     rows, h, f, e = layer.rows, layer.H, layer.F, layer.E
-    torch.manual_seed(0)
-    offsets = balanced_offsets(layer, device)
+    normal, offsets = normal_on(device), balanced_offsets(layer, device)
     x, a, dy = normal(rows, h), normal(rows, f), normal(rows, h)
     w1, w2 = normal(e, 2 * f, h, scale=h**-0.5), normal(e, h, f, scale=f**-0.5)
     kept, weights = normal(rows, 2 * f), torch.rand(rows, device=device)
@@ -131,14 +171,18 @@ def problems(layer: Layer, device: str) -> Iterator[Problem]:
     def dgrad() -> Tensor:
         return raw._grouped_gemm(kept, w1, offsets, True)
 
-    total = torch.zeros(e, 2 * f, h, device=device)
+    def wgrad(m: int, n: int, rows: Tensor, drows: Tensor) -> Callable[[], Tensor]:
+        total = torch.zeros(e, m, n, device=device)
 
-    def wgrad() -> Tensor:
-        raw._grouped_gemm_wgrad_(total, x, kept, offsets, False, None, 0, False)
-        return total
+        def run() -> Tensor:
+            raw._grouped_gemm_wgrad_(total, rows, drows, offsets, False, None, 0, False)
+            return total
+
+        return run
 
     yield Problem("up", layer, rows, 2 * f, h, both, down)
     yield Problem("down", layer, rows, h, f, down)
     yield Problem("dact", layer, rows, f, h, dact)
     yield Problem("dgrad", layer, rows, h, 2 * f, dgrad)
-    yield Problem("wgrad", layer, 2 * f, h, rows, wgrad)
+    yield Problem("wgrad", layer, 2 * f, h, rows, wgrad(2 * f, h, x, kept), of="w1")
+    yield Problem("wgrad", layer, h, f, rows, wgrad(h, f, a, dy), of="w2")

@@ -10,6 +10,7 @@ import time
 from dataclasses import astuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,8 @@ import ptx_emulator as ptx
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
+import bench_cuda_experts  # noqa: E402
+import calibrate  # noqa: E402
 import gpu_report  # noqa: E402
 import pack_gpu_suite  # noqa: E402
 import trace_tiles  # noqa: E402
@@ -98,7 +101,7 @@ def test_the_time_is_kept_and_what_is_skipped_is_said(tmp_path, monkeypatch, cap
     sys.argv += ["--out", str(tmp_path / "t.jsonl"), "--rows", str(tmp_path / "rows")]
     assert tune.main() == 1
     lines = [json.loads(x) for x in (tmp_path / "t.jsonl").read_text().splitlines()]
-    assert len(lines) == 5 and all(x["skipped"] for x in lines)
+    assert len(lines) == 7 and all(x["skipped"] for x in lines)
 
 
 @pytest.fixture
@@ -111,23 +114,25 @@ def rehearsed(tmp_path, monkeypatch) -> list[dict]:
 
 
 def test_rows_go_into_the_table_and_are_replaced_there(tmp_path, rehearsed):
-    assert [x["op"] for x in rehearsed] == list(tune_problems.OPS)
+    assert [x["op"] for x in rehearsed] == [*tune_problems.OPS, "wgrad", "forward"]
     found, table = (tmp_path / "rows.txt").read_text(), tune.TABLE.read_text()
     once = tune.write_rows(table, found)
     assert found in once and tune.write_rows(once, found) == once
     assert tune.write_rows(once, "") == tune.write_rows(table, "")
     assert (
-        found.count("GemmKernel::wgmma") == 5 and '"measured, rehearsal, driver none, 20' in found
+        found.count("GemmKernel::wgmma") == 7 and '"measured, rehearsal, driver none, 20' in found
     )
     assert "{8, 0, 128, false}" in found and max(map(len, found.splitlines())) <= 120
 
 
 def test_rows_compile_and_are_taken_where_they_fit(tmp_path):
-    """The table with measured rows, through the very function that chooses."""
+    """The table with measured rows, through the very functions that choose and that say what a
+    launch does; settings go before a row."""
     if (compiler := ptx.launch.shutil.which("g++")) is None:
         pytest.skip("g++ is not on PATH")
     base = {"card": "H", "driver": "1", "date": "today", "default_ms": 1.0, "k": 2048}
-    best = {"ms": 0.9, "tflops": 600.0, **tune.asdict(Setting(band=8, prefetch=False))}
+    found = Setting(stages=3, band=-8, grid=128, promotion=64, prefetch=False)
+    best = {"ms": 0.9, "tflops": 600.0, **tune.asdict(found)}
     as_before = {"ms": 0.999, "tflops": 600.0, **tune.asdict(Setting(band=32))}
     lines = [
         {**base, **tune.asdict(LAYERS[1]), "op": "dact", "m": 32768, "n": 4096, "best": best},
@@ -138,17 +143,20 @@ def test_rows_compile_and_are_taken_where_they_fit(tmp_path):
     table = tune.write_rows(tune.TABLE.read_text(), tune.rows(lines))
     (include / "gemm_tuned.h").write_text(table)
     (tmp_path / "main.cpp").write_text(
-        """#include "moekernels/gemm_choice.h"
+        """#include "moekernels/gemm_order.h"
         #include <cstdio>
         #include <initializer_list>
         using namespace moekernels;
+        void say(int64_t rows, const cuda::sm90::Settings& asked) {
+          const GemmProblem p{GemmOp::dact, DType::bf16, rows * 64, 4096, 2048, 64,
+                              16, 90, true, false};
+          const GemmChoice c = choose_gemm(p);
+          const GemmOrder o = cuda::sm90::order_of(c, asked, 132);
+          std::printf("%d %d %d %d %d\\n", c.stages, o.band, o.grid, o.promotion, o.prefetch);
+        }
         int main() {
-          for (int64_t rows : {511, 512, 2047, 2048}) {
-            const GemmProblem p{GemmOp::dact, DType::bf16, rows * 64, 4096, 2048, 64,
-                                16, 90, true, false};
-            const GemmChoice c = choose_gemm(p);
-            std::printf("%d %d ", c.order.band, c.order.prefetch);
-          }
+          for (int64_t rows : {511, 512, 2047, 2048}) say(rows, {});
+          say(512, {2, 4, 100, 256, 1});
         }"""
     )
     command = [compiler, "-std=c++17", f"-I{tmp_path}", f"-I{ROOT / 'csrc' / 'include'}"]
@@ -156,7 +164,14 @@ def test_rows_compile_and_are_taken_where_they_fit(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = subprocess.run([tmp_path / "main"], capture_output=True, text=True).stdout
-    assert said.split() == ["0", "1", "8", "0", "8", "0", "0", "1"]
+    ours = "3 -8 128 64 0"
+    assert said.splitlines() == [
+        "4 16 132 256 1",
+        ours,
+        ours,
+        "4 16 132 256 1",
+        "3 4 100 256 1",  # stages are settled with the room that there is
+    ]
 
 
 def test_other_lines_than_rows_are_not_applied(tmp_path, monkeypatch, capsys):
@@ -170,8 +185,31 @@ def test_other_lines_than_rows_are_not_applied(tmp_path, monkeypatch, capsys):
 def test_the_problems_are_the_layers_products():
     for found in tune_problems.problems(SHAPE, "cpu"):
         assert found.run().isfinite().all(), found.name
-    ops = {p.op: (p.m, p.n, p.k) for p in tune_problems.problems(SHAPE, "cpu")}
-    assert ops["up"] == (32, 272, 136) and ops["wgrad"] == (272, 136, 32)
+    layer = Layer(16, 136, 72, 2, 2)
+    sizes = {p.op + p.of: (p.m, p.n, p.k) for p in tune_problems.every((layer,), (layer,), "cpu")}
+    assert sizes == {
+        "up": (32, 144, 136),
+        "down": (32, 136, 72),
+        "dact": (32, 72, 136),
+        "dgrad": (32, 136, 144),
+        "wgradw1": (144, 136, 32),
+        "wgradw2": (136, 72, 32),
+        "forward": (32, 72, 136),
+    }
+
+
+# ---- calibration
+@pytest.mark.skipif(ptx.nvcc() is None, reason="nvcc is not on PATH")
+def test_multicast_is_rehearsed_by_one_block_and_meant_for_two():
+    on = calibrate.Emulated()
+    (figure,) = calibrate.multicast(on)
+    assert figure["name"] == "tma_l2_multicast_1" and figure["bytes_a_cycle_and_sm"] > 0
+    clusters = {n: k.cluster for n, k in on.module.kernels.items() if "multicast" in n}
+    assert clusters == {"tma_multicast_1": 1, "tma_multicast_2": 2}
+    on.module.kernels["tma_multicast_2"].cluster = 1  # a rank that is not there is refused
+    arguments = [ptx.TensorMap(np.zeros((512, 64), np.uint16), (64, 64)), 512, 6]
+    with pytest.raises(ptx.Unsupported, match="another block of a cluster"):
+        on.launch("tma_multicast_2", 2, 32, [*arguments, np.zeros(2, np.int64)], 4 * 6 * 8192)
 
 
 # ---- the trace
@@ -187,7 +225,7 @@ def test_the_trace_reads_records_back():
 
 # ---- the report
 def test_the_report_sets_measured_beside_predicted(tmp_path, rehearsed, capsys, monkeypatch):
-    line = {"op": "dact", **tune.asdict(LAYERS[0]), "m": 131072, "n": 4096, "k": 2048}
+    line = {"op": "dact", "of": "", **tune.asdict(LAYERS[0]), "m": 131072, "n": 4096, "k": 2048}
     line |= {"default_ms": 4.524, "best": {"ms": 4.0, "tflops": 550.0}}
     with (tmp_path / "tune.jsonl").open("a") as out:
         out.write(json.dumps(line) + '\n{"op": "dgr')  # cut off in the middle
@@ -201,22 +239,38 @@ def test_the_report_sets_measured_beside_predicted(tmp_path, rehearsed, capsys, 
     (tmp_path / "ladder.jsonl").write_text(json.dumps(broken) + "\n")
     (tmp_path / "clocks.csv").write_text("t, 1755, 690.5, 61, 0x4\nt, 345, 80, 40, 0x1\ncut")
     (tmp_path / "sections.txt").write_text("ladder rc=1 seconds=40\ntune rc=124 seconds=200\n")
+    shape = {**tune.asdict(LAYERS[0]), "routing": "balanced", "implementation": "ours"}
+    passes = [
+        {"op": "layer forward", "us": 1000, "tflops": 563.0, **shape},
+        {"op": "layer forward, backward", "us": 3500, "tflops": 482.6, **shape},
+        {"op": "layer forward", "us": 1, "tflops": 9.0, **shape, "routing": "zipf"},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in passes)
+    (tmp_path / "experts.jsonl").write_text(text + '{"op": "layer f')  # cut off, too
     monkeypatch.setattr(sys, "argv", ["gpu_report", str(tmp_path)])
     assert gpu_report.main() == 0
     said = capsys.readouterr().out
-    assert "dact T32768 H2048 F4096 E64 K4 TFLOP/s            486      486    1.00" in said
+    line = "  dact T32768 H2048 F4096 E64 K4 TFLOP/s                  486      486    1.00\n"
+    assert line in said
+    for name, predicted, measured in (("forward", 563, 563), ("backward", 559, 450)):
+        what = f"layer {name} T32768 H2048 F4096 E64 K4 TFLOP/s"
+        ratio = measured / predicted
+        assert f"  {what:50}{predicted:9}{measured:9}{ratio:8.2f}\n" in said
     assert "ring (sass) hang" in said and "look: there" in said
     assert "busy: 1755 MHz" in said and "TIMED OUT" in said and "0 of 1 rungs hold" in said
     report = json.loads((tmp_path / "gpu_suite.json").read_text())
-    assert report["tune"][-1] == {"cut_off": '{"op": "dgr'} and len(report["tune"]) == 7
+    assert report["tune"][-1] == {"cut_off": '{"op": "dgr'} and len(report["tune"]) == 9
 
 
 def test_predictions_are_of_what_is_measured():
-    known = {str(layer) for layer in LAYERS}
-    for part in ("products", "layers"):
-        assert set(gpu_report.PREDICTED[part]) == known
-    for rates in gpu_report.PREDICTED["products"].values():
-        assert set(rates) == set(tune_problems.OPS)
+    layers, grouped = ({str(x) for x in some} for some in (LAYERS, tune_problems.GROUPED))
+    assert set(gpu_report.PREDICTED["layers"]) == layers
+    assert set(gpu_report.PREDICTED["products"]) == layers | grouped
+    for shape, rates in gpu_report.PREDICTED["products"].items():
+        assert set(rates) == ({"forward"} if shape in grouped else set(tune_problems.OPS))
+    quick = {f"T{s.T} H{s.H} F{s.F} E{s.E} K{s.K}" for s in bench_cuda_experts.shapes(quick=True)}
+    whole = {f"T{s.T} H{s.H} F{s.F} E{s.E} K{s.K}" for s in bench_cuda_experts.shapes(quick=False)}
+    assert layers <= whole and len(layers & quick) == 3
 
 
 # ---- the pack and the plan

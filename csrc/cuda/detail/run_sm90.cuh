@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "moekernels/gemm_choice.h"
+#include "moekernels/gemm_order.h"
 #include "product_sm90.cuh"
 #include "rows_sm90.cuh"
 #include "state_sm90.cuh"
@@ -33,17 +33,8 @@ inline void set_stages(ProductArgs& args, const char* name, int columns, int wan
   }
 }
 
-// How a launch walks its tiles and loads them: as the settings ask, else as the table of tiles
-// says.
 inline GemmOrder order_of(const GemmChoice& choice) {
-  const Settings asked = settings();
-  const auto either = [](int setting, int entry, int none) {
-    return setting != 0 ? setting : entry != 0 ? entry : none;
-  };
-  return {either(asked.band, choice.order.band, kTileBand),
-          either(asked.grid, choice.order.grid, multiprocessors()),
-          either(asked.promotion, choice.order.promotion, 256),
-          asked.prefetch >= 0 ? asked.prefetch != 0 : choice.order.prefetch};
+  return order_of(choice, settings(), multiprocessors());
 }
 
 // `tiles`: the most there can be.
