@@ -119,8 +119,9 @@ void row_product(const char* name, const RowProduct& args, const GemmChoice& cho
 void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
   const int64_t bytes = size_of(args.dtype);
   const GemmChoice choice =
-      choose(GemmOp::forward, args.dtype, args.num_rows, args.out_width, args.in, args.experts,
-             args.tf32, args.rows, args.w, args.out, args.in * bytes, args.out_width * bytes);
+      choose(args.transposed ? GemmOp::dgrad : GemmOp::forward, args.dtype, args.num_rows,
+             args.out_width, args.in, args.experts, args.tf32, args.rows, args.w, args.out,
+             args.in * bytes, args.out_width * bytes);
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::grouped_gemm(args, choice, stream);
   }

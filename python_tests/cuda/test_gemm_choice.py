@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 
 from moekernels import _host
 from moekernels.cli.explain import explain
 
+ROOT = Path(__file__).parents[1]
 SPEC = {"m": 32768, "n": 8192, "k": 2048, "experts": 64, "capability": 80, "wgmma": False}
 
 
@@ -59,6 +62,15 @@ def test_hopper_takes_wgmma(op, dtype):
         assert chosen["kernel"] == "wgmma" and chosen["obstacle"] is None
         assert chosen["tile"] == (128, 256, 64) and chosen["stages"] >= 3
         assert set(chosen["order"]) == {"band", "grid", "promotion", "prefetch"}
+
+
+def test_every_op_of_the_table_is_asked_for_by_a_launch():
+    """A row for an op that no launcher names would be measured, written and never read."""
+    header = (ROOT / "csrc" / "include" / "moekernels" / "gemm_tuned.h").read_text()
+    named = re.search(r"enum class GemmOp : int \{([^}]*)\}", header)[1]
+    launchers = "".join(p.read_text() for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    asked = re.findall(r"GemmOp::(\w+)", launchers)
+    assert set(asked) == {name.strip() for name in named.split(",")}
 
 
 def test_every_problem_has_one_choice_and_always_the_same():
