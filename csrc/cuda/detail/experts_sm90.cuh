@@ -265,66 +265,68 @@ struct StoreDAct {
     __syncwarp();
   }
 
-  // What a lane works on: 8 columns of F in every fourth row, and where they lie.
+  // What a lane works on: 8 columns of F in every fourth row, and where its first row has them.
+  // Distances are 32 bits, so that the address of another row is one instruction.
   struct Place {
-    int64_t h, a;            // in h and dh, and in weighted_a
-    int64_t step_h, step_a;  // to the next of its rows
-    int64_t second;          // from a chunk of h to its other
-    int rows;                // from its first to the end of the group
+    T *dh, *a;
+    float* dots;
+    int32_t width, ffn, parts;  // of a row of h and dh, of weighted_a, of dots
+    int32_t second;             // from a chunk of h to its other
+    int rows;                   // from its first to the end of the group
+    bool keeps_a;
   };
   struct RowState {
     float weight;
     bool used;
   };
+  template <class P>
+  static __device__ P* row_of(P* first, int n, int32_t width) {
+    return first + int64_t{width} * (4 * n);
+  }
 
+  // Computes also what does not exist, from zeros: stores alone ask, which costs no branch.
   template <Activation kind, bool kAlternate>
-  static __device__ void activate_part(const Args& to, const Place& at,
+  static __device__ void activate_part(const ExpertStyle& style, const Place& at,
                                        const uint4 (&first)[kAtOnce],
                                        const uint4 (&second)[kAtOnce],
                                        const RowState (&rows)[kAtOnce], const char* staging,
-                                       float* dots, int lane) {
+                                       float (&dots)[kAtOnce], int lane) {
     constexpr bool kGated = kind <= Activation::swiglu_clamped;
-    const ExpertStyle& style = to.style;
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      float dot = 0.0f;
       const bool exists = 4 * n < at.rows;
-      if (exists) {
-        const int r = 4 * n + lane / 8;
-        const float4 low =
-            *reinterpret_cast<const float4*>(staging + staged_chunk_of(r, lane % 8, 0));
-        const float4 high =
-            *reinterpret_cast<const float4*>(staging + staged_chunk_of(r, lane % 8, 1));
-        const float da[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        const float weight = rows[n].weight;
-        float g[8], u[8], a[8];
-        split_gate<T, kAlternate>(first[n], second[n], g, u);  // zero in rows that are not used
+      const int r = 4 * n + lane / 8;
+      const float4 low =
+          *reinterpret_cast<const float4*>(staging + staged_chunk_of(r, lane % 8, 0));
+      const float4 high =
+          *reinterpret_cast<const float4*>(staging + staged_chunk_of(r, lane % 8, 1));
+      const float da[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      const float weight = rows[n].weight;
+      float g[8], u[8], a[8];
+      split_gate<T, kAlternate>(first[n], second[n], g, u);  // zero in rows that are not used
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const Activated<float> act =
-              moekernels::activate<kind, FastMath>(g[e], u[e], style.alpha, style.limit);
-          const float d = rows[n].used ? da[e] : 0.0f, weighted = d * weight;
-          dot = fmaf(d, act.a, dot);
-          a[e] = weight * act.a;
-          g[e] = weighted * act.by_gate;
-          u[e] = weighted * act.by_up;
-        }
-        T* dh = to.dh + at.h + n * at.step_h;
-        if (!kAlternate) {
-          put(dh, pack8<T>(g));
-          if (kGated) put(dh + at.second, pack8<T>(u));
-        } else {
-          put(dh,
-              {pack<T>(g[0], u[0]), pack<T>(g[1], u[1]), pack<T>(g[2], u[2]), pack<T>(g[3], u[3])});
-          put(dh + 8,
-              {pack<T>(g[4], u[4]), pack<T>(g[5], u[5]), pack<T>(g[6], u[6]), pack<T>(g[7], u[7])});
-        }
-        if (to.weighted_a != nullptr) put(to.weighted_a + at.a + n * at.step_a, pack8<T>(a));
+      for (int e = 0; e < 8; ++e) {
+        const Activated<float> act =
+            moekernels::activate<kind, FastMath>(g[e], u[e], style.alpha, style.limit);
+        const float weighted = da[e] * weight;
+        dots[n] = fmaf(da[e], act.a, e == 0 ? 0.0f : dots[n]);
+        a[e] = weight * act.a;
+        g[e] = weighted * act.by_gate;
+        u[e] = weighted * act.by_up;
       }
-      // The 8 lanes of a row, in one order whatever else runs.
-#pragma unroll
-      for (int step = 1; step < 8; step *= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
-      if (to.dots != nullptr && exists && lane % 8 == 0) dots[n * 4 * to.parts] = dot;
+      T* dh = row_of(at.dh, n, at.width);
+      if (!kAlternate) {
+        put_if(exists, dh, pack8<T>(g));
+        if (kGated) put_if(exists, dh + at.second, pack8<T>(u));
+      } else {
+        put_if(
+            exists, dh,
+            {pack<T>(g[0], u[0]), pack<T>(g[1], u[1]), pack<T>(g[2], u[2]), pack<T>(g[3], u[3])});
+        put_if(
+            exists, dh + 8,
+            {pack<T>(g[4], u[4]), pack<T>(g[5], u[5]), pack<T>(g[6], u[6]), pack<T>(g[7], u[7])});
+      }
+      put_if(exists && at.keeps_a, row_of(at.a, n, at.ffn), pack8<T>(a));
     }
   }
 
@@ -336,13 +338,16 @@ struct StoreDAct {
     const int64_t first_row = row + lane / 8, width = style.width();
     const int scale = style.gated() && style.interleaved ? 2 : 1;
     int32_t column = tile.column_tile * kColumns + lane % 8 * 8;  // of F
-    Place at{first_row * width + scale * column,
-             first_row * style.ffn + column,
-             4 * width,
-             4 * style.ffn,
-             scale == 2 ? 8 : style.ffn,
-             static_cast<int>(tile.row_end - first_row)};
-    float* dots = to.dots + first_row * to.parts + tile.column_tile * (kColumns / kPartColumns);
+    Place at;
+    at.dh = to.dh + first_row * width + scale * column;
+    at.a = to.weighted_a + first_row * style.ffn + column;
+    at.dots = to.dots + first_row * to.parts + tile.column_tile * (kColumns / kPartColumns);
+    at.width = static_cast<int32_t>(width);
+    at.ffn = static_cast<int32_t>(style.ffn);
+    at.parts = static_cast<int32_t>(to.parts);
+    at.second = scale == 2 ? 8 : at.ffn;
+    at.rows = static_cast<int>(tile.row_end - first_row);
+    at.keeps_a = to.weighted_a != nullptr;
     RowState rows[kAtOnce];  // the same in every part
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
@@ -350,15 +355,25 @@ struct StoreDAct {
       rows[n].used = r < tile.row_end && to.use.used(r);
       rows[n].weight = rows[n].used ? to.use.weight(r) : 0.0f;
     }
+    // C of a row that is not used is zero, whatever its gradient holds.
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t r = row + lane / 4 + 8 * half;
+      if (r >= tile.row_end || to.use.used(r)) continue;
+#pragma unroll
+      for (int block = 0; block < kColumns / 8; ++block) {
+        d[4 * block + 2 * half] = d[4 * block + 2 * half + 1] = 0.0f;
+      }
+    }
 #pragma unroll 1
     for (int part = 0; part < kColumns / kPartColumns; ++part) {
-      if (column >= style.ffn) at.rows = 0;
+      if (column >= at.ffn) at.rows = 0;
       uint4 first[kAtOnce], second[kAtOnce];
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
         first[n] = second[n] = uint4{};
         if (rows[n].used && 4 * n < at.rows) {
-          const T* h = to.h + at.h + n * at.step_h;
+          const T* h = row_of(to.h + (at.dh - to.dh), n, at.width);
           first[n] = get(h);
           if (style.gated()) second[n] = get(h + at.second);
         }
@@ -369,14 +384,24 @@ struct StoreDAct {
         case 2: stage<2>(d, staging, lane); break;
         default: stage<3>(d, staging, lane);
       }
+      float dots[kAtOnce];
       with_style(style, [&](auto kind, auto alternate) {
-        activate_part<decltype(kind)::value, decltype(alternate)::value>(to, at, first, second,
+        activate_part<decltype(kind)::value, decltype(alternate)::value>(style, at, first, second,
                                                                          rows, staging, dots, lane);
       });
+      // The 8 lanes of a row, in one order whatever else runs.
+      const int written = to.dots != nullptr && lane % 8 == 0 ? at.rows : 0;
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        float dot = 4 * n < at.rows ? dots[n] : 0.0f;
+#pragma unroll
+        for (int step = 1; step < 8; step *= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
+        if (4 * n < written) *row_of(at.dots, n, at.parts) = dot;
+      }
       column += kPartColumns;
-      at.h += scale * kPartColumns;
+      at.dh += scale * kPartColumns;
       at.a += kPartColumns;
-      ++dots;
+      ++at.dots;
     }
   }
 };

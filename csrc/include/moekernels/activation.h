@@ -31,8 +31,8 @@ MOEKERNELS_BOTH inline V clamp(V x, S limit) {
 
 template <class Math, class S, class V>
 MOEKERNELS_BOTH inline Curve<V> silu_curve(V g, S alpha) {
-  const V s = Math::sigmoid(alpha * g);
-  return {g * s, s * (S(1) + alpha * g * (S(1) - s))};
+  const V s = Math::sigmoid(alpha * g), value = g * s;
+  return {value, s + alpha * value * (S(1) - s)};
 }
 template <class Math, class S, class V>
 MOEKERNELS_BOTH inline Curve<V> gelu_curve(V g) {
