@@ -95,7 +95,10 @@ calibrate() { "$PYTHON" bench/calibrate.py --pack "$PACK" --out "$OUT/calibrate.
 trace() { MOEKERNELS_LIBRARY=$PWD/moekernels/_C_trace.so "$PYTHON" bench/trace_tiles.py --out "$OUT/trace.jsonl"; }
 tune() { "$PYTHON" bench/tune.py ${QUICK:+--quick} --out "$OUT/tune.jsonl" --rows "$OUT/gemm_tuned_rows.txt"; }
 bench() { "$PYTHON" bench/bench_cuda.py ${QUICK:+--quick} --json "$OUT/bench.json"; }
-experts() { "$PYTHON" bench/bench_cuda_experts.py ${QUICK:+--quick} --json "$OUT/experts.json"; }
+experts() { # DeepGEMM compiles when it is called
+  command -v nvcc >/dev/null || export DG_JIT_USE_NVRTC=1
+  "$PYTHON" bench/bench_cuda_experts.py ${QUICK:+--quick} --json "$OUT/experts.json"
+}
 train() { "$PYTHON" bench/gpu_train.py "$OUT"; }
 export -f build run_tests sanitize ladder calibrate trace tune bench experts train
 

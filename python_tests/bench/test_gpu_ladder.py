@@ -107,6 +107,7 @@ const void* planted() {{ return reinterpret_cast<const void*>(product<{kind}, {f
 }}
 """
 ROWS = ("rows_sm90.cuh", "StoreRows<__nv_bfloat16, 256>", "false, false", "grouped_gemm_sm90")
+ALONG_N = ("rows_sm90.cuh", "StoreRows<__nv_bfloat16, 256>", "false, true", "grouped_gemm_sm90")
 ROWS128 = ("rows_sm90.cuh", "StoreRows<__nv_bfloat16, 128>", "false, false", "grouped_gemm_sm90")
 ADD = (
     "rows_sm90.cuh",
@@ -177,6 +178,14 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
             "tile.row_end = kOverRows ? INT32_MAX : static_cast<int32_t>(rows.end);",
             "tile.row_end = kOverRows ? INT32_MAX : static_cast<int32_t>(rows.end) - 1;",
             "ragged rows",
+        ),
+        (
+            "rows_transposed",
+            ALONG_N,
+            "product_sm90.cuh",
+            "kStepB = (kOverRows || kAlongN ? 16 * kLine : 32) >> 4;",
+            "kStepB = (kOverRows ? 16 * kLine : 32) >> 4;",
+            "w along N is wrong",
         ),
         (
             "rows_many_tiles",
@@ -263,6 +272,18 @@ def misplaced(ids, experts, alignment):
 def test_planted_above_the_products(name, planted, words):
     with pytest.raises(RungFailed, match=words):
         RUNGS[name].fn(Kit(planted=planted()))
+
+
+def test_every_rung_has_its_bug():
+    planted = {"wgmma_f16", "setmaxnreg"}  # by tests of their own
+    for test in (
+        test_planted_in_a_probe,
+        test_planted_in_a_product,
+        test_planted_above_the_products,
+    ):
+        (cases,) = (mark.args[1] for mark in test.pytestmark if mark.name == "parametrize")
+        planted |= {case[0] for case in cases}
+    assert planted == set(RUNGS)
 
 
 def test_portable_products_do_not_pass_for_hopper_ones():
