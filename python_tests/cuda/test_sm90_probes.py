@@ -94,7 +94,7 @@ def test_what_epilogues_read_is_prefetched_by_another_warp_than_loads(probes, pr
     found = [(name, warps) for name, warps in zip(device.launches, issued) if PRODUCT in name]
     assert {LOADER} == set.union(*(warps["load"] for _, warps in found))
     prefetchers = [warps["prefetch"] for _, warps in found if "prefetch" in warps]
-    assert prefetchers == [{PREFETCHER} if prefetch else set()] * 2  # h, and the sums in fp32
+    assert prefetchers == ([{PREFETCHER}] * 2 if prefetch else [])  # h, and the sums in fp32
 
 
 @pytest.mark.parametrize("experts, stages", [(366, 4), (367, 3)])
