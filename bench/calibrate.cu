@@ -186,11 +186,7 @@ __device__ void multicast_bandwidth(const CUtensorMap* map, int lines, int steps
 
 }  // namespace
 
-// taken [blocks]. One block a cluster is what can be rehearsed where there are none.
-extern "C" __global__ void __cluster_dims__(1, 1, 1)
-    tma_multicast_1(const __grid_constant__ CUtensorMap map, int lines, int steps, int64_t* taken) {
-  multicast_bandwidth<1>(&map, lines, steps, taken);
-}
+// taken [blocks].
 extern "C" __global__ void __cluster_dims__(2, 1, 1)
     tma_multicast_2(const __grid_constant__ CUtensorMap map, int lines, int steps, int64_t* taken) {
   multicast_bandwidth<2>(&map, lines, steps, taken);
