@@ -11,7 +11,7 @@ import pytest
 from moekernels import _host
 from moekernels.cli.explain import explain
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SPEC = {"m": 32768, "n": 8192, "k": 2048, "experts": 64, "capability": 80, "wgmma": False}
 
 
