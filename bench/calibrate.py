@@ -86,7 +86,7 @@ def through_l2(on) -> Iterator[dict]:
 
 def multicast(on) -> Iterator[dict]:
     """What an SM takes in of boxes in L2 that each of two blocks loads for both: half is read."""
-    lines, steps = (512, 6) if on.small else (1 << 17, 1000)
+    lines, steps = (512, 12) if on.small else (1 << 17, 1000)
     blocks = on.blocks // 2 * 2
     taken = np.zeros(blocks, np.int64)
     args = [ptx.TensorMap(np.zeros((lines, 64), np.uint16), BOX), lines, steps, taken]

@@ -4,6 +4,7 @@ records, and the bugs that each must notice."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -203,6 +204,11 @@ def test_multicast_brings_two_blocks_what_each_loads_half_of():
     on = calibrate.Emulated()
     (figure,) = calibrate.multicast(on)
     assert figure["name"] == "tma_l2_multicast_2" and figure["bytes_a_cycle_and_sm"] > 0
+    # A stage is free once both say so; where all tell one block alone, none goes on.
+    text = re.sub(r"(mapa\.\S+\s+there, [^,]+), [^;]+;", r"\1, 0;", on.module.text)
+    on.module = ptx.Module(text)
+    with pytest.raises(ptx.Deadlock):
+        list(calibrate.multicast(on))
 
 
 # ---- the trace
