@@ -1,6 +1,9 @@
 # `make train` and `make test` do all the set-up themselves: a virtual environment in .venv with the versions of
 # requirements/lock-*.txt, and the build. NEWEST=1: the newest of everything instead, in an environment of its own.
 PYTHON ?= python3
+ifneq ($(filter-out 1,$(NEWEST)),)
+$(error NEWEST must be 1 or not be given, got $(NEWEST))
+endif
 VENV ?= $(if $(NEWEST),.venv-newest,.venv)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready

@@ -2,8 +2,10 @@
 pyproject.toml and CMakeLists.txt."""
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -14,6 +16,37 @@ RIGHT_COMMAND = (
     "pip install torch==2.13.0 setuptools cmake ninja pybind11 && "
     "pip install --no-build-isolation ."
 )
+
+
+# What each variable of the build may hold; the first is the default.
+WORDS = {
+    "CUDA": ("auto", "0", "1"),
+    "EMULATED": ("0", "1"),
+    "CUTLASS": ("0", "1"),
+    "WATCHDOG": ("0", "1"),
+    "TRACE": ("0", "1"),
+}
+ARCHITECTURE = r"[1-9]\d{1,2}[af]?(-real|-virtual)?"
+
+
+def options(environment: Mapping[str, str]) -> list[str]:
+    """CMake's flags for the variables of the build; stops at a word that is none of theirs."""
+    flags = []
+    for name, words in WORDS.items():
+        value = environment.get(f"MOEKERNELS_{name}", words[0])
+        if value not in words:
+            allowed = f"{', '.join(words[:-1])} or {words[-1]}"
+            sys.exit(f"moekernels: MOEKERNELS_{name} must be {allowed}, got {value[:300]!r}")
+        flags.append(f"-DMOEKERNELS_{name}={value}")
+    archs = environment.get("MOEKERNELS_CUDA_ARCHS")
+    if archs is None:
+        return [*flags, "-UMOEKERNELS_CUDA_ARCHS"]
+    if not re.fullmatch(f"{ARCHITECTURE}(;{ARCHITECTURE})*", archs):
+        sys.exit(
+            "moekernels: MOEKERNELS_CUDA_ARCHS must be architectures with ';' between them, such "
+            f"as '80-real;90a-real', got {archs[:300]!r}"
+        )
+    return [*flags, f"-DMOEKERNELS_CUDA_ARCHS={archs}"]
 
 
 def require_environment() -> None:
@@ -45,20 +78,15 @@ def forget_another_environment(build: Path) -> None:
 
 class CMakeBuild(build_ext):
     def run(self) -> None:
+        flags = options(os.environ)
         require_environment()
         output = ROOT / "moekernels" if self.editable_mode or self.inplace else None
         output = output or Path(self.build_lib).resolve() / "moekernels"
         build = ROOT / "build" / "cmake"
         forget_another_environment(build)
-        cuda = os.environ.get("MOEKERNELS_CUDA", "auto")
         command = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        command += [f"-DMOEKERNELS_OUTPUT={output}", f"-DMOEKERNELS_CUDA={cuda}"]
-        command += [f"-DPython_EXECUTABLE={sys.executable}"]
-        for option in ("EMULATED", "CUTLASS", "WATCHDOG", "TRACE"):
-            value = os.environ.get(f"MOEKERNELS_{option}", "0")
-            command += [f"-DMOEKERNELS_{option}={value}"]
-        archs = os.environ.get("MOEKERNELS_CUDA_ARCHS")
-        command += [f"-DMOEKERNELS_CUDA_ARCHS={archs}" if archs else "-UMOEKERNELS_CUDA_ARCHS"]
+        command += [f"-DMOEKERNELS_OUTPUT={output}", f"-DPython_EXECUTABLE={sys.executable}"]
+        command += flags
         subprocess.run(command, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
 

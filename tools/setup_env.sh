@@ -12,6 +12,7 @@ stop() { echo "moekernels: $*" >&2; exit 2; }
 of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 version=$(of "$python")
 lock=requirements/lock-$version.txt
+case $versions in locked | newest) ;; *) [ -f "$versions" ] || stop "VERSIONS must be locked, newest or a file of constraints, got $versions" ;; esac
 if [ "$versions" = locked ] && [ ! -f "$lock" ]; then
   stop "no tested versions for Python $version (there are $(ls requirements | sed -n 's/^lock-\(.*\)\.txt$/\1/p' | xargs)): take one" \
     "of those, make PYTHON=python3.13, or the newest of everything, make NEWEST=1"

@@ -14,6 +14,7 @@ void check_environment() {
   check(isa == nullptr, "MOEKERNELS_ISA must be ", cpu::kIsaNames, ", got '",
         isa == nullptr ? "" : isa, "'");
   cutlass_wanted();
+  processes_here();
 }
 
 // "sm_80, sm_90a", or "" without CUDA kernels.

@@ -2,8 +2,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <mutex>
 #include <new>
@@ -16,34 +18,30 @@ namespace {
 constexpr int64_t kLarge = 4 << 20, kGranule = 1 << 20;
 
 // The memory that this process may use: the machine's, or what its control groups allow, whichever
-// is less.
-int64_t memory_allowed() {
+// is less. `root` holds its proc and sys, "" those of the machine.
+int64_t memory_allowed(std::string root) {
   int64_t allowed = sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
   const auto lower_to = [&](const std::string& file) {
     int64_t limit = 0;
     if (std::ifstream(file) >> limit && limit > 0)
       allowed = std::min(allowed, limit);  // "max" is no number
   };
-  std::ifstream groups("/proc/self/cgroup");
+  std::ifstream groups(root + "/proc/self/cgroup");
   for (std::string line; std::getline(groups, line);) {  // 0::/path, or in version 1 4:memory:/path
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (second == std::string::npos) continue;
     const std::string controllers = line.substr(first + 1, second - first - 1);
-    if (!controllers.empty() && controllers != "memory") continue;
-    const std::string root = controllers.empty() ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
+    const bool memory = ("," + controllers + ",").find(",memory,") != std::string::npos;
+    if (!controllers.empty() && !memory) continue;
+    const std::string mount =
+        root + (controllers.empty() ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory");
     const char* name = controllers.empty() ? "/memory.max" : "/memory.limit_in_bytes";
     for (std::string path = line.substr(second + 1);; path.resize(path.rfind('/'))) {
-      lower_to(root + path + name);
+      lower_to(mount + path + name);
       if (path.find('/') == std::string::npos) break;
     }
   }
   return allowed;
-}
-
-// How many ranks share this machine, as torchrun says.
-int64_t processes_here() {
-  const char* size = std::getenv("LOCAL_WORLD_SIZE");
-  return std::max<int64_t>(size != nullptr ? std::atoll(size) : 1, 1);
 }
 
 // Few sizes, so that outputs of about the same size take each other's memory: at most an eighth is
@@ -84,6 +82,15 @@ class Pool {
     return memory;
   }
 
+  // As if so many seconds had gone by in which nobody took anything.
+  void idle(double seconds) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto gone =
+        std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+    for (Block& block : kept_) block.since -= gone;
+    release(Clock::now());
+  }
+
   void give(void* memory, int64_t bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
     const Clock::time_point now = Clock::now();
@@ -117,12 +124,24 @@ class Pool {
   std::mutex mutex_;
   std::vector<Block> kept_;
   int64_t held_ = 0;
-  const int64_t limit_ = memory_allowed() / 8 / processes_here();
+  const int64_t limit_ = memory_allowed("") / 8 / processes_here();
 };
 
 [[maybe_unused]] int64_t pool_held() { return Pool::get().held(); }
+[[maybe_unused]] void pool_idle(double seconds) { Pool::get().idle(seconds); }
 
 }  // namespace
+
+int64_t processes_here() {
+  const char* size = std::getenv("LOCAL_WORLD_SIZE");
+  if (size == nullptr || *size == '\0') return 1;
+  int64_t processes = 0;
+  const char* end = size + std::strlen(size);
+  const auto [stop, error] = std::from_chars(size, end, processes);
+  check(error == std::errc() && stop == end && processes > 0,
+        "LOCAL_WORLD_SIZE must be a whole number of at least 1, got '", size, "'");
+  return processes;
+}
 
 Tensor empty_large(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) {
   std::vector<int64_t> sizes(shape), strides(shape.size(), 1);
@@ -138,10 +157,16 @@ Tensor empty_large(std::initializer_list<int64_t> shape, ScalarType dtype, const
 }
 
 #ifndef MOEKERNELS_EMULATED  // both libraries may be loaded at once
-STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) { m.def("_pool_held() -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
+  m.def("_memory_allowed(str root) -> int");
+  m.def("_pool_held() -> int");
+  m.def("_pool_idle(float seconds) -> ()");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(moekernels, CompositeExplicitAutograd, m) {
+  m.impl("_memory_allowed", TORCH_BOX(&memory_allowed));
   m.impl("_pool_held", TORCH_BOX(&pool_held));
+  m.impl("_pool_idle", TORCH_BOX(&pool_idle));
 }
 #endif
 

@@ -84,6 +84,9 @@ Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype, const Tenso
 // The same; a large one on the CPU takes the memory of one that was freed, so that it need not be
 // touched first.
 Tensor empty_large(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like);
+// How many ranks share this machine, as a launcher says in LOCAL_WORLD_SIZE. Throws where that is
+// no number.
+int64_t processes_here();
 
 // Runs f(begin, end) over [0, n) on torch's own threads; a small n stays on the caller's thread.
 template <class F>

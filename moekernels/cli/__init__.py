@@ -16,6 +16,7 @@ from moekernels.cli.parser import build_parser
 from moekernels.errors import PlaceError, RunError, UsageError
 from moekernels.parallel.stop import Terminated, end_now, handled
 
+CHECKED = {"MOEKERNELS_ISA", "MOEKERNELS_GEMM", "MOEKERNELS_LIBRARY", "LOCAL_WORLD_SIZE"}
 RUNS = ("numpy", "tokenizers", "rich", "matplotlib", "safetensors")
 FOLDERS = ("numpy", "tokenizers", "safetensors", "transformers")
 NEEDS = {
@@ -40,12 +41,14 @@ def _require(command: str) -> None:
 
 def _check_environment() -> None:
     """The words in the kernels' variables, before a command has begun. The library knows them."""
-    if not {"MOEKERNELS_ISA", "MOEKERNELS_GEMM"} & os.environ.keys():
+    if not CHECKED & os.environ.keys():
         return
     try:
         import moekernels.ops  # noqa: F401
-    except ImportError:
-        pass  # not built: the command that needs the kernels says so
+    except ImportError as error:
+        if "MOEKERNELS_LIBRARY" in os.environ:
+            raise UsageError(str(error)) from None
+        # Not built: the command that needs the kernels says so.
     except RuntimeError as error:
         raise UsageError(str(error)) from None
 

@@ -9,6 +9,8 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
+from moekernels.ops._memory import release_memory as release_memory
+
 __all__: list[str] = []
 
 for _found in pkgutil.iter_modules(__path__):
@@ -17,7 +19,7 @@ for _found in pkgutil.iter_modules(__path__):
         # A function takes the place of the module of its name.
         globals().update({_name: getattr(_stem, _name) for _name in _stem.__all__})
         __all__ += _stem.__all__
-__all__.sort()
+__all__ = sorted([*__all__, "release_memory"])
 
 if TYPE_CHECKING:
 

@@ -26,9 +26,16 @@ if not _FOUND:
         "Run `make build` in the source tree, or `pip install --no-build-isolation .`"
     )
 LIBRARY = _FOUND[0]
-torch.ops.load_library(str(LIBRARY))
 raw = torch.ops.moekernels
-raw._check_environment()
+try:
+    torch.ops.load_library(str(LIBRARY))
+    _check = raw._check_environment
+except (OSError, AttributeError) as error:
+    if not _NAMED:
+        raise
+    why = error.__cause__ or error
+    raise ImportError(f"MOEKERNELS_LIBRARY names {_NAMED}, no library of ours: {why}") from error
+_check()
 
 
 def fake(name: str, *, on_cpu: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:

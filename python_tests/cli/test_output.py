@@ -13,7 +13,6 @@ import pytest
 
 from moekernels import cli, files
 from moekernels.errors import UsageError, one_line
-from moekernels.plan import room
 from moekernels.run import files as cfg
 from moekernels.train import plots
 
@@ -206,29 +205,6 @@ def test_a_picture_that_fails_is_said(tmp_path, monkeypatch):
     said = plots.draw(tmp_path, [], np.ones((1, 2)), None)
     assert said == ["loss.png is not drawn: RuntimeError: no font"]
     assert os.listdir(tmp_path) == ["experts.png"]
-
-
-# --- memory
-
-
-def test_memory_is_asked_of_the_control_group_too(tmp_path, monkeypatch):
-    whole = room.available()
-    assert 0 < whole <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-    class Fake(type(Path())):
-        def __new__(cls, name):
-            return Path(str(name).replace("/sys/fs/cgroup", str(tmp_path)))
-
-    for name, text in (
-        ("memory.max", "3000000"),
-        ("memory.current", "1000000"),
-        ("memory.stat", "anon 5\ninactive_file 500000\n"),
-    ):
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(room, "Path", Fake)
-    assert room.available() == 2_500_000
-    (tmp_path / "memory.max").write_text("max")
-    assert room.available() > 1e7
 
 
 def test_trace_goes_where_it_is_told(tmp_path, capsys):
