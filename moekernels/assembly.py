@@ -147,6 +147,7 @@ def build_chunks(run: cfg.RunConfig, mesh: Mesh) -> list[StageModel]:
             device=mesh.device,
             sequence_parallel=lay.sequence_parallel,
             dispatcher=lay.dispatcher,
+            exchange_parts=run.train.exchange_parts,
             checkpoint_layers=checkpointed(run),
             seed=run.train.seed,
         )

@@ -103,7 +103,8 @@ void Peers::close(Exchange& e, bool stamped) {
 }
 
 int Peers::post_out(intptr_t x, intptr_t weights, intptr_t slot_of, int64_t slots, int64_t top_k,
-                    Width width, intptr_t counts, int64_t experts) {
+                    Width width, intptr_t counts, int64_t all, int64_t first_expert,
+                    int64_t experts) {
   const int64_t began = now();
   const int exchange = open();
   Exchange& e = exchanges_[exchange];
@@ -114,10 +115,12 @@ int Peers::post_out(intptr_t x, intptr_t weights, intptr_t slot_of, int64_t slot
   e.width = width;
   e.slots = slots;
   e.top_k = top_k;
+  e.all = all;
+  e.first = first_expert;
   e.experts = experts;
   for_peers([&](int p) {
-    const int64_t* mine = e.own_counts + p * experts;
-    const int64_t first = sum(e.own_counts, p * experts), n = sum(mine, experts);
+    const int64_t* mine = e.own_counts + p * all + first_expert;
+    const int64_t first = sum(e.own_counts, p * all + first_expert), n = sum(mine, experts);
     const int64_t bytes = header(experts) + n * (width.row + width.weight);
     char* block = allocate(bytes);
     std::memcpy(block, mine, experts * 8);
@@ -141,8 +144,8 @@ int64_t Peers::arrive(int exchange, intptr_t counts) {
   arrive(e, kOut, true);
   e.counts.resize(size() * e.experts);
   for (int p = 0; p < size(); ++p) {
-    const void* from =
-        p == rank() ? e.own_counts + p * e.experts : static_cast<const void*>(e.messages[p].data);
+    const void* from = p == rank() ? e.own_counts + p * e.all + e.first
+                                   : static_cast<const void*>(e.messages[p].data);
     std::memcpy(e.counts.data() + p * e.experts, from, e.experts * 8);
     if (p == rank()) continue;
     const int64_t n = sum(e.counts.data() + p * e.experts, e.experts);
@@ -156,7 +159,7 @@ void Peers::take_out(int exchange, intptr_t rows, intptr_t weights, intptr_t off
   Exchange& e = at(exchange);
   const int64_t began = now();
   const Width w = e.width;
-  const int64_t mine = sum(e.own_counts, rank() * e.experts);  // own rows for peers before this one
+  const int64_t mine = sum(e.own_counts, rank() * e.all + e.first);  // own rows before these
   int64_t total = 0;
   for (int64_t x = 0; x < e.experts; ++x) {
     to<int64_t>(offsets)[x] = total;
@@ -225,18 +228,16 @@ int Peers::post_back(intptr_t rows, intptr_t weights, Width width, intptr_t coun
 }
 
 void Peers::take_back(int exchange, intptr_t rows, intptr_t weights,
-                      const std::vector<int64_t>& sizes) {
+                      const std::vector<int64_t>& starts, const std::vector<int64_t>& sizes) {
   Exchange& e = at(exchange);
   arrive(e, kBack, true);
   const int64_t began = now();
   const Width w = e.width;
-  int64_t first = 0;
   for (int p = 0; p < size(); ++p) {
-    char* out = to<char>(rows) + first * w.row;
-    char* out_weights = to<char>(weights) + first * w.weight;
-    first += sizes.at(p);
+    char* out = to<char>(rows) + starts.at(p) * w.row;
+    char* out_weights = to<char>(weights) + starts.at(p) * w.weight;
     if (p != rank()) {
-      expect_bytes(p, e.messages[p].bytes, sizes[p] * (w.row + w.weight));
+      expect_bytes(p, e.messages[p].bytes, sizes.at(p) * (w.row + w.weight));
       std::memcpy(out, e.messages[p].data, sizes[p] * w.row);
       std::memcpy(out_weights, e.messages[p].data + sizes[p] * w.row, sizes[p] * w.weight);
       continue;
@@ -346,8 +347,10 @@ void bind_peers(pybind11::module_& m) {
       .def("connect", &Peers::connect)
       .def("post_out",
            [](Peers& self, intptr_t x, intptr_t weights, intptr_t slot_of, int64_t slots,
-              int64_t top_k, int64_t row, int64_t weight, intptr_t counts, int64_t experts) {
-    return self.post_out(x, weights, slot_of, slots, top_k, {row, weight}, counts, experts);
+              int64_t top_k, int64_t row, int64_t weight, intptr_t counts, int64_t experts,
+              int64_t first, int64_t n) {
+    return self.post_out(x, weights, slot_of, slots, top_k, {row, weight}, counts, experts, first,
+                         n);
   },
            Free())
       .def("arrive", py::overload_cast<int, intptr_t>(&Peers::arrive), Free())

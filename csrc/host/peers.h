@@ -43,19 +43,21 @@ class Peers : public Slabs {
   int64_t label = 0;  // what the next exchanges are called in their stamps
 
   // Rows x[slot_of[r] / K] of the own routing, in expert order, to the peers that hold their
-  // experts, with their weights [T, K] behind them. counts [P, e]: own rows for each expert.
-  // Returns the exchange's number.
+  // experts, with their weights [T, K] behind them: those of the local experts [first, first + n)
+  // of each peer. counts [P, e]: own rows for each expert. Returns the exchange's number.
   int post_out(intptr_t x, intptr_t weights, intptr_t slot_of, int64_t slots, int64_t top_k,
-               Width width, intptr_t counts, int64_t experts);
-  // Waits: counts [P, e] of the rows from each peer for each local expert; R' in all.
+               Width width, intptr_t counts, int64_t experts, int64_t first, int64_t n);
+  // Waits: counts [P, n] of the rows from each peer for each local expert; R' in all.
   int64_t arrive(int exchange, intptr_t counts);
-  // rows [R', H] and weights [R'] by local expert, then by peer; offsets [e+1].
+  // rows [R', H] and weights [R'] by local expert, then by peer; offsets [n+1].
   void take_out(int exchange, intptr_t rows, intptr_t weights, intptr_t offsets);
 
   // The way back: rows [R', H] and weights [R'] as `take_out` gave them, to whom they came from.
   int post_back(intptr_t rows, intptr_t weights, Width width, intptr_t counts, int64_t experts);
-  // rows [R, H] and weights [R] in the order of the own routing; sizes[p] of them from peer p.
-  void take_back(int exchange, intptr_t rows, intptr_t weights, const std::vector<int64_t>& sizes);
+  // Into rows [R, H] and weights [R] in the order of the own routing: sizes[p] of peer p, from row
+  // starts[p] on.
+  void take_back(int exchange, intptr_t rows, intptr_t weights, const std::vector<int64_t>& starts,
+                 const std::vector<int64_t>& sizes);
 
   // Whole tensors. sends[p] bytes of x to peer p, receives[p] from it, in peer order.
   void all_to_all(intptr_t x, intptr_t out, const std::vector<int64_t>& sends,
@@ -77,8 +79,9 @@ class Peers : public Slabs {
     const char *rows = nullptr, *weights = nullptr;
     const int32_t* slot_of = nullptr;
     const int64_t* own_counts = nullptr;  // [P, e] of the own rows (out), of those that came (back)
-    int64_t slots = 0, top_k = 1, experts = 0;
-    std::vector<int64_t> counts;  // [P, e] of the rows that came
+    int64_t slots = 0, top_k = 1;
+    int64_t all = 0, first = 0, experts = 0;  // e, and which of them
+    std::vector<int64_t> counts;              // [P, n] of the rows that came
   };
 
   int open();

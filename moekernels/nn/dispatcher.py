@@ -8,6 +8,7 @@ Legend: T tokens, H hidden, K top-k, E experts, e local experts, R routed rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +19,8 @@ from moekernels import ops
 from moekernels.errors import UsageError
 from moekernels.model import dispatch
 from moekernels.model.router import RouterSpec
-from moekernels.parallel import expert
+from moekernels.parallel import chunks, expert
+from moekernels.parallel.exchange import Part
 from moekernels.parallel.mesh import Mesh
 
 
@@ -37,7 +39,14 @@ class Routed:
     way_back: Any
 
 
+PartOfExperts = Callable[[Tensor, Routed, Part], Tensor]
+
+
 class Dispatcher(Protocol):
+    """`parts`: into how many an exchange is cut; where there are several, `in_parts` runs them."""
+
+    parts: int
+
     def dispatch(
         self, x: Tensor, ids: Tensor, weights: Tensor, kept: expert.Kept | None = None
     ) -> tuple[Tensor, Routed]:
@@ -49,6 +58,8 @@ class Dispatcher(Protocol):
 
 class LocalDispatcher:
     """All experts are here: nothing moves, the rows are a view of x."""
+
+    parts = 1
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -68,19 +79,37 @@ class AllToAllDispatcher:
     """Each row goes to the rank that holds its expert; under ETP to all ranks that hold a shard of
     it."""
 
-    def __init__(self, mesh: Mesh, num_experts: int, layer: int = 0) -> None:
+    def __init__(self, mesh: Mesh, num_experts: int, layer: int = 0, parts: int = 1) -> None:
         self.group, self.layer = mesh.exchange, layer
+        self.parts = min(parts, num_experts // mesh.layout.ep)
         self.etp = mesh.layout.etp
         self.local_experts = num_experts // mesh.layout.ep
 
     def dispatch(
         self, x: Tensor, ids: Tensor, weights: Tensor, kept: expert.Kept | None = None
     ) -> tuple[Tensor, Routed]:
-        if self.etp > 1:
-            ids, weights = self._to_shards(ids), weights.repeat_interleave(self.etp, dim=1)
-        plan = expert.ExchangePlan.make(ids, self.local_experts, self.group, kept, self.layer)
+        plan, weights = self._plan(ids, weights, kept)
         rows, row_weights, offsets = expert.dispatch(x, weights, plan, kept)
         return rows, Routed(row_weights, offsets, None, None, plan)
+
+    def _plan(
+        self, ids: Tensor, weights: Tensor, kept: expert.Kept | None = None
+    ) -> tuple[expert.ExchangePlan, Tensor]:
+        if self.etp > 1:
+            ids, weights = self._to_shards(ids), weights.repeat_interleave(self.etp, dim=1)
+        make = expert.ExchangePlan.make
+        return make(ids, self.local_experts, self.group, kept, self.layer), weights
+
+    def in_parts(self, x: Tensor, ids: Tensor, weights: Tensor, experts: PartOfExperts) -> Tensor:
+        """The whole way, [T, H] -> [T, H]: rows of some experts travel while others compute."""
+        plan, weights = self._plan(ids, weights)
+        parts, tokens = plan.parts(self.parts), []
+        posted = chunks.post(x, weights, plan, parts)
+        for part in parts:
+            rows, row_weights, offsets = chunks.arrive(posted, part)
+            y = experts(rows, Routed(row_weights, offsets, None, None, None), part)
+            tokens.append(chunks.give(y, posted, part))
+        return chunks.home(tokens, posted)
 
     def combine(self, rows: Tensor, routing: Routed) -> Tensor:
         return expert.combine(rows, routing.way_back)
@@ -98,7 +127,9 @@ class AllGatherDispatcher:
     """Every rank sees all tokens of the group and computes its own experts: less traffic where K
     exceeds ep."""
 
-    def __init__(self, mesh: Mesh, num_experts: int, layer: int = 0) -> None:
+    parts = 1
+
+    def __init__(self, mesh: Mesh, num_experts: int, layer: int = 0, parts: int = 1) -> None:
         self.group = mesh.exchange
         self.local_experts = num_experts // mesh.layout.ep
         self.first_expert = mesh.ep_index * self.local_experts
@@ -130,7 +161,9 @@ DISPATCHERS: dict[str, type] = {
 }
 
 
-def make_dispatcher(kind: str, mesh: Mesh, spec: RouterSpec, layer: int = 0) -> Dispatcher:
+def make_dispatcher(
+    kind: str, mesh: Mesh, spec: RouterSpec, layer: int = 0, parts: int = 1
+) -> Dispatcher:
     """The dispatcher that `model.dispatch` chooses for a kind, one of its `WAYS` or `auto`; what
     it says of itself names the layer."""
     if kind != "auto" and kind not in DISPATCHERS:
@@ -138,4 +171,4 @@ def make_dispatcher(kind: str, mesh: Mesh, spec: RouterSpec, layer: int = 0) -> 
     if mesh.exchange.size == 1:
         return LocalDispatcher(spec.num_experts)
     name = dispatch.choose(kind, spec, mesh.layout.ep)
-    return DISPATCHERS[name](mesh, spec.num_experts, layer)
+    return DISPATCHERS[name](mesh, spec.num_experts, layer, parts)

@@ -15,6 +15,7 @@ from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.clock import expert_clock
 from moekernels.nn.dispatcher import Routed
 from moekernels.nn.home import Home
+from moekernels.parallel.exchange import Part
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import ShardInfo, shard
 
@@ -92,23 +93,24 @@ class Experts(nn.Module):
         """Say that the experts of these numbers [e] lie here, in this order; moves no weights."""
         self.shards = {key: info.holding(experts) for key, info in self.shards.items()}
 
-    def forward(self, rows: Tensor, routing: Routed) -> Tensor:
+    def forward(self, rows: Tensor, routing: Routed, part: Part | None = None) -> Tensor:
         """rows [R, H] in expert order (or their view) -> their weighted results [R, H], partial
-        under ETP."""
+        under ETP. `part`: of these experts alone."""
         with expert_clock.span(rows.device, len(routing.weights)):
-            return self._compute(rows, routing)
+            return self._compute(rows, routing, part)
 
-    def _compute(self, rows: Tensor, routing: Routed) -> Tensor:
+    def _compute(self, rows: Tensor, routing: Routed, part: Part | None) -> Tensor:
         token_of, row_of = routing.token_of, routing.row_of
+        w1, w2 = (_of_part(w, part) for w in (self.w1, self.w2))
         if self.lifted:
             if token_of is not None:
                 rows, token_of, row_of = ops.permute(rows, token_of, row_of), None, None
-            rows = ops.grouped_gemm(rows, self.w_in, routing.offsets)
+            rows = ops.grouped_gemm(rows, _of_part(self.w_in, part), routing.offsets)
         y = ops.experts(
             rows,
             routing.weights,
-            self.w1,
-            self.w2,
+            w1,
+            w2,
             routing.offsets,
             token_of=token_of,
             row_of=row_of,
@@ -116,4 +118,19 @@ class Experts(nn.Module):
             b2=self.b2 if self.adds_b2 else None,  # of partial results one has it
             **self.how,
         )
-        return ops.grouped_gemm(y, self.w_out, routing.offsets) if self.lifted else y
+        if not self.lifted:
+            return y
+        return ops.grouped_gemm(y, _of_part(self.w_out, part), routing.offsets)
+
+
+def _of_part(w: nn.Parameter, part: Part | None) -> Tensor:
+    """Some experts of a parameter [e, ...]. Where it has a main gradient they are a leaf of their
+    own, whose gradient goes there: autograd would pad it to all experts first."""
+    if part is None:
+        return w
+    main_grad = getattr(w, "main_grad", None)
+    if main_grad is None:
+        return w[part.first : part.end]
+    leaf = w.detach()[part.first : part.end].requires_grad_(w.requires_grad)
+    leaf.main_grad = main_grad[part.first : part.end]
+    return leaf

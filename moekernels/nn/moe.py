@@ -66,8 +66,11 @@ class MoE(nn.Module):
             self.watch.see(ids)
         if self.slot_of is not None:
             ids = torch.where(ids < 0, ids, self.slot_of[ids.clamp_min(0)])
-        rows, routing = self.dispatcher.dispatch(own, ids, weights, kept)
-        y = self.dispatcher.combine(self.experts(rows, routing), routing)
+        if self.dispatcher.parts > 1 and kept is None:  # what is computed again is not cut
+            y = self.dispatcher.in_parts(own, ids, weights, self.experts)
+        else:
+            rows, routing = self.dispatcher.dispatch(own, ids, weights, kept)
+            y = self.dispatcher.combine(self.experts(rows, routing), routing)
         if self.replicated:
             y = join_tokens(y, self.tp)
         return (y if self.shared is None else y + self.shared(x), *sums)

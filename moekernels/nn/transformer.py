@@ -49,6 +49,7 @@ class Block(nn.Module):
         layer: int,
         dispatcher: str,
         home: Home,
+        exchange_parts: int,
     ) -> None:
         super().__init__()
         name = f"layers.{layer}"
@@ -63,7 +64,7 @@ class Block(nn.Module):
             self.ffn = FeedForward(config, mesh, config.dense_d_ff, home, name=f"{name}.ffn")
             return
         self.moe_norm = norm()
-        ways = make_dispatcher(dispatcher, mesh, config, layer)
+        ways = make_dispatcher(dispatcher, mesh, config, layer, exchange_parts)
         self.moe = MoE(config, mesh, layer, ways, home, name=f"{name}.moe")
 
     def forward(
@@ -105,6 +106,7 @@ class StageModel(nn.Module):
         device: torch.device | str = "cpu",
         sequence_parallel: bool = True,
         dispatcher: str = "auto",
+        exchange_parts: int = 1,
         checkpoint_layers: Collection[int] = (),
         seed: int = 0,
     ) -> None:
@@ -125,7 +127,10 @@ class StageModel(nn.Module):
         embedding_std = config.embedding_std or config.init_std
         self.embedding = table(name="embedding", std=embedding_std) if first else None
         self.layers = nn.ModuleDict(
-            {str(layer): Block(config, mesh, layer, dispatcher, home) for layer in layers}
+            {
+                str(layer): Block(config, mesh, layer, dispatcher, home, exchange_parts)
+                for layer in layers
+            }
         )
         self.norm = self.head = None
         if last:

@@ -43,23 +43,37 @@ class Home(NamedTuple):
     weights: Tensor | None
 
 
+class Part(NamedTuple):
+    """Local experts [first, end) of every peer: what one of several exchanges brings."""
+
+    first: int
+    end: int
+
+
 class PendingOut(Protocol):
     def wait(self) -> Arrived: ...
 
 
 class PendingBack(Protocol):
-    def wait(self) -> Home: ...
+    def wait(self, into: Home | None = None) -> Home:
+        """With `into`, rows of the part are put to their places among all."""
 
 
 class Exchange(Protocol):
+    """A `part` of None is all of a rank's experts."""
+
     def counts(self, outgoing: Tensor) -> tuple[Tensor, Tensor | None]:
         """outgoing [P, e] of own rows -> the same on the CPU, and [P, e] of the rows to come, or
         None where those come with the rows."""
 
-    def post_out(self, x: Tensor, weights: Tensor | None, plan: ExchangePlan) -> PendingOut:
-        """x [T, H], weights [T, K]. Fills in `plan.counts` where it is None, when waited for."""
+    def post_out(
+        self, x: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part | None = None
+    ) -> PendingOut:
+        """x [T, H], weights [T, K]. The plan knows the rows that came when it is waited for."""
 
-    def post_back(self, rows: Tensor, weights: Tensor | None, plan: ExchangePlan) -> PendingBack:
+    def post_back(
+        self, rows: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part | None = None
+    ) -> PendingBack:
         """rows [R', H], weights [R'], as `Arrived` has them."""
 
 
@@ -75,19 +89,21 @@ class Shared:
     def counts(self, outgoing: Tensor) -> tuple[Tensor, Tensor | None]:
         return outgoing.contiguous(), None
 
-    def post_out(self, x: Tensor, weights: Tensor | None, plan: ExchangePlan) -> PendingOut:
-        x = x.contiguous()
-        if weights is not None:
-            weights = weights.to(wide(x.dtype)).contiguous()
-        return _SharedOut(self, x, weights, plan)
+    def post_out(
+        self, x: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part | None = None
+    ) -> PendingOut:
+        return _SharedOut(self, *_ready(x, weights), plan, part or plan.whole)
 
-    def post_back(self, rows: Tensor, weights: Tensor | None, plan: ExchangePlan) -> PendingBack:
-        if plan.counts is None:
-            raise RuntimeError("combine: the rows that come back were never dispatched")
-        rows = rows.contiguous()
-        if weights is not None:
-            weights = weights.to(wide(rows.dtype)).contiguous()
-        return _SharedBack(self, rows, weights, plan)
+    def post_back(
+        self, rows: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part | None = None
+    ) -> PendingBack:
+        return _SharedBack(self, *_ready(rows, weights), plan, part or plan.whole)
+
+
+def _ready(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if weights is not None:
+        weights = weights.to(wide(rows.dtype)).contiguous()
+    return rows.contiguous(), weights
 
 
 def _address(x: Tensor | None) -> int:
@@ -98,9 +114,10 @@ class _SharedOut:
     """Holds what it sends until it is waited for: own rows go straight to their place then."""
 
     def __init__(
-        self, exchange: Shared, x: Tensor, weights: Tensor | None, plan: ExchangePlan
+        self, exchange: Shared, x: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part
     ) -> None:
-        self.exchange, self.x, self.weights, self.plan = exchange, x, weights, plan
+        self.exchange, self.x, self.weights = exchange, x, weights
+        self.plan, self.part = plan, part
         tokens, top_k = plan.row_of.shape
         exchange.host.label = 4 * plan.layer + (OUT if weights is not None else GRAD_OUT)
         try:
@@ -114,31 +131,35 @@ class _SharedOut:
                 0 if weights is None else weights.element_size(),
                 plan.outgoing.data_ptr(),
                 plan.local_experts,
+                part.first,
+                part.end - part.first,
             )
         except _host.Lost as lost:
-            raise exchange.memory.lost(lost, f"room for {plan.describe()}") from None
+            raise exchange.memory.lost(lost, f"room for rows of {plan.describe(part)}") from None
 
     def wait(self) -> Arrived:
-        plan, host, x = self.plan, self.exchange.host, self.x
-        counts = torch.empty(plan.group.size, plan.local_experts, dtype=torch.int64)
+        plan, part, host, x = self.plan, self.part, self.exchange.host, self.x
+        experts = part.end - part.first
+        counts = torch.empty(plan.group.size, experts, dtype=torch.int64)
         try:
             rows = host.arrive(self.number, counts.data_ptr())
         except _host.Lost as lost:
-            raise self.exchange.memory.lost(lost, f"rows of {plan.describe()}") from None
+            what = f"rows of {plan.describe(part)}"
+            raise self.exchange.memory.lost(lost, what) from None
         out = x.new_empty(rows, x.shape[1])
         weights = None if self.weights is None else self.weights.new_empty(rows)
-        offsets = torch.empty(plan.local_experts + 1, dtype=torch.int64)
+        offsets = torch.empty(experts + 1, dtype=torch.int64)
         host.take_out(self.number, out.data_ptr(), _address(weights), offsets.data_ptr())
-        if plan.counts is None:
-            plan.counts = counts
+        plan.arrived.setdefault(part, counts)
         return Arrived(out, weights, offsets)
 
 
 class _SharedBack:
     def __init__(
-        self, exchange: Shared, rows: Tensor, weights: Tensor | None, plan: ExchangePlan
+        self, exchange: Shared, rows: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part
     ) -> None:
-        self.exchange, self.rows, self.weights, self.plan = exchange, rows, weights, plan
+        self.exchange, self.rows, self.weights = exchange, rows, weights
+        self.plan, self.part, self.counts = plan, part, plan.came(part)
         exchange.host.label = 4 * plan.layer + (BACK if weights is None else GRAD_BACK)
         try:
             self.number = exchange.host.post_back(
@@ -146,22 +167,23 @@ class _SharedBack:
                 _address(weights),
                 rows.shape[1] * rows.element_size(),
                 0 if weights is None else weights.element_size(),
-                plan.counts.data_ptr(),
-                plan.local_experts,
+                self.counts.data_ptr(),
+                part.end - part.first,
             )
         except _host.Lost as lost:
-            raise exchange.memory.lost(lost, f"room for {plan.describe()}") from None
+            raise exchange.memory.lost(lost, f"room for rows of {plan.describe(part)}") from None
 
-    def wait(self) -> Home:
+    def wait(self, into: Home | None = None) -> Home:
         plan = self.plan
-        rows = sum(plan.send)
-        out = self.rows.new_empty(rows, self.rows.shape[1])
-        weights = None if self.weights is None else self.weights.new_empty(rows)
+        home = into or plan.home(self.rows, self.weights)
+        starts, sizes = plan.place(self.part)
         try:
-            self.exchange.host.take_back(self.number, out.data_ptr(), _address(weights), plan.send)
+            self.exchange.host.take_back(
+                self.number, home.rows.data_ptr(), _address(home.weights), starts, sizes
+            )
         except _host.Lost as lost:
             raise self.exchange.memory.lost(lost, f"results of layer {plan.layer}") from None
-        return Home(out, weights)
+        return home
 
 
 class Collective:
@@ -175,34 +197,57 @@ class Collective:
         own, come = torch.stack([outgoing, incoming]).cpu()  # reads back from the device once
         return own, come
 
-    def post_out(self, x: Tensor, weights: Tensor | None, plan: ExchangePlan) -> PendingOut:
-        message = ops.pack(x, weights, plan.slot_of, plan.row_of.shape[1])
-        return _CollectiveOut(self._post(message, plan.receive, plan.send), plan, x.shape[1])
+    def post_out(
+        self, x: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part | None = None
+    ) -> PendingOut:
+        slots, send, receive, counts = plan.slot_of, plan.send, plan.receive, plan.counts
+        if part is not None:
+            counts = plan.came(part)
+            slots, send = slots[plan.rows_of(part)], plan.place(part)[1]
+            receive = counts.sum(-1).tolist()
+        message = ops.pack(x, weights, slots, plan.row_of.shape[1])
+        posted = tensor.post_all_to_all(message, self.group, receive, send)
+        return _CollectiveOut(posted, counts, x.shape[1])
 
-    def post_back(self, rows: Tensor, weights: Tensor | None, plan: ExchangePlan) -> PendingBack:
-        message = ops.ungroup(rows.contiguous(), plan.counts, weights)
-        return _CollectiveBack(self._post(message, plan.send, plan.receive), plan, rows.shape[1])
-
-    def _post(self, message: Tensor, receive: list[int], send: list[int]) -> tensor.Posted:
-        return tensor.post_all_to_all(message, self.group, receive, send)
+    def post_back(
+        self, rows: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part | None = None
+    ) -> PendingBack:
+        send, receive, counts = plan.send, plan.receive, plan.counts
+        if part is not None:
+            counts = plan.came(part)
+            send, receive = plan.place(part)[1], counts.sum(-1).tolist()
+        message = ops.ungroup(rows.contiguous(), counts, weights)
+        posted = tensor.post_all_to_all(message, self.group, send, receive)
+        return _CollectiveBack(posted, plan, part, rows.shape[1])
 
 
 class _CollectiveOut:
-    def __init__(self, posted: tensor.Posted, plan: ExchangePlan, width: int) -> None:
-        self.posted, self.plan, self.width = posted, plan, width
+    def __init__(self, posted: tensor.Posted, counts: Tensor, width: int) -> None:
+        self.posted, self.counts, self.width = posted, counts, width
 
     def wait(self) -> Arrived:
-        return Arrived(*ops.regroup(self.posted.wait(), self.plan.counts, self.width))
+        return Arrived(*ops.regroup(self.posted.wait(), self.counts, self.width))
 
 
 class _CollectiveBack:
-    def __init__(self, posted: tensor.Posted, plan: ExchangePlan, width: int) -> None:
-        self.posted, self.plan, self.width = posted, plan, width
+    def __init__(
+        self, posted: tensor.Posted, plan: ExchangePlan, part: Part | None, width: int
+    ) -> None:
+        self.posted, self.plan, self.part, self.width = posted, plan, part, width
 
-    def wait(self) -> Home:
+    def wait(self, into: Home | None = None) -> Home:
         message = self.posted.wait()
         if message.shape[1] == self.width:
-            return Home(message, None)
-        # As one source with one expert, regroup keeps the order and takes rows and weights apart.
-        rows, weights, _ = ops.regroup(message, torch.tensor([[message.shape[0]]]), self.width)
-        return Home(rows, weights)
+            home = Home(message, None)
+        else:
+            # As one source with one expert, regroup keeps the order and takes rows and weights
+            # apart.
+            count = torch.tensor([[message.shape[0]]])
+            home = Home(*ops.regroup(message, count, self.width)[:2])
+        if into is None:
+            return home
+        rows = self.plan.rows_of(self.part)
+        into.rows[rows] = home.rows
+        if into.weights is not None:
+            into.weights[rows] = home.weights
+        return into

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from moekernels import ops
 from moekernels.ops import _deferred, _derivatives
 from moekernels.parallel import tensor
-from moekernels.parallel.exchange import Collective, Exchange, Shared
+from moekernels.parallel.exchange import Collective, Exchange, Home, Part, Shared
 from moekernels.parallel.mesh import Group
 
 
@@ -39,15 +40,58 @@ class ExchangePlan:
     send: list[int]  # [P] rows to each peer
     receive: list[int] | None  # [P] rows from each peer, where the exchange asks beforehand
     layer: int = 0
+    # Where counts come with the rows: [P, n] of every part that did.
+    arrived: dict[Part, Tensor] = field(default_factory=dict)
+    _bounds: list[int] | None = None  # where each expert's own rows begin
 
     @property
     def local_experts(self) -> int:
         return self.outgoing.shape[1]
 
-    def describe(self) -> str:
+    @property
+    def whole(self) -> Part:
+        return Part(0, self.local_experts)
+
+    def parts(self, count: int) -> list[Part]:
+        """The local experts in `count` runs that differ by one expert at most."""
+        e = self.local_experts
+        return [Part(e * i // count, e * (i + 1) // count) for i in range(count)]
+
+    def came(self, part: Part) -> Tensor:
+        """[P, n] rows from each peer for each local expert of the part."""
+        if self.counts is not None:
+            return self.counts[:, part.first : part.end].contiguous()
+        if part not in self.arrived:
+            raise RuntimeError("combine: the rows that come back were never dispatched")
+        return self.arrived[part]
+
+    def place(self, part: Part) -> tuple[list[int], list[int]]:
+        """Where the own rows of a part lie: the first for each peer, and how many [P]."""
+        if part == self.whole:
+            return list(accumulate(self.send, initial=0))[:-1], self.send
+        if self._bounds is None:
+            self._bounds = list(accumulate(self.outgoing.flatten().tolist(), initial=0))
+        firsts = range(part.first, self.outgoing.numel(), self.local_experts)
+        starts = [self._bounds[i] for i in firsts]
+        length = part.end - part.first
+        return starts, [self._bounds[i + length] - self._bounds[i] for i in firsts]
+
+    def rows_of(self, part: Part) -> Tensor:
+        """Which of the own rows are for a part [r] int64."""
+        runs = [torch.arange(first, first + n) for first, n in zip(*self.place(part))]
+        return torch.cat(runs).to(self.slot_of.device)
+
+    def home(self, rows: Tensor, weights: Tensor | None) -> Home:
+        """Room for what comes back: [R, H] and [R]."""
+        size = sum(self.send)
+        own_weights = None if weights is None else weights.new_empty(size)
+        return Home(rows.new_empty(size, rows.shape[1]), own_weights)
+
+    def describe(self, part: Part | None = None) -> str:
         """What a rank waits for."""
-        first = self.group.rank * self.local_experts
-        return f"experts {first}-{first + self.local_experts - 1} of layer {self.layer}"
+        first, end = part or self.whole
+        begin = self.group.rank * self.local_experts
+        return f"experts {begin + first}-{begin + end - 1} of layer {self.layer}"
 
     @staticmethod
     def make(
@@ -104,7 +148,7 @@ def _gather(
         meanwhile()
     drows, dweights = pending.wait()
     dx = ops.combine(drows, plan.row_of, plan.token_of)
-    return dx, _by_slot(dweights, plan.row_of)
+    return dx, by_slot(dweights, plan.row_of)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -175,7 +219,7 @@ def _differentiable(name: str) -> bool:
     return True
 
 
-def _by_slot(row_values: Tensor, row_of: Tensor) -> Tensor:
+def by_slot(row_values: Tensor, row_of: Tensor) -> Tensor:
     """row_values [R] -> [T, K], zero where the choice was dropped."""
     if row_values.shape[0] == 0:
         return row_values.new_zeros(row_of.shape)

@@ -102,6 +102,13 @@ class TrainSection:
         "shared where it can be",
         choices=("auto", "shared", "collective"),
     )
+    exchange_parts: int = key(
+        1,
+        "parts of a rank's experts: rows of one travel while another computes, in layers that are "
+        "not computed again",
+        low=1,
+        high=64,
+    )
     link: str = key(
         "",
         "have the shared exchange arrive as over a link of that latency and rate, as in "

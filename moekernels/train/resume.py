@@ -133,6 +133,7 @@ NO_MATTER = (
     "save_every",
     "keep",
     "exchange",
+    "exchange_parts",
     "link",
     "replan",
 )  # of [train]: no number hangs on

@@ -68,7 +68,7 @@ def _all_of_it(mesh: Mesh, x: Tensor, ids: Tensor, weights: Tensor, delay: float
     rows, row_weights, offsets = expert.dispatch(x, weights, plan)
     out = expert.combine(rows * row_weights[:, None].to(x.dtype), plan)
     out.backward(torch.arange(out.numel(), dtype=x.dtype).view_as(out))
-    return [rows, row_weights, offsets, out, x.grad, weights.grad, plan.counts]
+    return [rows, row_weights, offsets, out, x.grad, weights.grad, plan.came(plan.whole)]
 
 
 def _same_bits(rank: int, size: int) -> list[str]:
