@@ -103,6 +103,18 @@ def test_the_collective_exchange_has_the_same_losses(text, whole, tmp_path):
         assert line["exchange_hidden"] is None and line["exchange_moving"] == 0
 
 
+def test_parts_over_a_link_have_the_same_losses_and_hide_it(text, whole, tmp_path):
+    """Of 4 local experts two parts: their rows arrive later, under other work."""
+    more = ("--steps", "3", "--exchange-parts", "2", "--link", "2ms,100MB/s")
+    process = start(text, tmp_path, *whole[2], *more)
+    stdout, stderr = process.communicate(timeout=180)
+    assert process.returncode == 0, stderr
+    assert losses(tmp_path)[:1] == losses(whole[0])[:1]  # later ones have another learning rate
+    for line in read_metrics(tmp_path):
+        assert 0 < line["exchange_hidden"] < 1 and line["exchange_exposed"] > 0
+    assert "% of it hidden" in stdout
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -113,6 +125,7 @@ def test_the_collective_exchange_has_the_same_losses(text, whole, tmp_path):
             "--link 1s,1GB/s is one of the shared",
         ),
         (("--exchange", "shard"), "--exchange is 'shard': did you mean shared?"),
+        (("--exchange-parts", "0"), "--exchange-parts must be at least 1, got 0"),
     ],
 )
 def test_an_exchange_that_cannot_be(text, tmp_path, flags, said, capsys):
