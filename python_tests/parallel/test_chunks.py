@@ -12,6 +12,7 @@ from moekernels.model.decoder import DecoderSpec
 from moekernels.model.layout import Layout
 from moekernels.nn.dispatcher import AllToAllDispatcher
 from moekernels.nn.experts import Experts
+from moekernels.nn.home import Home
 from moekernels.parallel.measure import Stamps
 from moekernels.parallel.mesh import Mesh
 from python_tests.support.distributed import RankPool
@@ -34,8 +35,7 @@ def _layer(mesh: Mesh, parts: int, dtype: torch.dtype, lifted: bool, main_grads:
         expert_d_ff=20,
         init_std=0.3,
     )
-    cpu = torch.device("cpu")
-    experts = Experts(spec, mesh, seed=3, name="experts", dtype=dtype, device=cpu)
+    experts = Experts(spec, mesh, Home(dtype, seed=3), name="experts")
     for p in experts.parameters():
         if main_grads:
             p.main_grad = torch.zeros_like(p, dtype=torch.float32)
