@@ -75,7 +75,8 @@ def plan(
         from moekernels.plan import calibrate
 
         machine = calibrate.here(calibrate.stored(), here)
-        problem = replace(problem, cluster=replace(machine, loads=problem.cluster.loads))
+        machine = replace(machine, loads=problem.cluster.loads, **asked.link_of(run))
+        problem = replace(problem, cluster=machine)
 
     source = [f"--config {shlex.quote(str(file))}"] if file else []
     if preset or not file:

@@ -14,6 +14,7 @@ from moekernels.model.decoder import DecoderSpec, copies, layer_parts
 from moekernels.model.dispatch import routed_rows, way_of
 from moekernels.model.spec import WIDTH, Place
 from moekernels.plan.memory import place_of, rank_parameters
+from moekernels.plan.overlap import exposed
 from moekernels.plan.strategy import STATE_BYTES, Cluster, Strategy
 
 GRADIENT = 4  # bytes of an accumulated gradient
@@ -104,13 +105,14 @@ def _layer_cost(model: DecoderSpec, c: Cluster, at: Place, layer: int) -> LayerC
     if layer > model.dense_layers:
         exchange = _collective(c, layout.exchange, 1, *way_of(at).traffic(model, at))
         exchange = exchange * (1.0 - c.overlap)
+    there, home = _over_link(model, c, at, layer, experts)
 
     forward = {
         "attention": attention,
         "experts": experts,
         "memory-bound": elementwise,
         "tensor exchange": shuffle,
-        "expert exchange": exchange,
+        "expert exchange": exchange + there,
         "overhead": Affine(c.overhead),
     }
     backward = {
@@ -118,12 +120,29 @@ def _layer_cost(model: DecoderSpec, c: Cluster, at: Place, layer: int) -> LayerC
         "experts": experts * 2.0,
         "memory-bound": elementwise * 2.0,
         "tensor exchange": shuffle,
-        "expert exchange": exchange,
+        "expert exchange": exchange + home,
         "overhead": Affine(c.backward_overhead),
     }
     # What the exchange brought is kept; the results' way back is made again.
-    again = {**forward, "expert exchange": exchange * 0.5}
+    again = {**forward, "expert exchange": exchange * 0.5 + there * 0.5}
     return LayerCost(forward, backward, again)
+
+
+def _over_link(
+    model: DecoderSpec, c: Cluster, at: Place, layer: int, experts: Affine
+) -> tuple[Affine, Affine]:
+    """What forward and backward wait for a set link: rows of a part travel under the computation
+    of others, the last of a backward's under the weights' gradients, half of its products."""
+    if not c.exchange_rate or layer <= model.dense_layers or at.layout.exchange == 1:
+        return Affine(), Affine()
+    way = way_of(at)
+    flight = way.traffic(model, at)[0] / 2 / c.exchange_rate
+    compute, latency = experts.per_token, Affine(2 * c.exchange_latency)
+    if not way.defers:  # the all-gather form: waited for both ways
+        return latency + Affine(0.0, 2 * flight), latency + Affine(0.0, 2 * flight)
+    forward = exposed(c.exchange_parts, flight, compute)
+    backward = exposed(c.exchange_parts, flight, compute, compute)
+    return latency + Affine(0.0, forward), latency + Affine(0.0, backward)
 
 
 def _collective(c: Cluster, ranks: int, stride: int, bytes_per_token: float, calls: int) -> Affine:

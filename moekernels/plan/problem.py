@@ -14,6 +14,7 @@ from moekernels.plan.evaluate import Problem
 from moekernels.plan.search import Space
 from moekernels.plan.strategy import Batch, Cluster, Objective, Strategy
 from moekernels.run import files as cfg
+from moekernels.run import link
 
 MOST_ROWS = 1e30  # of an expert, to whatever scale: sums of more are not finite
 PINNED = ("tp", "dp", "pp", "ep", "etp", "schedule", "dispatcher")
@@ -138,7 +139,20 @@ def cluster_of(run: cfg.RunConfig) -> Cluster:
         grouped_efficiency=h.efficiency,
         imbalance=h.imbalance,
         loads=loads_of(run),
+        **link_of(run),
     )
+
+
+def link_of(run: cfg.RunConfig) -> dict[str, float]:
+    """What a `Cluster` is told of a link that the run sets for its exchange."""
+    wanted = link.parse(run.train.link)
+    if wanted is None:
+        return {}
+    return {
+        "exchange_latency": wanted.latency,
+        "exchange_rate": wanted.rate,
+        "exchange_parts": run.train.exchange_parts,
+    }
 
 
 def problem_of(run: cfg.RunConfig, lengths: tuple[int, ...] | None = None) -> Problem:

@@ -146,6 +146,9 @@ class Cluster:
     imbalance: float = 1.10  # rows of the busiest rank over the mean, where `loads` is not known
     loads: tuple[tuple[float, ...], ...] = ()  # [L, E] rows of each expert, to any scale
     overlap: float = 0.0  # of the exchange, hidden behind computation
+    exchange_latency: float = 0.0  # of a set link (`run.link`), which the exchange goes over
+    exchange_rate: float = 0.0  # bytes a second of it; 0: there is none
+    exchange_parts: int = 1
     device: str = "cuda"
     calibrated: str = ""  # when and where the constants were measured
     error_band: float = 0.0  # which 90 % of the measurements lie within
