@@ -15,6 +15,7 @@ Legend: T tokens, H hidden, F expert hidden, E local experts, K top-k, R routed 
 from __future__ import annotations
 
 import inspect
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from moekernels import ops
 from moekernels.errors import UsageError
 from moekernels.integrations._epilogue import UNFUSED, Epilogue, epilogue_of
+from moekernels.ops.route import Routing
 
 try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
@@ -67,20 +69,59 @@ def experts_forward(
                 f"{type(self).__name__}: {name} is {value!r}, and what it means is not known to "
                 f"experts_implementation={NAME!r}; another implementation would do"
             )
+    if (cache := getattr(self, CACHE, None)) is not None:
+        return cache.forward(self, hidden_states, top_k_index, top_k_weights)
+    rows = weighted_rows(self, hidden_states, top_k_index, top_k_weights, parameters_of(self))
+    return rows.combined().to(hidden_states.dtype)
+
+
+CACHE = "_moekernels_cache"  # an experts module whose weights lie elsewhere has it
+
+
+def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """w1, w2, b1, b2 of an experts module, by those names."""
     # Flags that an older transformers does not set have the value that its classes imply.
+    prefix = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    biased = getattr(module, "has_bias", False)
+    return {
+        "w1": getattr(module, prefix),
+        "w2": module.down_proj,
+        "b1": getattr(module, prefix + "_bias") if biased else None,
+        "b2": module.down_proj_bias if biased else None,
+    }
+
+
+class Rows(NamedTuple):
+    """Results of experts [R, H] and how to add them up; weights [T, K] where they still have to be
+    applied."""
+
+    rows: Tensor
+    routing: Routing
+    weights: Tensor | None
+
+    def combined(self) -> Tensor:
+        """[T, H]."""
+        routing = self.routing
+        return ops.combine(self.rows, routing.row_of, routing.token_of, self.weights)
+
+
+def weighted_rows(
+    self: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    parameters: dict[str, Tensor | None],
+) -> Rows:
+    """What experts with these parameters make of their tokens, as the module `self` would."""
     gated = getattr(self, "has_gate", True)
-    biased = getattr(self, "has_bias", False)
     normed = getattr(self, "has_post_expert_norm", False)
     transposed = getattr(self, "is_transposed", False)
-    prefix = "gate_up_proj" if gated else "up_proj"
-    w1, w2 = getattr(self, prefix), self.down_proj
-    b1 = getattr(self, prefix + "_bias") if biased else None
-    b2 = self.down_proj_bias if biased else None
-
-    dtype = _compute_dtype(hidden_states, w1)
-    x, w1, w2 = hidden_states.to(dtype), w1.to(dtype), w2.to(dtype)
-    if biased:
-        b1, b2 = b1.to(dtype), b2.to(dtype)
+    dtype = _compute_dtype(hidden_states, parameters["w1"])
+    x = hidden_states.to(dtype)
+    w1, w2, b1, b2 = (
+        None if parameters[key] is None else parameters[key].to(dtype)
+        for key in ("w1", "w2", "b1", "b2")
+    )
     weights = top_k_weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
     routing = ops.route(top_k_index, w1.shape[0])
@@ -99,16 +140,14 @@ def experts_forward(
             transposed=transposed,
             **epilogue.arguments(),
         )
-        y = ops.combine(rows, routing.row_of, routing.token_of)
-    else:
-        rows = ops.permute(x, routing.token_of, routing.row_of)
-        h = _linear(rows, w1, b1, routing.offsets, transposed)
-        a = self._apply_gate(h) if gated else self.act_fn(h)
-        rows = _linear(a.to(dtype), w2, b2, routing.offsets, transposed)
-        if normed:
-            rows = self.post_expert_norm(rows).to(dtype)
-        y = ops.combine(rows, routing.row_of, routing.token_of, weights)
-    return y.to(hidden_states.dtype)
+        return Rows(rows, routing, None)
+    rows = ops.permute(x, routing.token_of, routing.row_of)
+    h = _linear(rows, w1, b1, routing.offsets, transposed)
+    a = self._apply_gate(h) if gated else self.act_fn(h)
+    rows = _linear(a.to(dtype), w2, b2, routing.offsets, transposed)
+    if normed:
+        rows = self.post_expert_norm(rows).to(dtype)
+    return Rows(rows, routing, weights)
 
 
 def _compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:

@@ -1,0 +1,339 @@
+"""Experts of a transformers model in host memory or mapped files, and a few of each layer in slots:
+a model whose experts do not fit where they are computed, or not in memory at all, runs.
+
+    import moekernels.integrations.transformers
+    from moekernels.integrations.cache import cached
+
+    model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="moekernels")
+    cache = cached(model, slots=16, policy="lru", folder="experts/")  # maps them from there
+    model.generate(...)
+    print(cache.report())
+
+For inference alone. Outputs have the bits of the resident model: a row's result does not hang on
+where its expert lies, and a token's rows are added in the order of its choices. While a layer and
+the attention behind it compute, the experts that the next layer's router would choose for this
+layer's input are fetched. Legend: T tokens, K top-k, E experts, H hidden, S slots a layer.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moekernels import ops
+from moekernels.errors import UsageError
+from moekernels.integrations import _slots
+from moekernels.integrations._slots import Counts, Event, Fetch, Round, Slots
+from moekernels.integrations.transformers import (
+    CACHE,
+    NAME,
+    Rows,
+    parameters_of,
+    weighted_rows,
+)
+
+GATES = ("gate", "router")  # what a block calls the router beside its experts
+TRACE = 1 << 16  # events that are kept for the bound and the break-even
+
+
+@dataclass
+class _Layer:
+    """Of one experts module: all experts' parameters [E, ...] by name, where they stay; the slots'
+    [S, ...]; the router's weight [E, H] that looks ahead to it."""
+
+    whole: dict[str, Tensor]
+    kept: dict[str, Tensor]
+    slots: Slots
+    gate: Tensor | None
+    top_k: int = 1
+    coming: Future | None = None
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return len(self.whole["w1"])
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(x[0].numel() * x.element_size() for x in self.whole.values())
+
+
+def _copy(layer: _Layer, fetches: list[Fetch]) -> tuple[float, int]:
+    """Bring experts into their slots; seconds and bytes."""
+    began = time.perf_counter()
+    for expert, slot in fetches:
+        for name, whole in layer.whole.items():
+            layer.kept[name][slot].copy_(whole[expert])
+    return time.perf_counter() - began, len(fetches) * layer.expert_bytes
+
+
+def _together(parts: list[Rows], ids: Tensor) -> Tensor:
+    """ids [T, K] of all rounds' choices -> [T, H], each token's rows added in the order of K, as
+    those of one round are."""
+    count = ids.numel()
+    rows = parts[0].rows.new_zeros(count, parts[0].rows.shape[1])
+    for part in parts:
+        row_of = part.routing.row_of.flatten()
+        rows[row_of >= 0] = part.rows[row_of[row_of >= 0].long()]
+    places = torch.arange(count, dtype=torch.int32, device=ids.device)
+    row_of = torch.where(ids >= 0, places.view(ids.shape), -1)
+    return ops.combine(rows, row_of, places // ids.shape[1], parts[0].weights)
+
+
+class ExpertCache:
+    """All layers' slots. `trace`: what the layers saw, as far as it is kept."""
+
+    def __init__(self, layers: list[_Layer], policy: str, prefetch: bool) -> None:
+        self.layers, self.policy = layers, policy
+        self.prefetch = prefetch and any(layer.gate is not None for layer in layers[1:])
+        self.trace: list[Event] = []
+        self.late = 0  # fetches ahead that were still under way when they were needed
+        self.stalled = self.computing = self.fetching = 0.0  # seconds
+        self.fetched = 0  # bytes
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="experts")
+
+    @property
+    def counts(self) -> Counts:
+        """Of all layers together."""
+        total = Counts()
+        for layer in self.layers:
+            for name, value in vars(layer.slots.counts).items():
+                setattr(total, name, getattr(total, name) + value)
+        return total
+
+    def forward(self, module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """As `experts_forward`, with the experts that are needed in slots."""
+        if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
+            raise UsageError("cache: for inference alone; run the model under torch.no_grad()")
+        number = module._moekernels_layer
+        layer = self.layers[number]
+        layer.top_k = ids.shape[1]
+        chosen = torch.where((ids >= 0) & (ids < layer.experts), ids, -1)
+        needed = [expert for expert in chosen.unique().tolist() if expert >= 0]
+        self._arrive(layer)
+        *early, last = layer.slots.use(needed) or [Round({}, [])]
+        self._note(Event(number, tuple(needed)))
+        parts = [self._part(layer, module, x, chosen, weights, one) for one in early]
+        self._stall(layer, last.fetches)
+        self._look_ahead(number, x)
+        parts.append(self._part(layer, module, x, chosen, weights, Round(last.places, [])))
+        began = time.perf_counter()
+        out = parts[0].combined() if not early else _together(parts, chosen)
+        self.computing += time.perf_counter() - began
+        return out.to(x.dtype)
+
+    def _part(
+        self, layer: _Layer, module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor, one: Round
+    ) -> Rows:
+        """Rows of the experts of one round."""
+        self._stall(layer, one.fetches)
+        began = time.perf_counter()
+        place = torch.full((layer.experts + 1,), -1, dtype=torch.int32)  # the last: of id -1
+        for expert, slot in one.places.items():
+            place[expert] = slot
+        kept = {"b1": None, "b2": None, **layer.kept}
+        part = weighted_rows(module, x, place.to(ids.device)[ids], weights, kept)
+        self.computing += time.perf_counter() - began
+        return part
+
+    def _note(self, event: Event) -> None:
+        if len(self.trace) < TRACE:
+            self.trace.append(event)
+
+    def _stall(self, layer: _Layer, fetches: list[Fetch]) -> None:
+        """Fetch, and wait for it."""
+        seconds, size = _copy(layer, fetches)
+        self.stalled += seconds
+        self.fetching += seconds
+        self.fetched += size
+
+    def _look_ahead(self, number: int, x: Tensor) -> None:
+        """Have the next layer's experts come that its router would choose for this layer's x."""
+        if not self.prefetch or number + 1 == len(self.layers):
+            return
+        layer = self.layers[number + 1]
+        if layer.gate is None:
+            return
+        self._arrive(layer)
+        scores = x.float() @ layer.gate.float().T
+        chosen = scores.topk(min(layer.top_k, layer.experts)).indices
+        votes = chosen.flatten().bincount(minlength=layer.experts)
+        order = votes.argsort(descending=True, stable=True).tolist()
+        likely = [expert for expert in order if votes[expert] > 0]
+        fetches = layer.slots.ahead(likely)
+        self._note(Event(number + 1, tuple(likely), ahead=True))
+        if fetches:
+            layer.coming = self._worker.submit(_copy, layer, fetches)
+
+    def _arrive(self, layer: _Layer) -> None:
+        """Until what was fetched ahead is here."""
+        if layer.coming is None:
+            return
+        began = time.perf_counter()
+        self.late += not layer.coming.done()
+        seconds, size = layer.coming.result()
+        layer.coming = None
+        self.stalled += time.perf_counter() - began
+        self.fetching += seconds
+        self.fetched += size
+
+    def break_even(self) -> int | None:
+        """The fewest slots a layer with which fetching would have taken no longer than computing
+        did, by a replay of the trace at the rate that was measured; None where no number has."""
+        if not self.fetched:
+            return 1
+        one = self.layers[0].expert_bytes * self.fetching / self.fetched
+        low, high = 1, self.layers[0].experts
+        while low < high:
+            middle = (low + high) // 2
+            counts = _slots.replay(self.trace, middle, self.policy)
+            fetches = counts.misses + counts.ahead
+            low, high = (low, middle) if fetches * one <= self.computing else (middle + 1, high)
+        counts = _slots.replay(self.trace, low, self.policy)
+        return low if (counts.misses + counts.ahead) * one <= self.computing else None
+
+    def report(self) -> str:
+        """Hits, fetches ahead, bytes, waiting, the bound and the break-even, a line each."""
+        counts, size = self.counts, self.layers[0].slots.size
+        asked = max(1, counts.hits + counts.misses)
+        demand = [event for event in self.trace if not event.ahead]
+        seen = max(1, sum(len(event.experts) for event in demand))
+        others = ", ".join(
+            f"{name} {100 * _slots.replay(demand, size, name).hits / seen:.1f} %"
+            for name in _slots.POLICIES
+        )
+        best = 100 * _slots.belady(demand, size) / seen
+        even = self.break_even()
+        resident = sum(layer.expert_bytes * layer.slots.size for layer in self.layers) / 1e6
+        whole = sum(x.nbytes for layer in self.layers for x in layer.whole.values()) / 1e6
+        rows = [
+            f"slots      {size} a layer by {self.policy}, {resident:,.1f} of {whole:,.1f} MB",
+            f"hits       {100 * counts.hits / asked:.1f} % of {asked} experts asked for",
+            f"ahead      {counts.ahead} fetched, {self.late} passes met them late, "
+            f"{counts.useless} useless" + ("" if self.prefetch else " (off)"),
+            f"fetched    {self.fetched / 1e6:,.1f} MB in {self.fetching:.3f} s",
+            f"stalled    {self.stalled:.3f} s, beside {self.computing:.3f} s of computing",
+            f"without fetching ahead: {others}; no policy exceeds {best:.1f} % (Belady)",
+            "break even "
+            + (f"{even} slots" if even else "at no number of slots")
+            + ": fetching takes no longer than computing",
+        ]
+        return "\n".join(rows)
+
+
+def cached(
+    model: nn.Module,
+    slots: int,
+    policy: str = "lru",
+    *,
+    prefetch: bool = True,
+    folder: str | Path | None = None,
+    device: torch.device | str | None = None,
+) -> ExpertCache:
+    """Put the experts of a model behind a cache of `slots` a layer; the model then runs as before.
+
+    `folder`: write all experts there and map them, so that their memory is free afterwards; experts
+    on the meta device are those that another call has written there. None: they stay where they
+    are. `device`: of the slots; None: the experts' own. UsageError where the model's experts do not
+    run as "moekernels", are cached already, or the slots do not fit; the model is then as it was.
+    """
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "down_proj") and isinstance(module.down_proj, nn.Parameter)
+    ]
+    if not found:
+        raise UsageError("cache: no layer of the model has experts that it could keep")
+    if any(hasattr(module, CACHE) for _, module in found):
+        raise UsageError("cache: the model's experts are cached already")
+    config = getattr(found[0][1], "config", model.config)
+    chosen = getattr(config, "_experts_implementation", None)
+    if chosen != NAME:
+        raise UsageError(
+            f"cache: the model's experts run as {chosen!r}; load it with "
+            f'experts_implementation="{NAME}"'
+        )
+    layers = []
+    for number, (name, module) in enumerate(found):
+        whole = {k: v.detach() for k, v in parameters_of(module).items() if v is not None}
+        experts = len(whole["w1"])
+        _slots.check(slots, policy, experts)
+        if number == 0:
+            _check_memory(whole, slots, len(found))
+        if folder is not None or whole["w1"].is_meta:
+            whole = _mapped(whole, folder and Path(folder), number)
+        place = torch.device(device) if device is not None else whole["w1"].device
+        kept = {
+            k: torch.zeros(slots, *v.shape[1:], dtype=v.dtype, device=place)
+            for k, v in whole.items()
+        }
+        gate = _gate_of(model, name, experts)
+        layers.append(_Layer(whole, kept, Slots(slots, policy), gate))
+    cache = ExpertCache(layers, policy, prefetch)
+    for number, (_, module) in enumerate(found):  # nothing can fail any more
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if len(parameter) == layers[number].experts:
+                shell = torch.empty_like(parameter, device="meta")
+                setattr(module, key, nn.Parameter(shell, requires_grad=False))
+        module._moekernels_layer = number
+        setattr(module, CACHE, cache)
+    return cache
+
+
+def _gate_of(model: nn.Module, name: str, experts: int) -> Tensor | None:
+    """The weight [E, H] of the router beside an experts module, where there is one to be seen."""
+    block = model.get_submodule(name.rpartition(".")[0])
+    for key in GATES:
+        weight = getattr(getattr(block, key, None), "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == experts:
+            return weight
+    return None
+
+
+def _mapped(whole: dict[str, Tensor], folder: Path | None, number: int) -> dict[str, Tensor]:
+    """The same tensors, of files in a folder: written there, or on the meta device found there."""
+    mapped = {}
+    for key, tensor in whole.items():
+        if folder is None:
+            raise UsageError("cache: experts are on the meta device; give the folder they are in")
+        path, size = folder / f"layer-{number:04d}-{key}.bin", tensor.nbytes
+        try:
+            if tensor.is_meta:
+                if (here := path.stat().st_size) != size:
+                    raise UsageError(f"cache: {path}: has {here} bytes of {size}")
+            elif path.exists():
+                raise UsageError(f"cache: {path} is there already; give another folder")
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(path)
+        except OSError as error:
+            what = "read" if tensor.is_meta else "written"
+            raise UsageError(f"cache: {path}: cannot be {what}: {error.strerror}") from None
+        flat = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        mapped[key] = flat.view(tensor.shape)  # nobody writes to it
+    return mapped
+
+
+def _check_memory(whole: dict[str, Tensor], slots: int, layers: int) -> None:
+    """UsageError where all layers' slots are more than the memory that is free."""
+    needed = layers * slots * sum(x[0].numel() * x.element_size() for x in whole.values())
+    free = _free_memory()
+    if free is not None and needed > free:
+        raise UsageError(
+            f"cache: {slots} slots in each of {layers} layers need {needed:,} bytes, {free:,} are "
+            f"free; {slots * free // needed} would fit"
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(x.split()[1]) << 10 for x in file if x.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
