@@ -12,6 +12,8 @@ from moekernels.model.dispatch import WAYS
 from moekernels.model.spec import LONGEST, MOST, STEPS, key
 from moekernels.pipeline.schedule import SCHEDULES
 
+LR_SCHEDULES = ("cosine", "linear", "wsd", "constant")
+
 
 @dataclass
 class BatchSection:
@@ -72,6 +74,15 @@ class TrainSection:
     lr: float = key(3e-3, "highest learning rate", above=0)
     min_lr_ratio: float = key(0.1, "last learning rate over the highest", low=0, high=1)
     warmup: int = key(10, "steps of linear warm-up", low=0, high=STEPS)
+    lr_schedule: str = key(
+        "cosine",
+        "the learning rate behind the warm-up: half a cosine down, a line down, wsd (level, then "
+        "a line down), or constant",
+        choices=LR_SCHEDULES,
+    )
+    decay_steps: int = key(
+        0, "last steps in which wsd goes down; 0: a fifth of all steps", low=0, high=STEPS
+    )
     clip: float = key(1.0, "largest gradient norm; 0: none", low=0)
     skip_bad_steps: int = key(
         0,

@@ -192,10 +192,7 @@ def _of_another_split(run: cfg.RunConfig) -> str:
 
 
 def _longer(step: int, then: dict, now: dict) -> str:
-    rates = [
-        AdamWConfig(x["lr"], x["min_lr_ratio"], x["warmup"], x["steps"]).lr_at(step)
-        for x in (then, now)
-    ]
+    rates = [AdamWConfig.of(x).lr_at(step) for x in (then, now)]
     return (
         f"--steps was {then['steps']}, is {now['steps']}: the learning rate follows the new "
         f"length, {rates[1]:.3g} at step {step} where it was {rates[0]:.3g}"

@@ -1,6 +1,7 @@
 """AdamW over flat buffers against torch's own, and the norm across layouts."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -159,6 +160,17 @@ def test_learning_rate():
     c = AdamWConfig(lr=1.0, min_lr_ratio=0.1, warmup=4, steps=20)
     assert [c.lr_at(s) for s in (1, 2, 4)] == [0.25, 0.5, 1.0]
     assert c.lr_at(12) == pytest.approx(0.55) and c.lr_at(20) == pytest.approx(0.1) == c.lr_at(30)
+    for kind in ("linear", "wsd", "constant"):
+        other = replace(c, lr_schedule=kind, decay_steps=8)
+        assert [other.lr_at(s) for s in (1, 2, 4)] == [0.25, 0.5, 1.0]
+        rates = {
+            "linear": {12: 0.55, 20: 0.1, 30: 0.1},
+            "wsd": {12: 1.0, 16: 0.55, 20: 0.1, 30: 0.1},
+            "constant": {12: 1.0, 20: 1.0, 30: 1.0},
+        }[kind]
+        assert {s: other.lr_at(s) for s in rates} == pytest.approx(rates)
+    assert replace(c, lr_schedule="wsd").lr_at(16) == 1.0  # a fifth, unless told otherwise
+    assert AdamWConfig.of({"lr": 2.0, "keep": 3}, seed=4) == AdamWConfig(lr=2.0, seed=4)
     rates = [c.lr_at(s) for s in range(4, 21)]
     assert rates == sorted(rates, reverse=True)
 
