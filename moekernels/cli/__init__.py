@@ -1,4 +1,4 @@
-"""The command line: `moekernels train | verify | plan | bench | info`.
+"""The command line: `moekernels train | verify | plan | import | export | generate | bench | info`.
 
 Exit codes: 0 done, 1 failed, 2 bad usage or configuration (one line on stderr, no traceback), 130
 interrupted, 143 terminated.
@@ -22,6 +22,7 @@ FOLDERS = ("numpy", "tokenizers", "safetensors", "transformers")
 NEEDS = {
     "import": FOLDERS,
     "export": FOLDERS,
+    "generate": ("numpy", "tokenizers", "safetensors"),
     "train": RUNS,
     "experts": RUNS,
     "plan": RUNS,

@@ -53,6 +53,20 @@ def experts(args) -> int:
     return show(args.source, as_json=args.json)
 
 
+def generate(args) -> int:
+    from moekernels.train import generating
+
+    return generating.generate(
+        args.source,
+        args.prompt or [""],
+        tokens=args.tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        device=args.device,
+    )
+
+
 def verify(args) -> int:
     from moekernels.verify import command
 

@@ -26,7 +26,7 @@ def build_parser() -> Parser:
     parent = parser.add_subparsers(
         dest="command", metavar="command", required=True, parser_class=Parser
     )
-    for add in (_train, _verify, _plan, _import, _export, _experts, _bench, _info):
+    for add in (_train, _verify, _plan, _import, _export, _generate, _experts, _bench, _info):
         add(parent)
     return parser
 
@@ -183,6 +183,33 @@ def _experts(parent) -> None:
     parser.add_argument("source", type=path, metavar="RUN")
     parser.add_argument("--json", action="store_true", help="print JSON, not the table")
     parser.set_defaults(run=commands.experts)
+
+
+def _generate(parent) -> None:
+    parser = parent.add_parser(
+        "generate",
+        help="have a run, or a Hugging Face folder, go on with a text",
+        description="Prints what a model says behind each prompt; several go through together.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", type=path, metavar="RUN|HF_FOLDER")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="how a text begins; may be given several times (default: a text that has not begun)",
+    )
+    for flag, kind, value, text in (
+        ("tokens", int, 64, "the most that are added"),
+        ("temperature", float, 1.0, "0: the likeliest token always"),
+        ("top-p", float, 1.0, "among the likeliest tokens that have this part of the probability"),
+        ("seed", int, 0, "of the choices"),
+        ("device", str, "auto", "auto, cpu or cuda"),
+    ):
+        parse, metavar = (word, None) if kind is str else (number(kind), kind.__name__.upper())
+        text += default_text(value)
+        parser.add_argument(f"--{flag}", type=parse, default=value, metavar=metavar, help=text)
+    parser.set_defaults(run=commands.generate)
 
 
 def _bench(parent) -> None:

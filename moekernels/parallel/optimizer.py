@@ -48,8 +48,8 @@ class AdamWConfig:
     decay_steps: int = 0  # of wsd; 0: a fifth of all steps
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of step 1, 2, ...: a line up over `warmup` steps, then to the last step half
-        a cosine down ("cosine"), a line down ("linear"), level and then a line down over
+        """Learning rate of step 1, 2, ...: a line up over `warmup` steps, then to the last step
+        half a cosine down ("cosine"), a line down ("linear"), level and then a line down over
         `decay_steps` ("wsd"), or level ("constant")."""
         if step <= self.warmup:
             return self.lr * step / self.warmup

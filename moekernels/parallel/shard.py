@@ -3,8 +3,9 @@ comparisons."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -108,8 +109,25 @@ def even_range(length: int, index: int, parts: int) -> tuple[int, int]:
     return length * index // parts, length * (index + 1) // parts
 
 
+_blank = False
+
+
+@contextlib.contextmanager
+def blank() -> Iterator[None]:
+    """Modules made within begin with zeros where chance would have filled them: what they hold is
+    loaded next."""
+    global _blank
+    before, _blank = _blank, True
+    try:
+        yield
+    finally:
+        _blank = before
+
+
 def seeded_normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
     """A full fp32 tensor that depends on the seed and its own name alone, whatever the layout."""
+    if _blank:
+        return torch.zeros(*shape)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.empty(*shape).normal_(0.0, std, generator=generator)

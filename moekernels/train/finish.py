@@ -13,6 +13,7 @@ from moekernels.pipeline.schedule import Schedule
 from moekernels.pipeline.simulate import Simulator
 from moekernels.pipeline.trace import Event, exchange_events, trace_events, write_trace
 from moekernels.run.folder import read_metrics
+from moekernels.train.generating import SAMPLE_PROMPT, sample
 from moekernels.train.report import closing
 
 if TYPE_CHECKING:
@@ -50,7 +51,19 @@ def finish(trainer: Trainer, events: list[Event], step: int, seconds: float) -> 
         record.write(path)
     for said in draw(path, lines, trainer.heat.numpy(), entropy, record):
         print(said)
-    print(table(closing(lines, trainer.first_step, seconds, entropy, path)), flush=True)
+    rows = closing(lines, trainer.first_step, seconds, entropy, path)
+    text = sample(path, trainer.run.model.parameters_count(), _held_out(trainer))
+    if text is not None:
+        rows.insert(-1, ("sample", text))
+    print(table(rows), flush=True)
+
+
+def _held_out(trainer: Trainer) -> list[int]:
+    """The beginning of the first text that was held out."""
+    corpus = trainer.job.corpus
+    _, spans = corpus.split()
+    begin, end = spans[0]
+    return corpus.tokens[begin : min(end - 1, begin + SAMPLE_PROMPT)].tolist()
 
 
 def planned(schedule: Schedule, measured: list[Event]) -> list[Event]:

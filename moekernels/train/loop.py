@@ -3,6 +3,7 @@ user."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import signal
@@ -23,7 +24,7 @@ from moekernels.nn.transformer import StageModel
 from moekernels.parallel import launch, launcher
 from moekernels.parallel.measure import Measure, hidden_of
 from moekernels.parallel.nodes import cores
-from moekernels.parallel.shard import shard
+from moekernels.parallel.shard import blank, shard
 from moekernels.parallel.tensor import all_reduce
 from moekernels.pipeline.runtime import StepResult
 from moekernels.pipeline.trace import Event
@@ -69,7 +70,9 @@ class Trainer:
         self.mesh = assembly.build_mesh(self.run, env.device)
         self.first_step = job.facts.get("step", 0)
         tuning = self._begin_tuning()
-        self.chunks = assembly.build_chunks(self.run, self.mesh)
+        given = job.found.path is not None or job.weights is not None
+        with blank() if given else contextlib.nullcontext():
+            self.chunks = assembly.build_chunks(self.run, self.mesh)
         self.rows = [self._rows_of(chunk) for chunk in self.chunks]
         self.runtime = assembly.build_runtime(self.run, self.mesh, self.chunks)
         self.loader = assembly.build_loader(self.run, job.corpus, self.mesh.dp_index)
