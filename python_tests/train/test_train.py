@@ -43,6 +43,7 @@ def test_folder_of_a_run(whole):
         "checkpoints",
         "config.toml",
         "experts.png",
+        "experts.safetensors",
         "loads.json",
         "loss.png",
         "metrics.jsonl",
