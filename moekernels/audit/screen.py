@@ -203,17 +203,16 @@ def _details(report: Report, console: Console) -> None:
             "readings of the layout", "", "cards", "dense", "experts", "experts a card",
             "modules a card", "sequences/s", "GB", "agrees with",
         )  # fmt: skip
-        for r in report.layouts:
-            note = f"{r.agrees}; {r.why_not}" if r.why_not else r.agrees
-            part = f" of 1/{r.layout.etp}" if r.layout and r.layout.etp > 1 else ""
-            ends = (
-                (f"{r.plan.sequences_per_second:.1f}", f"{r.plan.memory / GB:.1f}")
-                if r.plan
-                else ("-", "-")
-            )
+        for named in report.layouts:
+            layout, plan = named.layout, named.plan
+            note = f"{named.agrees}; {named.why_not}" if named.why_not else named.agrees
+            part = f" of 1/{layout.etp}" if layout and layout.etp > 1 else ""
+            ends = ("-", "-")
+            if plan:
+                ends = (f"{plan.sequences_per_second:.1f}", f"{plan.memory / GB:.1f}")
             table.add_row(
-                r.name, str(r.gpus), r.dense, r.experts, f"{r.experts_per_gpu:g}{part}",
-                f"{r.modules_per_gpu:g}{part}", *ends, note,
+                named.name, str(named.gpus), named.dense, named.experts,
+                f"{named.experts_per_gpu:g}{part}", f"{named.modules_per_gpu:g}{part}", *ends, note,
             )  # fmt: skip
         console.print(table)
     table = _table(
@@ -227,9 +226,9 @@ def _details(report: Report, console: Console) -> None:
     console.print(table)
     if report.recomputes:
         table = _table("layers computed again", "set", "layers", "s a step", "GB by stage", "fits")
-        for r in report.recomputes:
+        for again in report.recomputes:
             table.add_row(
-                r.name, r.layers, f"{r.step:.2f}",
-                " / ".join(f"{m / GB:.1f}" for m in r.memory), "yes" if r.fits else "no",
+                again.name, again.layers, f"{again.step:.2f}",
+                " / ".join(f"{m / GB:.1f}" for m in again.memory), "yes" if again.fits else "no",
             )  # fmt: skip
         console.print(table)

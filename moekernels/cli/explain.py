@@ -6,6 +6,7 @@ Legend: T tokens, H hidden, F expert hidden, E experts, K top-k, R = T K routed 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from moekernels.errors import UsageError
 from moekernels.predict.card import CARDS, Card
@@ -26,9 +27,9 @@ OPS = {  # of the products, as the timing model names them
 EXAMPLE = 'for example "T=16384 H=2048 F=4096 E=64 K=2"'
 
 
-def parse_shape(text: str) -> dict[str, int | str]:
+def parse_shape(text: str) -> dict[str, Any]:
     """`T=.. H=.. F=.. E=.. K=.. [dtype=bf16|fp16|fp32]` in any order -> its values."""
-    shape: dict[str, int | str] = {}
+    shape: dict[str, Any] = {}
     for part in text.replace(",", " ").split():
         key, _, value = part.partition("=")
         if key == "dtype":

@@ -64,7 +64,10 @@ def _attention(spec: DecoderSpec) -> dict[str, Shape]:
     if spec.kv_rank:
         return _latent_attention(spec)
     rows = (heads + 2 * kv) * hd
-    found = {"attention.qkv": (rows, spec.d_model), "attention.out": (spec.d_model, heads * hd)}
+    found: dict[str, Shape] = {
+        "attention.qkv": (rows, spec.d_model),
+        "attention.out": (spec.d_model, heads * hd),
+    }
     if spec.qkv_bias:
         found["attention.qkv_bias"] = (rows,)
     if spec.out_bias:

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -37,7 +38,7 @@ class Launched:
     store: dist.Store
     all_attempts: dist.Store
 
-    def tell(self, key: str, value: object) -> object:
+    def tell(self, key: str, value: Any) -> Any:
         """Rank 0's value (JSON), on every rank."""
         if self.rank == 0:
             self.store.set(f"tell/{key}", jsonio.dumps(value))
@@ -77,15 +78,14 @@ def launched() -> Launched | None:
     rank, size = _number("RANK"), _number("WORLD_SIZE", least=1)
     if rank is None and size is None:
         return None
-    for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
-        if value is None:
-            other = "WORLD_SIZE" if name == "RANK" else "RANK"
-            raise PlaceError(f"{other} is set and {name} is not; {OTHERWISE}")
+    if rank is None or size is None:
+        there, missing = ("WORLD_SIZE", "RANK") if rank is None else ("RANK", "WORLD_SIZE")
+        raise PlaceError(f"{there} is set and {missing} is not; {OTHERWISE}")
     if rank >= size:
         raise PlaceError(f"RANK {rank} is not below WORLD_SIZE {size}; {OTHERWISE}")
     address, port = os.environ.get("MASTER_ADDR"), _number("MASTER_PORT")
-    for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)):
-        if not value:
+    for name, given in (("MASTER_ADDR", address), ("MASTER_PORT", port)):
+        if not given:
             raise PlaceError(
                 f"RANK and WORLD_SIZE are set and {name}, where rank 0 is met, is not; {OTHERWISE}"
             )

@@ -55,6 +55,15 @@ class Mesh:
     not. `nodes` declares which ranks share a node, where that is not to be found out.
     """
 
+    tp: Group
+    dp: Group
+    pp: Group
+    exchange: Group
+    edp: Group
+    expert_copies: Group
+    stage: Group
+    world: Group
+
     def __init__(
         self,
         layout: Layout,
@@ -79,7 +88,8 @@ class Mesh:
         self.nodes = nodes or Nodes.named(gather(node_name(), layout.world))
         self.order = self.nodes.order()
         self._place()
-        shared, self.alone = {}, ""
+        shared: dict[tuple[int, ...], PeerMemory] = {}
+        self.alone = ""
         if layout.world > 1:
             several = [ranks for ranks in self._made if len(ranks) > 1]
             shared, self.alone = share(several, rank, self.nodes, exchange_mode, self.device)
@@ -129,8 +139,12 @@ class Mesh:
             elif ranks == self.members["world"][0]:
                 self._made[ranks] = dist.group.WORLD
             else:  # sorted already, but where a launcher dealt ranks to nodes in turn
-                kept = {} if list(ranks) == sorted(ranks) else {"sort_ranks": False}
-                self._made[ranks] = dist.new_group(list(ranks), **kept)
+                in_order = list(ranks) == sorted(ranks)
+                self._made[ranks] = (
+                    dist.new_group(list(ranks))
+                    if in_order
+                    else dist.new_group(list(ranks), sort_ranks=False)
+                )
         mine = next(ranks for ranks in groups if self.rank in ranks)
         return Group(self._made[mine], mine.index(self.rank), len(mine), mine)
 

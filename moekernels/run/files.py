@@ -196,25 +196,24 @@ def resolve(
     starts from the schema's defaults; neither means the preset `default`. `model`: what [model] is
     in place of the preset's.
     """
-    config, given = RunConfig(), model
-    model = {}
+    config, fields = RunConfig(), {}
     if preset is not None or file is None:
-        _overlay(config, model, read_toml(preset_path(preset or default)))
-    if given is not None:
-        model = dataclasses.asdict(given)
+        _overlay(config, fields, read_toml(preset_path(preset or default)))
+    if model is not None:
+        fields = dataclasses.asdict(model)
     if file is not None:
-        _overlay(config, model, read_toml(file))
+        _overlay(config, fields, read_toml(file))
     degrees = {}
     for (section, key), value in flags.items():
         name = "--" + flag_of(SECTIONS[section], key)
         value = check_value(name, SECTIONS[section], key, value)
         if section == "model":
-            model[key] = value
+            fields[key] = value
             continue
         if section == "layout" and key in DEGREES:
             degrees[key] = value
         setattr(getattr(config, section), key, value)
-    config.model = DecoderSpec(**model)
+    config.model = DecoderSpec(**fields)
     if degrees:
         set_degrees(config.layout, degrees, world)
     check(config, world)

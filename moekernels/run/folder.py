@@ -13,7 +13,7 @@ METRICS = "metrics.jsonl"
 def read_metrics(path: Path) -> list[dict]:
     """The whole lines of a run's `metrics.jsonl`, numbers that were not finite as NaN; a line
     that a kill cut short is left out."""
-    lines = []
+    lines: list[dict] = []
     try:
         text = (path / METRICS).read_text(encoding="utf-8")
     except FileNotFoundError:

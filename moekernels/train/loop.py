@@ -185,7 +185,7 @@ class Trainer:
                 self.set_microbatches(self.tuner.count(step))
             line, events = self.step(step)
             if self.tuner is not None:
-                self.tune(step, events)
+                self.tune(self.tuner, step, events)
             last = step == t.steps or self.stopping
             line.update(self.moves.look(step, last))
             if step == t.steps or (t.eval_every and step % t.eval_every == 0):
@@ -254,14 +254,14 @@ class Trainer:
             self.runtime.schedule = assembly.build_schedule(self.run)
             self.held_out = None
 
-    def tune(self, step: int, events: list[Event]) -> None:
+    def tune(self, tuner: microbatches.Tuner, step: int, events: list[Event]) -> None:
         """Note how long the busiest stage took; behind the last measured step, choose."""
-        busy = torch.zeros(self.env.world, dtype=torch.float64, device=self.env.device)
-        busy[self.env.rank] = sum(e.end - e.start for e in events if e.kind.computes)
-        busy = all_reduce(busy, self.mesh.world).max().item()
-        if not self.tuner.saw(step, busy, self.loader.global_tokens(step)):
+        each = torch.zeros(self.env.world, dtype=torch.float64, device=self.env.device)
+        each[self.env.rank] = sum(e.end - e.start for e in events if e.kind.computes)
+        busiest = all_reduce(each, self.mesh.world).max().item()
+        if not tuner.saw(step, busiest, self.loader.global_tokens(step)):
             return
-        count, text = self.tuner.decide()
+        count, text = tuner.decide()
         self.chosen = microbatches.agree(count, self.mesh)
         self.tuner = None
         self.set_microbatches(self.chosen)
@@ -286,14 +286,19 @@ class Trainer:
         if mesh.tp.rank > 0:  # the first speaks for all that see the same tokens
             loss, router = torch.zeros_like(loss), torch.zeros_like(router)
         busy = sum(e.end - e.start for e in result.events if e.kind.computes)
-        shares = [seconds / flush / self.env.world for seconds in self.exchanges.take()]
+        balance, z = router
+        times = self.exchanges.take()
         mine = StepSums(
-            loss,
-            *router,
-            (1 - busy / flush) / self.env.world,
-            float(bool(self.env.stop.signal)),
-            worked / (flush * cores() * mesh.nodes.count),
-            *shares,
+            loss=loss,
+            balance=balance,
+            z=z,
+            idle=(1 - busy / flush) / self.env.world,
+            stop=float(bool(self.env.stop.signal)),
+            cores=worked / (flush * cores() * mesh.nodes.count),
+            moving=times.moving / flush / self.env.world,
+            skew=times.skew / flush / self.env.world,
+            exposed=times.exposed / flush / self.env.world,
+            flight=times.flight / flush / self.env.world,
         )
         sums, loads, peak = mine.over_ranks(loads, _peak_memory(self.env.device), mesh)
         self.stopping = sums.stop > 0

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 from moekernels import files, jsonio
 from moekernels.console import duration
@@ -26,8 +27,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = None
-        self._metrics = None
+        self._lock: IO[str] | None = None
+        self._metrics: IO[str] | None = None
         self._made: list[Path] = []  # folders that `open` made
 
     @staticmethod

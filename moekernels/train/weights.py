@@ -51,9 +51,9 @@ def find(path: Path, peers: resume.Peers | None = None) -> Weights:
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder; give a Hugging Face folder, or a run's")
     if folder.is_folder(path):
-        found = folder.read(path)
+        hf = folder.read(path)
         return Weights(
-            path, path, found.spec, found.tensors, {}, beside=path, imported=True, files=found.files
+            path, path, hf.spec, hf.tensors, {}, beside=path, imported=True, files=hf.files
         )
     found = resume.newest(path / "checkpoints", None, peers, purpose="weights")
     if found.path is None:

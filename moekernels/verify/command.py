@@ -96,16 +96,16 @@ def _work(
     failed = False
     for variant, run in zip(variants, runs):
         run.train.steps = variant.steps
-        steps = [None]
+        steps: list[list[Recorded]] = [[]]
         if env.leader:
             if len(known.get(variant.model, ())) < variant.steps:
                 known[variant.model] = record(run, env.device)
             steps = [known[variant.model][: variant.steps]]
         if env.world > 1:
             dist.broadcast_object_list(steps, 0, device=env.device)
-        verdicts = [compare(run, mesh, steps[0])]
+        mine = compare(run, mesh, steps[0])
+        verdicts = [mine] * env.world
         if env.world > 1:
-            mine, verdicts = verdicts[0], [None] * env.world
             dist.all_gather_object(verdicts, mine)
         total = Verdict()
         for verdict in verdicts:

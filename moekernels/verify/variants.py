@@ -102,8 +102,9 @@ def configure(
         init_std=0.1,
     )
     if variant.guests:
-        guests = {"shared_d_ff": 16, "shared_gate": True, "dense_layers": 1, "dense_d_ff": 24}
-        run.model = replace(run.model, **guests)
+        run.model = replace(
+            run.model, shared_d_ff=16, shared_gate=True, dense_layers=1, dense_d_ff=24
+        )
     run.batch.microbatches = max(2, MICROBATCHES // lay.dp)
     run.batch.accumulation, run.batch.context = 1, 40
     run.train.dtype = dtype
