@@ -10,7 +10,7 @@ STAMP := $(VENV)/.ready
 SOURCES := CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/cuda/* csrc/cuda/*/* csrc/simt/* csrc/cutlass/*)
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
 
-.PHONY: train test compat lock sanitize sanitizers cuda-all verify bench bench-compare build lint format docs clean setup newest
+.PHONY: train test compat lock sanitize sanitizers cuda-all verify bench bench-compare build lint style types format docs clean setup newest
 
 setup: $(STAMP)
 
@@ -66,7 +66,12 @@ bench-compare: build
 # C++ and CUDA, by the same versions of the tools everywhere: those of requirements/.
 CPP = $$(find csrc bench python_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-lint: $(STAMP)
+lint: style types
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+style: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(STAMP)

@@ -112,7 +112,7 @@ def add_config_flags(parser: argparse.ArgumentParser, preset: str) -> None:
     run = cfg.resolve(preset, None, {})
     for name in cfg.FLAG_SECTIONS:
         section = cfg.SECTIONS[name]
-        group = parser.add_argument_group(section.__doc__.rstrip("."))
+        group = parser.add_argument_group((section.__doc__ or name).rstrip("."))
         for f in dataclasses.fields(section):
             flag = cfg.flag_of(section, f.name)
             kind = cfg.types_of(section)[f.name]

@@ -6,7 +6,7 @@ import hashlib
 import os
 import sysconfig
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -59,7 +59,7 @@ def list_files(source: str | Sequence[str]) -> list[TextFile]:
     return files
 
 
-def _walk(root: Path, wanted, skip: set[str] = frozenset()) -> list[TextFile]:
+def _walk(root: Path, wanted, skip: Collection[str] = frozenset()) -> list[TextFile]:
     """Files below a folder. Linked folders are followed when all that lies here is known, and none
     is read twice: where links make a circle, or lead up to a folder that holds this one, they are
     counted as skipped."""

@@ -162,11 +162,12 @@ def _bounded(texts: Iterable[str]) -> Iterator[str]:
 def _numbered_chunks(documents: Iterable[Iterable[str]]) -> Iterator[tuple[int, str, bool]]:
     """(document, chunk, whether it is the document's last)."""
     for number, parts in enumerate(documents):
-        before = None
+        before: str | None = None
         for chunk in _chunks(parts):
             if before is not None:
                 yield number, before, False
             before = chunk
+        assert before is not None, "_chunks yields one at least"
         yield number, before, True
 
 

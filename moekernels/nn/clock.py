@@ -31,9 +31,9 @@ class ExpertClock:
             end.record()
             self._spans.append((begin, end))
         else:
-            begin = time.perf_counter()
+            before = time.perf_counter()
             yield
-            self._seconds += time.perf_counter() - begin
+            self._seconds += time.perf_counter() - before
 
     def take(self) -> tuple[float, int]:
         """(seconds, rows) since the last call; waits for the device where it has spans to read."""

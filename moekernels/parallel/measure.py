@@ -116,9 +116,9 @@ class Waited:
             end.record()
             self._spans.append((begin, end))
         else:
-            begin = time.perf_counter()
+            before = time.perf_counter()
             yield
-            self._seconds += time.perf_counter() - begin
+            self._seconds += time.perf_counter() - before
 
     def take(self) -> float:
         """Seconds since the last call; waits for the device where it has spans to read."""

@@ -74,11 +74,12 @@ def _check_computations(schedule: Schedule, rank: int) -> None:
                 f"stage {rank}: {action} stands {counts[action]} times, not {times}"
             )
     done: set[tuple[int, int]] = set()
-    for kind, *where in schedule.computations(rank):
-        if kind is Kind.F:
-            done.add(tuple(where))
-        elif tuple(where) not in done:
-            raise ScheduleError(f"stage {rank}: {Action(kind, *where)} stands before its F")
+    for action in schedule.computations(rank):
+        where = (action.chunk, action.microbatch)
+        if action.kind is Kind.F:
+            done.add(where)
+        elif where not in done:
+            raise ScheduleError(f"stage {rank}: {action} stands before its F")
 
 
 def _check_communications(schedule: Schedule, rank: int) -> None:

@@ -134,14 +134,14 @@ def constants_of(ranks: int, dtype: str, seconds: float) -> dict:
         held = chunk_parameters(sample.model, at, s.layer_range(0), False, sample.last)
         sizes.append([sum(held.values()) * update_bytes(s), 1.0])
         updates.append(took.update)
-    rows, times = np.array(rows), np.array(times)
-    found = fit(rows, times)
+    counted, measured = np.array(rows), np.array(times)
+    found = fit(counted, measured)
     update, steps = fit(np.array(sizes), np.array(updates))
     return {
         **dict(zip(CONSTANTS, found.tolist())),
         "update": float(update),  # seconds a byte of the optimiser
         "steps": float(steps),  # a step, whatever its parameters
-        "off": np.abs(rows @ found / times - 1.0).tolist(),
+        "off": np.abs(counted @ found / measured - 1.0).tolist(),
     }
 
 

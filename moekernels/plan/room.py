@@ -101,16 +101,14 @@ def check(run: RunConfig, world: int | None, local: int | None, device: str = "c
     parts = needed(run)
     if device == "cuda":
         parts.pop("processes")
-        here = sum(
-            torch.cuda.get_device_properties(i).total_memory
-            for i in range(torch.cuda.device_count())
-        )
+        cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        here = float(sum(card.total_memory for card in cards))
     else:
         here = available()
     total = share * sum(parts.values())
     if total <= here:
         return
-    worst = max(parts, key=parts.get)
+    worst = max(parts, key=parts.__getitem__)
     flags = {
         "batches": "a smaller --sequences, --eval-sequences or --lengths",
         "processes": "smaller degrees",

@@ -48,7 +48,8 @@ class Strategy:
     @cached_property
     def checkpoint_layers(self) -> tuple[int, ...]:
         """Numbers, from 1, of the layers computed again."""
-        chosen, first = [], 1
+        chosen: list[int] = []
+        first = 1
         for count, again in zip(self.layers, self.checkpointed):
             chosen += range(first, first + again)
             first += count

@@ -63,8 +63,8 @@ def total_work(problem: Problem, kernel: Kernel) -> tuple[int, int]:
     columns = -(-problem.n // (kernel.tile_n * (1 + (kernel.pair == "n"))))
     groups = [rows for rows in problem.counts if rows]
     if problem.over_rows:
-        steps = [-(-rows // DEPTH) for rows in groups]
-        return columns * problem.m * sum(steps), sum(steps) // max(1, len(steps))
+        depths = [-(-rows // DEPTH) for rows in groups]
+        return columns * problem.m * sum(depths), sum(depths) // max(1, len(depths))
     steps = -(-problem.k // DEPTH)
     return columns * sum(groups) * steps, steps
 

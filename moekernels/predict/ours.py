@@ -31,7 +31,7 @@ def kernel_of(op: str, **how) -> Kernel:
     return Kernel(issue=issue(op, how.get("tile_n", 256)), **how)
 
 
-DEFAULT = Recipe(*(kernel_of(op) for op in ("up", "down", "dact", "dgrad", "wgrad")))
+DEFAULT = Recipe(**{op: kernel_of(op) for op in ("up", "down", "dact", "dgrad", "wgrad")})
 
 
 def product(op: str, layer: Layer, card: Card, kernel: Kernel | None = None) -> Predicted:

@@ -16,6 +16,7 @@ import tomllib
 import types
 import typing
 from pathlib import Path
+from typing import Any
 
 from moekernels import files, jsonio
 from moekernels.errors import UsageError
@@ -196,7 +197,8 @@ def resolve(
     starts from the schema's defaults; neither means the preset `default`. `model`: what [model] is
     in place of the preset's.
     """
-    config, fields = RunConfig(), {}
+    config = RunConfig()
+    fields: dict[str, Any] = {}
     if preset is not None or file is None:
         _overlay(config, fields, read_toml(preset_path(preset or default)))
     if model is not None:

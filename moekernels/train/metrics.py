@@ -93,10 +93,12 @@ class RunFolder:
 
     def write(self, line: dict) -> None:
         """One step's line, whole or not at all for a reader."""
+        assert self._metrics is not None, "begin() comes first"
         self._metrics.write(jsonio.dumps(line) + "\n")
 
     def sync(self) -> None:
         """Have every line on the disk, as before a checkpoint that lets a run go on behind them."""
+        assert self._metrics is not None, "begin() comes first"
         os.fsync(self._metrics.fileno())
 
 
