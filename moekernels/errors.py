@@ -20,7 +20,7 @@ def _shortened(text: str, first: int, last: int) -> str:
 
 
 class UsageError(ValueError):
-    """Bad input from the user: the message says what, where, and what would do.
+    """Bad input from the user: the message says what, where, and what to use instead.
 
     The command line prints it as one line and exits with code 2; library callers see a
     `ValueError`.

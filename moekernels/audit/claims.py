@@ -35,7 +35,7 @@ class Verdict:
 class Contradiction:
     claims: tuple[str, ...]
     repair: str  # the smallest single change
-    repairs: tuple[str, ...]  # of each claim in turn, where one alone would do
+    repairs: tuple[str, ...]  # of each claim in turn, where one alone suffices
 
 
 UNITS = {

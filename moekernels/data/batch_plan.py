@@ -34,7 +34,7 @@ class Cost:
         if self.linear < 0 or self.quadratic < 0 or self.linear + self.quadratic <= 0:
             raise UsageError(
                 f"batch: cost coefficients {self.linear} and {self.quadratic}; "
-                "none below 0 and one above 0 would do"
+                "use none below 0 and one above 0"
             )
 
     @staticmethod
@@ -122,20 +122,18 @@ def check(lengths: list[int], microbatches: int, dp: int, align: int, policy: st
     """UsageError where there is no plan, whatever the costs."""
     for name, value in (("microbatches", microbatches), ("dp", dp), ("align", align)):
         if value < 1:
-            raise UsageError(f"batch: {name} is {value}; at least 1 would do")
+            raise UsageError(f"batch: {name} is {value}; use at least 1")
     if policy not in POLICIES:
-        raise UsageError(
-            f"batch: policy {policy!r} is unknown; one of {', '.join(POLICIES)} would do"
-        )
+        raise UsageError(f"batch: policy {policy!r} is unknown; use one of {', '.join(POLICIES)}")
     if len(lengths) < dp * microbatches:
         split = f"{dp} data-parallel ranks x {microbatches}" if dp > 1 else f"{microbatches}"
-        fewer = f", or at most {len(lengths) // dp} micro-batches," if len(lengths) >= dp else ""
+        fewer = f", or at most {len(lengths) // dp} micro-batches" if len(lengths) >= dp else ""
         raise UsageError(
             f"batch: {len(lengths)} sequences cannot fill {split} micro-batches; "
-            f"at least {dp * microbatches} sequences{fewer} would do"
+            f"use at least {dp * microbatches} sequences{fewer}"
         )
     if min(lengths) < 1:
-        raise UsageError(f"batch: a sequence of {min(lengths)} tokens; at least 1 would do")
+        raise UsageError(f"batch: a sequence of {min(lengths)} tokens; use at least 1")
 
 
 def _too_large(lengths, microbatches, align, policy, max_tokens, most) -> str:
@@ -146,8 +144,8 @@ def _too_large(lengths, microbatches, align, policy, max_tokens, most) -> str:
         fault = f"a micro-batch of {most} tokens ({policy})"
         remedy = f"more micro-batches than {microbatches}, fewer sequences than {len(lengths)}"
     return (
-        f"batch: {fault} exceeds the limit of {max_tokens} a micro-batch; {remedy}, "
-        f"or a limit of at least {most} would do"
+        f"batch: {fault} exceeds the limit of {max_tokens} a micro-batch; use {remedy}, "
+        f"or a limit of at least {most}"
     )
 
 

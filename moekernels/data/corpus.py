@@ -64,9 +64,7 @@ class Corpus:
         them alone is much more than that (a single text file), its tail is.
         """
         if not 0 <= held_out < 1:
-            raise UsageError(
-                f"data: the held-out share is {held_out}; 0 up to less than 1 would do"
-            )
+            raise UsageError(f"data: the held-out share is {held_out}; use 0 up to less than 1")
         spans = np.stack([self.offsets[:-1], self.offsets[1:]], axis=1)
         target = int(len(self.tokens) * held_out)
         if held_out > 0:
@@ -132,7 +130,7 @@ def load_corpus(
     except OSError as error:
         raise UsageError(
             f"data: the tokenised corpus cannot be kept in {root} ({error.strerror}); "
-            "another cache folder, or XDG_CACHE_HOME set to one, would do"
+            "use another cache folder, or set XDG_CACHE_HOME to one"
         ) from error
     if not isinstance(corpus, Corpus):
         raise RuntimeError(f"data: {folder} was written, but does not read back whole: {corpus}")

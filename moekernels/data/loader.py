@@ -117,9 +117,9 @@ class BatchLoader:
 
     def __post_init__(self) -> None:
         if self.sequences < 1:
-            raise UsageError(f"batch: {self.sequences} sequences a step; at least 1 would do")
+            raise UsageError(f"batch: {self.sequences} sequences a step; use at least 1")
         if (self.context is None) == (self.lengths is None):
-            raise UsageError("batch: either a context or a range of lengths would do")
+            raise UsageError("batch: use either a context or a range of lengths")
         train, held_out = self.corpus.split(self.held_out)
         self.train = self._pool(train, self.lengths, "training")
         self._eval = None
@@ -137,20 +137,18 @@ class BatchLoader:
         left = f"data: {self.corpus.stats.source} leaves {tokens} tokens for {purpose}"
         if lengths is None:
             if self.context < 1:
-                raise UsageError(f"batch: the context is {self.context}; at least 1 would do")
+                raise UsageError(f"batch: the context is {self.context}; use at least 1")
             pool = Pieces.of(spans, self.context)
             if not len(pool):
-                raise UsageError(f"{left}; a longer text would do")
+                raise UsageError(f"{left}; use a longer text")
             return pool
         low, high = lengths
         if not 1 <= low <= high:
-            raise UsageError(
-                f"batch: lengths {low}:{high}; low:high with 1 <= low <= high would do"
-            )
+            raise UsageError(f"batch: lengths {low}:{high}; use low:high with 1 <= low <= high")
         if tokens <= high:
             raise UsageError(
                 f"{left}, too few for lengths {low}:{high}; "
-                f"a longer text, or lengths up to {max(tokens - 1, 1)}, would do"
+                f"use a longer text, or lengths up to {max(tokens - 1, 1)}"
             )
         return Slots(start=int(spans[0, 0]), count=(tokens - 1) // high, low=low, high=high)
 
@@ -169,7 +167,7 @@ class BatchLoader:
     def eval_batches(self, count: int) -> Iterator[list[MicroBatch]]:
         """Held-out steps, the same at every call and for every seed; a small text repeats."""
         if self._eval is None:
-            raise UsageError("data: nothing is held out; a held-out share above 0 would do")
+            raise UsageError("data: nothing is held out; use a held-out share above 0")
         for number in range(count):
             first = number * self.sequences
             yield self._microbatches(*self._eval.draw(first, self.sequences, seed=0))
@@ -208,11 +206,11 @@ class BatchLoader:
             if name == "corpus":
                 raise UsageError(
                     f"data: {self.corpus.stats.source} is not the text that the checkpoint was "
-                    "trained on; the same files and vocabulary would do"
+                    "trained on; use the same files and vocabulary"
                 )
             raise UsageError(
                 f"batch: {name} is {here}, but was {saved} when the checkpoint was saved; "
-                "the same value would do"
+                "use the same value"
             )
 
     def _drawn(self, step: int) -> tuple[np.ndarray, np.ndarray]:

@@ -31,7 +31,7 @@ def library_version() -> str:
         return metadata.version("tokenizers")
     except metadata.PackageNotFoundError:
         raise UsageError(
-            "data: the package tokenizers is missing; pip install tokenizers would do"
+            "data: the package tokenizers is missing; run pip install tokenizers"
         ) from None
 
 
@@ -39,7 +39,7 @@ def check_vocab_size(vocab_size: int) -> None:
     if vocab_size < SMALLEST_VOCABULARY:
         raise UsageError(
             f"data: a vocabulary of {vocab_size} cannot hold the 256 bytes and the end of text; "
-            f"at least {SMALLEST_VOCABULARY} would do"
+            f"use at least {SMALLEST_VOCABULARY}"
         )
 
 

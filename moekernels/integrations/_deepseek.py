@@ -81,7 +81,7 @@ def _latent(config: Any) -> dict[str, Any]:
     for name, wanted in (("qk_head_dim", width), ("head_dim", config.qk_rope_head_dim)):
         if getattr(config, name) != wanted:  # both follow from others
             kind, value = config.model_type, getattr(config, name)
-            raise UsageError(f"{kind}: {name} is {value!r}; {wanted} would do")
+            raise UsageError(f"{kind}: {name} is {value!r}; use {wanted}")
     scale = width**-0.5
     if rope.get("rope_type", "default") != "default" and rope.get("mscale_all_dim"):
         scale *= mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
@@ -129,7 +129,7 @@ def _deepseek_v2(config: Any) -> dict[str, Any]:
         groups = {"num_groups": config.n_group, "groups_kept": config.topk_group}
     elif method != "greedy":
         raise UsageError(
-            f"deepseek_v2: topk_method is {method!r}; 'greedy' or 'group_limited_greedy' would do"
+            f"deepseek_v2: topk_method is {method!r}; use 'greedy' or 'group_limited_greedy'"
         )
     # Its router takes no heed of norm_topk_prob.
     routing = {"renormalize": False, "group_score": "max", **groups}

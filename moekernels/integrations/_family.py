@@ -147,8 +147,7 @@ def rotary(config: Any, head_dim: int, partial: bool) -> dict[str, Any]:
     scaling = rope.get("rope_type", "default")
     if scaling not in _SCALED:
         raise UsageError(
-            f"{kind}: rope_parameters['rope_type'] is {scaling!r}; one of {', '.join(_SCALED)} "
-            "would do"
+            f"{kind}: rope_parameters['rope_type'] is {scaling!r}; use one of {', '.join(_SCALED)}"
         )
     known = {**_SCALED[scaling], "partial_rotary_factor": ... if partial else 1.0}
     _fields.check_inside(kind, "rope_parameters", rope, known)

@@ -53,13 +53,13 @@ def check(
     for name, value in fields.items():
         if name in neutral:
             if value != neutral[name]:
-                raise UsageError(f"{kind}: {name} is {value!r}; {neutral[name]!r} would do")
+                raise UsageError(f"{kind}: {name} is {value!r}; use {neutral[name]!r}")
         elif name not in honoured and name not in irrelevant and name not in IRRELEVANT:
             default = defaults.get(name)
             if value != default:
                 raise UsageError(
                     f"{kind}: {name} is {value!r}, and what it means is not known here; "
-                    f"{default!r} would do"
+                    f"use {default!r}"
                 )
 
 
@@ -71,7 +71,7 @@ def check_inside(
         does = neutral.get(key)
         if does is not ... and inner != does:
             would = "leaving it out" if does is None else repr(does)
-            raise UsageError(f"{kind}: {name}[{key!r}] is {inner!r}; {would} would do")
+            raise UsageError(f"{kind}: {name}[{key!r}] is {inner!r}; use {would}")
 
 
 def _all(config: PreTrainedConfig) -> dict[str, Any]:

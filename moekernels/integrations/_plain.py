@@ -54,7 +54,7 @@ def _of_qwen2(spec: DecoderSpec) -> dict[str, Any]:
 def _olmoe(config: Any) -> dict[str, Any]:
     heads, width = config.num_attention_heads, config.hidden_size
     if getattr(config, "head_dim", None) not in (None, width // heads):
-        raise UsageError(f"olmoe: head_dim is {config.head_dim}; {width // heads} would do")
+        raise UsageError(f"olmoe: head_dim is {config.head_dim}; use {width // heads}")
     return {
         "qk_norm": False,
         "qk_norm_wide": True,
@@ -98,8 +98,8 @@ def _gpt_oss(config: Any) -> dict[str, Any]:
     regular = [n for n in range(1, layers + 1) if period and n % period == 0]
     if full != regular or set(kinds) - {"full_attention", "sliding_attention"}:
         raise UsageError(
-            f"gpt_oss: layer_types is {kinds}; full_attention in every so-many-th layer and "
-            "sliding_attention in the others would do"
+            f"gpt_oss: layer_types is {kinds}; use full_attention in every so-many-th layer and "
+            "sliding_attention in the others"
         )
     window = 0 if period == 1 else config.sliding_window or 0
     return {

@@ -160,6 +160,4 @@ def check(slots: int, policy: str, experts: int) -> None:
     if policy not in POLICIES:
         raise UsageError(f"cache: policy {policy!r}; it is one of {', '.join(POLICIES)}")
     if not 1 <= slots <= experts:
-        raise UsageError(
-            f"cache: {slots} slots; a layer has {experts} experts, 1 to {experts} would do"
-        )
+        raise UsageError(f"cache: {slots} slots; a layer has {experts} experts, use 1 to {experts}")

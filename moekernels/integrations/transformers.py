@@ -67,7 +67,7 @@ def experts_forward(
         if (value := getattr(self, name, default)) != default:
             raise UsageError(
                 f"{type(self).__name__}: {name} is {value!r}, and what it means is not known to "
-                f"experts_implementation={NAME!r}; another implementation would do"
+                f"experts_implementation={NAME!r}; use another implementation"
             )
     if (cache := getattr(self, CACHE, None)) is not None:
         return cache.forward(self, hidden_states, top_k_index, top_k_weights)

@@ -74,7 +74,7 @@ class AttentionSpec(RotarySpec):
                     raise UsageError(f"model: {name} with kv_rank: the latent's attention has none")
             if self.kv_heads != self.num_heads:
                 raise UsageError(
-                    f"model: num_kv_heads {self.kv_heads} with kv_rank; {self.num_heads} would do"
+                    f"model: num_kv_heads {self.kv_heads} with kv_rank; use {self.num_heads}"
                 )
             if not self.rotary_dim:
                 raise UsageError("model: kv_rank needs rotary_dim, the part of a head that turns")

@@ -38,19 +38,19 @@ class Layout:
         for name in ("tp", "dp", "pp", "ep", "etp"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise UsageError(f"layout: {name} is {value!r}; an integer of at least 1 would do")
+                raise UsageError(f"layout: {name} is {value!r}; use an integer of at least 1")
         if self.stage_ranks % (self.ep * self.etp):
             if self.stage_ranks % self.etp == 0:
                 fitting = divisors(self.stage_ranks // self.etp)
-                fits = f"with etp {self.etp}, ep {_choices(fitting)} would"
+                fits = f"ep {_choices(fitting)} with etp {self.etp}"
             elif self.stage_ranks % self.ep == 0:
                 fitting = divisors(self.stage_ranks // self.ep)
-                fits = f"with ep {self.ep}, etp {_choices(fitting)} would"
+                fits = f"etp {_choices(fitting)} with ep {self.ep}"
             else:
-                fits = f"a product of {_choices(divisors(self.stage_ranks))} would"
+                fits = f"a product of {_choices(divisors(self.stage_ranks))}"
             raise UsageError(
                 f"layout: ep*etp = {self.ep}*{self.etp} does not divide the tp*dp = "
-                f"{self.tp}*{self.dp} ranks of a stage; {fits}"
+                f"{self.tp}*{self.dp} ranks of a stage; use {fits}"
             )
 
     @property
@@ -87,25 +87,25 @@ class Layout:
         d_ff: int | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        """Raise a UsageError that names the value which would do, if anything given does not
+        """Raise a UsageError that names a value to use instead, if anything given does not
         divide."""
         if world is not None and world != self.world:
             raise UsageError(
                 f"layout: tp*dp*pp = {self.tp}*{self.dp}*{self.pp} = {self.world} ranks, "
                 f"but {world} were started; "
                 + (
-                    f"dp {world // (self.tp * self.pp)} would do"
+                    f"use dp {world // (self.tp * self.pp)}"
                     if world % (self.tp * self.pp) == 0
-                    else f"{self.world} ranks would do"
+                    else f"use {self.world} ranks"
                 )
             )
         self.divide("ep", num_experts, "experts")
         if num_layers is not None and num_layers % (self.pp * virtual_stages):
             times = f" x {virtual_stages} virtual stages" if virtual_stages > 1 else ""
             fits = [p for p in divisors(num_layers) if num_layers % (p * virtual_stages) == 0]
-            would = f"pp {_choices(fits)} would" if fits else "fewer virtual stages would"
+            instead = f"pp {_choices(fits)}" if fits else "fewer virtual stages"
             raise UsageError(
-                f"layout: pp {self.pp}{times} does not divide {num_layers} layers; {would}"
+                f"layout: pp {self.pp}{times} does not divide {num_layers} layers; use {instead}"
             )
         self.divide("tp", num_heads, "attention heads")
         self.divide("tp", num_kv_heads, "key-value heads")
@@ -113,7 +113,7 @@ class Layout:
         if vocab_size is not None and vocab_size < self.tp:
             raise UsageError(
                 f"layout: a vocabulary of {vocab_size} cannot be split over tp {self.tp}; "
-                f"tp {vocab_size} or less would do"
+                f"use tp {vocab_size} or less"
             )
 
     def divide(self, name: str, total: int | None, what: str) -> None:
@@ -123,7 +123,7 @@ class Layout:
             near = [d for d in divisors(total) if d <= 1024]
             raise UsageError(
                 f"layout: {name} {value} does not divide {total} {what}; "
-                f"{name} {_choices(near)} would"
+                f"use {name} {_choices(near)}"
             )
 
     def describe(self) -> str:

@@ -41,7 +41,7 @@ class RotarySpec(Width):
         turning = self.turning(head_dim)
         if turning % 2 or turning > head_dim:
             raise UsageError(
-                f"model: rotary_dim is {turning}; an even number of a head's {head_dim} would do"
+                f"model: rotary_dim is {turning}; use an even number of a head's {head_dim}"
             )
         if self.rope_scaling not in SCALINGS:
             raise UsageError(

@@ -42,7 +42,7 @@ class Router(nn.Module):
             if config.num_experts % mesh.tp.size:
                 raise UsageError(
                     f"layout: tp {mesh.tp.size} does not divide the gate of {config.num_experts} "
-                    "experts; sequence parallel would do"
+                    "experts; use sequence parallel"
                 )
             part = config.num_experts // mesh.tp.size
             mine = (mesh.tp.rank * part, (mesh.tp.rank + 1) * part)

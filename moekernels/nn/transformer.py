@@ -113,7 +113,7 @@ class StageModel(nn.Module):
         super().__init__()
         if config.tie_embeddings and first != last:
             raise UsageError(
-                f"layout: pp {mesh.layout.pp} parts the tied embedding from the head; pp 1 would do"
+                f"layout: pp {mesh.layout.pp} parts the tied embedding from the head; use pp 1"
             )
         mesh.layout.validate(vocab_size=config.vocab_size)
         device = torch.device(device)

@@ -171,13 +171,13 @@ def calibrate(dtype: str = "fp32", seconds: float = SECONDS) -> dict:
 
 def stored() -> dict:
     """What `calibrate` left here."""
-    again = "moekernels plan --calibrate would do it"
+    again = "run moekernels plan --calibrate"
     try:
         found = json.loads(store().read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"plan: this machine is not calibrated; {again}") from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{store()}: cannot be read: {error}; {again} anew") from None
+        raise UsageError(f"{store()}: cannot be read: {error}; {again} again") from None
     if not isinstance(found, dict) or "ranks" not in found:
         raise UsageError(f"{store()}: of another release; {again} anew")
     return found
@@ -215,7 +215,7 @@ def against(folder: Path, found: dict) -> dict:
             raise
         raise UsageError(f"{folder}: not the folder of a finished run: {error}") from None
     if not lines:
-        raise UsageError(f"{folder}: metrics.jsonl is empty; a run with a step done would do")
+        raise UsageError(f"{folder}: metrics.jsonl is empty; use a run with a step done")
     s = configured(run)
     lines = [x for x in lines if x.get("microbatches", s.microbatches) == s.microbatches] or lines
     tokens = statistics.mean(line["tokens"] for line in lines)

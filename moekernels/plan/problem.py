@@ -34,19 +34,19 @@ def read_lengths(path: Path) -> tuple[int, ...]:
     for word in words:
         if not cfg.whole(word) or not 1 <= int(word) <= LONGEST:
             raise UsageError(
-                f"--lengths-from {path}: {word!r} is no length; whole numbers from 1 to "
-                f"{LONGEST} would do"
+                f"--lengths-from {path}: {word!r} is no length; use whole numbers from 1 to "
+                f"{LONGEST}"
             )
     if len(words) > MOST:
-        raise UsageError(f"--lengths-from {path}: {len(words)} lengths; at most {MOST} would do")
+        raise UsageError(f"--lengths-from {path}: {len(words)} lengths; use at most {MOST}")
     if not words:
-        raise UsageError(f"--lengths-from {path}: no lengths in it; one a sequence would do")
+        raise UsageError(f"--lengths-from {path}: no lengths in it; use one per sequence")
     return tuple(map(int, words))
 
 
 def read_loads(path: Path) -> object:
     """A list of numbers, or one a layer: JSON, or what a run has left in its folder."""
-    would = "[rows of expert 1, ...], or such a list a layer, would do"
+    instead = "use [rows of expert 1, ...], or such a list per layer"
     try:
         text = files.read(path / "loads.json" if os.path.isdir(path) else path)
     except (OSError, ValueError) as error:
@@ -55,9 +55,9 @@ def read_loads(path: Path) -> object:
         loads = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, json.JSONDecodeError) else "no such numbers"
-        raise UsageError(f"loads_from {path}: not JSON: {reason}; {would}") from None
+        raise UsageError(f"loads_from {path}: not JSON: {reason}; {instead}") from None
     if not isinstance(loads, list) or not loads:
-        raise UsageError(f"loads_from {path}: {_kind(loads)}; {would}")
+        raise UsageError(f"loads_from {path}: {_kind(loads)}; {instead}")
     return loads
 
 
@@ -77,7 +77,7 @@ def loads_of(run: cfg.RunConfig) -> tuple[tuple[float, ...], ...]:
     w, experts = run.workload, run.model.num_experts
     named = [n for n in ("zipf", "loads", "loads_from") if getattr(w, n)]
     if len(named) > 1:
-        raise UsageError(f"workload: {' and '.join(named)} both say how rows lie; one would do")
+        raise UsageError(f"workload: {' and '.join(named)} both say how rows lie; use one")
     if not named:
         return ()
     if w.zipf:
@@ -93,12 +93,12 @@ def loads_of(run: cfg.RunConfig) -> tuple[tuple[float, ...], ...]:
         if not isinstance(layer, list) or len(layer) != experts:
             has = f"{len(layer)} loads" if isinstance(layer, list) else _kind(layer)
             raise UsageError(
-                f"{where}: layer {number} has {has}; one for each of {experts} experts would do"
+                f"{where}: layer {number} has {has}; use one for each of {experts} experts"
             )
         if not all(_is_load(x) for x in layer):
             raise UsageError(f"{where}: layer {number} has a load that is no number from 0")
         if not sum(layer):
-            raise UsageError(f"{where}: layer {number} has no row at all; one above 0 would do")
+            raise UsageError(f"{where}: layer {number} has no row at all; use one above 0")
     return tuple(tuple(map(float, layer)) for layer in layers)
 
 
@@ -109,8 +109,12 @@ def batch_of(run: cfg.RunConfig, lengths: tuple[int, ...] | None = None) -> Batc
     if lengths is None and w.lengths:
         if not 1 <= min(w.lengths) <= max(w.lengths) <= LONGEST:
             low = min(w.lengths)
-            bad = f"{low}; from 1" if low < 1 else f"{max(w.lengths)}; up to {LONGEST}"
-            raise UsageError(f"workload.lengths has {bad} would do")
+            bad = (
+                f"{low}; use lengths from 1"
+                if low < 1
+                else f"{max(w.lengths)}; use lengths up to {LONGEST}"
+            )
+            raise UsageError(f"workload.lengths has {bad}")
         lengths = tuple(w.lengths)
     if lengths is not None:
         return Batch(lengths, b.policy, f"{len(lengths)} lengths as given")

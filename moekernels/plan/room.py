@@ -113,8 +113,8 @@ def check(run: RunConfig, world: int | None, local: int | None, device: str = "c
         "batches": "a smaller --sequences, --eval-sequences or --lengths",
         "processes": "smaller degrees",
     }
-    would = flags.get(worst, "fewer --layers or --experts, a smaller width or vocabulary")
+    instead = flags.get(worst, "fewer --layers or --experts, a smaller width or vocabulary")
     raise UsageError(
         f"the run needs at least {total / 1e9:,.1f} GB here, {share * parts[worst] / 1e9:,.1f} GB "
-        f"of it for {worst}, and {here / 1e9:,.1f} GB are free; {would}, or more machines, would do"
+        f"of it for {worst}, and {here / 1e9:,.1f} GB are free; use {instead}, or more machines"
     )

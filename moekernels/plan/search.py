@@ -198,8 +198,8 @@ def search(problem: Problem, space: Space | None = None) -> Result:
         fastest = max(p.sequences_per_second for p in found)
         raise UsageError(
             f"plan: nothing on {problem.cluster.gpus} cards reaches {objective.at_least:g} "
-            f"sequences/s: the fastest plan has {fastest:.1f}; as many at most, or more cards, "
-            "would do"
+            f"sequences/s: the fastest plan has {fastest:.1f}; ask for no more than that, "
+            "or use more cards"
         )
     result.best = min(enough, key=RANKING[objective.best])
     result.pareto = pareto(found, latency=objective.best == "latency")
@@ -342,12 +342,12 @@ def _infeasible(problem: Problem, nearest: tuple[float, str] | None) -> str:
         return (
             f"plan: no layout of {c.gpus} cards divides the model's {problem.model.num_heads} "
             f"heads, {problem.model.num_layers} layers and {problem.model.num_experts} experts; "
-            "fewer constraints, or a power of two of cards, would do"
+            "use fewer constraints, or a power of two of cards"
         )
     over, what = nearest
     return (
         f"plan: nothing fits {c.gpus} cards of {c.memory / 1e9:g} GB ({c.reserve / 1e9:g} GB "
         f"reserved): memory binds, and the nearest, {what} with every layer checkpointed and bf16 "
-        f"moments, is over by {over / 1e9:.1f} GB; cards of {(c.memory + over) / 1e9:.1f} GB, or "
-        "more of them, would do"
+        f"moments, is over by {over / 1e9:.1f} GB; use cards of "
+        f"{(c.memory + over) / 1e9:.1f} GB, or more of them"
     )

@@ -104,9 +104,7 @@ def _text(where: str, meta, value: str) -> str:
     try:
         files.portable(value)
     except ValueError:  # a run writes it down, for whoever goes on with it
-        raise UsageError(
-            f"{where} is {value!r}, which is not UTF-8; another name would do"
-        ) from None
+        raise UsageError(f"{where} is {value!r}, which is not UTF-8; use another name") from None
     return value
 
 
@@ -230,12 +228,12 @@ def check(config: RunConfig, world: int | None = None) -> None:
     if max(ranks, lay.ep * lay.etp) > MOST:
         raise UsageError(
             f"tp {lay.tp} x dp {lay.dp} x pp {lay.pp}, ep {lay.ep} x etp {lay.etp}: "
-            f"more than {MOST} ranks; smaller degrees would do"
+            f"more than {MOST} ranks; use smaller degrees"
         )
     if b.microbatches * b.accumulation > FLUSH:
         raise UsageError(
             f"--microbatches {b.microbatches} x --accumulation {b.accumulation} = "
-            f"{b.microbatches * b.accumulation} micro-batches in a flush; at most {FLUSH} would do"
+            f"{b.microbatches * b.accumulation} micro-batches in a flush; use at most {FLUSH}"
         )
     if lay.pp * lay.virtual_stages > config.model.num_layers:
         raise UsageError(

@@ -39,5 +39,5 @@ def parse(text: str) -> Link | None:
     if not rate:
         raise UsageError(f"--link {text}: a link of zero bytes a second carries nothing")
     if latency > LONGEST:
-        raise UsageError(f"--link {text}: a latency of at most {LONGEST:g} s would do")
+        raise UsageError(f"--link {text}: use a latency of at most {LONGEST:g} s")
     return Link(latency, rate)

@@ -42,7 +42,7 @@ def export(run: Path, out: Path, dtype: str = KEPT, family: str | None = None) -
     held = found.tensors["embedding.weight"].dtype
     names = {"": held, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     if dtype not in names:
-        raise UsageError(f"--dtype {dtype}: one of fp32, bf16, fp16 would do")
+        raise UsageError(f"--dtype {dtype}: use one of fp32, bf16, fp16")
     wanted = names[dtype]
     beside = _beside(found, family)
     config = folder.read_config(found.beside) if beside else _fitting(found, family)

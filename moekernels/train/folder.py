@@ -183,7 +183,7 @@ def header(path: Path) -> dict[str, Stored]:
         for key, x in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
             if x.dtype not in DTYPES:
                 raise UsageError(
-                    f"{path}: {key} is of dtype {x.dtype}; one of {', '.join(DTYPES)} would do"
+                    f"{path}: {key} is of dtype {x.dtype}; use one of {', '.join(DTYPES)}"
                 )
             if x.begin != end or x.end - x.begin != math.prod(x.shape) * _BYTES[x.dtype]:
                 raise UsageError(f"{path}: its header is damaged at {key}")

@@ -41,7 +41,7 @@ def generate(
         if not low <= value <= high:
             raise UsageError(f"--{name} must be from {low} to {high}, got {value}")
     if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device {device}: one of auto, cpu, cuda would do")
+        raise UsageError(f"--device {device}: use one of auto, cpu, cuda")
     found = weights.find(source)
     if found.tokenizer is None:
         raise UsageError(f"{source}: has no tokenizer.json; put the model's there")

@@ -47,7 +47,7 @@ class Guard:
         if bad:
             self.why = f"{WORDS[bad[0]]} is {line[bad[0]]}, {self._where('loss' in bad)}"
         elif min(line["grad_norm"], clip or math.inf) > largest_norm:
-            self.why = "AdamW cannot hold the square of its gradient; --clip 1 would do"
+            self.why = "AdamW cannot hold the square of its gradient; use --clip 1"
         else:
             self.why = ""
         self.in_a_row = self.in_a_row + 1 if self.why else 0

@@ -198,8 +198,7 @@ def test_a_vocabulary_below_the_bytes_is_refused(tmp_path):
     with pytest.raises(UsageError) as error:
         load("stdlib", tmp_path, vocab_size=256)
     assert str(error.value) == (
-        "data: a vocabulary of 256 cannot hold the 256 bytes and the end of text; "
-        "at least 257 would do"
+        "data: a vocabulary of 256 cannot hold the 256 bytes and the end of text; use at least 257"
     )
 
 
@@ -339,7 +338,7 @@ def test_a_cache_that_cannot_be_written_is_the_users_error(tmp_path):
         load(tmp_path / "a.txt", tmp_path)
     assert str(error.value) == (
         f"data: the tokenised corpus cannot be kept in {tmp_path / 'cache'} (File exists); "
-        "another cache folder, or XDG_CACHE_HOME set to one, would do"
+        "use another cache folder, or set XDG_CACHE_HOME to one"
     )
 
 
@@ -378,7 +377,7 @@ def test_of_a_single_text_the_tail_is_held_out(tmp_path):
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_a_share_out_of_range_is_refused(tmp_path, share):
     (tmp_path / "a.txt").write_text(TEXT)
-    with pytest.raises(UsageError, match=f"held-out share is {share}; 0 up to less than 1"):
+    with pytest.raises(UsageError, match=f"held-out share is {share}; use 0 up to less than 1"):
         load(tmp_path / "a.txt", tmp_path).split(share)
 
 

@@ -140,7 +140,7 @@ def test_held_out_batches_are_fixed_and_never_trained_on(corpus):
     for options in ({"lengths": (8, 120)}, {}):
         step = next(loader(corpus, **options).eval_batches(1))
         assert sum(batch.num_tokens for batch in step) * step[0].loss_scale == pytest.approx(1)
-    with pytest.raises(UsageError, match="nothing is held out; a held-out share above 0 would do"):
+    with pytest.raises(UsageError, match="nothing is held out; use a held-out share above 0"):
         next(loader(corpus, held_out=0.0).eval_batches(1))
 
 
@@ -160,35 +160,35 @@ def test_resume_with_other_data_is_refused(corpus):
     with pytest.raises(UsageError) as error:
         loader(corpus, seed=1).load_state_dict(state)
     assert str(error.value) == (
-        "batch: seed is 1, but was 0 when the checkpoint was saved; the same value would do"
+        "batch: seed is 1, but was 0 when the checkpoint was saved; use the same value"
     )
     with pytest.raises(UsageError) as error:
         data.load_state_dict(state | {"corpus": "another"})
     assert str(error.value) == (
         f"data: {corpus.stats.source} is not the text that the checkpoint was trained on; "
-        "the same files and vocabulary would do"
+        "use the same files and vocabulary"
     )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context": 0}, "batch: the context is 0; at least 1 would do"),
-        ({"context": None}, "batch: either a context or a range of lengths would do"),
+        ({"context": 0}, "batch: the context is 0; use at least 1"),
+        ({"context": None}, "batch: use either a context or a range of lengths"),
         (
             {"context": None, "lengths": (9, 8)},
-            "batch: lengths 9:8; low:high with 1 <= low <= high would do",
+            "batch: lengths 9:8; use low:high with 1 <= low <= high",
         ),
-        ({"sequences": 0}, "batch: 0 sequences a step; at least 1 would do"),
+        ({"sequences": 0}, "batch: 0 sequences a step; use at least 1"),
         (
             {"sequences": 3},
-            "batch: 3 sequences cannot fill 4 micro-batches; at least 4 sequences, or at most 3 "
-            "micro-batches, would do",
+            "batch: 3 sequences cannot fill 4 micro-batches; use at least 4 sequences, or at most "
+            "3 micro-batches",
         ),
         (
             {"max_tokens": 20},
-            "batch: a sequence of 64 tokens exceeds the limit of 20 a micro-batch; sequences of at "
-            "most 20, or a limit of at least ",
+            "batch: a sequence of 64 tokens exceeds the limit of 20 a micro-batch; use sequences "
+            "of at most 20, or a limit of at least ",
         ),
     ],
 )
@@ -203,9 +203,7 @@ def test_too_little_text_is_the_users_error(tmp_path):
     path.write_text("a")
     with pytest.raises(UsageError) as error:
         loader(load_corpus(str(path), vocab_size=300, cache=tmp_path))
-    assert str(error.value) == (
-        f"data: {path} leaves 0 tokens for training; a longer text would do"
-    )
+    assert str(error.value) == (f"data: {path} leaves 0 tokens for training; use a longer text")
     path.write_text("abcd")
     tiny = load_corpus(str(path), vocab_size=300, cache=tmp_path)
     assert sum(batch.num_tokens for batch in loader(tiny).batch(1)) == 48  # one piece, repeated
@@ -213,7 +211,7 @@ def test_too_little_text_is_the_users_error(tmp_path):
         loader(tiny, lengths=(1, 9))
     assert str(error.value) == (
         f"data: {path} leaves 3 tokens for training, too few for lengths 1:9; "
-        "a longer text, or lengths up to 2, would do"
+        "use a longer text, or lengths up to 2"
     )
 
 

@@ -156,33 +156,33 @@ def test_padded_keeps_the_given_order_and_buckets_sort():
         (
             [5] * 3,
             {"microbatches": 4},
-            "batch: 3 sequences cannot fill 4 micro-batches; at least 4 sequences, or at most 3 "
-            "micro-batches, would do",
+            "batch: 3 sequences cannot fill 4 micro-batches; use at least 4 sequences, or at most "
+            "3 micro-batches",
         ),
         (
             [5] * 3,
             {"microbatches": 2, "dp": 4},
             "batch: 3 sequences cannot fill 4 data-parallel ranks x 2 micro-batches; "
-            "at least 8 sequences would do",
+            "use at least 8 sequences",
         ),
-        ([5], {"microbatches": 0}, "batch: microbatches is 0; at least 1 would do"),
-        ([5, 0], {"microbatches": 1}, "batch: a sequence of 0 tokens; at least 1 would do"),
+        ([5], {"microbatches": 0}, "batch: microbatches is 0; use at least 1"),
+        ([5, 0], {"microbatches": 1}, "batch: a sequence of 0 tokens; use at least 1"),
         (
             [5],
             {"microbatches": 1, "policy": "sorted"},
-            "batch: policy 'sorted' is unknown; one of packed, buckets, padded would do",
+            "batch: policy 'sorted' is unknown; use one of packed, buckets, padded",
         ),
         (
             [5, 99],
             {"microbatches": 2, "align": 4, "max_tokens": 50},
             "batch: a sequence of 100 tokens exceeds the limit of 50 a micro-batch; "
-            "sequences of at most 48, or a limit of at least 100 would do",
+            "use sequences of at most 48, or a limit of at least 100",
         ),
         (
             [40, 40, 40],
             {"microbatches": 2, "max_tokens": 50},
             "batch: a micro-batch of 80 tokens (packed) exceeds the limit of 50 a micro-batch; "
-            "more micro-batches than 2, fewer sequences than 3, or a limit of at least 80 would do",
+            "use more micro-batches than 2, fewer sequences than 3, or a limit of at least 80",
         ),
     ],
 )

@@ -138,7 +138,7 @@ def test_rounds_hold_no_more_than_the_slots():
 @pytest.mark.parametrize(
     "ask, said",
     [
-        ({"slots": 0}, "0 slots; a layer has 6 experts, 1 to 6 would do"),
+        ({"slots": 0}, "0 slots; a layer has 6 experts, use 1 to 6"),
         ({"slots": 7}, "7 slots; a layer has 6 experts"),
         ({"slots": 2, "policy": "fifo"}, "policy 'fifo'; it is one of lru, lfu, least-stale"),
         ({"slots": 2, "folder": "/proc/nothing"}, "cannot be written"),

@@ -203,7 +203,7 @@ def test_a_wrong_weight_is_noticed():
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
-        ({"attention_dropout": 0.5}, "attention_dropout is 0.5; 0.0 would do"),
+        ({"attention_dropout": 0.5}, "attention_dropout is 0.5; use 0.0"),
         ({"use_sliding_window": True, "sliding_window": 8}, "sliding_window is"),
         ({"rope_parameters": {**YARN, "rope_type": "dynamic"}}, "'rope_type'] is 'dynamic'"),
         ({"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor'] is"),

@@ -110,22 +110,22 @@ def test_describe_shows_both_factorisations() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Layout(tp=0), "tp is 0; an integer of at least 1 would do"),
-        (lambda: Layout(tp=4, ep=3), "with etp 1, ep 1, 2 or 4 would"),
-        (lambda: Layout(tp=2, etp=4), "with ep 1, etp 1 or 2 would"),
-        (lambda: Layout(dp=2, ep=4, etp=3), "a product of 1 or 2 would"),
-        (lambda: Layout(dp=4, ep=4).validate(num_experts=6), "ep 1, 2, 3 or 6 would"),
-        (lambda: Layout(pp=4).validate(num_layers=6), "pp 1, 2, 3 or 6 would"),
+        (lambda: Layout(tp=0), "tp is 0; use an integer of at least 1"),
+        (lambda: Layout(tp=4, ep=3), "use ep 1, 2 or 4 with etp 1"),
+        (lambda: Layout(tp=2, etp=4), "use etp 1 or 2 with ep 1"),
+        (lambda: Layout(dp=2, ep=4, etp=3), "use a product of 1 or 2"),
+        (lambda: Layout(dp=4, ep=4).validate(num_experts=6), "use ep 1, 2, 3 or 6"),
+        (lambda: Layout(pp=4).validate(num_layers=6), "use pp 1, 2, 3 or 6"),
         (
             lambda: Layout(pp=2).validate(num_layers=6, virtual_stages=2),
-            "pp 2 x 2 virtual stages does not divide 6 layers; pp 1 or 3 would",
+            "pp 2 x 2 virtual stages does not divide 6 layers; use pp 1 or 3",
         ),
         (lambda: Layout(tp=3).validate(num_heads=4), "tp 3 does not divide 4 attention heads"),
         (lambda: Layout(tp=4).validate(num_kv_heads=2), "4 does not divide 2 key-value heads"),
-        (lambda: Layout(dp=2, etp=2).validate(d_ff=3), "etp 1 or 3 would"),
-        (lambda: Layout(tp=2, pp=2).validate(world=8), "8 were started; dp 2 would do"),
-        (lambda: Layout(tp=2, pp=2).validate(world=6), "6 were started; 4 ranks would do"),
-        (lambda: Layout(tp=8).validate(vocab_size=5), "tp 5 or less would do"),
+        (lambda: Layout(dp=2, etp=2).validate(d_ff=3), "use etp 1 or 3"),
+        (lambda: Layout(tp=2, pp=2).validate(world=8), "8 were started; use dp 2"),
+        (lambda: Layout(tp=2, pp=2).validate(world=6), "6 were started; use 4 ranks"),
+        (lambda: Layout(tp=8).validate(vocab_size=5), "use tp 5 or less"),
     ],
 )
 def test_layouts_that_do_not_divide_say_what_would(make, message: str) -> None:

@@ -105,7 +105,7 @@ def test_a_calibration_of_another_release(capsys):
 
 def test_planning_for_this_machine(capsys):
     assert main(["plan", "--preset", "tiny", "--here", "2"]) == 2
-    assert "plan --calibrate would do it" in capsys.readouterr().err
+    assert "run moekernels plan --calibrate" in capsys.readouterr().err
     cal.store().parent.mkdir(parents=True)
     cal.store().write_text(json.dumps(FOUND))
     assert main(["plan", "--preset", "tiny", "--here", "2", "--json"]) == 0

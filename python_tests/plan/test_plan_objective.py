@@ -152,14 +152,14 @@ def test_flags_of_it_all(capsys):
 
 
 BAD = {
-    "loads = [1.0, 2.0]": r"workload.loads: layer 1 has 2 loads; one for each of 64 experts",
+    "loads = [1.0, 2.0]": r"workload.loads: layer 1 has 2 loads; use one for each of 64 experts",
     "loads = [-1.0]": r"layer 1 has 1 loads",
     f"loads = {[0.0] * 64}": r"layer 1 has no row at all",
     f"loads = {[-1.0] * 64}": r"a load that is no number from 0",
     'zipf = 1.0\nloads_from = "x"': r"zipf and loads_from both say",
     'loads_from = "/nowhere"': r"loads_from /nowhere: cannot be read",
     "zipf = -1": r"workload.zipf must be at least 0",
-    "lengths = [0]": r"workload.lengths has 0; from 1 would do",
+    "lengths = [0]": r"workload.lengths has 0; use lengths from 1",
     'lengths_from = "/nowhere"': r"cannot be read",
     '[objective]\nbest = "speed"': r"objective.best is 'speed': ",
     "[objective]\nat_least = -1": r"objective.at_least must be at least 0",
