@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moekernels import ops
+from moekernels import ops, reference
 from moekernels.errors import UsageError
 from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.home import Home
@@ -101,25 +101,10 @@ class Router(nn.Module):
         ids = hook(self.layer, logits.detach(), out.ids)
         if ids is None or torch.equal(ids, out.ids):
             return out
-        weights = self._weights_of(logits, ids)
+        c = self.config
+        weights, *_ = reference.gate_sums(logits, ids, c.score, c.renormalize, c.scale, None)
         counts = _counts(ids, logits.shape[1], segments)
         return out._replace(weights=weights, ids=ids, counts=counts)
-
-    def _weights_of(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """What the gate's weights are for a given choice ids [T, K]."""
-        score, used = self.config.score, ids >= 0
-        if score == "softmax":
-            scores = torch.softmax(logits, -1)
-        elif score == "softmax_topk":
-            scores = logits
-        else:
-            scores = torch.sigmoid(logits) if score == "sigmoid" else F.softplus(logits).sqrt()
-        weights = scores.gather(1, ids.clamp_min(0).long())
-        if score == "softmax_topk":
-            weights = torch.softmax(weights, -1)
-        if self.config.renormalize:
-            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
-        return torch.where(used, weights * self.config.scale, 0)
 
 
 def _counts(ids: Tensor, num_experts: int, segments: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from moekernels.assembly import DTYPES
 from moekernels.data.batch import MicroBatch
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.layout import Layout
@@ -24,7 +25,6 @@ from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.optimizer import AdamWConfig, Optimizer
 
 MOST_RANKS = 16  # as many as the samples have experts
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from moekernels import jsonio
-from moekernels.errors import UsageError
+from moekernels import files, jsonio
+from moekernels.errors import RunError, UsageError
 from moekernels.parallel.optimizer import AdamWConfig
 from moekernels.run import files as cfg
 from moekernels.run.sections import SECTIONS
@@ -109,11 +109,12 @@ def identity(folder: Path) -> str | None:
 
 
 def write_identity(folder: Path, value: str) -> None:
-    text, partial = jsonio.dumps({"id": value}) + "\n", folder / f".new-{RUN}"
-    with shards.writing(partial, len(text)):
+    path, text = folder / RUN, jsonio.dumps({"id": value}) + "\n"
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / RUN)
+        files.write(path, text)
+    except OSError as error:
+        raise RunError(shards.no_room(path, error, len(text))) from error
 
 
 # What a checkpoint may go on under with another value, and a word is due; the rest of [model]
