@@ -102,7 +102,8 @@ def load_corpus(
         given = Tokenizer.load(tokenizer)
         if given.vocab_size > vocab_size:
             raise UsageError(
-                f"{tokenizer}: {given.vocab_size} entries, but the vocabulary has {vocab_size}"
+                f"{tokenizer}: {given.vocab_size} entries, but the vocabulary has {vocab_size}; "
+                f"give --vocab-size {given.vocab_size}"
             )
         known = _open(root / f"corpus-{_hash(key)}")  # of the same release, as a rule
         if isinstance(known, Corpus) and known.identity == _identity(text, given):

@@ -17,6 +17,7 @@ from moekernels.data.sources import (
     TextFile,
     Unfit,
     is_jsonl,
+    is_packed,
     open_file,
     refuse_if_named,
     unreadable,
@@ -77,7 +78,7 @@ class Documents:
             if len(self._open) == _OPEN_FILES:
                 self._open.pop(next(iter(self._open))).close()
             handle = self._open[index] = open_file(self.files[index])
-            if _state(handle) != self.states[index]:
+            if _state(self.files[index], handle) != self.states[index]:
                 raise UsageError(
                     f"data: {self.files[index].path} was changed while it was read; start again "
                     "when nobody writes to it"
@@ -96,7 +97,7 @@ def survey(
     for index, one in enumerate(files):
         try:
             with open_file(one) as handle:
-                states[index] = _state(handle)
+                states[index] = _state(one, handle)
                 found = _rows(handle, field) if is_jsonl(one.path) else [(0, _inspect(handle))]
         except (Unfit, OSError) as error:
             fault = error if isinstance(error, Unfit) else unreadable(error)
@@ -115,8 +116,8 @@ def survey(
     return Documents(files, field, *columns, skipped, states)
 
 
-def _state(handle: BinaryIO) -> tuple[int, int]:
-    status = os.fstat(handle.fileno())
+def _state(file: TextFile, handle: BinaryIO) -> tuple[int, int]:
+    status = os.stat(file.path) if is_packed(file.path) else os.fstat(handle.fileno())
     return status.st_size, status.st_mtime_ns
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
+import shutil
 import sysconfig
+import tempfile
+import zlib
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -15,6 +19,7 @@ from moekernels.errors import UsageError
 
 STDLIB = "stdlib"
 JSONL = (".jsonl", ".ndjson")
+PACKED = (".gz", ".zst")
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 REMEDY = "name a UTF-8 text file, a directory of them, a .jsonl file, or stdlib"
 
@@ -37,8 +42,13 @@ class Unfit(Exception):
         self.reason, self.detail = reason, detail
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a file is compressed, by its name."""
+    return path.suffix.lower() in PACKED
+
+
 def is_jsonl(path: Path) -> bool:
-    return path.suffix.lower() in JSONL
+    return (path.with_suffix("") if is_packed(path) else path).suffix.lower() in JSONL
 
 
 def list_files(source: str | Sequence[str]) -> list[TextFile]:
@@ -141,10 +151,55 @@ def open_file(file: TextFile) -> BinaryIO:
     try:
         if file.path.exists() and not file.path.is_file():  # reading a pipe would hang
             raise Unfit("not a regular file")
-        return open(file.path, "rb")
+        return _unpacked(file.path) if is_packed(file.path) else open(file.path, "rb")
     except FileNotFoundError:
         raise Unfit("missing") from None
     except OSError as error:
         raise unreadable(error) from None
     except ValueError as error:  # a zero byte in the name
         raise Unfit("no file", f" ({error})") from None
+
+
+def _unpacked(path: Path) -> BinaryIO:
+    """What a compressed file holds, as a file without a name: documents are read in any order."""
+    unpack = _gunzip if path.suffix.lower() == ".gz" else _unzstd
+    out = tempfile.TemporaryFile()  # noqa: SIM115, whoever reads it closes it
+    try:
+        unpack(path, out)
+    except BaseException:
+        out.close()
+        raise
+    out.seek(0)
+    return out
+
+
+def _gunzip(path: Path, out: BinaryIO) -> None:
+    try:
+        with gzip.open(path, "rb") as packed:
+            shutil.copyfileobj(packed, out, 1 << 20)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise Unfit("damaged", f" ({error})") from None
+
+
+def _unzstd(path: Path, out: BinaryIO) -> None:
+    try:
+        import zstandard
+    except ImportError:
+        raise UsageError(
+            f"data: {path} needs a package that is not here: pip install zstandard"
+        ) from None
+    # Frame by frame: the library's own reader takes a file that is cut short for a whole one.
+    whole, one = True, zstandard.ZstdDecompressor().decompressobj()
+    try:
+        with open(path, "rb") as packed:
+            data = packed.read(1 << 20)
+            while data:
+                out.write(one.decompress(data))
+                whole, data = one.eof, one.unused_data if one.eof else b""
+                if one.eof:
+                    one = zstandard.ZstdDecompressor().decompressobj()
+                data = data or packed.read(1 << 20)
+    except zstandard.ZstdError as error:
+        raise Unfit("damaged", f" ({error})") from None
+    if not whole:
+        raise Unfit("damaged", " (it is cut short)")

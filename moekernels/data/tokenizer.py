@@ -43,6 +43,16 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
+def find_tokenizer(name: str) -> Path:
+    """The tokenizer.json that a user names, or that lies in the folder that he names; UsageError
+    where there is none."""
+    path = Path(name)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError(f"--tokenizer {name}: {path} is no file; give a tokenizer.json")
+    return path
+
+
 class Tokenizer:
     """A vocabulary: one that was trained here, or a Hugging Face tokenizer.
 

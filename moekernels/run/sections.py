@@ -20,7 +20,15 @@ class BatchSection:
     """[batch]: what one optimiser step reads."""
 
     data: str = key(
-        "stdlib", "a text file, a directory or a .jsonl file; stdlib: Python's own library sources"
+        "stdlib",
+        "a text file, a directory or a .jsonl file, also .gz or .zst; stdlib: Python's own library "
+        "sources",
+    )
+    text_field: str = key("text", "key of a .jsonl row that holds its text")
+    tokenizer: str = key(
+        "",
+        "a Hugging Face tokenizer.json, or its folder; empty: one learned from the text, or the "
+        "one of the weights that a run begins with",
     )
     sequences: int = key(128, "sequences of a step, over all data-parallel ranks", low=1, high=MOST)
     lengths: str = key(

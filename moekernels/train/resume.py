@@ -158,6 +158,11 @@ def compare(path: Path, facts: dict, run: cfg.RunConfig, tune: bool = False) -> 
                     f"{path}: the checkpoint was saved with model.{key} = {before[key]!r}, this "
                     f"run has {now[key]!r}; give the same model, or another --out"
                 )
+            if key == "tokenizer":
+                raise UsageError(
+                    f"{path}: the checkpoint was saved with {flag} {before[key]!r}, this run has "
+                    f"{now[key]!r}; a run keeps its tokens: leave it out, or give another --out"
+                )
             if section == "layout" or key in TOLD_APART.get(section, ()):
                 continue
             notes.append(

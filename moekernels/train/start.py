@@ -151,12 +151,18 @@ def _corpus(
     """The run's text in the tokens that the run's folder keeps; UsageError where it cannot be
     cut into the batches that are asked for, or is another than the checkpoint's."""
     from moekernels.data.corpus import load_corpus
+    from moekernels.data.tokenizer import find_tokenizer
 
     kept = folder.path / TOKENIZER
-    tokenizer = kept if found.path and kept.exists() else begin and begin.tokenizer
+    tokenizer = begin and begin.tokenizer
+    if found.path and kept.exists():
+        tokenizer = kept
+    elif run.batch.tokenizer:
+        tokenizer = find_tokenizer(run.batch.tokenizer)
     corpus = load_corpus(
         run.batch.data,
         vocab_size=run.model.vocab_size,
+        text_field=run.batch.text_field,
         log=print if speaks else None,
         tokenizer=tokenizer,
     )
