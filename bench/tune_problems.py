@@ -156,17 +156,17 @@ def problems(layer: Layer, device: str) -> Iterator[Problem]:
     x, a, dy = normal(rows, h), normal(rows, f), normal(rows, h)
     w1, w2 = normal(e, 2 * f, h, scale=h**-0.5), normal(e, h, f, scale=f**-0.5)
     kept, weights = normal(rows, 2 * f), torch.rand(rows, device=device)
-    style = ("swiglu", 1.702, 7.0, False, False)
+    style = ("swiglu", 1.702, 7.0, False, False, False)
+    ffn = (x, weights, w1, w2, offsets, None, None, None, *style)
 
     def down() -> Tensor:
         return raw._grouped_gemm(a, w2, offsets, False)
 
     def both() -> Tensor:
-        return raw._experts(x, weights, w1, w2, offsets, None, None, None, *style, True)[1]
+        return raw._experts(*ffn, True)[1]
 
     def dact() -> Tensor:
-        arguments = (x, weights, w1, w2, offsets, None, None, None)
-        return raw._experts_dact(dy, kept, *arguments, *style, False, False)[0]
+        return raw._experts_dact(*ffn, dy, kept, False, False)[0]
 
     def dgrad() -> Tensor:
         return raw._grouped_gemm(kept, w1, offsets, True)

@@ -1,14 +1,13 @@
 """Every op in plain torch: obvious, any device, any float dtype, differentiable by autograd.
 
-These functions say what an op means. The kernels of `moekernels.ops` are held to them (in fp64)
-by the contract test,
-and nothing here is tuned. Legend: T tokens, H hidden, F expert hidden, E experts, e local
-experts, K top-k, R routed rows,
-P peers, S segments.
+These functions say what an op means. The kernels of `moekernels.ops` are held to them (in fp64) by
+the contract test, and nothing here is tuned. Legend: T tokens, H hidden, F expert hidden, E
+experts, e local experts, K top-k, R routed rows, P peers, S segments.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,18 +51,15 @@ def gate(
 ) -> GateOutput:
     """logits [T, E] -> weights and ids [T, K], and the sums that the auxiliary losses are made
     of."""
-    scores = _scores(_wide(logits), score)
+    scores = _known(SCORES, "score", score)(_wide(logits))
+    rank_of = _known(GROUP_SCORES, "group_score", group_score)
     tokens, experts = scores.shape
 
     # Choice: the bias moves it, the weights never see the bias.
     choice = scores.detach() if bias is None else scores.detach() + bias.to(scores.dtype)
     if num_groups > 1:
         grouped = choice.view(tokens, num_groups, experts // num_groups)
-        if group_score == "max":
-            rank = grouped.amax(-1)
-        else:
-            rank = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
-        order = rank.sort(dim=-1, descending=True, stable=True).indices[:, :groups_kept]
+        order = rank_of(grouped).sort(dim=-1, descending=True, stable=True).indices[:, :groups_kept]
         kept = (order[:, :, None] == torch.arange(num_groups, device=order.device)).any(1)
         choice = grouped.masked_fill(~kept[:, :, None], -torch.inf).view(tokens, experts)
     ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]  # ties: smaller id
@@ -76,13 +72,24 @@ def gate(
     return GateOutput(weights, ids.int(), score_sum, counts, z_sum)
 
 
-def _scores(x: Tensor, score: str) -> Tensor:
-    """What experts are chosen by. softmax_topk: the logits; its softmax is over those chosen."""
-    if score == "softmax":
-        return torch.softmax(x, dim=-1)
-    if score == "softmax_topk":
-        return x
-    return torch.sigmoid(x) if score == "sigmoid" else torch.sqrt(F.softplus(x))
+# What experts are chosen by, of logits. softmax_topk: the logits; its softmax is over those chosen.
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda x: torch.softmax(x, dim=-1),
+    "softmax_topk": lambda x: x,
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda x: torch.sqrt(F.softplus(x)),
+}
+# What a group ranks by, of its experts' choice scores.
+GROUP_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": lambda x: x.amax(-1),
+    "sum2": lambda x: x.topk(min(2, x.shape[-1]), dim=-1).values.sum(-1),
+}
+
+
+def _known(register: dict[str, Callable], argument: str, name: str) -> Callable:
+    if name not in register:
+        raise ValueError(f"{argument} must be {'|'.join(register)}, got {name!r}")
+    return register[name]
 
 
 def _bounds(segments: Tensor | None, tokens: int) -> list[tuple[int, int]]:
@@ -102,7 +109,7 @@ def gate_sums(
     [T, K], score_sum [S, E] and z_sum [S]."""
     valid = ids[:, :1] >= 0
     x = torch.where(valid, _wide(logits), 0)
-    scores = _scores(x, score)
+    scores = _known(SCORES, "score", score)(x)
     if score in ("softmax", "softmax_topk"):  # the losses see the full softmax
         normalised = torch.softmax(x, dim=-1)
     else:
@@ -255,7 +262,26 @@ def grouped_gemm_wgrad(
     return wide.to(rows.dtype) if out is None else out.add_(wide)
 
 
-GATED = ("swiglu", "geglu", "reglu", "swiglu_oai", "swiglu_clamped")
+def _swiglu_oai(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)  # gpt-oss
+
+
+# The expert's nonlinearities: of gate, up, alpha and limit; and of h alone.
+GATED: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
+    "swiglu": lambda gate, up, alpha, limit: F.silu(gate) * up,
+    "geglu": lambda gate, up, alpha, limit: F.gelu(gate) * up,
+    "reglu": lambda gate, up, alpha, limit: F.relu(gate) * up,
+    "swiglu_oai": _swiglu_oai,
+    "swiglu_clamped": lambda gate, up, alpha, limit: (
+        F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+    ),
+}
+UNGATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu2": lambda h: F.relu(h).square(),
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
 
 
 def activate(
@@ -268,25 +294,11 @@ def activate(
 ) -> Tensor:
     """The expert's nonlinearity: h [R, 2F] = [gate, up] (interleaved: gate and up alternate), or
     [R, F] ungated."""
-    if activation == "relu2":
-        return F.relu(h).square()
-    if activation == "silu":
-        return F.silu(h)
-    if activation == "gelu":
-        return F.gelu(h)
-    if activation not in GATED:
-        raise ValueError(f"unknown activation {activation!r}")
+    if activation in UNGATED:
+        return UNGATED[activation](h)
+    act = _known(GATED, "activation", activation)
     gate_, up = (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=-1)
-    if activation == "swiglu":
-        return F.silu(gate_) * up
-    if activation == "geglu":
-        return F.gelu(gate_) * up
-    if activation == "reglu":
-        return F.relu(gate_) * up
-    gate_, up = gate_.clamp(max=limit), up.clamp(-limit, limit)
-    if activation == "swiglu_clamped":
-        return F.silu(gate_) * up
-    return gate_ * torch.sigmoid(alpha * gate_) * (up + 1)  # gpt-oss
+    return act(gate_, up, alpha, limit)
 
 
 def experts(

@@ -9,17 +9,24 @@
 namespace moekernels::cpu::MOEKERNELS_ISA {
 namespace {
 
-constexpr int64_t kColumns =
-    256;  // of C at a time: as many of F for dact, half as many gated for up
+// Columns of C at a time, as the blocks of a product are cut: as many of F for dact, half as many
+// where each has a gate and an up.
+constexpr int64_t kColumns = 256;
+static_assert(kColumns % kDWeightsColumns == 0, "a block of dact holds whole parts of <da, a>");
 
-struct Shape {
-  int64_t gates;  // 2 gated, 1 not
-  int64_t width;  // G = gates * F
+// How h [G] lies: gate and up alternate (interleaved), or all of up follows all of gate, or there
+// is no up.
+struct HLayout {
+  bool gated, interleaved;
+  int64_t ffn;
+
+  explicit HLayout(const ExpertsArgs& args)
+      : gated(is_gated(args.activation)), interleaved(gated && args.interleaved), ffn(args.ffn) {}
+  int64_t gates() const { return gated ? 2 : 1; }
+  int64_t width() const { return gates() * ffn; }
+  // Where the gate of F's column j lies in a row.
+  int64_t at(int64_t j) const { return interleaved ? 2 * j : j; }
 };
-Shape shape_of(const ExpertsArgs& args) {
-  const int64_t gates = is_gated(args.activation) ? 2 : 1;
-  return {gates, gates * args.ffn};
-}
 
 template <class T>
 inline const T* row_at(const void* data, int64_t row, int64_t width) {
@@ -50,18 +57,34 @@ inline Operand rows_of(const ExpertsArgs& args, const void* data, int64_t first,
       .gather = gather};
 }
 
-inline bool is_used(const ExpertsArgs& args, int64_t row) {
+template <class Args>
+inline bool is_used(const Args& args, int64_t row) {
   return args.token_of == nullptr || (args.token_of[row] >= 0 && args.token_of[row] < args.tokens);
 }
 
-// Gate and up apart, whatever their layout in h.
+// Columns of gate and of up, apart.
 template <class S>
 struct Halves {
   alignas(64) S gate[kColumns];
   alignas(64) S up[kColumns];
 };
 
-// h[j..] (+ bias) rounded to T, written to `keep` where h is kept, and left in `out`.
+template <class T, class S = Wide<T>>
+inline void split(const T* pairs, Halves<S>& halves, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) {
+    halves.gate[j] = to_wide(pairs[2 * j]);
+    halves.up[j] = to_wide(pairs[2 * j + 1]);
+  }
+}
+template <class T, class S = Wide<T>>
+inline void join(const Halves<S>& halves, T* pairs, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) {
+    pairs[2 * j] = from_wide<T>(halves.gate[j]);
+    pairs[2 * j + 1] = from_wide<T>(halves.up[j]);
+  }
+}
+
+// h (+ bias) rounded to T, written to `keep` where h is kept, and left in `out`.
 template <class T, class S = Wide<T>>
 inline void round_row(const S* c, const T* bias, T* keep, S* out, int64_t count) {
   for_vectors<S>(count, [&](int64_t j, auto n) {
@@ -74,68 +97,94 @@ inline void round_row(const S* c, const T* bias, T* keep, S* out, int64_t count)
   });
 }
 
+// The block of h's product in C: gate and up as they lie in h, or, where they lie far apart there,
+// side by side, each `columns` wide.
+template <class S>
+struct UpBlock {
+  S* c;
+  int64_t ldc, first, columns;  // F's columns [first, first + columns)
+
+  const S* gate(const HLayout& layout, int64_t row, int64_t j) const {
+    return c + row * ldc + layout.at(j - first);
+  }
+};
+
+// A row's columns [j, j + count) of F: h rounded as it is kept, and gate and up of it apart.
+template <class T, class S = Wide<T>>
+inline void round_h(const HLayout& layout, const UpBlock<S>& block, int64_t row, int64_t j,
+                    int64_t count, const T* bias, T* h, Halves<S>& halves) {
+  const auto round = [&](const S* from, int64_t column, S* out, int64_t width) {
+    round_row<T>(from, bias ? bias + column : nullptr, h ? h + column : nullptr, out, width);
+  };
+  const S* gate = block.gate(layout, row, j);
+  if (layout.interleaved) {
+    alignas(64) S pairs[kColumns];
+    round(gate, 2 * j, pairs, 2 * count);
+    for (int64_t i = 0; i < count; ++i) {
+      halves.gate[i] = pairs[2 * i];
+      halves.up[i] = pairs[2 * i + 1];
+    }
+    return;
+  }
+  round(gate, j, halves.gate, count);
+  if (layout.gated) round(gate + block.columns, layout.ffn + j, halves.up, count);
+}
+
+template <Activation kind, class T, class S = Wide<T>>
+inline void activate_row(const ExpertsArgs& of, const Halves<S>& h, T* a, int64_t count) {
+  for_vectors<S>(count, [&](int64_t j, auto n) {
+    const auto activated =
+        activate<kind, Math<S>>(load(h.gate + j), load(h.up + j), S(of.alpha), S(of.limit));
+    store(a + j, activated.a, n);
+  });
+}
+
 template <class T>
 void up(const ExpertsUpArgs& args, int64_t worker, int64_t workers) {
   using S = Wide<T>;
   const ExpertsArgs& of = args.of;
-  const Shape shape = shape_of(of);
+  const HLayout layout(of);
   const Engine& engine = engine_for(of.dtype);
   Workspace& workspace = Workspace::mine();
   workspace.reset();
   const auto extent = [&](int64_t e) {
     return Extent{.m = of.offsets[e + 1] - of.offsets[e], .n = of.ffn, .k = of.hidden};
   };
-  for_blocks(engine, of.experts, kColumns / shape.gates, of.transposed, worker, workers, extent,
+  const int64_t slice = kColumns / layout.gates();
+  for_blocks(engine, of.experts, slice, of.transposed, worker, workers, extent,
              [&](int64_t e, const Block& block) {
-    const int64_t first = of.offsets[e], rows = block.m1 - block.m0, columns = block.n1 - block.n0;
-    const int64_t ldc = shape.gates * columns;
-    S* c = static_cast<S*>(workspace.block(engine, rows * ldc));
+    const int64_t first = of.offsets[e], columns = block.n1 - block.n0;
+    const int64_t ldc = layout.gates() * columns;
+    S* c = static_cast<S*>(workspace.block(engine, (block.m1 - block.m0) * ldc));
     const Operand a = rows_of(of, of.x, first, of.hidden, of.token_of != nullptr);
-    const Operand b = weights_of(of, of.w1, e, shape.width, of.hidden, true);
-    const bool apart = shape.gates == 2 && !of.interleaved;  // gate and up columns lie F apart
-    const auto product = [&](int64_t n0, int64_t count, S* to) {
-      workspace.multiply(engine, a, b, {block.m0, block.m1, n0, n0 + count}, of.hidden, to, ldc,
-                         Store::set);
+    const Operand b = weights_of(of, of.w1, e, layout.width(), of.hidden, true);
+    const auto multiply = [&](int64_t n0, int64_t count, S* to) {
+      workspace.multiply(engine, {.a = a,
+                                  .b = b,
+                                  .block = {block.m0, block.m1, n0, n0 + count},
+                                  .depth = of.hidden,
+                                  .c = to,
+                                  .ldc = ldc});
     };
-    if (apart) {
-      product(block.n0, columns, c);
-      product(of.ffn + block.n0, columns, c + columns);
+    if (layout.gated && !layout.interleaved) {
+      multiply(block.n0, columns, c);
+      multiply(of.ffn + block.n0, columns, c + columns);
     } else {
-      product(shape.gates * block.n0, ldc, c);
+      multiply(layout.at(block.n0), ldc, c);
     }
-    const T* bias = of.b1 ? row_at<T>(of.b1, e, shape.width) : nullptr;
+    const UpBlock<S> product{.c = c, .ldc = ldc, .first = block.n0, .columns = columns};
+    const T* bias = of.b1 ? row_at<T>(of.b1, e, layout.width()) : nullptr;
     with_activation(of.activation, [&](auto kind) {
       Halves<S> halves{};
-      alignas(64) S both[kColumns];
-      for (int64_t n0 = block.n0; n0 < block.n1; n0 += kColumns / shape.gates) {
-        const int64_t count = std::min(block.n1 - n0, kColumns / shape.gates);
-        for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = block.n0; j < block.n1; j += slice) {
+        const int64_t count = std::min(block.n1 - j, slice);
+        for (int64_t r = 0; r < block.m1 - block.m0; ++r) {
           const int64_t row = first + block.m0 + r;
-          T* h = args.h ? row_at<T>(args.h, row, shape.width) : nullptr;
-          const S* gate = c + r * ldc + (apart ? 1 : shape.gates) * (n0 - block.n0);
-          const auto round = [&](const S* from, int64_t column, S* out, int64_t width) {
-            round_row<T>(from, bias ? bias + column : nullptr, h ? h + column : nullptr, out,
-                         width);
-          };
-          if (shape.gates == 1 || apart) {
-            round(gate, n0, halves.gate, count);
-            if (apart) round(gate + columns, of.ffn + n0, halves.up, count);
-          } else {
-            round(gate, 2 * n0, both, 2 * count);
-            for (int64_t j = 0; j < count; ++j) {
-              halves.gate[j] = both[2 * j];
-              halves.up[j] = both[2 * j + 1];
-            }
-          }
+          T* h = args.h ? row_at<T>(args.h, row, layout.width()) : nullptr;
+          round_h<T>(layout, product, r, j, count, bias, h, halves);
           if (args.a == nullptr) continue;
-          T* out = row_at<T>(args.a, row, of.ffn) + n0;
-          for_vectors<S>(count, [&](int64_t j, auto n) {
-            store(out + j,
-                  activate<decltype(kind)::value, Math<S>>(
-                      load(halves.gate + j), load(halves.up + j), S(of.alpha), S(of.limit))
-                      .a,
-                  n);
-          });
+          activate_row<decltype(kind)::value, T>(of, halves, row_at<T>(args.a, row, of.ffn) + j,
+                                                 count);
         }
       }
     });
@@ -156,9 +205,12 @@ void down(const ExpertsDownArgs& args, int64_t worker, int64_t workers) {
              [&](int64_t e, const Block& block) {
     const int64_t first = of.offsets[e], rows = block.m1 - block.m0, columns = block.n1 - block.n0;
     S* c = static_cast<S*>(workspace.block(engine, rows * columns));
-    const Operand a = rows_of(of, args.a, first, of.ffn, false);
-    workspace.multiply(engine, a, weights_of(of, of.w2, e, of.hidden, of.ffn, true), block, of.ffn,
-                       c, columns, Store::set);
+    workspace.multiply(engine, {.a = rows_of(of, args.a, first, of.ffn, false),
+                                .b = weights_of(of, of.w2, e, of.hidden, of.ffn, true),
+                                .block = block,
+                                .depth = of.ffn,
+                                .c = c,
+                                .ldc = columns});
     const T* bias = of.b2 ? row_at<T>(of.b2, e, of.hidden) + block.n0 : nullptr;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = first + block.m0 + r;
@@ -176,11 +228,31 @@ void down(const ExpertsDownArgs& args, int64_t worker, int64_t workers) {
             workers);
 }
 
+// From da [count], gate and up of h, which may be dh's own memory: dh, the weighted activation
+// where it is wanted, and <da, a>. P is T, or its wide type where gate and up were split.
+template <Activation kind, class T, class P, class S = Wide<T>>
+inline S activation_backward(const ExpertsArgs& of, const S* da_row, S weight, const P* gate,
+                             const P* up, P* dgate, P* dup, T* weighted_a, int64_t count) {
+  Vec<S> dot{};
+  for_vectors<S>(count, [&](int64_t j, auto n) {
+    Vec<S> u{};
+    if constexpr (is_gated(kind)) u = load(up + j, n);
+    const Vec<S> da = load(da_row + j, n);
+    const auto act = activate<kind, Math<S>>(load(gate + j, n), u, S(of.alpha), S(of.limit));
+    dot = dot + da * act.a;
+    const Vec<S> dg = da * weight * act.by_gate, du = da * weight * act.by_up;
+    store(dgate + j, dg, n);
+    if constexpr (is_gated(kind)) store(dup + j, du, n);
+    if (weighted_a != nullptr) store(weighted_a + j, weight * act.a, n);
+  });
+  return sum_lanes<S>(dot);
+}
+
 template <class T>
 void dact(const ExpertsDActArgs& args, int64_t worker, int64_t workers) {
   using S = Wide<T>;
   const ExpertsArgs& of = args.of;
-  const Shape shape = shape_of(of);
+  const HLayout layout(of);
   const Engine& engine = engine_for(of.dtype);
   Workspace& workspace = Workspace::mine();
   workspace.reset();
@@ -192,60 +264,47 @@ void dact(const ExpertsDActArgs& args, int64_t worker, int64_t workers) {
              [&](int64_t e, const Block& block) {
     const int64_t first = of.offsets[e], rows = block.m1 - block.m0, columns = block.n1 - block.n0;
     S* c = static_cast<S*>(workspace.block(engine, rows * columns));
-    const Operand a = rows_of(of, args.dy, first, of.hidden, false);
-    workspace.multiply(engine, a, weights_of(of, of.w2, e, of.hidden, of.ffn, false), block,
-                       of.hidden, c, columns, Store::set);
-    const bool interleaved = shape.gates == 2 && of.interleaved;
-    const int64_t parts_a_block = ceil_div(columns, kColumns);
+    workspace.multiply(engine, {.a = rows_of(of, args.dy, first, of.hidden, false),
+                                .b = weights_of(of, of.w2, e, of.hidden, of.ffn, false),
+                                .block = block,
+                                .depth = of.hidden,
+                                .c = c,
+                                .ldc = columns});
     with_activation(of.activation, [&](auto kind) {
       Halves<S> in{}, out{};
-      for (int64_t at = 0; at < rows * parts_a_block; ++at) {
-        const int64_t r = at % rows, n0 = block.n0 + at / rows * kColumns,
-                      count = std::min(block.n1 - n0, kColumns);
-        const int64_t row = first + block.m0 + r;
-        const T* h = row_at<T>(args.h, row, shape.width) + (interleaved ? 2 : 1) * n0;
-        T* dh = row_at<T>(args.dh, row, shape.width) + (interleaved ? 2 : 1) * n0;
-        if (interleaved) {
-          for (int64_t j = 0; j < count; ++j) {
-            in.gate[j] = to_wide(h[2 * j]);
-            in.up[j] = to_wide(h[2 * j + 1]);
-          }
-        }
-        const S weight = of.weights ? static_cast<const S*>(of.weights)[row] : S(1);
-        T* weighted = args.weighted_a ? row_at<T>(args.weighted_a, row, of.ffn) + n0 : nullptr;
-        const S* da_row = c + r * columns + n0 - block.n0;
-        Vec<S> dot{};
-        for_vectors<S>(count, [&](int64_t j, auto n) {
-          const Vec<S> g = interleaved ? load(in.gate + j, n) : load(h + j, n);
-          Vec<S> u{};
-          if (shape.gates == 2) u = interleaved ? load(in.up + j, n) : load(h + of.ffn + j, n);
-          const Vec<S> da = load(da_row + j, n);
-          const auto act = activate<decltype(kind)::value, Math<S>>(g, u, S(of.alpha), S(of.limit));
-          dot = dot + da * act.a;
-          const Vec<S> dg = da * weight * act.by_gate, du = da * weight * act.by_up;
-          if (interleaved) {
-            store(out.gate + j, dg, n);
-            store(out.up + j, du, n);
+      for (int64_t j = block.n0; j < block.n1; j += kDWeightsColumns) {
+        const int64_t count = std::min(block.n1 - j, kDWeightsColumns);
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t row = first + block.m0 + r;
+          const T* h = row_at<T>(args.h, row, layout.width()) + layout.at(j);
+          T* dh = row_at<T>(args.dh, row, layout.width()) + layout.at(j);
+          const S weight = of.weights ? static_cast<const S*>(of.weights)[row] : S(1);
+          T* weighted_a = args.weighted_a ? row_at<T>(args.weighted_a, row, of.ffn) + j : nullptr;
+          const S* da = c + r * columns + j - block.n0;
+          const auto backward = [&](const auto* gate, const auto* up, auto* dgate, auto* dup) {
+            return activation_backward<decltype(kind)::value, T>(of, da, weight, gate, up, dgate,
+                                                                 dup, weighted_a, count);
+          };
+          S dot;
+          if (layout.interleaved) {
+            split<T>(h, in, count);
+            dot = backward(in.gate, in.up, out.gate, out.up);
+            join<T>(out, dh, count);
           } else {
-            store(dh + j, dg, n);
-            if (shape.gates == 2) store(dh + of.ffn + j, du, n);
+            dot = backward(h, h + of.ffn, dh, dh + of.ffn);
           }
-          if (weighted != nullptr) store(weighted + j, weight * act.a, n);
-        });
-        if (interleaved) {
-          for (int64_t j = 0; j < count; ++j) {
-            dh[2 * j] = from_wide<T>(out.gate[j]);
-            dh[2 * j + 1] = from_wide<T>(out.up[j]);
+          if (args.dweights_parts != nullptr) {
+            static_cast<S*>(args.dweights_parts)[row * parts + j / kDWeightsColumns] = dot;
           }
-        }
-        if (args.dweights_parts != nullptr) {
-          static_cast<S*>(args.dweights_parts)[row * parts + n0 / kColumns] = sum_lanes<S>(dot);
         }
       }
     });
   });
-  zero_tail(args.dh, shape.width * size_of(of.dtype), of.offsets[of.experts], of.num_rows, worker,
-            workers);
+  const int64_t used = of.offsets[of.experts];
+  zero_tail(args.dh, layout.width() * size_of(of.dtype), used, of.num_rows, worker, workers);
+  if (args.weighted_a != nullptr) {
+    zero_tail(args.weighted_a, of.ffn * size_of(of.dtype), used, of.num_rows, worker, workers);
+  }
 }
 
 template <class T>
@@ -277,16 +336,15 @@ void dweights(const ExpertsDWeightsArgs& args, int64_t worker, int64_t workers) 
 template <class T>
 void dbias(const ExpertsDBiasArgs& args, int64_t worker, int64_t workers) {
   using S = Wide<T>;
-  const ExpertsArgs& of = args.of;
   const int64_t column_begin = args.width * worker / workers,
                 columns = args.width * (worker + 1) / workers - column_begin;
-  for (int64_t e = 0; e < of.experts; ++e) {
+  for (int64_t e = 0; e < args.experts; ++e) {
     for (int64_t j0 = 0; j0 < columns; j0 += kColumns) {
       const int64_t count = std::min(kColumns, columns - j0), column = column_begin + j0;
       alignas(64) S sum[kColumns] = {};
-      for (int64_t row = of.offsets[e]; row < of.offsets[e + 1]; ++row) {
-        if (!is_used(of, row)) continue;
-        const S weight = of.weights ? static_cast<const S*>(of.weights)[row] : S(1);
+      for (int64_t row = args.offsets[e]; row < args.offsets[e + 1]; ++row) {
+        if (!is_used(args, row)) continue;
+        const S weight = args.weights ? static_cast<const S*>(args.weights)[row] : S(1);
         const T* from = row_at<T>(args.rows, row, args.width) + column;
         for_vectors<S>(count, [&](int64_t j, auto n) {
           store(sum + j, load(sum + j) + weight * load(from + j, n));
@@ -309,7 +367,7 @@ void dbias(const ExpertsDBiasArgs& args, int64_t worker, int64_t workers) {
 void experts_up(const ExpertsUpArgs& args, int64_t worker, int64_t workers) {
   with_storage(args.of.dtype, [&]<class T>(T) { up<T>(args, worker, workers); });
   if (args.h != nullptr) {
-    zero_tail(args.h, shape_of(args.of).width * size_of(args.of.dtype),
+    zero_tail(args.h, HLayout(args.of).width() * size_of(args.of.dtype),
               args.of.offsets[args.of.experts], args.of.num_rows, worker, workers);
   }
 }
@@ -327,7 +385,7 @@ void experts_dweights(const ExpertsDWeightsArgs& args, int64_t worker, int64_t w
 }
 
 void experts_dbias(const ExpertsDBiasArgs& args, int64_t worker, int64_t workers) {
-  with_storage(args.of.dtype, [&]<class T>(T) { dbias<T>(args, worker, workers); });
+  with_storage(args.dtype, [&]<class T>(T) { dbias<T>(args, worker, workers); });
 }
 
 }  // namespace moekernels::cpu::MOEKERNELS_ISA

@@ -3,6 +3,7 @@
 #include "moekernels/gate.h"
 
 #include <cstdlib>
+#include <new>
 
 #include "topk.h"
 #include "vmath.h"
@@ -17,30 +18,38 @@ inline bool inside(int64_t i, int64_t n) {
   return static_cast<uint64_t>(i) < static_cast<uint64_t>(n);
 }
 
+// What is computed of one token, E rounded up to whole vectors, in memory that all tokens share.
 template <class W>
 struct Buffers {
-  int64_t padded;  // E rounded up to whole vectors
-  char* memory;
-  W *x, *softmax, *scores, *keys, *sums, *best, *chosen, *ranks;
-  int64_t* order;
+  int64_t padded;
+  W* x;  // the logits, widened
+  W *softmax, *scores, *keys, *dscores;
+  W *chosen_keys, *chosen, *dchosen;  // [K]
+  W *ranks, *kept_ranks;              // of groups
+  int64_t *ids, *kept_groups;         // [K], of groups
 
-  Buffers(int64_t experts, int64_t top_k, int64_t groups) {
-    padded = (experts + kLanes<W> - 1) / kLanes<W> * kLanes<W>;
-    const int64_t values = 5 * padded + 2 * top_k + groups + kLanes<W>;
-    memory = static_cast<char*>(std::calloc(values + top_k + groups, 8));
-    W* next = reinterpret_cast<W*>(memory + (top_k + groups) * 8);
-    order = reinterpret_cast<int64_t*>(memory);
-    x = next;
-    softmax = x + padded;
-    scores = softmax + padded;
-    keys = scores + padded;
-    sums = keys + padded;
-    best = sums + padded;
-    chosen = best + top_k;
-    ranks = chosen + top_k;
+  Buffers(int64_t experts, int64_t top_k, int64_t groups)
+      : padded((experts + kLanes<W> - 1) / kLanes<W> * kLanes<W>) {
+    const int64_t count = 5 * padded + 4 * top_k + 3 * groups + kLanes<W>;
+    memory_ = std::calloc(count, sizeof(int64_t));
+    if (memory_ == nullptr) throw std::bad_alloc();
+    char* next = static_cast<char*>(memory_);
+    const auto take = [&]<class T>(T*& piece, int64_t length) {
+      piece = reinterpret_cast<T*>(next);
+      next += length * sizeof(T);
+    };
+    take(ids, top_k);
+    take(kept_groups, groups);
+    for (W** piece : {&x, &softmax, &scores, &keys, &dscores}) take(*piece, padded);
+    for (W** piece : {&chosen_keys, &chosen, &dchosen}) take(*piece, top_k);
+    take(kept_ranks, groups);
+    take(ranks, groups + kLanes<W>);  // read up to a whole vector
   }
-  ~Buffers() { std::free(memory); }
+  ~Buffers() { std::free(memory_); }
   Buffers(const Buffers&) = delete;
+
+ private:
+  void* memory_;
 };
 
 // Fills x, behind it up to a whole vector with -infinity, and returns the largest that is a number.
@@ -74,7 +83,7 @@ double soften(const W* x, W top, W* softmax, int64_t padded) {
 
 // sigmoid or sqrt(softplus) of x, zero behind the experts; returns their sum, at least kTiny.
 template <class W>
-W score(const W* x, bool is_sigmoid, W* scores, int64_t experts, int64_t padded) {
+W score_each(const W* x, bool is_sigmoid, W* scores, int64_t experts, int64_t padded) {
   constexpr int64_t lanes = kLanes<W>;
   for (int64_t e = 0; e < padded; e += lanes) {
     const Vec<W> v = load(x + e);
@@ -87,9 +96,30 @@ W score(const W* x, bool is_sigmoid, W* scores, int64_t experts, int64_t padded)
   return sum < W(kTiny) ? W(kTiny) : sum;
 }
 
+// One token's logits as scores.
+template <class W>
+struct Scored {
+  double lse;       // logsumexp of the logits
+  const W* choice;  // what experts are chosen by and weighed with
+  const W* shares;  // what the losses sum, once it is divided by `total`
+  W total;
+};
+
+template <class T, class W>
+Scored<W> score_token(GateScore score, const T* logits, int64_t experts, Buffers<W>& b) {
+  const W top = widen(logits, b.x, experts);
+  const double lse = soften(b.x, top, b.softmax, b.padded);
+  if (is_independent(score)) {
+    const W total = score_each(b.x, score == GateScore::sigmoid, b.scores, experts, b.padded);
+    return {lse, b.scores, b.scores, total};
+  }
+  const W* choice = score == GateScore::softmax_topk ? b.x : b.softmax;
+  return {lse, choice, b.softmax, W(1)};
+}
+
 // Leaves keys only in the groups that rank highest; the others get -infinity.
 template <class W>
-void keep_groups(const GateArgs& args, const Buffers<W>& b) {
+void keep_groups(const GateArgs& args, Buffers<W>& b) {
   const int64_t size = args.experts / args.num_groups;
   for (int64_t g = 0; g < args.num_groups; ++g) {
     W first = W(-INFINITY), second = W(-INFINITY);
@@ -105,21 +135,18 @@ void keep_groups(const GateArgs& args, const Buffers<W>& b) {
     const W rank = args.sum_two && size > 1 ? first + second : first;
     b.ranks[g] = rank == rank ? rank : W(INFINITY);
   }
-  // `largest` writes groups_kept <= num_groups entries behind the K of the experts' order.
-  int64_t* kept = b.order + args.top_k;
-  W* best = b.sums;  // free until the groups are chosen
-  largest(b.ranks, args.num_groups, args.groups_kept, best, kept);
+  largest(b.ranks, args.num_groups, args.groups_kept, b.kept_ranks, b.kept_groups);
   for (int64_t g = 0; g < args.num_groups; ++g) {
     bool keep = false;
-    for (int64_t i = 0; i < args.groups_kept; ++i) keep |= kept[i] == g;
+    for (int64_t i = 0; i < args.groups_kept; ++i) keep |= b.kept_groups[i] == g;
     for (int64_t e = g * size; !keep && e < (g + 1) * size; ++e) b.keys[e] = W(-INFINITY);
   }
 }
 
-// Fills keys and order. Without a bias the logits themselves are the keys: every score grows with
+// Fills keys and ids. Without a bias the logits themselves are the keys: every score grows with
 // its logit.
 template <class W>
-void choose(const GateArgs& args, const W* scores, const Buffers<W>& b) {
+void choose(const GateArgs& args, const W* scores, Buffers<W>& b) {
   constexpr int64_t lanes = kLanes<W>;
   const W* bias = static_cast<const W*>(args.bias);
   const bool by_score = bias != nullptr || (args.num_groups > 1 && args.sum_two);
@@ -131,21 +158,21 @@ void choose(const GateArgs& args, const W* scores, const Buffers<W>& b) {
     store(b.keys + e, v == v ? v : Vec<W>{} + W(INFINITY));  // NaN ranks first, and stays in order
   }
   if (args.num_groups > 1) keep_groups(args, b);
-  largest(b.keys, args.experts, args.top_k, b.best, b.order);
+  largest(b.keys, args.experts, args.top_k, b.chosen_keys, b.ids);
 }
 
 // chosen[k]: the scores of the chosen before scaling; returns what they were divided by.
 template <class W>
-W weigh(const W* scores, const int64_t* order, int64_t top_k, bool soft, bool renormalize,
+W weigh(const W* scores, const int64_t* ids, int64_t top_k, bool soft, bool renormalize,
         W* chosen) {
   W total = 0;
   if (soft) {
-    W top = scores[order[0]];
-    for (int64_t k = 1; k < top_k; ++k) top = scores[order[k]] > top ? scores[order[k]] : top;
-    for (int64_t k = 0; k < top_k; ++k) total += chosen[k] = exp_of(scores[order[k]] - top);
+    W top = scores[ids[0]];
+    for (int64_t k = 1; k < top_k; ++k) top = scores[ids[k]] > top ? scores[ids[k]] : top;
+    for (int64_t k = 0; k < top_k; ++k) total += chosen[k] = exp_of(scores[ids[k]] - top);
     for (int64_t k = 0; k < top_k; ++k) chosen[k] /= total;
   } else {
-    for (int64_t k = 0; k < top_k; ++k) chosen[k] = scores[order[k]];
+    for (int64_t k = 0; k < top_k; ++k) chosen[k] = scores[ids[k]];
   }
   if (!renormalize) return 1;
   total = 0;
@@ -155,72 +182,79 @@ W weigh(const W* scores, const int64_t* order, int64_t top_k, bool soft, bool re
   return total;
 }
 
+// The sums of a chunk, over the tokens of it.
+struct ChunkSums {
+  double* scores;   // [E]
+  int64_t* counts;  // [E]
+  double z = 0;
+
+  ChunkSums(const GateArgs& args, int64_t chunk)
+      : scores(args.chunk_scores + chunk * args.experts),
+        counts(args.chunk_counts + chunk * args.experts) {
+    std::memset(scores, 0, args.experts * sizeof(double));
+    std::memset(counts, 0, args.experts * sizeof(int64_t));
+  }
+};
+
+template <class T, class W = Wide<T>>
+void forward_token(const GateArgs& args, int64_t t, Buffers<W>& b, ChunkSums& sums) {
+  const int64_t experts = args.experts, top_k = args.top_k;
+  W* weights = static_cast<W*>(args.weights) + t * top_k;
+  int32_t* ids = args.ids + t * top_k;
+  if (args.valid != nullptr && !args.valid[t]) {
+    for (int64_t k = 0; k < top_k; ++k) {
+      weights[k] = 0;
+      ids[k] = -1;
+    }
+    return;
+  }
+  const Scored<W> scored =
+      score_token(args.score, static_cast<const T*>(args.logits) + t * experts, experts, b);
+  choose(args, scored.choice, b);
+  weigh(scored.choice, b.ids, top_k, args.score == GateScore::softmax_topk, args.renormalize,
+        b.chosen);
+  for (int64_t k = 0; k < top_k; ++k) {
+    weights[k] = b.chosen[k] * W(args.scale);
+    ids[k] = static_cast<int32_t>(b.ids[k]);
+    ++sums.counts[b.ids[k]];
+  }
+  for (int64_t e = 0; e < experts; ++e) sums.scores[e] += scored.shares[e] / scored.total;
+  sums.z += scored.lse * scored.lse;
+}
+
 template <class T>
 void forward(const GateArgs& args, int64_t chunk_begin, int64_t chunk_end) {
-  using W = Wide<T>;
-  const bool independent =
-      args.score == GateScore::sigmoid || args.score == GateScore::sqrtsoftplus;
-  const bool soft_topk = args.score == GateScore::softmax_topk;
-  const int64_t experts = args.experts, top_k = args.top_k;
-  Buffers<W> b(experts, top_k, args.num_groups);
+  Buffers<Wide<T>> buffers(args.experts, args.top_k, args.num_groups);
   for (int64_t c = chunk_begin; c < chunk_end; ++c) {
-    int64_t* counts = args.chunk_counts + c * experts;
-    std::memset(counts, 0, experts * sizeof(int64_t));
-    double* totals = args.chunk_scores + c * experts;
-    std::memset(totals, 0, experts * sizeof(double));
-    double z = 0;
+    ChunkSums sums(args, c);
     for (int64_t t = args.chunk_begin[c]; t < args.chunk_begin[c + 1]; ++t) {
-      W* weights = static_cast<W*>(args.weights) + t * top_k;
-      int32_t* ids = args.ids + t * top_k;
-      if (args.valid != nullptr && !args.valid[t]) {
-        for (int64_t k = 0; k < top_k; ++k) {
-          weights[k] = 0;
-          ids[k] = -1;
-        }
-        continue;
-      }
-      const W top = widen(static_cast<const T*>(args.logits) + t * experts, b.x, experts);
-      const double lse = soften(b.x, top, b.softmax, b.padded);
-      z += lse * lse;
-      const W* scores = independent ? b.scores : soft_topk ? b.x : b.softmax;
-      const W* normal = independent ? b.scores : b.softmax;
-      W divisor = 1;
-      if (independent) {
-        divisor = score(b.x, args.score == GateScore::sigmoid, b.scores, experts, b.padded);
-      }
-      choose(args, scores, b);
-      weigh(scores, b.order, top_k, soft_topk, args.renormalize, b.chosen);
-      for (int64_t k = 0; k < top_k; ++k) {
-        weights[k] = b.chosen[k] * W(args.scale);
-        ids[k] = static_cast<int32_t>(b.order[k]);
-        ++counts[b.order[k]];
-      }
-      for (int64_t e = 0; e < experts; ++e) totals[e] += normal[e] / divisor;
+      forward_token<T>(args, t, buffers, sums);
     }
-    args.chunk_z[c] = z;
+    args.chunk_z[c] = sums.z;
   }
 }
 
 template <class W>
 void reduce(const GateArgs& args) {
   const int64_t experts = args.experts;
-  Buffers<double> totals(experts, 0, 0);
+  Buffers<double> buffers(experts, 0, 0);
+  double* totals = buffers.x;
   int64_t c = 0;
   for (int64_t s = 0; s < args.segments; ++s) {
     int64_t* counts = args.counts + s * experts;
     std::memset(counts, 0, experts * sizeof(int64_t));
-    std::memset(totals.x, 0, experts * sizeof(double));
+    std::memset(totals, 0, experts * sizeof(double));
     double z = 0;
     while (c < args.chunks && args.chunk_segment[c] < 0) ++c;
     for (; c < args.chunks && args.chunk_segment[c] == s; ++c) {
       for (int64_t e = 0; e < experts; ++e) {
-        totals.x[e] += args.chunk_scores[c * experts + e];
+        totals[e] += args.chunk_scores[c * experts + e];
         counts[e] += args.chunk_counts[c * experts + e];
       }
       z += args.chunk_z[c];
     }
     for (int64_t e = 0; e < experts; ++e) {
-      static_cast<W*>(args.score_sum)[s * experts + e] = static_cast<W>(totals.x[e]);
+      static_cast<W*>(args.score_sum)[s * experts + e] = static_cast<W>(totals[e]);
     }
     static_cast<W*>(args.z_sum)[s] = static_cast<W>(z);
   }
@@ -245,83 +279,122 @@ void weigh_backward(const W* chosen, W divisor, const W* dweights, int64_t top_k
   }
 }
 
+// The gradients of a segment's sums.
+template <class W>
+struct SegmentGradients {
+  const W* scores = nullptr;  // [E] or null
+  W z = 0;
+
+  SegmentGradients(const GateBackwardArgs& args, int64_t segment) {
+    if (segment < 0) return;
+    if (args.dscore_sum != nullptr) {
+      scores = static_cast<const W*>(args.dscore_sum) + segment * args.experts;
+    }
+    if (args.dz_sum != nullptr) z = static_cast<const W*>(args.dz_sum)[segment];
+  }
+};
+
+// dscores, from the score sums: through the division by the token's total.
+template <class W>
+void from_score_sum(const GateBackwardArgs& args, const W* dsum, const Scored<W>& scored,
+                    Buffers<W>& b) {
+  constexpr int64_t lanes = kLanes<W>;
+  W* dscores = b.dscores;
+  std::memset(dscores, 0, b.padded * sizeof(W));
+  if (dsum == nullptr) return;
+  std::memcpy(dscores, dsum, args.experts * sizeof(W));
+  if (!is_independent(args.score)) return;  // they add up to one as they are
+  const W total = scored.total;
+  Vec<W> dots = {};
+  for (int64_t e = 0; e < b.padded; e += lanes) dots += load(dscores + e) * load(scored.shares + e);
+  const W dot = total > W(kTiny) ? sum_lanes<W>(dots) / total : W(0);
+  for (int64_t e = 0; e < b.padded; e += lanes) {
+    store(dscores + e, (load(dscores + e) - dot) / total);
+  }
+}
+
+// dchosen, from the gradients of token t's weights.
+template <class W>
+void from_weights(const GateBackwardArgs& args, int64_t t, const W* scores, Buffers<W>& b) {
+  const bool soft = args.score == GateScore::softmax_topk;
+  const W divisor = weigh(scores, b.ids, args.top_k, soft, args.renormalize, b.chosen);
+  weigh_backward(b.chosen, divisor, static_cast<const W*>(args.dweights) + t * args.top_k,
+                 args.top_k, W(args.scale), soft, args.renormalize, b.dchosen);
+}
+
+// dscores becomes dlogits, where each score is a function of its own logit.
+template <class W>
+void through_each(bool is_sigmoid, W dlse, Buffers<W>& b) {
+  constexpr int64_t lanes = kLanes<W>;
+  W* dscores = b.dscores;
+  for (int64_t e = 0; e < b.padded; e += lanes) {
+    const Vec<W> s = load(b.scores + e), one = Vec<W>{} + 1;
+    const Vec<W> slope = is_sigmoid ? s * (one - s) : sqrt_softplus_slope<W>(load(b.x + e), s);
+    store(dscores + e, load(dscores + e) * slope + dlse * load(b.softmax + e));
+  }
+}
+
+// dscores becomes dlogits, where the scores are the softmax.
+template <class W>
+void through_softmax(W dlse, Buffers<W>& b) {
+  constexpr int64_t lanes = kLanes<W>;
+  W* dscores = b.dscores;
+  const W* softmax = b.softmax;
+  Vec<W> dots = {};
+  for (int64_t e = 0; e < b.padded; e += lanes) dots += load(dscores + e) * load(softmax + e);
+  const W shift = dlse - sum_lanes<W>(dots);
+  for (int64_t e = 0; e < b.padded; e += lanes) {
+    store(dscores + e, load(softmax + e) * (load(dscores + e) + shift));
+  }
+}
+
+template <class T, class W = Wide<T>>
+void backward_token(const GateBackwardArgs& args, int64_t t, const SegmentGradients<W>& d,
+                    Buffers<W>& b) {
+  constexpr int64_t lanes = kLanes<W>;
+  const int64_t experts = args.experts, top_k = args.top_k;
+  T* dlogits = static_cast<T*>(args.dlogits) + t * experts;
+  bool valid = true;
+  for (int64_t k = 0; k < top_k; ++k) {
+    b.ids[k] = args.ids[t * top_k + k];
+    valid &= inside(b.ids[k], experts);
+  }
+  if (!valid) {
+    std::memset(dlogits, 0, experts * sizeof(T));
+    return;
+  }
+  const Scored<W> scored =
+      score_token(args.score, static_cast<const T*>(args.logits) + t * experts, experts, b);
+  const auto add_chosen = [&] {
+    for (int64_t k = 0; k < top_k; ++k) b.dscores[b.ids[k]] += b.dchosen[k];
+  };
+  // The weights of softmax_topk are functions of the chosen logits themselves, not of scores.
+  const bool has_weights = args.dweights != nullptr;
+  const bool of_logits = args.score == GateScore::softmax_topk;
+  from_score_sum(args, d.scores, scored, b);
+  if (has_weights) from_weights(args, t, scored.choice, b);
+  if (has_weights && !of_logits) add_chosen();
+  const W dlse = static_cast<W>(2 * d.z * scored.lse);
+  if (is_independent(args.score)) {
+    through_each(args.score == GateScore::sigmoid, dlse, b);
+  } else {
+    through_softmax(dlse, b);
+  }
+  if (has_weights && of_logits) add_chosen();
+  for (int64_t e = 0; e < experts; e += lanes) {
+    const int64_t n = experts - e;
+    const Vec<W> v = load(b.dscores + e);
+    n >= lanes ? store(dlogits + e, v) : store_tail(dlogits + e, v, n);
+  }
+}
+
 template <class T>
 void backward(const GateBackwardArgs& args, int64_t chunk_begin, int64_t chunk_end) {
-  using W = Wide<T>;
-  constexpr int64_t lanes = kLanes<W>;
-  const bool is_sigmoid = args.score == GateScore::sigmoid;
-  const bool independent = is_sigmoid || args.score == GateScore::sqrtsoftplus;
-  const bool soft_topk = args.score == GateScore::softmax_topk;
-  const int64_t experts = args.experts, top_k = args.top_k;
-  Buffers<W> b(experts, top_k, 0);
-  W* dscores = b.keys;
+  Buffers<Wide<T>> buffers(args.experts, args.top_k, 0);
   for (int64_t c = chunk_begin; c < chunk_end; ++c) {
-    const int64_t segment = args.chunk_segment[c];
-    const W* dsum = segment >= 0 && args.dscore_sum != nullptr
-                        ? static_cast<const W*>(args.dscore_sum) + segment * experts
-                        : nullptr;
-    const W dz =
-        segment >= 0 && args.dz_sum != nullptr ? static_cast<const W*>(args.dz_sum)[segment] : 0;
+    const SegmentGradients<Wide<T>> gradients(args, args.chunk_segment[c]);
     for (int64_t t = args.chunk_begin[c]; t < args.chunk_begin[c + 1]; ++t) {
-      T* dlogits = static_cast<T*>(args.dlogits) + t * experts;
-      bool valid = true;
-      for (int64_t k = 0; k < top_k; ++k) {
-        b.order[k] = args.ids[t * top_k + k];
-        valid &= inside(b.order[k], experts);
-      }
-      if (!valid) {
-        std::memset(dlogits, 0, experts * sizeof(T));
-        continue;
-      }
-      const W top = widen(static_cast<const T*>(args.logits) + t * experts, b.x, experts);
-      const double lse = soften(b.x, top, b.softmax, b.padded);
-      W sum = 1;
-      if (independent) sum = score(b.x, is_sigmoid, b.scores, experts, b.padded);
-      const W* scores = independent ? b.scores : soft_topk ? b.x : b.softmax;
-
-      // From the score sums: through the division by the row's sum.
-      std::memset(dscores, 0, b.padded * sizeof(W));
-      if (dsum != nullptr) std::memcpy(dscores, dsum, experts * sizeof(W));
-      if (independent && dsum != nullptr) {
-        Vec<W> dots = {};
-        for (int64_t e = 0; e < b.padded; e += lanes) dots += load(dscores + e) * load(scores + e);
-        const W dot = sum > W(kTiny) ? sum_lanes<W>(dots) / sum : W(0);
-        for (int64_t e = 0; e < b.padded; e += lanes)
-          store(dscores + e, (load(dscores + e) - dot) / sum);
-      }
-      // From the weights.
-      if (args.dweights != nullptr) {
-        const W divisor = weigh(scores, b.order, top_k, soft_topk, args.renormalize, b.chosen);
-        weigh_backward(b.chosen, divisor, static_cast<const W*>(args.dweights) + t * top_k, top_k,
-                       W(args.scale), soft_topk, args.renormalize, b.best);
-        for (int64_t k = 0; k < top_k && !soft_topk; ++k) dscores[b.order[k]] += b.best[k];
-      }
-      // To the logits.
-      const W dlse = static_cast<W>(2 * dz * lse);
-      if (independent) {
-        for (int64_t e = 0; e < b.padded; e += lanes) {
-          const Vec<W> s = load(scores + e), one = Vec<W>{} + 1;
-          const Vec<W> slope =
-              is_sigmoid ? s * (one - s) : sqrt_softplus_slope<W>(load(b.x + e), s);
-          store(dscores + e, load(dscores + e) * slope + dlse * load(b.softmax + e));
-        }
-      } else {
-        Vec<W> dots = {};
-        for (int64_t e = 0; e < b.padded; e += lanes)
-          dots += load(dscores + e) * load(b.softmax + e);
-        const W shift = dlse - sum_lanes<W>(dots);
-        for (int64_t e = 0; e < b.padded; e += lanes) {
-          store(dscores + e, load(b.softmax + e) * (load(dscores + e) + shift));
-        }
-        for (int64_t k = 0; k < top_k && soft_topk && args.dweights != nullptr; ++k) {
-          dscores[b.order[k]] += b.best[k];
-        }
-      }
-      for (int64_t e = 0; e < experts; e += lanes) {
-        const int64_t n = experts - e;
-        n >= lanes ? store(dlogits + e, load(dscores + e))
-                   : store_tail(dlogits + e, load(dscores + e), n);
-      }
+      backward_token<T>(args, t, gradients, buffers);
     }
   }
 }

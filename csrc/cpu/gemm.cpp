@@ -29,26 +29,27 @@ struct PlainDouble {
 template <class Math, class T>
 constexpr Engine plain_engine() {
   using Unit = typename Math::Unit;
-  Engine engine{.mr = kRows,
+  Engine engine{
+      .k_unit = 1,
+      .unit_bytes = sizeof(Unit),
+      .acc_bytes = sizeof(typename Math::Acc),
+      .element_bytes = sizeof(T),
+      .tiles = {.mr = kRows,
                 .nr = kVectors * kLanes<Unit>,
                 .row_granule = 1,
-                .k_unit = 1,
                 .k_block = 256,
-                .unit_bytes = sizeof(Unit),
-                .acc_bytes = sizeof(typename Math::Acc),
-                .element_bytes = sizeof(T),
+                .fetch_units = kFetchUnits,
                 .pack_a = &pack<Unit, T>,
                 .pack_b = &pack<Unit, T>,
                 .pack_rows = &pack_rows<Unit, T>,
-                .tile = &tile<Math>,
-                .fetch_units = kFetchUnits,
-                .dot_rows = kDotRows,
-                .dot = &dot<Math, T>};
+                .multiply = &tile<Math>},
+      .dots = {.most_rows = kDotRows, .multiply = &dot<Math, T>},
+  };
   if constexpr (std::is_same_v<T, float>) {
-    engine.direct_rows = kDirectVectors * kLanes<float>;
-    engine.direct_passes = 2;
-    engine.direct_granule = kLanes<float>;
-    engine.direct = &direct<Math, 256>;
+    engine.direct = {.passes = 2,
+                     .rows_per_pass = kDirectVectors * kLanes<float>,
+                     .granule = kLanes<float>,
+                     .multiply = &direct<Math, 256>};
   }
   return engine;
 }
@@ -77,7 +78,8 @@ Workspace& Workspace::mine() {
   return workspace;
 }
 
-void* Workspace::room(int slot, int64_t bytes) {
+void* Workspace::room(Room which, int64_t bytes) {
+  const int slot = static_cast<int>(which);
   constexpr int64_t slack = 256;  // packing may spill a vector past the end
   if (bytes + slack > bytes_[slot]) {
     std::free(memory_[slot]);
@@ -95,7 +97,14 @@ Workspace::~Workspace() {
   for (void* memory : memory_) std::free(memory);
 }
 
-// c [rows, columns] = ct [columns, width] turned.
+bool Workspace::claim_panels(const Product& p, int64_t units) {
+  const Packed wanted{p.a.data, p.block.m0, p.block.m1, p.a.token_of, units};
+  const bool packed = packed_ == wanted;
+  packed_ = wanted;
+  return packed;
+}
+
+// c [rows, columns] = or += ct [columns, width] transposed.
 void transpose_block(const float* ct, int64_t width, int64_t rows, int64_t columns, float* c,
                      int64_t ldc, bool add) {
   constexpr int lanes = kLanes<float>;
@@ -118,71 +127,104 @@ void transpose_block(const float* ct, int64_t width, int64_t rows, int64_t colum
   }
 }
 
-void Workspace::multiply_dots(const Engine& engine, const Operand& a, const Operand& b,
-                              const Block& block, int64_t depth, void* c, int64_t ldc, bool add) {
+void Workspace::multiply_dots(const Engine& engine, const Product& p) {
   const void* rows[kDotRows];
-  const int64_t count = block.m1 - block.m0, bytes = depth * engine.element_bytes;
+  const int64_t count = p.block.rows(), bytes = p.depth * engine.element_bytes;
   for (int64_t i = 0; i < count; ++i) {
-    rows[i] = stored_row(a, block.m0 + i, a.ld * engine.element_bytes);
-    if (rows[i] == nullptr) rows[i] = std::memset(room(4, bytes), 0, bytes);
+    rows[i] = stored_row(p.a, p.block.m0 + i, p.a.ld * engine.element_bytes);
+    if (rows[i] == nullptr) rows[i] = std::memset(room(Room::zero_row, bytes), 0, bytes);
   }
-  engine.dot(depth, rows, count,
-             static_cast<const char*>(b.data) + block.n0 * b.ld * engine.element_bytes, b.ld,
-             block.n1 - block.n0, c, ldc, add);
+  const char* b = static_cast<const char*>(p.b.data) + p.block.n0 * p.b.ld * engine.element_bytes;
+  engine.dots.multiply(p.depth, rows, count, b, p.b.ld, p.block.columns(), p.c, p.ldc,
+                       p.mode == Store::add);
 }
 
-void Workspace::multiply_directly(const Engine& engine, const Operand& a, const Operand& b,
-                                  const Block& block, int64_t depth, float* c, int64_t ldc,
-                                  Store mode) {
-  const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
-  const int64_t granule = engine.direct_granule, width = ceil_div(rows, granule) * granule;
-  const int64_t units = depth / engine.k_unit;
-  const int64_t passes = ceil_div(rows, engine.direct_rows);
+void Workspace::multiply_directly(const Engine& engine, const Product& p) {
+  const DirectRows& direct = engine.direct;
+  const int64_t rows = p.block.rows(), columns = p.block.columns();
+  const int64_t granule = direct.granule, width = ceil_div(rows, granule) * granule;
+  const int64_t units = p.depth / engine.k_unit;
+  const int64_t passes = ceil_div(rows, direct.rows_per_pass);
   const auto pass_begin = [&](int64_t i) { return width / granule * i / passes * granule; };
-  char* panels = static_cast<char*>(room(0, units * width * engine.unit_bytes));
-  const Packed wanted{a.data, block.m0, block.m1, a.token_of, 0};
-  const bool packed = packed_ == wanted;
-  packed_ = wanted;
+  char* panels = static_cast<char*>(room(Room::a_panels, units * width * engine.unit_bytes));
+  const bool packed = claim_panels(p, 0);
   // In several passes the second one finds B in the second cache. The registers hold 4, 5, 6 or 12
-  // of its rows at a time.
+  // of its rows at a time: 120 are whole numbers of all, but for a few.
   constexpr int64_t kCache = 1 << 20, kRowsOfB = 120;
-  const int64_t fitting =
-      kCache / std::max(depth * engine.element_bytes, engine.element_bytes) / kRowsOfB * kRowsOfB;
+  const int64_t row_bytes = std::max(p.depth, int64_t{1}) * engine.element_bytes;
+  const int64_t fitting = kCache / row_bytes / kRowsOfB * kRowsOfB;
   const int64_t columns_at_once = passes == 1 ? columns : std::max(kRowsOfB, fitting);
-  float* ct = static_cast<float*>(room(3, columns * width * sizeof(float)));
+  float* ct = static_cast<float*>(room(Room::transposed_c, columns * width * sizeof(float)));
   if (engine.enter != nullptr) engine.enter();
   for (int64_t j = 0; j < columns; j += columns_at_once) {
     const int64_t count = std::min(columns_at_once, columns - j);
     for (int64_t i = 0; i < passes; ++i) {
-      const int64_t m = pass_begin(i), m_width = pass_begin(i + 1) - m,
-                    m_rows = std::min(m_width, rows - m);
+      const int64_t m = pass_begin(i), m_width = pass_begin(i + 1) - m;
+      const int64_t m_rows = std::min(m_width, rows - m);
       char* panel = panels + m * units * engine.unit_bytes;
-      if (j == 0 && !packed) engine.pack_b(panel, a, block.m0 + m, m_rows, m_width, 0, depth);
+      if (j == 0 && !packed) {
+        engine.tiles.pack_b(panel, p.a, p.block.m0 + m, m_rows, m_width, 0, p.depth);
+      }
       // A unit of B holds k_unit elements, so its leading dimension counts ld / k_unit of them.
-      const char* first =
-          static_cast<const char*>(b.data) + (block.n0 + j) * b.ld * engine.element_bytes;
-      engine.direct(units, first, b.ld / engine.k_unit, count, panel, m_width, ct);
-      transpose_block(ct, m_width, m_rows, count, c + m * ldc + j, ldc, mode == Store::add);
+      const char* b =
+          static_cast<const char*>(p.b.data) + (p.block.n0 + j) * p.b.ld * engine.element_bytes;
+      direct.multiply(units, b, p.b.ld / engine.k_unit, count, panel, m_width, ct);
+      float* c = static_cast<float*>(p.c) + m * p.ldc + j;
+      transpose_block(ct, m_width, m_rows, count, c, p.ldc, p.mode == Store::add);
     }
   }
   if (engine.leave != nullptr) engine.leave();
 }
 
+namespace {
+
+// Row tiles of nearly equal height, in whole granules.
+struct RowTiles {
+  int64_t rows, granule, padded, count;
+
+  RowTiles(const PackedTiles& tiles, int64_t m)
+      : rows(m),
+        granule(tiles.row_granule),
+        padded(ceil_div(m, granule) * granule),
+        count(ceil_div(padded, tiles.mr)) {}
+  int64_t begin(int64_t i) const { return std::min(rows, padded / granule * i / count * granule); }
+  int64_t height(int64_t i) const { return begin(i + 1) - begin(i); }
+  int64_t padded_height(int64_t i) const { return ceil_div(height(i), granule) * granule; }
+};
+
+// The depth that is packed at a time. Panels of many columns are cut shorter, so that they stay in
+// the second cache beside C and the rows to come.
+int64_t units_at_once(const Engine& engine, int64_t columns) {
+  constexpr int64_t kManyColumns = 512;
+  return engine.tiles.k_block / engine.k_unit / (columns > kManyColumns ? 2 : 1);
+}
+
+// Past the caches only where whole lines are written, and once.
+Store mode_of(const Engine& engine, const Product& p, bool in_one_go) {
+  if (p.mode != Store::stream) return p.mode;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(p.c) % 64 == 0 && p.ldc * engine.acc_bytes % 64 == 0;
+  return aligned && in_one_go ? Store::stream : Store::set;
+}
+
 // The block of B that is packed after the one at k: the same columns further down, then the next
 // columns, then the next expert.
-Ahead Workspace::next_of(const Engine& engine, const Operand& b, const Block& block, int64_t depth,
-                         int64_t k, int64_t k_block) {
+Ahead next_of(const Engine& engine, const Product& p, int64_t k, int64_t k_block) {
+  const Operand& b = p.b;
   if (b.token_of != nullptr) return {};
-  int64_t i = block.n0;
-  const int64_t columns = block.n1 - block.n0, out = b.k_contiguous ? INT64_MAX : b.ld;
+  int64_t i = p.block.n0;
+  const int64_t columns = p.block.columns(), out = b.k_contiguous ? INT64_MAX : b.ld;
   k += k_block;
-  if (k >= depth) {
+  if (k >= p.depth) {
     k = 0;
-    i = block.n1;
-    if (i >= out) i = 0, k = depth;
+    i = p.block.n1;
+    if (i >= out) {
+      i = 0;
+      k = p.depth;
+    }
   }
-  const int64_t nk = std::min(k_block, depth),
-                width = (b.k_contiguous ? nk : columns) * engine.element_bytes;
+  const int64_t nk = std::min(k_block, p.depth);
+  const int64_t width = (b.k_contiguous ? nk : columns) * engine.element_bytes;
   return {.at = static_cast<const char*>(b.data) +
                 (b.k_contiguous ? i * b.ld + k : k * b.ld + i) * engine.element_bytes,
           .ld = b.ld * engine.element_bytes,
@@ -190,86 +232,82 @@ Ahead Workspace::next_of(const Engine& engine, const Operand& b, const Block& bl
           .rows = b.k_contiguous ? columns : nk};
 }
 
-void Workspace::multiply(const Engine& engine, const Operand& a, const Operand& b,
-                         const Block& block, int64_t depth, void* c, int64_t ldc, Store mode) {
-  const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
-  if (depth == 0) {  // there is nothing to sum
-    for (int64_t r = 0; r < rows && mode != Store::add; ++r) {
-      std::memset(static_cast<char*>(c) + r * ldc * engine.acc_bytes, 0,
-                  columns * engine.acc_bytes);
-    }
+void pack_columns(const Engine& engine, const Product& p, char* panels, int64_t panel_bytes,
+                  int64_t k, int64_t nk) {
+  const int64_t nr = engine.tiles.nr, columns = p.block.columns();
+  if (!p.b.k_contiguous) {
+    engine.tiles.pack_rows(panels, panel_bytes, p.b, p.block.n0, columns, k, nk);
     return;
   }
-  if (rows <= engine.dot_rows && a.k_contiguous && b.k_contiguous) {
-    return multiply_dots(engine, a, b, block, depth, c, ldc, mode == Store::add);
+  for (int64_t n = 0; n < columns; n += nr) {
+    engine.tiles.pack_b(panels + n / nr * panel_bytes, p.b, p.block.n0 + n,
+                        std::min(nr, columns - n), nr, k, nk);
   }
-  if (rows <= engine.direct_passes * engine.direct_rows && columns >= engine.direct_cols &&
-      b.k_contiguous && depth % engine.direct_k == 0 && b.ld % engine.direct_k == 0) {
-    return multiply_directly(engine, a, b, block, depth, static_cast<float*>(c), ldc, mode);
-  }
-  const int64_t granule = engine.row_granule;
-  const int64_t padded = ceil_div(rows, granule) * granule;
-  // Row tiles of nearly equal height, in whole granules.
-  const int64_t tiles = ceil_div(padded, engine.mr);
-  const auto tile_begin = [&](int64_t i) {
-    return std::min(rows, padded / granule * i / tiles * granule);
-  };
-  const int64_t all_units = ceil_div(depth, engine.k_unit);
-  // Panels of many columns are cut shorter, so that they stay in the second cache beside C and the
-  // rows to come.
-  const int64_t block_units = engine.k_block / engine.k_unit / (columns > 512 ? 2 : 1);
-  if (mode == Store::stream) {
-    const bool aligned =
-        reinterpret_cast<uintptr_t>(c) % 64 == 0 && ldc * engine.acc_bytes % 64 == 0;
-    if (!aligned || all_units > block_units) mode = Store::set;
-  }
+}
 
-  char* a_panels = static_cast<char*>(room(0, all_units * padded * engine.unit_bytes));
-  const Packed wanted{a.data, block.m0, block.m1, a.token_of, block_units};
-  const bool packed = packed_ == wanted;
-  const int64_t panels = ceil_div(columns, engine.nr);
-  char* b_panels =
-      static_cast<char*>(room(1, panels * block_units * engine.nr * engine.unit_bytes));
+}  // namespace
 
+void Workspace::multiply_packed(const Engine& engine, const Product& p) {
+  const PackedTiles& tiles = engine.tiles;
+  const int64_t columns = p.block.columns(), panels = ceil_div(columns, tiles.nr);
+  const RowTiles heights(tiles, p.block.rows());
+  const int64_t all_units = ceil_div(p.depth, engine.k_unit);
+  const int64_t block_units = units_at_once(engine, columns);
+  const Store mode = mode_of(engine, p, all_units <= block_units);
+  const auto bytes = [&](int64_t units) { return units * engine.unit_bytes; };
+  char* a_panels = static_cast<char*>(room(Room::a_panels, bytes(all_units * heights.padded)));
+  char* b_panels = static_cast<char*>(room(Room::b_panels, bytes(panels * block_units * tiles.nr)));
+  const bool packed = claim_panels(p, block_units);
   if (engine.enter != nullptr) engine.enter();
   for (int64_t u = 0; u < all_units; u += block_units) {
-    const int64_t units = std::min(block_units, all_units - u);
-    const int64_t k = u * engine.k_unit, nk = std::min(depth - k, units * engine.k_unit);
-    char* const a_block = a_panels + u * padded * engine.unit_bytes;
-    if (!packed) {
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t m = tile_begin(i), height = tile_begin(i + 1) - m;
-        engine.pack_a(a_block + m * units * engine.unit_bytes, a, block.m0 + m, height,
-                      ceil_div(height, granule) * granule, k, nk);
-      }
+    const int64_t units = std::min(block_units, all_units - u),
+                  panel_bytes = bytes(units * tiles.nr);
+    const int64_t k = u * engine.k_unit, nk = std::min(p.depth - k, units * engine.k_unit);
+    char* const a_block = a_panels + bytes(u * heights.padded);
+    for (int64_t i = 0; i < heights.count && !packed; ++i) {
+      const int64_t m = heights.begin(i);
+      tiles.pack_a(a_block + bytes(m * units), p.a, p.block.m0 + m, heights.height(i),
+                   heights.padded_height(i), k, nk);
     }
-    const int64_t panel_bytes = units * engine.nr * engine.unit_bytes;
-    if (b.k_contiguous) {
-      for (int64_t p = 0; p < panels; ++p) {
-        engine.pack_b(b_panels + p * panel_bytes, b, block.n0 + p * engine.nr,
-                      std::min(engine.nr, columns - p * engine.nr), engine.nr, k, nk);
-      }
-    } else {
-      engine.pack_rows(b_panels, panel_bytes, b, block.n0, columns, k, nk);
-    }
+    pack_columns(engine, p, b_panels, panel_bytes, k, nk);
     Ahead ahead;
-    if (engine.fetch_units > 0) {
-      ahead = next_of(engine, b, block, depth, k, block_units * engine.k_unit);
-      ahead.burst =
-          ceil_div(ahead.rows * ahead.lines, panels * tiles * ceil_div(units, engine.fetch_units));
+    if (tiles.fetch_units > 0) {
+      ahead = next_of(engine, p, k, block_units * engine.k_unit);
+      const int64_t fetches = panels * heights.count * ceil_div(units, tiles.fetch_units);
+      ahead.burst = ceil_div(ahead.rows * ahead.lines, fetches);
     }
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t n = p * engine.nr, width = std::min(engine.nr, columns - n);
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t m = tile_begin(i), height = tile_begin(i + 1) - m;
-        engine.tile(units, a_block + m * units * engine.unit_bytes, b_panels + p * panel_bytes,
-                    static_cast<char*>(c) + (m * ldc + n) * engine.acc_bytes, ldc, height, width,
-                    u > 0 ? Store::add : mode, ahead);
+    for (int64_t n = 0; n < columns; n += tiles.nr) {
+      for (int64_t i = 0; i < heights.count; ++i) {
+        const int64_t m = heights.begin(i);
+        tiles.multiply(units, a_block + bytes(m * units), b_panels + n / tiles.nr * panel_bytes,
+                       static_cast<char*>(p.c) + (m * p.ldc + n) * engine.acc_bytes, p.ldc,
+                       heights.height(i), std::min(tiles.nr, columns - n),
+                       u > 0 ? Store::add : mode, ahead);
       }
     }
   }
   if (engine.leave != nullptr) engine.leave();
-  packed_ = wanted;
+}
+
+void Workspace::multiply(const Engine& engine, const Product& p) {
+  const int64_t rows = p.block.rows(), columns = p.block.columns();
+  if (p.depth == 0) {  // there is nothing to sum
+    for (int64_t r = 0; r < rows && p.mode != Store::add; ++r) {
+      std::memset(static_cast<char*>(p.c) + r * p.ldc * engine.acc_bytes, 0,
+                  columns * engine.acc_bytes);
+    }
+    return;
+  }
+  const DirectRows& direct = engine.direct;
+  if (rows <= engine.dots.most_rows && p.a.k_contiguous && p.b.k_contiguous) {
+    multiply_dots(engine, p);
+  } else if (rows <= direct.passes * direct.rows_per_pass && columns >= direct.least_columns &&
+             p.b.k_contiguous && p.depth % direct.k_divisor == 0 &&
+             p.b.ld % direct.k_divisor == 0) {
+    multiply_directly(engine, p);
+  } else {
+    multiply_packed(engine, p);
+  }
 }
 
 }  // namespace moekernels::cpu::MOEKERNELS_ISA

@@ -45,15 +45,12 @@ struct Ahead {
   }
 };
 
-// A register tile and its panels, for one dtype on this machine.
-struct Engine {
-  int64_t mr, nr;         // the largest tile
-  int64_t row_granule;    // panels of A are padded to this many rows
-  int64_t k_unit;         // how many k a packed unit holds
-  int64_t k_block;        // how many k are summed before a tile goes back to memory
-  int64_t unit_bytes;     // of a packed unit
-  int64_t acc_bytes;      // of an element of C: float, double for f64
-  int64_t element_bytes;  // of A and B as they are stored
+// The usual way: A and B are packed into panels, and multiplied in register tiles.
+struct PackedTiles {
+  int64_t mr, nr;       // the largest tile
+  int64_t row_granule;  // panels of A are padded to this many rows
+  int64_t k_block;      // how many k are summed before a tile goes back to memory
+  int64_t fetch_units;  // a fetch of memory ahead every so many units; 0: none
   void (*pack_a)(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k,
                  int64_t nk);
   void (*pack_b)(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k,
@@ -61,22 +58,40 @@ struct Engine {
   // All panels of B, where it runs along n.
   void (*pack_rows)(void* to, int64_t panel_bytes, const Operand& from, int64_t i, int64_t ni,
                     int64_t k, int64_t nk);
-  // c [rows, cols] = or += a b over the units, with a fetch every `fetch_units` (0: none).
-  void (*tile)(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows,
-               int64_t cols, Store mode, Ahead& ahead);
-  int64_t fetch_units;
-  // For few rows of A against a B that runs along k: packing B would cost as much as its products.
-  // So A is packed as columns and B is read as it lies, each element once: ct [cols, width] = B
-  // rows [cols] times panels of A [units][width]. For at most `direct_rows` rows in a pass, at
-  // least `direct_cols` columns, a depth that direct_k divides.
-  int64_t direct_passes = 1, direct_rows = 0, direct_granule = 1, direct_k = 1, direct_cols = 1;
-  void (*direct)(int64_t units, const void* b, int64_t ldb, int64_t cols, const void* a,
-                 int64_t width, float* ct) = nullptr;
-  // For very few rows of A against such a B: neither is packed, c [rows, cols] = or += a b, `a`
-  // pointing at A's rows.
-  int64_t dot_rows = 0;
-  void (*dot)(int64_t depth, const void* const* a, int64_t rows, const void* b, int64_t ldb,
-              int64_t cols, void* c, int64_t ldc, bool add) = nullptr;
+  // c [rows, cols] = or += a b over the units.
+  void (*multiply)(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows,
+                   int64_t cols, Store mode, Ahead& ahead);
+};
+
+// For few rows of A against a B that runs along k: packing B would cost as much as its products. So
+// A is packed as columns and B is read as it lies, each element once: ct [cols, width] = B rows
+// [cols] times panels of A [units][width].
+struct DirectRows {
+  int64_t passes = 1, rows_per_pass = 0;  // at most so many rows
+  int64_t granule = 1;                    // to whose multiple they are padded
+  int64_t k_divisor = 1;                  // what the depth must be a multiple of
+  int64_t least_columns = 1;
+  void (*multiply)(int64_t units, const void* b, int64_t ldb, int64_t cols, const void* a,
+                   int64_t width, float* ct) = nullptr;
+};
+
+// For very few rows of A against such a B: neither is packed, c [rows, cols] = or += a b, `a`
+// pointing at A's rows.
+struct RowDots {
+  int64_t most_rows = 0;
+  void (*multiply)(int64_t depth, const void* const* a, int64_t rows, const void* b, int64_t ldb,
+                   int64_t cols, void* c, int64_t ldc, bool add) = nullptr;
+};
+
+// How products of one dtype are computed on this machine.
+struct Engine {
+  int64_t k_unit;         // how many k a packed unit holds
+  int64_t unit_bytes;     // of a packed unit
+  int64_t acc_bytes;      // of an element of C: float, double for f64
+  int64_t element_bytes;  // of A and B as they are stored
+  PackedTiles tiles;
+  DirectRows direct{};
+  RowDots dots{};
   // Around a run of tiles, where the unit has a state to set up.
   void (*enter)() = nullptr;
   void (*leave)() = nullptr;
@@ -87,9 +102,22 @@ const Engine& engine_for(DType dtype);
 const Engine& bf16_engine(Bf16Unit unit);
 #endif
 
-// A block of C: rows [m0, m1), columns [n0, n1) of A B. `c` is where (m0, n0) goes.
+// A block of C: rows [m0, m1), columns [n0, n1) of A B.
 struct Block {
   int64_t m0, m1, n0, n1;
+
+  int64_t rows() const { return m1 - m0; }
+  int64_t columns() const { return n1 - n0; }
+};
+
+// One block of a product: c, where (m0, n0) goes, [rows, columns] = or += A B over `depth` of k.
+struct Product {
+  Operand a, b;
+  Block block;
+  int64_t depth;
+  void* c;
+  int64_t ldc;
+  Store mode = Store::set;
 };
 
 // One thread's memory: packed panels and a block of C, kept from call to call.
@@ -102,11 +130,15 @@ class Workspace {
   // Forget which rows are packed: their contents may have changed since.
   void reset() { packed_ = {}; }
   // Room for `count` accumulators of C.
-  void* block(const Engine& engine, int64_t count) { return room(2, count * engine.acc_bytes); }
-  void multiply(const Engine& engine, const Operand& a, const Operand& b, const Block& block,
-                int64_t depth, void* c, int64_t ldc, Store mode);
+  void* block(const Engine& engine, int64_t count) {
+    return room(Room::c, count * engine.acc_bytes);
+  }
+  void multiply(const Engine& engine, const Product& product);
 
  private:
+  enum class Room : int { a_panels, b_panels, c, transposed_c, zero_row, count };
+  static constexpr int kRooms = static_cast<int>(Room::count);
+
   struct Packed {
     const void* data = nullptr;
     int64_t m0 = 0, m1 = 0;
@@ -114,15 +146,14 @@ class Workspace {
     int64_t units = 0;  // of a block along k; 0: read directly
     bool operator==(const Packed&) const = default;
   };
-  void* room(int slot, int64_t bytes);
-  static Ahead next_of(const Engine& engine, const Operand& b, const Block& block, int64_t depth,
-                       int64_t k, int64_t k_block);
-  void multiply_dots(const Engine& engine, const Operand& a, const Operand& b, const Block& block,
-                     int64_t depth, void* c, int64_t ldc, bool add);
-  void multiply_directly(const Engine& engine, const Operand& a, const Operand& b,
-                         const Block& block, int64_t depth, float* c, int64_t ldc, Store mode);
-  void* memory_[5] = {};
-  int64_t bytes_[5] = {};
+  void* room(Room which, int64_t bytes);
+  // Whether the panels hold these rows of A already; from now on they are to.
+  bool claim_panels(const Product& product, int64_t units);
+  void multiply_dots(const Engine& engine, const Product& product);
+  void multiply_directly(const Engine& engine, const Product& product);
+  void multiply_packed(const Engine& engine, const Product& product);
+  void* memory_[kRooms] = {};
+  int64_t bytes_[kRooms] = {};
   Packed packed_;
 };
 
@@ -132,53 +163,63 @@ struct Extent {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Walks the blocks of one worker: `extent(e)` is expert e's product, body(e, block) computes a
-// block of it. Where B runs along n, few rows get blocks of four times the columns, so that its
-// rows are read by the page rather than a quarter of one. The cut into blocks is the same for any
-// number of workers, who take contiguous shares of about equal cost.
-template <class ExtentOf, class Body>
-void for_blocks(const Engine& engine, int64_t experts, int64_t few_columns, bool b_along_n,
-                int64_t worker, int64_t workers, const ExtentOf& extent, const Body& body) {
-  // Reading a weight and packing it costs about as much as this many rows of products.
-  constexpr int64_t kReading = 16;
-  const auto cost = [&](int64_t m, int64_t n, int64_t k) {
-    return m == 0 ? 0 : (m + kReading) * n * (k + 8) / 64 + 1;
-  };
-  int64_t total = 0;
-  for (int64_t e = 0; e < experts; ++e) {
-    const Extent x = extent(e);
-    total += cost(x.m, x.n, x.k);
+// What a product costs, in units of which only the ratios matter: they divide the work, and no bit
+// of a result depends on them. Reading a weight and packing it costs about as much as 16 rows of
+// products, writing an element of C as much as 8 of k. Nothing that has rows is free.
+inline int64_t cost_of(const Extent& x) {
+  constexpr int64_t kReading = 16, kWriting = 8, kUnit = 64;
+  return x.m == 0 ? 0 : (x.m + kReading) * x.n * (x.k + kWriting) / kUnit + 1;
+}
+
+// How one expert's product is cut into blocks, for any number of workers alike.
+struct Cut {
+  Extent extent;
+  int64_t row_blocks, columns_per_block, column_blocks;
+
+  // Where B runs along n, few rows get blocks of four times the columns, so that its rows are read
+  // by the page rather than a quarter of one.
+  Cut(const Engine& engine, const Extent& x, int64_t columns, bool b_along_n) : extent(x) {
+    constexpr int64_t kElementsOfA = 1 << 19, kMostRows = 384;  // 2 MiB packed as fp32
+    const int64_t rows = std::clamp<int64_t>(kElementsOfA / std::max<int64_t>(x.k, 1),
+                                             8 * engine.tiles.mr, kMostRows);
+    row_blocks = ceil_div(x.m, rows);
+    const int64_t pages = !b_along_n ? 1 : x.m <= 128 ? 4 : x.m <= 256 ? 2 : 1;
+    columns_per_block = columns * pages;
+    column_blocks = ceil_div(x.n, columns_per_block);
   }
+  int64_t blocks() const { return row_blocks * column_blocks; }
+  Block operator[](int64_t i) const {
+    const int64_t rb = i / column_blocks, cb = i % column_blocks;
+    return {.m0 = extent.m * rb / row_blocks,
+            .m1 = extent.m * (rb + 1) / row_blocks,
+            .n0 = cb * columns_per_block,
+            .n1 = std::min(extent.n, (cb + 1) * columns_per_block)};
+  }
+};
+
+// Walks the blocks of one worker: `extent(e)` is expert e's product, body(e, block) computes a
+// block of it. Workers take contiguous shares of about equal cost.
+template <class ExtentOf, class Body>
+void for_blocks(const Engine& engine, int64_t experts, int64_t columns, bool b_along_n,
+                int64_t worker, int64_t workers, const ExtentOf& extent, const Body& body) {
+  int64_t total = 0;
+  for (int64_t e = 0; e < experts; ++e) total += cost_of(extent(e));
   const int64_t begin = total / workers * worker;
   const int64_t end = worker + 1 == workers ? total + experts : total / workers * (worker + 1);
   int64_t done = 0;
   for (int64_t e = 0; e < experts; ++e) {
     const Extent x = extent(e);
-    const int64_t whole = cost(x.m, x.n, x.k);
-    if (whole == 0 || x.n == 0 || done + whole <= begin || done >= end) {
-      done += whole;
-      continue;
+    const int64_t cost = cost_of(x);
+    if (cost > 0 && x.n > 0 && done + cost > begin && done < end) {
+      const Cut cut(engine, x, columns, b_along_n);
+      const int64_t blocks = cut.blocks();
+      for (int64_t i = 0; i < blocks; ++i) {
+        // A block belongs to the worker in whose share its middle lies.
+        const int64_t middle = done + cost * (2 * i + 1) / (2 * blocks);
+        if (middle >= begin && middle < end) body(e, cut[i]);
+      }
     }
-    const int64_t rows_wanted =
-        std::clamp<int64_t>((1 << 19) / std::max<int64_t>(x.k, 1), 8 * engine.mr, 384);
-    const int64_t row_blocks = ceil_div(x.m, rows_wanted);
-    const int64_t columns_a_block = few_columns * (!b_along_n   ? 1
-                                                   : x.m <= 128 ? 4
-                                                   : x.m <= 256 ? 2
-                                                                : 1);
-    const int64_t column_blocks = ceil_div(x.n, columns_a_block);
-    const int64_t blocks = row_blocks * column_blocks;
-    for (int64_t i = 0; i < blocks; ++i) {
-      // A block belongs to the worker in whose share its middle lies.
-      const int64_t middle = done + whole * (2 * i + 1) / (2 * blocks);
-      if (middle < begin || middle >= end) continue;
-      const int64_t rb = i / column_blocks, cb = i % column_blocks;
-      body(e, Block{.m0 = x.m * rb / row_blocks,
-                    .m1 = x.m * (rb + 1) / row_blocks,
-                    .n0 = cb * columns_a_block,
-                    .n1 = std::min(x.n, (cb + 1) * columns_a_block)});
-    }
-    done += whole;
+    done += cost;
   }
 }
 

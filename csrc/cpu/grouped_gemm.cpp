@@ -9,7 +9,7 @@
 namespace moekernels::cpu::MOEKERNELS_ISA {
 namespace {
 
-constexpr int64_t kColumnsABlock = 256;
+constexpr int64_t kColumnsPerBlock = 256;
 
 inline const char* at(const void* data, int64_t elements, DType dtype) {
   return static_cast<const char*>(data) + elements * size_of(dtype);
@@ -28,7 +28,7 @@ void grouped_gemm(const GroupedGemmArgs& args, int64_t worker, int64_t workers) 
   const auto extent = [&](int64_t e) {
     return Extent{.m = args.offsets[e + 1] - args.offsets[e], .n = args.out_width, .k = args.in};
   };
-  for_blocks(engine, args.experts, kColumnsABlock, args.transposed, worker, workers, extent,
+  for_blocks(engine, args.experts, kColumnsPerBlock, args.transposed, worker, workers, extent,
              [&](int64_t e, const Block& block) {
     const int64_t first = args.offsets[e];
     const Operand a{
@@ -37,13 +37,15 @@ void grouped_gemm(const GroupedGemmArgs& args, int64_t worker, int64_t workers) 
                     .ld = args.transposed ? args.out_width : args.in,
                     .k_contiguous = !args.transposed};
     char* out = at(args.out, (first + block.m0) * args.out_width + block.n0, args.dtype);
-    const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
-    if (direct) {
-      workspace.multiply(engine, a, b, block, args.in, out, args.out_width, Store::set);
-    } else {
-      void* c = workspace.block(engine, rows * columns);
-      workspace.multiply(engine, a, b, block, args.in, c, columns, Store::set);
-      write_block(args.dtype, c, rows, columns, out, args.out_width, false);
+    Product product{
+        .a = a, .b = b, .block = block, .depth = args.in, .c = out, .ldc = args.out_width};
+    if (!direct) {
+      product.c = workspace.block(engine, block.rows() * block.columns());
+      product.ldc = block.columns();
+    }
+    workspace.multiply(engine, product);
+    if (!direct) {
+      write_block(args.dtype, product.c, block.rows(), block.columns(), out, args.out_width, false);
     }
   });
   zero_tail(args.out, args.out_width * size_of(args.dtype), args.offsets[args.experts],
@@ -62,7 +64,7 @@ void grouped_wgrad(const GroupedWgradArgs& args, int64_t worker, int64_t workers
     // set to zero.
     return Extent{.m = args.accumulate && k == 0 ? 0 : args.m, .n = args.n, .k = k};
   };
-  for_blocks(engine, args.experts, kColumnsABlock, false, worker, workers, extent,
+  for_blocks(engine, args.experts, kColumnsPerBlock, false, worker, workers, extent,
              [&](int64_t e, const Block& block) {
     const int64_t first = args.offsets[e], depth = args.offsets[e + 1] - first;
     const auto operand = [&](const void* data, int64_t width, bool gather) {
@@ -73,17 +75,22 @@ void grouped_wgrad(const GroupedWgradArgs& args, int64_t worker, int64_t workers
                      .tokens = args.tokens,
                      .gather = gather};
     };
-    const int64_t rows = block.m1 - block.m0, columns = block.n1 - block.n0;
     char* dw = at(args.dw, (e * args.m + block.m0) * args.n + block.n0, out_dtype);
-    const Operand a = operand(args.a, args.m, args.gather_a),
-                  b = operand(args.b, args.n, args.gather_b);
-    if (direct) {
-      workspace.multiply(engine, a, b, block, depth, dw, args.n,
-                         args.accumulate ? Store::add : Store::stream);
-    } else {
-      void* c = workspace.block(engine, rows * columns);
-      workspace.multiply(engine, a, b, block, depth, c, columns, Store::set);
-      write_block(args.dtype, c, rows, columns, dw, args.n, true);
+    Product product{.a = operand(args.a, args.m, args.gather_a),
+                    .b = operand(args.b, args.n, args.gather_b),
+                    .block = block,
+                    .depth = depth,
+                    .c = dw,
+                    .ldc = args.n,
+                    .mode = args.accumulate ? Store::add : Store::stream};
+    if (!direct) {
+      product.c = workspace.block(engine, block.rows() * block.columns());
+      product.ldc = block.columns();
+      product.mode = Store::set;
+    }
+    workspace.multiply(engine, product);
+    if (!direct) {
+      write_block(args.dtype, product.c, block.rows(), block.columns(), dw, args.n, true);
     }
   });
   drain();

@@ -14,10 +14,12 @@ extern __shared__ __align__(128) char shared[];
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
-__device__ bool is_used(const ExpertsArgs& of, int64_t row) {
+template <class Args>
+__device__ bool is_used(const Args& of, int64_t row) {
   return of.token_of == nullptr || inside(of.token_of[row], of.tokens);
 }
-__device__ float weight_of(const ExpertsArgs& of, int64_t row) {
+template <class Args>
+__device__ float weight_of(const Args& of, int64_t row) {
   return of.weights != nullptr ? static_cast<const float*>(of.weights)[row] : 1.0f;
 }
 template <class T>
@@ -232,20 +234,18 @@ __global__ void __launch_bounds__(kThreads) sum_dweights(const ExpertsDWeightsAr
 
 // A block for 32 columns of an expert: a lane a column, the warps take turns at the rows.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    bias_gradient(const ExpertsDBiasArgs args, int64_t num_rows) {
+__global__ void __launch_bounds__(kThreads) bias_gradient(const ExpertsDBiasArgs args) {
   __shared__ float sums[kWarps][kWarp];
-  const ExpertsArgs& of = args.of;
   const int64_t column_blocks = tile_count(args.width, kWarp), expert = blockIdx.x / column_blocks;
   const int64_t column = (blockIdx.x - expert * column_blocks) * kWarp + lane_id();
   const int warp = threadIdx.x / kWarp;
-  const RowRange rows = rows_of_group(of.offsets, expert, of.experts, num_rows);
+  const RowRange rows = rows_of_group(args.offsets, expert, args.experts, args.num_rows);
   if (args.accumulate && rows.begin == rows.end) return;
   float sum = 0;
   if (column < args.width) {
     for (int64_t row = rows.begin + warp; row < rows.end; row += kWarps) {
-      if (is_used(of, row)) {
-        sum = fmaf(weight_of(of, row),
+      if (is_used(args, row)) {
+        sum = fmaf(weight_of(args, row),
                    to_float(static_cast<const T*>(args.rows)[row * args.width + column]), sum);
       }
     }
@@ -269,9 +269,15 @@ int64_t width_of(const ExpertsArgs& of) { return (is_gated(of.activation) ? 2 : 
 void experts_up(const ExpertsUpArgs& args, Stream stream) {
   const ExpertsArgs& of = args.of;
   const int64_t bytes = size_of(of.dtype), width = width_of(of);
-  const GemmChoice choice =
-      choose(GemmOp::up, of.dtype, of.num_rows, width, of.hidden, of.experts, of.tf32, of.x, of.w1,
-             of.b1, args.h, args.a, of.hidden * bytes, of.ffn * bytes);
+  const GemmChoice choice = choose({.op = GemmOp::up,
+                                    .dtype = of.dtype,
+                                    .m = of.num_rows,
+                                    .n = width,
+                                    .k = of.hidden,
+                                    .experts = of.experts,
+                                    .alignment = gemm_alignment(of.x, of.w1, of.b1, args.h, args.a,
+                                                                of.hidden * bytes, of.ffn * bytes),
+                                    .tf32 = of.tf32});
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::experts_up(args, choice, stream);
   }
@@ -297,27 +303,33 @@ void experts_up(const ExpertsUpArgs& args, Stream stream) {
 void experts_down(const ExpertsDownArgs& args, Stream stream) {
   const ExpertsArgs& of = args.of;
   const int64_t bytes = size_of(of.dtype);
-  const GemmChoice choice =
-      choose(GemmOp::down, of.dtype, of.num_rows, of.hidden, of.ffn, of.experts, of.tf32, args.a,
-             of.w2, of.b2, args.y, of.hidden * bytes, of.ffn * bytes);
+  const GemmChoice choice = choose(
+      {.op = GemmOp::down,
+       .dtype = of.dtype,
+       .m = of.num_rows,
+       .n = of.hidden,
+       .k = of.ffn,
+       .experts = of.experts,
+       .alignment = gemm_alignment(args.a, of.w2, of.b2, args.y, of.hidden * bytes, of.ffn * bytes),
+       .tf32 = of.tf32});
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::experts_down(args, choice, stream);
   }
-  const RowProduct product{of.dtype,
-                           args.a,
-                           of.w2,
-                           of.offsets,
-                           args.y,
-                           of.b2,
-                           static_cast<const float*>(of.weights),
-                           of.token_of,
-                           of.tokens,
-                           of.num_rows,
-                           of.ffn,
-                           of.hidden,
-                           of.experts,
-                           of.transposed,
-                           of.tf32};
+  const MmaProduct product{.rows = args.a,
+                           .w = of.w2,
+                           .offsets = of.offsets,
+                           .num_rows = of.num_rows,
+                           .depth = of.ffn,
+                           .width = of.hidden,
+                           .experts = of.experts,
+                           .along_n = of.transposed,
+                           .dtype = of.dtype,
+                           .tf32 = of.tf32,
+                           .out = args.y,
+                           .bias = of.b2,
+                           .weights = static_cast<const float*>(of.weights),
+                           .token_of = of.token_of,
+                           .tokens = of.tokens};
   row_product("experts_down", product, choice, stream);
 }
 
@@ -325,8 +337,15 @@ void experts_dact(const ExpertsDActArgs& args, Stream stream) {
   const ExpertsArgs& of = args.of;
   const int64_t bytes = size_of(of.dtype);
   const GemmChoice choice =
-      choose(GemmOp::dact, of.dtype, of.num_rows, of.ffn, of.hidden, of.experts, of.tf32, args.dy,
-             of.w2, args.h, args.dh, args.weighted_a, of.hidden * bytes, of.ffn * bytes);
+      choose({.op = GemmOp::dact,
+              .dtype = of.dtype,
+              .m = of.num_rows,
+              .n = of.ffn,
+              .k = of.hidden,
+              .experts = of.experts,
+              .alignment = gemm_alignment(args.dy, of.w2, args.h, args.dh, args.weighted_a,
+                                          of.hidden * bytes, of.ffn * bytes),
+              .tf32 = of.tf32});
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::experts_dact(args, choice, stream);
   }
@@ -359,10 +378,10 @@ void experts_dweights(const ExpertsDWeightsArgs& args, Stream stream) {
 }
 
 void experts_dbias(const ExpertsDBiasArgs& args, Stream stream) {
-  with_type(args.of.dtype, [&](auto* type) {
+  with_type(args.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    launch("experts_dbias", bias_gradient<T>, args.of.experts * ceil_div(args.width, kWarp),
-           kThreads, 0, stream, args, args.of.num_rows);
+    launch("experts_dbias", bias_gradient<T>, args.experts * ceil_div(args.width, kWarp), kThreads,
+           0, stream, args);
   });
 }
 

@@ -21,8 +21,15 @@ template <class T>
 void up(const ExpertsUpArgs& args, const GemmChoice& choice, Stream stream) {
   const ExpertsArgs& of = args.of;
   const ExpertStyle style = style_of(of);
-  const RowProduct product{of.x,          of.w1,      of.offsets,    of.num_rows, of.hidden,
-                           style.width(), of.experts, of.transposed, of.dtype};
+  const RowProduct product{.rows = of.x,
+                           .w = of.w1,
+                           .offsets = of.offsets,
+                           .num_rows = of.num_rows,
+                           .depth = of.hidden,
+                           .width = style.width(),
+                           .experts = of.experts,
+                           .along_n = of.transposed,
+                           .dtype = of.dtype};
   const typename StoreUp<T>::Args to{static_cast<T*>(args.h), static_cast<T*>(args.a),
                                      static_cast<const T*>(of.b1), style};
   const int64_t tile = style.apart() ? 128 : 256;
@@ -35,8 +42,15 @@ template <class T>
 void dact(const ExpertsDActArgs& args, const GemmChoice& choice, Stream stream) {
   const ExpertsArgs& of = args.of;
   static_assert(StoreDAct<T>::kPartColumns == kDWeightsColumns);
-  const RowProduct product{args.dy, of.w2,      of.offsets,     of.num_rows, of.hidden,
-                           of.ffn,  of.experts, !of.transposed, of.dtype};
+  const RowProduct product{.rows = args.dy,
+                           .w = of.w2,
+                           .offsets = of.offsets,
+                           .num_rows = of.num_rows,
+                           .depth = of.hidden,
+                           .width = of.ffn,
+                           .experts = of.experts,
+                           .along_n = !of.transposed,
+                           .dtype = of.dtype};
   const typename StoreDAct<T>::Args to{static_cast<const T*>(args.h),
                                        static_cast<T*>(args.dh),
                                        static_cast<T*>(args.weighted_a),
@@ -57,8 +71,15 @@ void experts_up(const ExpertsUpArgs& args, const GemmChoice& choice, Stream stre
 
 void experts_down(const ExpertsDownArgs& args, const GemmChoice& choice, Stream stream) {
   const ExpertsArgs& of = args.of;
-  const RowProduct product{args.a,    of.w2,      of.offsets,    of.num_rows, of.ffn,
-                           of.hidden, of.experts, of.transposed, of.dtype};
+  const RowProduct product{.rows = args.a,
+                           .w = of.w2,
+                           .offsets = of.offsets,
+                           .num_rows = of.num_rows,
+                           .depth = of.ffn,
+                           .width = of.hidden,
+                           .experts = of.experts,
+                           .along_n = of.transposed,
+                           .dtype = of.dtype};
   store_product("experts_down_sm90", product, choice, args.y, of.b2, use_of(of), stream);
 }
 

@@ -14,7 +14,7 @@ extern __shared__ __align__(128) char shared[];
 
 template <class T, int tile, bool transposed>
 __global__ void __launch_bounds__(GemmShape<T, tile>::kThreads)
-    rows_times_weights(const RowProduct args, bool vector_in, bool vector_out) {
+    rows_times_weights(const MmaProduct args, bool vector_in, bool vector_out) {
   const int64_t tiles_n = tile_count(args.width, tile), index = blockIdx.x / tiles_n;
   const RowTile rows = find_row_tile(args.offsets, args.experts, args.num_rows, tile, index);
   if (rows.group < 0) return;
@@ -22,10 +22,10 @@ __global__ void __launch_bounds__(GemmShape<T, tile>::kThreads)
   const bool is_tail = rows.group == args.experts;
   const float* c = nullptr;
   if (!is_tail) {
-    const OperandSource<T> a{static_cast<const T*>(args.a) + rows.begin * args.in, args.in,
-                             TileColumns{tile, 0, 0, rows.end - rows.begin}, args.in, vector_in};
-    const OperandSource<T> b{static_cast<const T*>(args.w) + rows.group * args.in * args.width,
-                             transposed ? args.width : args.in, columns, args.in, vector_in};
+    const OperandSource<T> a{static_cast<const T*>(args.rows) + rows.begin * args.depth, args.depth,
+                             TileColumns{tile, 0, 0, rows.end - rows.begin}, args.depth, vector_in};
+    const OperandSource<T> b{static_cast<const T*>(args.w) + rows.group * args.depth * args.width,
+                             transposed ? args.width : args.depth, columns, args.depth, vector_in};
     c = multiply_tile<T, tile, true, !transposed>(shared, a, b, args.tf32);
   }
   for_chunks<T, tile, tile>([&](int r, int j) {
@@ -96,17 +96,17 @@ __global__ void __launch_bounds__(GemmShape<T, tile>::kThreads)
 
 }  // namespace
 
-void row_product(const char* name, const RowProduct& args, const GemmChoice& choice,
+void row_product(const char* name, const MmaProduct& args, const GemmChoice& choice,
                  Stream stream) {
   with_tile(args.dtype, choice, [&](auto* type, auto constant) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int tile = decltype(constant)::value;
-    const bool vector_in = aligned16(args.a, args.w, args.in * sizeof(T),
-                                     (args.transposed ? args.width : 0) * sizeof(T));
+    const bool vector_in = aligned16(args.rows, args.w, args.depth * sizeof(T),
+                                     (args.along_n ? args.width : 0) * sizeof(T));
     const bool vector_out = aligned16(args.out, args.width * sizeof(T));
     const int64_t blocks =
         row_tiles_bound(args.num_rows, args.experts, tile) * tile_count(args.width, tile);
-    if (args.transposed) {
+    if (args.along_n) {
       launch_gemm(name, rows_times_weights<T, tile, true>, blocks, GemmShape<T, tile>::kThreads,
                   kGemmShared<T, tile, true, false>, stream, args, vector_in, vector_out);
     } else {
@@ -119,24 +119,43 @@ void row_product(const char* name, const RowProduct& args, const GemmChoice& cho
 void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
   const int64_t bytes = size_of(args.dtype);
   const GemmChoice choice =
-      choose(args.transposed ? GemmOp::dgrad : GemmOp::forward, args.dtype, args.num_rows,
-             args.out_width, args.in, args.experts, args.tf32, args.rows, args.w, args.out,
-             args.in * bytes, args.out_width * bytes);
+      choose({.op = args.transposed ? GemmOp::dgrad : GemmOp::forward,
+              .dtype = args.dtype,
+              .m = args.num_rows,
+              .n = args.out_width,
+              .k = args.in,
+              .experts = args.experts,
+              .alignment = gemm_alignment(args.rows, args.w, args.out, args.in * bytes,
+                                          args.out_width * bytes),
+              .tf32 = args.tf32});
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::grouped_gemm(args, choice, stream);
   }
-  const RowProduct product{
-      args.dtype,   args.rows,       args.w,   args.offsets,  args.out, nullptr,
-      nullptr,      nullptr,         0,        args.num_rows, args.in,  args.out_width,
-      args.experts, args.transposed, args.tf32};
+  const MmaProduct product{.rows = args.rows,
+                           .w = args.w,
+                           .offsets = args.offsets,
+                           .num_rows = args.num_rows,
+                           .depth = args.in,
+                           .width = args.out_width,
+                           .experts = args.experts,
+                           .along_n = args.transposed,
+                           .dtype = args.dtype,
+                           .tf32 = args.tf32,
+                           .out = args.out};
   row_product("grouped_gemm", product, choice, stream);
 }
 
 void grouped_wgrad(const GroupedWgradArgs& args, Stream stream) {
   const int64_t bytes = size_of(args.dtype);
   const GemmChoice choice =
-      choose(GemmOp::wgrad, args.dtype, args.m, args.n, args.num_rows, args.experts, args.tf32,
-             args.a, args.b, args.dw, args.m * bytes, args.n * bytes);
+      choose({.op = GemmOp::wgrad,
+              .dtype = args.dtype,
+              .m = args.m,
+              .n = args.n,
+              .k = args.num_rows,
+              .experts = args.experts,
+              .alignment = gemm_alignment(args.a, args.b, args.dw, args.m * bytes, args.n * bytes),
+              .tf32 = args.tf32});
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::grouped_wgrad(args, choice, stream);
   }

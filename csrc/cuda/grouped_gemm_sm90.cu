@@ -62,8 +62,15 @@ void store_product(const char* name, const RowProduct& product, const GemmChoice
 }
 
 void grouped_gemm(const GroupedGemmArgs& args, const GemmChoice& choice, Stream stream) {
-  const RowProduct product{args.rows,      args.w,       args.offsets,    args.num_rows, args.in,
-                           args.out_width, args.experts, args.transposed, args.dtype};
+  const RowProduct product{.rows = args.rows,
+                           .w = args.w,
+                           .offsets = args.offsets,
+                           .num_rows = args.num_rows,
+                           .depth = args.in,
+                           .width = args.out_width,
+                           .experts = args.experts,
+                           .along_n = args.transposed,
+                           .dtype = args.dtype};
   store_product("grouped_gemm_sm90", product, choice, args.out, nullptr, {nullptr, nullptr, 0},
                 stream);
 }

@@ -113,7 +113,16 @@ auto with_cutlass_type(DType dtype, const F& f) {
 
 inline const char* why_not(GemmOp op, DType dtype, int64_t m, int64_t n, int64_t k, int64_t experts,
                            int64_t alignment) {
-  return why_not_wgmma({op, dtype, m, n, k, experts, alignment, capability(), true, false});
+  return why_not_wgmma({.op = op,
+                        .dtype = dtype,
+                        .m = m,
+                        .n = n,
+                        .k = k,
+                        .experts = experts,
+                        .alignment = alignment,
+                        .tf32 = false,
+                        .capability = capability(),
+                        .wgmma = true});
 }
 
 }  // namespace moekernels::cuda

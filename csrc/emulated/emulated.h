@@ -1,5 +1,6 @@
 // The emulated build (tests only): the launchers run as they are, over a CUDA runtime that hands
-// every launch to Python, which executes the kernel's PTX on the CPU (python_tests/support/emulated.py).
+// every launch to Python, which executes the kernel's PTX on the CPU
+// (python_tests/support/emulated.py).
 #pragma once
 
 #include <cstdint>

@@ -28,9 +28,16 @@ int index_of(const char* const (&names)[n], const std::string& name) {
 
 py::dict choice(const std::string& op, const std::string& dtype, int64_t m, int64_t n, int64_t k,
                 int64_t experts, int64_t alignment, int capability, bool wgmma, bool tf32) {
-  const GemmChoice chosen = choose_gemm({static_cast<GemmOp>(index_of(kOps, op)),
-                                         static_cast<DType>(index_of(kDTypes, dtype)), m, n, k,
-                                         experts, alignment, capability, wgmma, tf32});
+  const GemmChoice chosen = choose_gemm({.op = static_cast<GemmOp>(index_of(kOps, op)),
+                                         .dtype = static_cast<DType>(index_of(kDTypes, dtype)),
+                                         .m = m,
+                                         .n = n,
+                                         .k = k,
+                                         .experts = experts,
+                                         .alignment = alignment,
+                                         .tf32 = tf32,
+                                         .capability = capability,
+                                         .wgmma = wgmma});
   py::dict out;
   out["kernel"] = kKernels[static_cast<int>(chosen.kernel)];
   out["tile"] = py::make_tuple(chosen.tile_m, chosen.tile_n, chosen.tile_k);

@@ -3,7 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
+#include <string>
+#include <vector>
+
 #include "gemm.h"
+#include "moekernels/registers.h"
 #include "partition.h"
 #include "peers.h"
 #include "placement.h"
@@ -27,6 +32,16 @@ PYBIND11_MODULE(_host, m) {
   build["cutlass"] = false;
 #endif
   m.attr("build") = build;
+  py::dict activations;
+  for (const char* name : moekernels::kActivations) {
+    const auto activation = static_cast<moekernels::Activation>(py::len(activations));
+    activations[name] = moekernels::is_gated(activation);
+  }
+  m.attr("activations") = activations;  // name: whether it is gated
+  m.attr("gate_scores") = py::cast(std::vector<std::string>(std::begin(moekernels::kGateScores),
+                                                            std::end(moekernels::kGateScores)));
+  m.attr("group_scores") = py::cast(std::vector<std::string>(std::begin(moekernels::kGroupScores),
+                                                             std::end(moekernels::kGroupScores)));
   moekernels::host::bind_gemm(m);
   moekernels::host::bind_peers(m);
 

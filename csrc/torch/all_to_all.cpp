@@ -1,3 +1,4 @@
+// Packing rows for an exchange between ranks, and putting what came in the order of experts.
 #include "moekernels/all_to_all.h"
 
 #include "device.h"
@@ -10,8 +11,7 @@ int64_t weight_elements(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double ? 1 : 2;
 }
 
-Tensor pack(const Tensor& x, const std::optional<Tensor>& weights, const Tensor& slot_of,
-            int64_t top_k) {
+Tensor pack(const Tensor& x, const OptionalTensor& weights, const Tensor& slot_of, int64_t top_k) {
   check_tensor("pack", "x", x, kFloats, {{"T"}, {"H"}});
   check_tensor("pack", "slot_of", slot_of, kInt32, {{"R"}}, &x);
   check(top_k >= 0, "pack: top_k must be at least 0, got ", top_k);
@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> regroup(const Tensor& message, const Tensor& 
   return {out, weights, table.offsets};
 }
 
-Tensor ungroup(const Tensor& rows, const Tensor& counts, const std::optional<Tensor>& weights) {
+Tensor ungroup(const Tensor& rows, const Tensor& counts, const OptionalTensor& weights) {
   check_tensor("ungroup", "rows", rows, kFloats, {{"R"}, {"H"}});
   const ScalarType dtype = rows.scalar_type();
   const int64_t num_rows = rows.size(0), hidden = rows.size(1), size = size_of(dtype_of(rows));

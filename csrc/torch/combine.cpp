@@ -1,3 +1,4 @@
+// The sum of each token's weighted rows, and its gradient: checks, memory, launch.
 #include "moekernels/combine.h"
 
 #include "device.h"
@@ -6,8 +7,8 @@ namespace moekernels::binding {
 namespace {
 
 // token_of is the backward's; it is checked here, where the caller can still be told.
-Tensor combine(const Tensor& rows, const Tensor& row_of, const std::optional<Tensor>& weights,
-               const std::optional<Tensor>& token_of) {
+Tensor combine(const Tensor& rows, const Tensor& row_of, const OptionalTensor& weights,
+               const OptionalTensor& token_of) {
   check_tensor("combine", "rows", rows, kFloats, {{"R"}, {"H"}});
   check_tensor("combine", "row_of", row_of, kInt32, {{"T"}, {"K"}}, &rows);
   const int64_t tokens = row_of.size(0), top_k = row_of.size(1), hidden = rows.size(1);

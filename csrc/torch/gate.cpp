@@ -1,7 +1,9 @@
+// Router logits to weights, ids and sums: checks, the cut into chunks, memory.
 #include "moekernels/gate.h"
 
 #include <algorithm>
 
+#include "bundle.h"
 #include "device.h"
 
 namespace moekernels::binding {
@@ -12,7 +14,7 @@ namespace {
 struct Chunks {
   std::vector<int64_t> begin{0}, segment;
 
-  Chunks(int64_t tokens, const std::optional<Tensor>& segments, bool device) {
+  Chunks(int64_t tokens, const OptionalTensor& segments, bool device) {
     if (device) return;  // it cuts the tokens itself: the offsets lie there
     if (!segments) {
       cut(tokens, 0);
@@ -38,7 +40,7 @@ struct Chunks {
 // Chunks that are worth a thread: about 16384 logits.
 int64_t chunks_of_a_thread(int64_t experts) { return 16384 / (kGateChunk * experts) + 1; }
 
-int64_t check_segments(const char* op, const std::optional<Tensor>& segments, const Tensor& like) {
+int64_t check_segments(const char* op, const OptionalTensor& segments, const Tensor& like) {
   if (!segments) return 1;
   check_tensor(op, "segments", *segments, kInt64, {{"S+1"}}, &like);
   check(segments->size(0) >= 1, op, ": segments must hold at least one offset, got int64 [0]");
@@ -52,10 +54,28 @@ void check_device_limits(const char* op, const Tensor& logits, int64_t top_k) {
         ", got logits ", shape_of(logits), " and top_k=", top_k);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(
-    const Tensor& logits, int64_t top_k, int64_t score, const std::optional<Tensor>& bias,
-    int64_t num_groups, int64_t groups_kept, bool sum_two, bool renormalize, double scale,
-    const std::optional<Tensor>& segments, const std::optional<Tensor>& valid) {
+// Logits, and how experts are chosen by them, in the order of ops/gate.py's Choice.
+#define MOEKERNELS_GATING(F)  \
+  F(Tensor, logits)           \
+  F(int64_t, top_k)           \
+  F(std::string, score)       \
+  F(OptionalTensor, bias)     \
+  F(int64_t, num_groups)      \
+  F(int64_t, groups_kept)     \
+  F(std::string, group_score) \
+  F(bool, renormalize)        \
+  F(double, scale)
+MOEKERNELS_BUNDLE(Gating, MOEKERNELS_GATING);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(const Gating& gating,
+                                                        OptionalTensor segments,
+                                                        OptionalTensor valid) {
+  const auto score = named<GateScore>("gate", "score", kGateScores, gating.score);
+  const auto group_score =
+      named<GroupScore>("gate", "group_score", kGroupScores, gating.group_score);
+  const Tensor& logits = gating.logits;
+  const int64_t top_k = gating.top_k, num_groups = gating.num_groups;
+  const int64_t groups_kept = gating.groups_kept;
   check_tensor("gate", "logits", logits, kFloats, {{"T"}, {"E"}});
   const int64_t tokens = logits.size(0), experts = logits.size(1);
   const ScalarType wide_dtype = wide(logits.scalar_type());
@@ -67,8 +87,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(
   check(groups_kept * (experts / num_groups) >= top_k, "gate: the ", groups_kept,
         " groups kept hold ", groups_kept * (experts / num_groups),
         " experts, fewer than top_k=", top_k);
-  if (bias) check_tensor("gate", "bias", *bias, {wide_dtype}, {{"E", experts}}, &logits);
-  if (valid) check_tensor("gate", "valid", *valid, {ScalarType::Bool}, {{"T", tokens}}, &logits);
+  check_optional("gate", "bias", gating.bias, {wide_dtype}, {{"E", experts}}, logits);
+  check_optional("gate", "valid", valid, {ScalarType::Bool}, {{"T", tokens}}, logits);
   const int64_t num_segments = check_segments("gate", segments, logits);
   check_device_limits("gate", logits, top_k);
 
@@ -87,9 +107,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(
   Tensor scratch = empty({scratch_bytes}, ScalarType::Byte, logits);
   const GateArgs args{
       .logits = logits.const_data_ptr(),
-      .bias = bias ? bias->const_data_ptr() : nullptr,
-      .valid = valid ? static_cast<const bool*>(valid->const_data_ptr()) : nullptr,
-      .offsets = segments ? segments->const_data_ptr<int64_t>() : nullptr,
+      .bias = pointer_of(gating.bias),
+      .valid = static_cast<const bool*>(pointer_of(valid)),
+      .offsets = static_cast<const int64_t*>(pointer_of(segments)),
       .chunk_begin = chunks.begin.data(),
       .chunk_segment = chunks.segment.data(),
       .weights = weights.mutable_data_ptr(),
@@ -108,11 +128,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(
       .segments = num_segments,
       .num_groups = num_groups,
       .groups_kept = groups_kept,
-      .scale = scale,
+      .scale = gating.scale,
       .dtype = dtype_of(logits),
-      .score = static_cast<GateScore>(score),
-      .sum_two = sum_two,
-      .renormalize = renormalize,
+      .score = score,
+      .sum_two = group_score == GroupScore::sum2,
+      .renormalize = gating.renormalize,
   };
   run(logits, [&](auto stream) { cuda::gate(args, stream); }, [&] {
     parallel(chunks.size(), chunks_of_a_thread(experts),
@@ -122,10 +142,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(
   return {weights, ids, score_sum, counts, z_sum};
 }
 
-Tensor gate_backward(const Tensor& logits, const Tensor& ids, const std::optional<Tensor>& dweights,
-                     const std::optional<Tensor>& dscore_sum, const std::optional<Tensor>& dz_sum,
-                     int64_t score, bool renormalize, double scale,
-                     const std::optional<Tensor>& segments) {
+Tensor gate_backward(const Tensor& logits, const Tensor& ids, const OptionalTensor& dweights,
+                     const OptionalTensor& dscore_sum, const OptionalTensor& dz_sum,
+                     std::string score, bool renormalize, double scale,
+                     const OptionalTensor& segments) {
   const char* op = "gate_backward";
   check_tensor(op, "logits", logits, kFloats, {{"T"}, {"E"}});
   const int64_t tokens = logits.size(0), experts = logits.size(1);
@@ -136,24 +156,21 @@ Tensor gate_backward(const Tensor& logits, const Tensor& ids, const std::optiona
         top_k);
   const int64_t num_segments = check_segments(op, segments, logits);
   check_device_limits(op, logits, top_k);
-  if (dweights) {
-    check_tensor(op, "dweights", *dweights, {wide_dtype}, {{"T", tokens}, {"K", top_k}}, &logits);
-  }
-  if (dscore_sum) {
-    check_tensor(op, "dscore_sum", *dscore_sum, {wide_dtype}, {{"S", num_segments}, {"E", experts}},
-                 &logits);
-  }
-  if (dz_sum) check_tensor(op, "dz_sum", *dz_sum, {wide_dtype}, {{"S", num_segments}}, &logits);
+  const Axis segment_axis{"S", num_segments};
+  check_optional(op, "dweights", dweights, {wide_dtype}, {{"T", tokens}, {"K", top_k}}, logits);
+  check_optional(op, "dscore_sum", dscore_sum, {wide_dtype}, {segment_axis, {"E", experts}},
+                 logits);
+  check_optional(op, "dz_sum", dz_sum, {wide_dtype}, {segment_axis}, logits);
 
   const Chunks chunks(tokens, segments, on_cuda(logits));
   Tensor dlogits = empty({tokens, experts}, logits.scalar_type(), logits);
   const GateBackwardArgs args{
       .logits = logits.const_data_ptr(),
       .ids = ids.const_data_ptr<int32_t>(),
-      .dweights = dweights ? dweights->const_data_ptr() : nullptr,
-      .dscore_sum = dscore_sum ? dscore_sum->const_data_ptr() : nullptr,
-      .dz_sum = dz_sum ? dz_sum->const_data_ptr() : nullptr,
-      .offsets = segments ? segments->const_data_ptr<int64_t>() : nullptr,
+      .dweights = pointer_of(dweights),
+      .dscore_sum = pointer_of(dscore_sum),
+      .dz_sum = pointer_of(dz_sum),
+      .offsets = static_cast<const int64_t*>(pointer_of(segments)),
       .chunk_begin = chunks.begin.data(),
       .chunk_segment = chunks.segment.data(),
       .dlogits = dlogits.mutable_data_ptr(),
@@ -163,7 +180,7 @@ Tensor gate_backward(const Tensor& logits, const Tensor& ids, const std::optiona
       .segments = num_segments,
       .scale = scale,
       .dtype = dtype_of(logits),
-      .score = static_cast<GateScore>(score),
+      .score = named<GateScore>(op, "score", kGateScores, score),
       .renormalize = renormalize,
   };
   run(logits, [&](auto stream) { cuda::gate_backward(args, stream); }, [&] {
@@ -176,17 +193,16 @@ Tensor gate_backward(const Tensor& logits, const Tensor& ids, const std::optiona
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
-  m.def(
-      "_gate(Tensor logits, SymInt top_k, int score, Tensor? bias, SymInt num_groups, "
-      "SymInt groups_kept, bool sum_two, bool renormalize, float scale, Tensor? segments, "
-      "Tensor? valid) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(("_gate(" + Gating::schema() +
+         "Tensor? segments, Tensor? valid) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+            .c_str());
   m.def(
       "_gate_backward(Tensor logits, Tensor ids, Tensor? dweights, Tensor? dscore_sum, "
-      "Tensor? dz_sum, int score, bool renormalize, float scale, Tensor? segments) -> Tensor");
+      "Tensor? dz_sum, str score, bool renormalize, float scale, Tensor? segments) -> Tensor");
 }
 
 MOEKERNELS_IMPL(m) {
-  m.impl("_gate", TORCH_BOX(&gate));
+  m.impl("_gate", TORCH_BOX(Flat<&gate>::call));
   m.impl("_gate_backward", TORCH_BOX(&gate_backward));
 }
 

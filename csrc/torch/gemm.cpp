@@ -1,3 +1,4 @@
+// Checks that grouped_gemm and experts share.
 #include "gemm.h"
 
 namespace moekernels::binding {

@@ -1,3 +1,4 @@
+// Each expert's rows times its weights, and the gradient of the weights: checks, memory, launch.
 #include "moekernels/grouped_gemm.h"
 
 #include "cutlass.h"
@@ -50,7 +51,7 @@ struct Wgrad {
   const Tensor& drows;
   const Tensor& offsets;
   bool transposed;
-  const std::optional<Tensor>& token_of;
+  const OptionalTensor& token_of;
   int64_t tokens;
   bool gather, tf32;
 
@@ -105,8 +106,8 @@ struct Wgrad {
 };
 
 Tensor grouped_gemm_wgrad(const Tensor& rows, const Tensor& drows, const Tensor& offsets,
-                          bool transposed, std::optional<Tensor> token_of, int64_t tokens,
-                          bool gather, bool tf32) {
+                          bool transposed, OptionalTensor token_of, int64_t tokens, bool gather,
+                          bool tf32) {
   const Wgrad wgrad{.rows = rows,
                     .drows = drows,
                     .offsets = offsets,
@@ -122,7 +123,7 @@ Tensor grouped_gemm_wgrad(const Tensor& rows, const Tensor& drows, const Tensor&
 }
 
 void grouped_gemm_wgrad_(Tensor main_grad, const Tensor& rows, const Tensor& drows,
-                         const Tensor& offsets, bool transposed, std::optional<Tensor> token_of,
+                         const Tensor& offsets, bool transposed, OptionalTensor token_of,
                          int64_t tokens, bool gather, bool tf32) {
   const Wgrad wgrad{.rows = rows,
                     .drows = drows,

@@ -1,3 +1,4 @@
+// Large outputs on the CPU, from memory that is kept when it is freed: how much, whose, until when.
 #include <sys/mman.h>
 #include <unistd.h>
 

@@ -1,3 +1,4 @@
+// Tokens to rows in the experts' order: checks, memory, launch.
 #include "moekernels/permute.h"
 
 #include "device.h"
@@ -6,7 +7,7 @@ namespace moekernels::binding {
 namespace {
 
 // row_of is the backward's; it is checked here, where the caller can still be told.
-Tensor permute(const Tensor& x, const Tensor& token_of, const std::optional<Tensor>& row_of) {
+Tensor permute(const Tensor& x, const Tensor& token_of, const OptionalTensor& row_of) {
   check_tensor("permute", "x", x, kFloats, {{"T"}, {"H"}});
   check_tensor("permute", "token_of", token_of, kInt32, {{"R"}}, &x);
   check_optional("permute", "row_of", row_of, kInt32, {{"T", x.size(0)}, {"K"}}, x);

@@ -1,3 +1,4 @@
+// The choices of all tokens, sorted by expert: checks, the cut into chunks, memory, launch.
 #include "moekernels/route.h"
 
 #include <algorithm>
@@ -11,7 +12,7 @@ namespace {
 constexpr int64_t kSlotsOfChunk = 16384;  // less is not worth a second thread
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& ids, int64_t experts,
-                                                         const std::optional<Tensor>& weights,
+                                                         const OptionalTensor& weights,
                                                          int64_t capacity, int64_t alignment) {
   check_tensor("route", "ids", ids, kIds, {{"T"}, {"K"}});
   const int64_t tokens = ids.size(0), top_k = ids.size(1), slots = tokens * top_k;

@@ -1,3 +1,4 @@
+// Checks and their words, and memory that says how much was asked for.
 #include "tensor.h"
 
 #ifdef MOEKERNELS_EMULATED

@@ -20,6 +20,7 @@ namespace moekernels::binding {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 template <class... Parts>
 void check(bool ok, const Parts&... parts) {
@@ -29,6 +30,21 @@ void check(bool ok, const Parts&... parts) {
     throw std::runtime_error(message.str());
   }
 }
+
+// The entry of a register that an argument names.
+template <class Enum, size_t count>
+Enum named(const char* op, const char* argument, const char* const (&names)[count],
+           const std::string& name) {
+  std::string known;
+  for (size_t i = 0; i < count; ++i) {
+    if (name == names[i]) return static_cast<Enum>(i);
+    known += (i > 0 ? "|" : "") + std::string(names[i]);
+  }
+  check(false, op, ": ", argument, " must be ", known, ", got '", name, "'");
+  return {};
+}
+
+inline const void* pointer_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
 // "float32", "int32", ...: torch's own names without the prefix.
 const char* name_of(ScalarType dtype);
@@ -56,7 +72,7 @@ void check_tensor(const char* op, const char* name, const Tensor& t,
                   std::initializer_list<ScalarType> dtypes, std::initializer_list<Axis> shape,
                   const Tensor* like = nullptr);
 
-inline void check_optional(const char* op, const char* name, const std::optional<Tensor>& t,
+inline void check_optional(const char* op, const char* name, const OptionalTensor& t,
                            std::initializer_list<ScalarType> dtypes,
                            std::initializer_list<Axis> shape, const Tensor& like) {
   if (t) check_tensor(op, name, *t, dtypes, shape, &like);

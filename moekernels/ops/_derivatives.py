@@ -126,3 +126,9 @@ def vjp(
             for i, g in zip(wanted, found):
                 result[i] = g
     return result
+
+
+def of_fields(bundle: Any, **values: Any) -> tuple[Any, ...]:
+    """One value for each field of a NamedTuple, None for those not named: the gradients of a
+    function's arguments, by name."""
+    return bundle(**{**dict.fromkeys(bundle._fields), **values})

@@ -8,6 +8,7 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,8 +39,11 @@ except (OSError, AttributeError) as error:
 _check()
 
 
-def fake(name: str, *, on_cpu: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """Registers the fake of a raw op: its results' shapes, for tensors without memory.
+def fake(
+    name: str, *, bundle: Any = None, on_cpu: tuple[str, ...] = ()
+) -> Callable[[Callable], Callable]:
+    """Registers the fake of a raw op: its results' shapes, for tensors without memory. With a
+    `bundle`, a NamedTuple of the op's first arguments, the fake takes that in their place.
 
     It is also what torch calls where some arguments are on meta and others not; then it refuses
     the first that is not where the first argument is (those named in `on_cpu` may be on the CPU
@@ -48,7 +52,8 @@ def fake(name: str, *, on_cpu: tuple[str, ...] = ()) -> Callable[[Callable], Cal
     op = name.strip("_")
 
     def register(fn: Callable) -> Callable:
-        names = tuple(inspect.signature(fn).parameters)
+        own = tuple(inspect.signature(fn).parameters)
+        names = own if bundle is None else (*bundle._fields, *own[1:])
 
         @functools.wraps(fn)
         def checked(*args, **kwargs):
@@ -61,7 +66,10 @@ def fake(name: str, *, on_cpu: tuple[str, ...] = ()) -> Callable[[Callable], Cal
                         f"{op}: {argument} must be on {device} like the first argument, "
                         f"got {value.device}"
                     )
-            return fn(*args, **kwargs)
+            if bundle is None:
+                return fn(*args, **kwargs)
+            named = {**dict(zip(names, args)), **kwargs}
+            return fn(bundle(*[named.pop(field) for field in bundle._fields]), **named)
 
         return torch.library.register_fake(f"moekernels::{name}")(checked)
 

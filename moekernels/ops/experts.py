@@ -24,55 +24,41 @@ _grouped_gemm = raw._grouped_gemm.default
 _combine = raw._combine.default
 
 
-@fake("_experts")
-def _(
-    x,
-    weights,
-    w1,
-    w2,
-    offsets,
-    token_of,
-    b1,
-    b2,
-    activation,
-    alpha,
-    limit,
-    interleaved,
-    transposed,
-    keep_h,
-    tf32=False,
-    row_of=None,
-):
-    rows = x.shape[0] if token_of is None else token_of.shape[0]
-    width = w1.shape[2 if transposed else 1]
-    return x.new_empty(rows, x.shape[1]), x.new_empty(rows if keep_h else 0, width)
+class Ffn(NamedTuple):
+    """What every kernel of the FFN takes first, in the order of the raw ops."""
+
+    x: Tensor
+    weights: Tensor | None
+    w1: Tensor
+    w2: Tensor
+    offsets: Tensor
+    token_of: Tensor | None
+    b1: Tensor | None
+    b2: Tensor | None
+    activation: str
+    alpha: float
+    limit: float
+    interleaved: bool
+    transposed: bool
+    tf32: bool
+
+    @property
+    def rows(self) -> int:
+        return (self.x if self.token_of is None else self.token_of).shape[0]
 
 
-@fake("_experts_dact")
-def _(
-    dy,
-    h,
-    x,
-    weights,
-    w1,
-    w2,
-    offsets,
-    token_of,
-    b1,
-    b2,
-    activation,
-    alpha,
-    limit,
-    interleaved,
-    transposed,
-    want_a,
-    want_dweights,
-    tf32=False,
-):
-    rows, out = dy.shape[0], 2 if transposed else 1
+@fake("_experts", bundle=Ffn)
+def _(ffn: Ffn, keep_h: bool, row_of: Tensor | None = None):
+    x, width = ffn.x, ffn.w1.shape[2 if ffn.transposed else 1]
+    return x.new_empty(ffn.rows, x.shape[1]), x.new_empty(ffn.rows if keep_h else 0, width)
+
+
+@fake("_experts_dact", bundle=Ffn)
+def _(ffn: Ffn, dy: Tensor, h: Tensor, want_weighted_a: bool, want_dweights: bool):
+    x, rows, out = ffn.x, dy.shape[0], 2 if ffn.transposed else 1
     return (
-        x.new_empty(rows, w1.shape[out]),
-        x.new_empty(rows if want_a else 0, w2.shape[3 - out]),
+        x.new_empty(rows, ffn.w1.shape[out]),
+        x.new_empty(rows if want_weighted_a else 0, ffn.w2.shape[3 - out]),
         x.new_empty(rows if want_dweights else 0, dtype=wide(x.dtype)),
     )
 
@@ -87,14 +73,6 @@ def _(main_grad, rows, weights, offsets, token_of, tokens):
     return None
 
 
-class _Style(NamedTuple):
-    activation: str
-    alpha: float
-    limit: float
-    interleaved: bool
-    transposed: bool
-
-
 class _MainGrads(NamedTuple):
     w1: Tensor | None
     w2: Tensor | None
@@ -102,94 +80,86 @@ class _MainGrads(NamedTuple):
     b2: Tensor | None
 
 
+_TENSORS = Ffn._fields[: Ffn._fields.index("activation")]
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, weights, w1, w2, b1, b2, offsets, token_of, row_of, style, main_grads, recompute
-    ):
-        y, h = _experts(
-            x, weights, w1, w2, offsets, token_of, b1, b2, *style, not recompute, tf32(x), row_of
-        )
-        ctx.save_for_backward(x, weights, w1, w2, b1, b2, offsets, token_of, row_of, h)
-        ctx.style, ctx.main_grads = style, main_grads
+    def forward(ctx, *arguments):
+        *fields, row_of, main_grads, recompute = arguments
+        ffn = Ffn(*fields)
+        y, h = _experts(*ffn, keep_h=not recompute, row_of=row_of)
+        ctx.save_for_backward(*ffn[: len(_TENSORS)], row_of, h)
+        ctx.style, ctx.main_grads = ffn[len(_TENSORS) : -1], main_grads
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, weights, w1, w2, b1, b2, offsets, token_of, row_of, h = ctx.saved_tensors
-        need_x, need_weights, need_w1, need_w2, need_b1, need_b2 = ctx.needs_input_grad[:6]
-        style = ctx.style
-        inputs = (x, weights, w1, w2, b1, b2)
-        _, _, *main_grads = _main_grad.reached(ctx, (None, None, *ctx.main_grads), inputs)
+        *tensors, row_of, h = ctx.saved_tensors
+        ffn = Ffn(*tensors, *ctx.style, tf32=tf32(tensors[0]))
+        need = Ffn(*ctx.needs_input_grad[: len(ffn)])
+        wanted = _derivatives.of_fields(Ffn, **ctx.main_grads._asdict())[: len(tensors)]
+        reached = _main_grad.reached(ctx, wanted, tensors)
+        main_grads = _MainGrads(*[reached[_TENSORS.index(name)] for name in _MainGrads._fields])
         if _derivatives.needs_plain():
-            grads = _plain_backward(ctx, inputs, dy)
-            grads[2:] = map(_main_grad.add, main_grads, grads[2:])
-            return *grads, *[None] * 6
-        main_grads = _MainGrads(*main_grads)
-        transposed, tokens = style.transposed, x.shape[0]
-        dy = dy.contiguous()
-        dx = dweights = dw1 = dw2 = db1 = db2 = None
-        if need_x or need_weights or need_w1 or need_w2 or need_b1:
-            dh, weighted_a, dweights = _dact(
-                dy,
-                h,
-                x,
-                weights,
-                w1,
-                w2,
-                offsets,
-                token_of,
-                b1,
-                b2,
-                *style,
-                need_w2,
-                need_weights,
-                tf32(x),
-            )
-        if need_b2:
-            db2 = _dbias_or_accumulate(main_grads.b2, dy, weights, offsets, token_of, tokens)
-        if need_w2:
-            dw2 = wgrad_or_accumulate(
-                main_grads.w2, weighted_a, dy, offsets, transposed, token_of, tokens
-            )
-            del weighted_a
-        if need_x:
-            dx = _grouped_gemm(dh, w1, offsets, not transposed, tf32(x))
-            if token_of is not None:
-                dx = _combine(dx, row_of, None)
-        if need_w1:
-            dw1 = wgrad_or_accumulate(
-                main_grads.w1, x, dh, offsets, transposed, token_of, tokens, token_of is not None
-            )
-        if need_b1:
-            db1 = _dbias_or_accumulate(main_grads.b1, dh, None, offsets, token_of, tokens)
-        dweights = dweights if need_weights else None
-        return dx, dweights, dw1, dw2, db1, db2, *[None] * 6
+            grads = _plain_backward(ctx, ffn, row_of, need, dy)
+            for name, main_grad in main_grads._asdict().items():
+                grads[name] = _main_grad.add(main_grad, grads[name])
+        else:
+            grads = _backward(ffn, row_of, h, dy.contiguous(), need, main_grads)
+        return *_derivatives.of_fields(Ffn, **grads), None, None, None
 
 
-def _plain_backward(ctx, inputs: tuple[Tensor | None, ...], dy: Tensor) -> list[Tensor | None]:
-    """The gradients of `inputs` (x, weights, w1, w2, b1, b2), in plain torch."""
-    offsets, token_of, row_of = ctx.saved_tensors[6:9]
-
-    def plain(x, weights, w1, w2, b1, b2) -> Tensor:
-        return reference.experts(
-            x,
-            weights,
-            w1,
-            w2,
-            offsets,
-            token_of=token_of,
-            row_of=row_of,
-            b1=b1,
-            b2=b2,
-            **ctx.style._asdict(),
+def _backward(
+    ffn: Ffn, row_of: Tensor | None, h: Tensor, dy: Tensor, need: Ffn, main_grads: _MainGrads
+) -> dict[str, Tensor | None]:
+    """The gradients that `need` asks for, by the names of what they are of."""
+    offsets, token_of, transposed = ffn.offsets, ffn.token_of, ffn.transposed
+    tokens = ffn.x.shape[0]
+    grads: dict[str, Tensor | None] = {}
+    if need.x or need.weights or need.w1 or need.w2 or need.b1:
+        dh, weighted_a, dweights = _dact(
+            *ffn, dy=dy, h=h, want_weighted_a=need.w2, want_dweights=need.weights
         )
+        grads["weights"] = dweights if need.weights else None
+    if need.b2:
+        grads["b2"] = _dbias_or_accumulate(
+            main_grads.b2, dy, ffn.weights, offsets, token_of, tokens
+        )
+    if need.w2:
+        grads["w2"] = wgrad_or_accumulate(
+            main_grads.w2, weighted_a, dy, offsets, transposed, token_of, tokens
+        )
+        del weighted_a
+    if need.x:
+        dx = _grouped_gemm(dh, ffn.w1, offsets, not transposed, ffn.tf32)
+        grads["x"] = dx if token_of is None else _combine(dx, row_of, None)
+    if need.w1:
+        gather = token_of is not None
+        grads["w1"] = wgrad_or_accumulate(
+            main_grads.w1, ffn.x, dh, offsets, transposed, token_of, tokens, gather
+        )
+    if need.b1:
+        grads["b1"] = _dbias_or_accumulate(main_grads.b1, dh, None, offsets, token_of, tokens)
+    return grads
+
+
+def _plain_backward(
+    ctx, ffn: Ffn, row_of: Tensor | None, need: Ffn, dy: Tensor
+) -> dict[str, Tensor | None]:
+    """All gradients, in plain torch."""
+    names = ("x", "weights", "w1", "w2", "b1", "b2")
+    others = {n: v for n, v in ffn._asdict().items() if n not in (*names, "tf32")}
+
+    def plain(*inputs: Tensor | None) -> Tensor:
+        return reference.experts(**dict(zip(names, inputs)), **others, row_of=row_of)
 
     def alias(i: int, t: Tensor) -> Tensor:
-        main_grad = ctx.main_grads[i - 2] if i >= 2 else None
+        main_grad = getattr(ctx.main_grads, names[i], None)
         return t.view_as(t) if main_grad is None else _main_grad.Collect.apply(t, main_grad)
 
-    return _derivatives.vjp(plain, inputs, ctx.needs_input_grad[:6], (dy,), alias)
+    inputs, needed = ([getattr(of, n) for n in names] for of in (ffn, need))
+    return dict(zip(names, _derivatives.vjp(plain, inputs, needed, (dy,), alias)))
 
 
 def _dbias_or_accumulate(main_grad, rows, weights, offsets, token_of, tokens) -> Tensor | None:
@@ -269,12 +239,28 @@ def experts(
     x, w1, w2, b1, b2 = autocast(x.device, x, w1, w2, b1, b2)
     if weights is not None and weights.dtype != torch.float64 and x.dtype != torch.float64:
         weights = weights.float()
-    inputs = tuple(t if t is None else t.contiguous() for t in (x, weights, w1, w2, b1, b2))
-    style = _Style(activation, alpha, limit, interleaved, transposed)
+    x, weights, w1, w2, b1, b2 = (
+        t if t is None else t.contiguous() for t in (x, weights, w1, w2, b1, b2)
+    )
+    ffn = Ffn(
+        x=x,
+        weights=weights,
+        w1=w1,
+        w2=w2,
+        offsets=offsets,
+        token_of=token_of,
+        b1=b1,
+        b2=b2,
+        activation=activation,
+        alpha=alpha,
+        limit=limit,
+        interleaved=interleaved,
+        transposed=transposed,
+        tf32=tf32(x),
+    )
+    inputs = (x, weights, w1, w2, b1, b2)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         if token_of is not None and row_of is None and x.requires_grad:
             raise RuntimeError("experts: x seen through token_of needs row_of for its gradient")
-        return _Experts.apply(*inputs, offsets, token_of, row_of, style, main_grads, recompute)
-    x, weights, w1, w2, b1, b2 = inputs
-    kernels = (*style, False, tf32(x), row_of)
-    return _experts(x, weights, w1, w2, offsets, token_of, b1, b2, *kernels)[0]
+        return _Experts.apply(*ffn, row_of, main_grads, recompute)
+    return _experts(*ffn, keep_h=False, row_of=row_of)[0]

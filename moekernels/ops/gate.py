@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,26 +17,26 @@ __all__ = ["GateOutput", "gate", "load_balancing_loss"]
 
 _gate = raw._gate.default
 _gate_backward = raw._gate_backward.default
-_SCORE = {"softmax": 0, "softmax_topk": 1, "sigmoid": 2, "sqrtsoftplus": 3}
-_SUM_TWO = {"max": False, "sum2": True}
-
 load_balancing_loss = op(reference.load_balancing_loss)(reference.load_balancing_loss)
 
 
-@fake("_gate")
-def _(
-    logits: Tensor,
-    top_k: int,
-    score: int,
-    bias: Tensor | None,
-    num_groups: int,
-    groups_kept: int,
-    sum_two: bool,
-    renormalize: bool,
-    scale: float,
-    segments: Tensor | None,
-    valid: Tensor | None,
-):
+class Gating(NamedTuple):
+    """Logits, and how experts are chosen by them: the first arguments of `_gate`, in its order."""
+
+    logits: Tensor
+    top_k: int
+    score: str
+    bias: Tensor | None
+    num_groups: int
+    groups_kept: int
+    group_score: str
+    renormalize: bool
+    scale: float
+
+
+@fake("_gate", bundle=Gating)
+def _(gating: Gating, segments: Tensor | None, valid: Tensor | None):
+    logits, top_k = gating.logits, gating.top_k
     tokens, experts = logits.shape
     sums = wide(logits.dtype)
     parts = 1 if segments is None else segments.shape[0] - 1
@@ -54,7 +56,7 @@ def _(
     dweights: Tensor | None,
     dscore_sum: Tensor | None,
     dz_sum: Tensor | None,
-    score: int,
+    score: str,
     renormalize: bool,
     scale: float,
     segments: Tensor | None,
@@ -64,11 +66,12 @@ def _(
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, options: tuple, segments: Tensor | None, valid: Tensor | None):
-        top_k, score, bias, num_groups, groups_kept, sum_two, renormalize, scale = options
-        out = _gate(logits, *options, segments, valid)
-        ctx.save_for_backward(logits, out[1], segments)
-        ctx.options = (score, renormalize, scale)
+    def forward(ctx, *arguments):
+        *fields, segments, valid = arguments
+        gating = Gating(*fields)
+        out = _gate(*gating, segments, valid)
+        ctx.save_for_backward(gating.logits, out[1], segments)
+        ctx.weighing = (gating.score, gating.renormalize, gating.scale)
         ctx.mark_non_differentiable(out[1], out[3])
         ctx.set_materialize_grads(False)
         return out
@@ -76,18 +79,18 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dweights, dids, dscore_sum, dcounts, dz_sum):
         logits, ids, segments = ctx.saved_tensors
+        grads = (dweights, dscore_sum, dz_sum)
         if _derivatives.needs_plain():
-            score, *options = ctx.options
-            name = next(n for n, number in _SCORE.items() if number == score)
-            (grad,) = _derivatives.vjp(
-                lambda logits: reference.gate_sums(logits, ids, name, *options, segments),
+            (dlogits,) = _derivatives.vjp(
+                lambda logits: reference.gate_sums(logits, ids, *ctx.weighing, segments),
                 (logits,),
                 (True,),
-                (dweights, dscore_sum, dz_sum),
+                grads,
             )
-            return grad, None, None, None
-        grads = [None if g is None else g.contiguous() for g in (dweights, dscore_sum, dz_sum)]
-        return _gate_backward(logits, ids, *grads, *ctx.options, segments), None, None, None
+        else:
+            grads = [None if g is None else g.contiguous() for g in grads]
+            dlogits = _gate_backward(logits, ids, *grads, *ctx.weighing, segments)
+        return *_derivatives.of_fields(Gating, logits=dlogits), None, None
 
 
 @op(reference.gate)
@@ -133,8 +136,8 @@ def gate(
         weights, score_sum and z_sum are differentiable with respect to the logits.
 
     Raises:
-        RuntimeError: a wrong dtype, rank or shape, a number out of range.
-        ValueError: an unknown `score` or `group_score`.
+        RuntimeError: a wrong dtype, rank or shape, a number out of range, an unknown `score` or
+            `group_score`.
 
     Notes:
         Experts rank by their logits, under a bias or "sum2" by their scores; where these tie the
@@ -154,23 +157,20 @@ def gate(
         tensor([[0.7311, 0.2689],
                 [0.8808, 0.1192]])
     """
-    if score not in _SCORE:
-        raise ValueError(f"gate: score must be {'|'.join(_SCORE)}, got {score!r}")
-    if group_score not in _SUM_TWO:
-        raise ValueError(f"gate: group_score must be {'|'.join(_SUM_TWO)}, got {group_score!r}")
     logits = logits.contiguous()
     if bias is not None:
         bias = bias.detach().to(wide(logits.dtype)).contiguous()
-    options = (
-        top_k,
-        _SCORE[score],
-        bias,
-        num_groups,
-        groups_kept,
-        _SUM_TWO[group_score],
-        renormalize,
-        scale,
+    gating = Gating(
+        logits=logits,
+        top_k=top_k,
+        score=score,
+        bias=bias,
+        num_groups=num_groups,
+        groups_kept=groups_kept,
+        group_score=group_score,
+        renormalize=renormalize,
+        scale=scale,
     )
     if logits.requires_grad and torch.is_grad_enabled():
-        return GateOutput(*_Gate.apply(logits, options, segments, valid))
-    return GateOutput(*_gate(logits, *options, segments, valid))
+        return GateOutput(*_Gate.apply(*gating, segments, valid))
+    return GateOutput(*_gate(*gating, segments, valid))

@@ -149,7 +149,7 @@ def test_rows_compile_and_are_taken_where_they_fit(tmp_path):
         using namespace moekernels;
         void say(int64_t rows, const cuda::sm90::Settings& asked) {
           const GemmProblem p{GemmOp::dact, DType::bf16, rows * 64, 4096, 2048, 64,
-                              16, 90, true, false};
+                              16, false, 90, true};
           const GemmChoice c = choose_gemm(p);
           const GemmOrder o = cuda::sm90::order_of(c, asked, 132);
           std::printf("%d %d %d %d %d\\n", c.stages, o.band, o.grid, o.promotion, o.prefetch);

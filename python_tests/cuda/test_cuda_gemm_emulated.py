@@ -82,13 +82,13 @@ def test_hostile_offsets_stay_within_the_arrays(offsets):
     rows, drows, w = randn(F32, 12, 8), randn(F32, 12, 4), randn(F32, 3, 4, 8)
     weights, hostile = torch.ones(12), torch.tensor(offsets)
     w1, w2 = randn(F32, 3, 8, 8), randn(F32, 3, 8, 4)
-    style = ("swiglu", 1.702, 7.0, False, False)
-    args = weights, w1, w2, hostile, None, None, None, *style
+    style = ("swiglu", 1.702, 7.0, False, False, False)
+    ffn = rows, weights, w1, w2, hostile, None, None, None, *style
     for call in (
         lambda: raw._grouped_gemm(rows, w, hostile, False),
         lambda: raw._grouped_gemm_wgrad(rows, drows, hostile, False, None, 0, False),
-        lambda: raw._experts(rows, *args, True),
-        lambda: raw._experts_dact(rows, rows, rows, *args, True, True),
+        lambda: raw._experts(*ffn, True),
+        lambda: raw._experts_dact(*ffn, rows, rows, True, True),
         lambda: raw._experts_dbias(rows, weights, hostile, None, 0),
     ):
         with emulated.emulated_cuda(), suppress(ptx.GlobalRace, ptx.UninitializedRead):
@@ -166,9 +166,9 @@ def test_unused_rows_give_zero_whatever_dy_holds():
     h[unused] = float("inf")
     names = ("x", "weights", "w1", "w2", "offsets", "token_of", "b1", "b2")
     args = [inputs[n] for n in names]
-    style = ("swiglu", 1.702, 7.0, False, False)
+    style = ("swiglu", 1.702, 7.0, False, False, False)
     with emulated.emulated_cuda():
-        dh, a, dweights = raw._experts_dact(dy, h, *args, *style, True, True)
+        dh, a, dweights = raw._experts_dact(*args, *style, dy, h, True, True)
     for out in (dh, a, dweights):
         assert not out[unused].any() and out.isfinite().all()
 

@@ -125,7 +125,7 @@ def test_backward_ignores_ids_outside():
     x = torch.randn(3, 4)
     ids = torch.tensor([[0, 1], [7, 0], [-(2**31), 2]], dtype=torch.int32)
     dweights = torch.ones(3, 2)
-    dx = raw._gate_backward(x, ids, dweights, None, None, 0, False, 1.0, None)
+    dx = raw._gate_backward(x, ids, dweights, None, None, "softmax", False, 1.0, None)
     assert (dx[0] != 0).any() and (dx[1:] == 0).all()
 
 

@@ -19,12 +19,11 @@ inline int capability() {
   return 10 * major + minor;
 }
 
-// The one place where a product's kernel is decided.
-template <class... Lengths>
-GemmChoice choose(GemmOp op, DType dtype, int64_t m, int64_t n, int64_t k, int64_t experts,
-                  bool tf32, const Lengths&... addresses_and_row_bytes) {
-  return choose_gemm({op, dtype, m, n, k, experts, gemm_alignment(addresses_and_row_bytes...),
-                      capability(), sm90::kBuilt, tf32});
+// The one place where a product's kernel is decided, for this device and this build.
+inline GemmChoice choose(GemmProblem problem) {
+  problem.capability = capability();
+  problem.wgmma = sm90::kBuilt;
+  return choose_gemm(problem);
 }
 
 // Calls f(null pointer of the dtype's type, tile as a constant). fp32 has the small tile alone.
@@ -53,20 +52,22 @@ void launch_gemm(const char* name, void (*kernel)(Args...), int64_t blocks, int 
   launch(name, kernel, blocks, threads, shared, stream, args...);
 }
 
-// A product of rows with the weights of their expert, out = weight (A w + bias): grouped_gemm, its
-// dgrad, and the down-projection. mma.sync and fp32.
-struct RowProduct {
-  DType dtype;
-  const void* a;  // [R, in]
-  const void* w;  // [E, width, in], transposed [E, in, width]
+// A product of rows with the weights of their expert, out = weight (rows w + bias): grouped_gemm,
+// its dgrad, and the down-projection, by mma.sync or in fp32. sm90::RowProduct is wgmma's.
+struct MmaProduct {
+  const void* rows;  // [R, depth]
+  const void* w;     // [E, width, depth], or [E, depth, width] where it lies along N
   const int64_t* offsets;
-  void* out;                // [R, width]
-  const void* bias;         // [E, width] or null
-  const float* weights;     // [R] or null
-  const int32_t* token_of;  // [R] or null: rows without a token give zero
-  int64_t tokens, num_rows, in, width, experts;
-  bool transposed, tf32;
+  int64_t num_rows, depth, width, experts;
+  bool along_n;
+  DType dtype;
+  bool tf32;
+  void* out;                          // [R, width]
+  const void* bias = nullptr;         // [E, width] or null
+  const float* weights = nullptr;     // [R] or null
+  const int32_t* token_of = nullptr;  // [R] or null: rows without a token give zero
+  int64_t tokens = 0;
 };
-void row_product(const char* name, const RowProduct& args, const GemmChoice& choice, Stream stream);
+void row_product(const char* name, const MmaProduct& args, const GemmChoice& choice, Stream stream);
 
 }  // namespace moekernels::cuda

@@ -82,17 +82,10 @@ struct ActivationConstant {
 // Calls f with the activation as a compile-time constant, f(ActivationConstant<kind>{}).
 template <class F>
 MOEKERNELS_BOTH inline void with_activation(Activation kind, const F& f) {
-  using A = Activation;
-  switch (kind) {
-    case A::swiglu: return f(ActivationConstant<A::swiglu>{});
-    case A::geglu: return f(ActivationConstant<A::geglu>{});
-    case A::reglu: return f(ActivationConstant<A::reglu>{});
-    case A::swiglu_oai: return f(ActivationConstant<A::swiglu_oai>{});
-    case A::swiglu_clamped: return f(ActivationConstant<A::swiglu_clamped>{});
-    case A::relu2: return f(ActivationConstant<A::relu2>{});
-    case A::silu: return f(ActivationConstant<A::silu>{});
-    case A::gelu: return f(ActivationConstant<A::gelu>{});
-  }
+#define MOEKERNELS_CASE(name) \
+  case Activation::name: return f(ActivationConstant<Activation::name>{});
+  switch (kind) { MOEKERNELS_ACTIVATIONS(MOEKERNELS_CASE) }
+#undef MOEKERNELS_CASE
 }
 
 }  // namespace moekernels

@@ -2,14 +2,9 @@
 #pragma once
 
 #include "moekernels/common.h"
+#include "moekernels/registers.h"
 
 namespace moekernels {
-
-enum class Activation : int { swiglu, geglu, reglu, swiglu_oai, swiglu_clamped, relu2, silu, gelu };
-
-MOEKERNELS_BOTH inline bool is_gated(Activation activation) {
-  return activation <= Activation::swiglu_clamped;
-}
 
 struct ExpertsArgs {
   DType dtype;
@@ -64,19 +59,28 @@ struct ExpertsDWeightsArgs {
 
 // out [E, N] (=|+=) sum over an expert's rows of (weights[r]) rows[r], unused rows left out.
 struct ExpertsDBiasArgs {
-  ExpertsArgs of;  // dtype, token_of, tokens, offsets, experts; weights may be null
-  const void* rows;
+  DType dtype;
+  const int32_t* token_of;  // [R] or null
+  const void* weights;      // [R] or null
+  const int64_t* offsets;   // [E+1]
+  int64_t num_rows, tokens, experts;
+  const void* rows;  // [R, N]
   int64_t width;
   void* out;  // dtype, or fp32 (fp64 for fp64) when accumulating
   bool accumulate;
 };
 
-// How many parts of <da, a> a row has: fixed by F alone, so that their sum has one order.
-inline int64_t experts_dweights_parts(int64_t ffn) { return (ffn + 255) / 256; }
+// So many columns of F make one part of <da, a>, whatever the tile: the parts of a row are fixed by
+// F alone, and their sum has one order.
+namespace cpu {
+constexpr int64_t kDWeightsColumns = 256;
+inline int64_t experts_dweights_parts(int64_t ffn) {
+  return (ffn + kDWeightsColumns - 1) / kDWeightsColumns;
+}
+}  // namespace cpu
 
-// On CUDA every 64 columns of F make one part, whatever the tile. x is [R, H] there: the binding
-// has permuted the rows, and token_of only says which of them are used. Rows past offsets[E] of h,
-// y, dh and weighted_a are set to zero.
+// Rows past offsets[E] of h, y, dh and weighted_a are set to zero. On CUDA x is [R, H]: the binding
+// has permuted the rows, and token_of only says which of them are used.
 namespace cuda {
 constexpr int64_t kDWeightsColumns = 64;
 MOEKERNELS_BOTH inline int64_t experts_dweights_parts(int64_t ffn) {

@@ -3,10 +3,9 @@
 #pragma once
 
 #include "moekernels/common.h"
+#include "moekernels/registers.h"
 
 namespace moekernels {
-
-enum class GateScore : int { softmax, softmax_topk, sigmoid, sqrtsoftplus };
 
 // Sums over tokens are made chunk by chunk and then over chunks in order. A chunk is kGateChunk
 // tokens of one segment at most, whatever the number of threads, so the bits do not depend on it.

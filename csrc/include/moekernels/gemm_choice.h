@@ -15,10 +15,10 @@ struct GemmProblem {
   GemmOp op;
   DType dtype;
   int64_t m, n, k, experts;
-  int64_t alignment;  // bytes that divide every pointer and row of A, B and C, see gemm_alignment
-  int capability;     // 80, 90, ...: the device's
-  bool wgmma;         // this build holds the sm_90a kernels
-  bool tf32;          // fp32 inputs may be rounded to tf32
+  int64_t alignment;   // bytes that divide every pointer and row of A, B and C, see gemm_alignment
+  bool tf32;           // fp32 inputs may be rounded to tf32
+  int capability = 0;  // 80, 90, ...: the device's
+  bool wgmma = false;  // this build holds the sm_90a kernels
 
   int64_t rows() const { return op == GemmOp::wgrad ? k : m; }
   int64_t rows_an_expert() const { return experts > 0 ? rows() / experts : rows(); }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moekernels import reference
-from moekernels.ops.gate import _SCORE, _gate, gate
+from moekernels.ops.gate import _gate, gate
 from python_tests.support.spec import Case, OpSpec, nbytes, randn, register, wide
 
 
@@ -22,7 +22,7 @@ def _logits(dtype: torch.dtype, tokens: int, experts: int, seed: int) -> Tensor:
 
 def _options() -> Iterator[tuple[str, dict]]:
     bias = randn(torch.float64, 24, seed=3, scale=0.2)
-    for score in _SCORE:
+    for score in reference.SCORES:
         yield score, {"score": score}
         yield f"{score}-scaled", {"score": score, "renormalize": True, "scale": 2.5}
         if score != "softmax_topk":
@@ -106,7 +106,7 @@ def _messages():
         "gate: group_score must be max|sum2, got 'mean'",
     )
     yield (
-        lambda: _gate(x.T, 2, 0, None, 1, 1, False, False, 1.0, None, None),
+        lambda: _gate(x.T, 2, "softmax", None, 1, 1, "max", False, 1.0, None, None),
         "gate: logits must be contiguous, got strides [1, 6]",
     )
 
