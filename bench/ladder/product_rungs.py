@@ -94,7 +94,10 @@ def rows_many_tiles(kit: Kit) -> dict:
 
 # ---- 8: StoreGradient
 @rung(
-    8, "rows_ragged", "wgmma_mn_major", look="clear_rows and StoreGradient, both operands along M"
+    8,
+    "rows_ragged",
+    "wgmma_mn_major",
+    look="clear_stage_rows and StoreGradient, both operands along M",
 )
 def wgrad(kit: Kit) -> dict:
     """Sets in 16 bits and adds to fp32; an empty expert; one row; rows that fill no step."""
@@ -114,7 +117,7 @@ def wgrad(kit: Kit) -> dict:
     return {"experts": 4}
 
 
-@rung(8, "wgrad", look="rows_that_count, clear_rows, fence_async_proxy and its barrier")
+@rung(8, "wgrad", look="rows_that_count, clear_stage_rows, fence_async_proxy and its barrier")
 def wgrad_tail(kit: Kit) -> dict:
     """Rows without a token count as zero whatever they hold, and so does the next expert's row."""
     token_of = (torch.arange(150, dtype=torch.int32) * 7) % 5 - 1  # -1 to 3, of 3 tokens

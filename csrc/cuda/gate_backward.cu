@@ -32,110 +32,144 @@ __device__ void weigh_backward(const float* chosen, float divisor, int top_k, bo
   }
 }
 
+// The gradients of the sums of a token's segment.
+struct SegmentGradients {
+  const float* scores = nullptr;  // [E] or null
+  float z = 0;
+
+  __device__ SegmentGradients(const GateBackwardArgs& args, int64_t t) {
+    int64_t segment = 0;
+    if (args.offsets != nullptr) {
+      const int64_t up_to = offsets_up_to(args.offsets, args.segments, t);
+      segment = up_to <= args.segments ? up_to - 1 : -1;
+    }
+    if (segment < 0) return;
+    if (args.dscore_sum != nullptr) {
+      scores = static_cast<const float*>(args.dscore_sum) + segment * args.experts;
+    }
+    if (args.dz_sum != nullptr) z = static_cast<const float*>(args.dz_sum)[segment];
+  }
+};
+
+// A team's token, in registers but for the choice.
 template <class Tm>
-__global__ void __launch_bounds__(kGateThreads<Tm>)
-    gate_backward_tokens(const GateBackwardArgs args, const bool vector) {
-  MOEKERNELS_DYNAMIC_SHARED(uint32_t, shared);
-  __shared__ uint32_t scratch[4];
-  const int experts = static_cast<int>(args.experts), top_k = static_cast<int>(args.top_k),
-            team = Tm::team_of_block();
-  float* chosen = reinterpret_cast<float*>(shared) + team * 2 * top_k;
-  float* dchosen = chosen + top_k;
-  const bool is_sigmoid = args.score == GateScore::sigmoid,
-             soft_topk = args.score == GateScore::softmax_topk;
-  const bool independent = is_sigmoid || args.score == GateScore::sqrtsoftplus;
+struct Token {
+  float x[Tm::values], softmax[Tm::values], scores[Tm::values];
+  float lse, total;  // total: of independent scores
+  const int32_t* ids;
+  bool live;
+  float *chosen, *dchosen;  // [K], shared
+};
 
-  const int64_t t = static_cast<int64_t>(blockIdx.x) * kTeams<Tm> + team;
-  const bool inside_batch = t < args.tokens;
-  const int32_t* ids = args.ids + (inside_batch ? t * top_k : 0);
-  bool live = inside_batch;
-  for (int k = 0; live && k < top_k; ++k) live = inside(ids[k], experts);
-  int64_t segment = 0;
-  if (args.offsets != nullptr) {
-    const int64_t up_to = offsets_up_to(args.offsets, args.segments, t);
-    segment = up_to <= args.segments ? up_to - 1 : -1;
-  }
-  const float* dsum = segment >= 0 && args.dscore_sum != nullptr
-                          ? static_cast<const float*>(args.dscore_sum) + segment * experts
-                          : nullptr;
-  const float dz = segment >= 0 && args.dz_sum != nullptr
-                       ? static_cast<const float*>(args.dz_sum)[segment]
-                       : 0.0f;
-
-  float x[Tm::values], softmax[Tm::values], scores[Tm::values], d[Tm::values];
-  load_logits<Tm>(args.logits, args.dtype, {t, experts, live, vector}, x);
-  const float lse = soften<Tm>(x, softmax, scratch);
-  float sum = 1;
-  if (independent) {
-    sum = score<Tm>(x, is_sigmoid, experts, scores, scratch);
-  } else {
-#pragma unroll
-    for (int i = 0; i < Tm::values; ++i) scores[i] = soft_topk ? x[i] : softmax[i];
-  }
-
-  // From the score sums: through the division by the row's sum.
+// d: the gradients of the scores from those of the score sums, through the division by the total.
+template <class Tm>
+__device__ void from_score_sum(const float* dsum, int experts, bool independent,
+                               const Token<Tm>& token, uint32_t* scratch, float (&d)[Tm::values]) {
   float dot = 0;
 #pragma unroll
   for (int i = 0; i < Tm::values; ++i) {
     const int e = Tm::expert(i);
     d[i] = dsum != nullptr && e < experts ? dsum[e] : 0.0f;
-    if (independent) dot += d[i] * scores[i];
+    if (independent) dot += d[i] * token.scores[i];
   }
-  if (independent) {
-    dot = Tm::sum(dot, scratch);
-    dot = sum > kTiny ? dot / sum : 0.0f;
+  if (!independent) return;
+  dot = Tm::sum(dot, scratch);
+  dot = token.total > kTiny ? dot / token.total : 0.0f;
+#pragma unroll
+  for (int i = 0; i < Tm::values; ++i) {
+    d[i] = dsum != nullptr && Tm::expert(i) < experts ? (d[i] - dot) / token.total : 0.0f;
+  }
+}
+
+// dchosen: the gradients of the chosen scores, from those of the weights.
+template <class Tm>
+__device__ void from_weights(const GateBackwardArgs& args, int64_t t, const Token<Tm>& token) {
+  const int top_k = static_cast<int>(args.top_k);
+  const bool soft = args.score == GateScore::softmax_topk;
+  for (int k = 0; k < top_k; ++k) {
+    const int id = token.live ? token.ids[k] : 0;
+    if (Tm::lane_of(id) != Tm::lane()) continue;
 #pragma unroll
     for (int i = 0; i < Tm::values; ++i) {
-      d[i] = dsum != nullptr && Tm::expert(i) < experts ? (d[i] - dot) / sum : 0.0f;
+      if (Tm::expert(i) == id) token.chosen[k] = token.scores[i];
+    }
+    token.dchosen[k] = token.live ? static_cast<const float*>(args.dweights)[t * top_k + k] *
+                                        static_cast<float>(args.scale)
+                                  : 0.0f;
+  }
+  const float divisor = weigh<Tm>(token.chosen, top_k, soft, args.renormalize);
+  weigh_backward<Tm>(token.chosen, divisor, top_k, soft, args.renormalize, token.dchosen);
+}
+
+template <class Tm>
+__device__ void add_chosen(const Token<Tm>& token, int top_k, float (&d)[Tm::values]) {
+  for (int k = 0; token.live && k < top_k; ++k) {
+    if (Tm::lane_of(token.ids[k]) != Tm::lane()) continue;
+#pragma unroll
+    for (int i = 0; i < Tm::values; ++i) {
+      if (Tm::expert(i) == token.ids[k]) d[i] += token.dchosen[k];
     }
   }
-  // From the weights.
-  if (args.dweights != nullptr) {
-    for (int k = 0; k < top_k; ++k) {
-      const int id = live ? ids[k] : 0;
-      if (Tm::lane_of(id) != Tm::lane()) continue;
+}
+
+template <class Tm>
+__global__ void __launch_bounds__(kGateThreads<Tm>)
+    gate_backward_tokens(const GateBackwardArgs args, const bool vector) {
+  MOEKERNELS_DYNAMIC_SHARED(float, choices);  // [teams, 2, K]
+  __shared__ uint32_t scratch[4];
+  const int experts = static_cast<int>(args.experts), top_k = static_cast<int>(args.top_k);
+  const int team = Tm::team_of_block();
+  const bool is_sigmoid = args.score == GateScore::sigmoid;
+  const bool soft_topk = args.score == GateScore::softmax_topk;
+  const bool independent = is_independent(args.score), has_weights = args.dweights != nullptr;
+
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * kTeams<Tm> + team;
+  const bool inside_batch = t < args.tokens;
+  Token<Tm> token;
+  token.chosen = choices + team * 2 * top_k;
+  token.dchosen = token.chosen + top_k;
+  token.ids = args.ids + (inside_batch ? t * top_k : 0);
+  token.live = inside_batch;
+  for (int k = 0; token.live && k < top_k; ++k) token.live = inside(token.ids[k], experts);
+  const SegmentGradients dsums(args, t);
+
+  load_logits<Tm>(args.logits, args.dtype, {t, experts, token.live, vector}, token.x);
+  token.lse = soften<Tm>(token.x, token.softmax, scratch);
+  token.total = 1;
+  if (independent) {
+    token.total = score<Tm>(token.x, is_sigmoid, experts, token.scores, scratch);
+  } else {
 #pragma unroll
-      for (int i = 0; i < Tm::values; ++i) {
-        if (Tm::expert(i) == id) chosen[k] = scores[i];
-      }
-      dchosen[k] = live ? static_cast<const float*>(args.dweights)[t * top_k + k] *
-                              static_cast<float>(args.scale)
-                        : 0.0f;
+    for (int i = 0; i < Tm::values; ++i) {
+      token.scores[i] = soft_topk ? token.x[i] : token.softmax[i];
     }
-    const float divisor = weigh<Tm>(chosen, top_k, soft_topk, args.renormalize);
-    weigh_backward<Tm>(chosen, divisor, top_k, soft_topk, args.renormalize, dchosen);
   }
-  const auto add_chosen = [&](float (&to)[Tm::values]) {
-    for (int k = 0; args.dweights != nullptr && live && k < top_k; ++k) {
-      if (Tm::lane_of(ids[k]) != Tm::lane()) continue;
-#pragma unroll
-      for (int i = 0; i < Tm::values; ++i) {
-        if (Tm::expert(i) == ids[k]) to[i] += dchosen[k];
-      }
-    }
-  };
-  if (!soft_topk) add_chosen(d);
-  // To the logits.
-  const float dlse = 2 * dz * lse;
+
+  float d[Tm::values];
+  from_score_sum<Tm>(dsums.scores, experts, independent, token, scratch, d);
+  if (has_weights) from_weights<Tm>(args, t, token);
+  if (has_weights && !soft_topk) add_chosen<Tm>(token, top_k, d);
+  // To the logits. The weights of softmax_topk are functions of the chosen logits themselves.
+  const float dlse = 2 * dsums.z * token.lse;
   if (independent) {
 #pragma unroll
     for (int i = 0; i < Tm::values; ++i) {
-      const float s = scores[i];
-      const float slope = is_sigmoid ? s * (1 - s) : sqrt_softplus_slope(x[i], s);
-      d[i] = d[i] * slope + dlse * softmax[i];
+      const float s = token.scores[i];
+      const float slope = is_sigmoid ? s * (1 - s) : sqrt_softplus_slope(token.x[i], s);
+      d[i] = d[i] * slope + dlse * token.softmax[i];
     }
   } else {
-    dot = 0;
+    float dot = 0;
 #pragma unroll
-    for (int i = 0; i < Tm::values; ++i) dot += d[i] * softmax[i];
+    for (int i = 0; i < Tm::values; ++i) dot += d[i] * token.softmax[i];
     const float shift = dlse - Tm::sum(dot, scratch);
 #pragma unroll
-    for (int i = 0; i < Tm::values; ++i) d[i] = softmax[i] * (d[i] + shift);
-    if (soft_topk) add_chosen(d);
+    for (int i = 0; i < Tm::values; ++i) d[i] = token.softmax[i] * (d[i] + shift);
   }
+  if (has_weights && soft_topk) add_chosen<Tm>(token, top_k, d);
   if (!inside_batch) return;
 #pragma unroll
-  for (int i = 0; i < Tm::values; ++i) d[i] = live ? d[i] : 0.0f;
+  for (int i = 0; i < Tm::values; ++i) d[i] = token.live ? d[i] : 0.0f;
   store_logits<Tm>(args.dlogits, args.dtype, {t, experts, true, vector}, d);
 }
 
@@ -146,7 +180,8 @@ void gate_backward(const GateBackwardArgs& args, Stream stream) {
   with_team(args.experts, [&](auto team) {
     using Tm = decltype(team);
     launch("gate_backward", gate_backward_tokens<Tm>, ceil_div(args.tokens, kTeams<Tm>),
-           kGateThreads<Tm>, kTeams<Tm> * args.top_k * 8, stream, args, vector);
+           kGateThreads<Tm>, kTeams<Tm> * 2 * args.top_k * int64_t{sizeof(float)}, stream, args,
+           vector);
   });
 }
 

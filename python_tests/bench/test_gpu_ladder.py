@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ptx_emulator as ptx
-from python_tests.support import emulated
+from python_tests.support import emulated, planted
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -129,10 +129,7 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
     """One product of the library compiled again with a line exchanged, in the library's place."""
     header, kind, flags, stem = product
     shutil.copytree(ROOT / "csrc" / "cuda" / "detail", folder / "detail")
-    target = folder / "detail" / file
-    text = target.read_text()
-    assert text.count(right) == 1, f"{file} holds {text.count(right)} of {right!r}"
-    target.write_text(text.replace(right, wrong))
+    planted.plant(folder / "detail", file, (right, wrong))
     source = folder / "planted.cu"
     source.write_text(INSTANCE.format(header=header, kind=kind, flags=flags))
     buggy = ptx.Module(

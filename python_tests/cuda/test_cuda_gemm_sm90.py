@@ -239,7 +239,7 @@ def planted(monkeypatch, where):  # noqa: F811
         pytest.skip("the emulator is what has to find it")
 
     def plant(bug: str):
-        emulated.products_as(monkeypatch, f"MOEKERNELS_PLANTED={bug}")
+        emulated.products_as(monkeypatch, bug=bug)
 
     return plant
 

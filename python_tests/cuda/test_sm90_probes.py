@@ -146,7 +146,7 @@ def test_the_ordinary_library_neither_watches_nor_traces():
 
 # ---- watchdog
 def watched(monkeypatch, probes, seconds: float, bug: str = "none"):
-    emulated.products_as(monkeypatch, "MOEKERNELS_WATCHDOG=1", f"MOEKERNELS_PLANTED={bug}")
+    emulated.products_as(monkeypatch, "MOEKERNELS_WATCHDOG=1", bug=bug)
     probes._sm90_watchdog(seconds)
 
 

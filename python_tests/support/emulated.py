@@ -18,6 +18,7 @@ import ctypes
 import os
 import re
 import struct
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -29,6 +30,7 @@ from torch import Tensor
 
 import ptx_emulator as ptx
 from ptx_emulator import hardware as ptx_hardware
+from python_tests.support import planted
 
 ROOT = Path(__file__).parents[2]
 SANITIZER = os.environ.get("MOEKERNELS_SANITIZER")
@@ -66,15 +68,17 @@ def module(stem: str) -> ptx.Module:
     return ptx.Module(source(stem))
 
 
-def products_as(monkeypatch, *defines: str) -> None:
-    """The row product and the gradient of 16 bits run as compiled with these definitions."""
-    text = ptx.compile_ptx(
-        ROOT / "python_tests" / "ptx_emulator" / "kernels" / "product_sm90.cu",
-        ARCH,
-        defines=[*defines, 'MOEKERNELS_CUDA_ARCHS="PTX"'],
-        include=[ROOT / "csrc" / "include", ROOT / "csrc" / "cuda"],
-        lines=False,
-    )
+def products_as(monkeypatch, *defines: str, bug: str = "none") -> None:
+    """The row product and the gradient of 16 bits run as compiled with these definitions, and with
+    one of the bugs of `planted`."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = ptx.compile_ptx(
+            ROOT / "python_tests" / "ptx_emulator" / "kernels" / "product_sm90.cu",
+            ARCH,
+            defines=[*defines, 'MOEKERNELS_CUDA_ARCHS="PTX"'],
+            include=[ROOT / "csrc" / "include", planted.headers_with(bug, ROOT, Path(folder))],
+            lines=False,
+        )
     other, own = ptx.Module(text), module
     stem = "grouped_gemm_sm90"
     monkeypatch.setitem(globals(), "module", lambda name: other if name == stem else own(name))

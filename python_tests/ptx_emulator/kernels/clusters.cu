@@ -10,9 +10,7 @@
 enum class Planted { none, no_first_sync, no_last_sync, own_arrivals, own_bytes, own_half };
 constexpr Planted kPlanted = Planted::PLANTED;
 
-__device__ uint32_t at(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+__device__ uint32_t at(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 __device__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
@@ -48,8 +46,7 @@ extern "C" __global__ void exchange(const __grid_constant__ CUtensorMap map, int
           "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
           ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(
               at(stage[kPlanted == Planted::own_half ? 0 : rank])),
-          "l"(&map), "r"(at(&full)), "r"(0), "r"(int(2 * i + rank)),
-          "h"(static_cast<uint16_t>(3))
+          "l"(&map), "r"(at(&full)), "r"(0), "r"(int(2 * i + rank)), "h"(static_cast<uint16_t>(3))
           : "memory");
     }
     wait(at(&full), phase);

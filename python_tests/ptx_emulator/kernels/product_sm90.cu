@@ -1,6 +1,6 @@
 // One row product and one gradient of csrc/cuda/detail/product_sm90.cuh, as the library has them;
-// tests compile it with MOEKERNELS_PLANTED, a bug for the emulator to find, or as the watchdog and
-// trace builds have them.
+// tests compile it over headers with a planted bug, for the emulator to find, or as the watchdog
+// and trace builds have them.
 #include "detail/product_sm90.cuh"
 #include "detail/rows_sm90.cuh"
 

@@ -1,0 +1,43 @@
+"""Bugs planted into copies of the wgmma product: name -> the lines that are exchanged."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+PRODUCT = "product_sm90.cuh"
+BUGS = {
+    "freed_early": (
+        ("wait_products<1>();", "release(ring.stage);\n      wait_products<1>();"),
+        ("if (step > 0) release(previous);", ""),
+        ("if (steps > 0) release(previous);", ""),
+    ),
+    "wrong_stride": (
+        ("operand(stage + warpgroup * kBox, kBox)", "operand(stage + warpgroup * kBox, kBox, 512)"),
+    ),
+    "no_last_wait": (("wait_products<0>();", ""),),
+    "wrong_bytes": (
+        (
+            "arrive_and_expect(full, kStageBytes<kColumns>)",
+            "arrive_and_expect(full, kStageBytes<kColumns> + 16)",
+        ),
+    ),
+    "no_tail_fence": (("fence_async_proxy();\n  sync_named", "sync_named"),),
+}
+
+
+def plant(headers: Path, file: str, *exchanged: tuple[str, str]) -> None:
+    """Exchanges text of one of the headers, each of it there once."""
+    target = headers / file
+    text = target.read_text()
+    for right, wrong in exchanged:
+        assert text.count(right) == 1, f"{file} holds {text.count(right)} of {right!r}"
+        text = text.replace(right, wrong)
+    target.write_text(text)
+
+
+def headers_with(bug: str, root: Path, folder: Path) -> Path:
+    """A copy of csrc/cuda's headers whose product has this bug; "none": as it is."""
+    shutil.copytree(root / "csrc" / "cuda" / "detail", folder / "detail")
+    plant(folder / "detail", PRODUCT, *BUGS.get(bug, ()))
+    return folder
