@@ -54,6 +54,6 @@ def read(folder, mesh, run=None):
     if found.path is None:
         return None, False, found.passed
     state = state_of(mesh, False)
-    checkpoint.load(found.path, found.manifest, state)
+    checkpoint.load(found.path, found.manifest.tensors, state)
     right = all(torch.equal(x, info.take(full(n))) for n, x, info in state)
     return found.facts["step"], right, found.passed
