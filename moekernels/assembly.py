@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -12,6 +13,7 @@ from moekernels.balance.replan import Rule
 from moekernels.errors import UsageError
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
+from moekernels.parallel import nccl
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.optimizer import AdamWConfig, Optimizer
 from moekernels.parallel.shard import ShardInfo
@@ -44,6 +46,7 @@ def layout_of(run: cfg.RunConfig) -> Layout:
         )
     layer_ranges(run)
     checkpointed(run)
+    nccl.rows_of(run.nccl)
     build_schedule(run)
     replan_rule(run)
     return layout
@@ -53,7 +56,11 @@ def build_mesh(run: cfg.RunConfig, device: torch.device) -> Mesh:
     """This rank's place, groups and what they share; UsageError where that cannot be as the run
     asks for it."""
     t, wanted = run.train, link.parse(run.train.link)
-    mesh = Mesh(layout_of(run), device=device, exchange_mode=t.exchange)
+    rows = None
+    if device.type == "cuda":
+        nccl.check_environment(os.environ)
+        rows = nccl.rows_of(run.nccl)
+    mesh = Mesh(layout_of(run), device=device, exchange_mode=t.exchange, nccl_rows=rows)
     memory = mesh.exchange.memory
     if wanted and mesh.exchange.size > 1:
         if memory is None:

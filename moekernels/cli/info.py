@@ -42,9 +42,20 @@ def info() -> str:
             rows.append((package, metadata.version(package)))
         except metadata.PackageNotFoundError:
             rows.append((package, "not installed"))
-    rows += _machine()
+    rows += _machine() + _nccl()
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
+
+
+def _nccl() -> list[tuple[str, str]]:
+    """What NCCL's groups are told, and what of it the environment says."""
+    from moekernels.parallel import nccl
+
+    rows = nccl.described()
+    found = nccl.environment_of(os.environ)
+    if found:
+        rows.append(("nccl set", ", ".join(f"{name}={value}" for name, value in found.items())))
+    return rows
 
 
 def _build() -> list[tuple[str, str]]:

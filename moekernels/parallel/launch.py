@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from moekernels.errors import RunError, UsageError, one_line
+from moekernels.parallel import nccl
 from moekernels.parallel.host import bound_primitives, share_cores
 from moekernels.parallel.launcher import TIMEOUT, Launched
 from moekernels.parallel.stop import ONE_REQUEST, Forward, Stop, end_now, handled
@@ -249,6 +250,8 @@ def _join(
         torch.set_num_threads(1)
         place = torch.device("cpu")
     else:
+        for name, value in nccl.DEFAULTS.items():
+            os.environ.setdefault(name, value)
         torch.cuda.set_device(local_rank)
         place = torch.device("cuda", local_rank)
     if store is not None:

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from moekernels.errors import UsageError
 from moekernels.model.layout import Layout
+from moekernels.parallel import nccl
+from moekernels.parallel.nccl import Row
 from moekernels.parallel.nodes import Nodes, gather, node_name
 from moekernels.parallel.peers import PeerMemory, share
 
@@ -38,6 +41,7 @@ class Group:
     size: int
     ranks: tuple[int, ...]
     memory: PeerMemory | None = None
+    options: Any = None  # of its process group, for another of the same ranks
 
 
 class Mesh:
@@ -63,6 +67,7 @@ class Mesh:
     expert_copies: Group
     stage: Group
     world: Group
+    _rows: dict[str, Row] = {}  # noqa: RUF012, never written to
 
     def __init__(
         self,
@@ -71,6 +76,7 @@ class Mesh:
         device: torch.device | str = "cpu",
         exchange_mode: str = "auto",
         nodes: Nodes | None = None,
+        nccl_rows: dict[str, Row] | None = None,
     ) -> None:
         self.layout = layout
         self.device = torch.device(device)
@@ -84,14 +90,15 @@ class Mesh:
             layout.validate(world=dist.get_world_size())
             rank = dist.get_rank() if rank is None else rank
         self.rank = rank
-        self._made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        self._made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
+        self._rows = nccl_rows or {}
         self.nodes = nodes or Nodes.named(gather(node_name(), layout.world))
         self.order = self.nodes.order()
         self._place()
         shared: dict[tuple[int, ...], PeerMemory] = {}
         self.alone = ""
         if layout.world > 1:
-            several = [ranks for ranks in self._made if len(ranks) > 1]
+            several = list(dict.fromkeys(ranks for _, ranks in self._made if len(ranks) > 1))
             shared, self.alone = share(several, rank, self.nodes, exchange_mode, self.device)
             if exchange_mode == "shared" and not self.nodes.together(self.exchange.ranks):
                 raise UsageError(
@@ -127,26 +134,30 @@ class Mesh:
                 found.setdefault(key(*divmod(place, layout.stage_ranks)), []).append(rank)
             self.members[name] = [tuple(ranks) for ranks in found.values()]
         for name, groups in self.members.items():
-            setattr(self, name, self._group(groups))
+            setattr(self, name, self._group(name, groups))
 
-    def _group(self, groups: list[tuple[int, ...]]) -> Group:
-        """Make the groups; return this rank's."""
+    def _group(self, name: str, groups: list[tuple[int, ...]]) -> Group:
+        """Make the groups; return this rank's. Dense and expert groups often coincide, and are one
+        process group then, but where NCCL is to be told of each apart."""
+        role, options = (name, None) if name in self._rows else ("", None)
+        if role:
+            options = nccl.options(self._rows[name], nccl.api())[0]
         for ranks in groups:
-            if ranks in self._made:  # dense and expert groups often coincide: one process group
+            if (role, ranks) in self._made:
                 continue
             if len(ranks) == 1:
-                self._made[ranks] = None
-            elif ranks == self.members["world"][0]:
-                self._made[ranks] = dist.group.WORLD
+                self._made[role, ranks] = None
+            elif not role and ranks == self.members["world"][0]:
+                self._made[role, ranks] = dist.group.WORLD
             else:  # sorted already, but where a launcher dealt ranks to nodes in turn
-                in_order = list(ranks) == sorted(ranks)
-                self._made[ranks] = (
-                    dist.new_group(list(ranks))
-                    if in_order
-                    else dist.new_group(list(ranks), sort_ranks=False)
-                )
+                kept: dict[str, Any] = {}
+                if list(ranks) != sorted(ranks):
+                    kept["sort_ranks"] = False
+                if options is not None:
+                    kept["pg_options"] = options
+                self._made[role, ranks] = dist.new_group(list(ranks), **kept)
         mine = next(ranks for ranks in groups if self.rank in ranks)
-        return Group(self._made[mine], mine.index(self.rank), len(mine), mine)
+        return Group(self._made[role, mine], mine.index(self.rank), len(mine), mine, None, options)
 
     def across(self, name: str) -> int:
         """How many of the run's groups of that name span nodes."""

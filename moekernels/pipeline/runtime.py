@@ -155,7 +155,10 @@ class PipelineRuntime:
         if backend not in ORDERED_BACKENDS:
             return {True: forward, False: forward}
         backward = dist.new_group(
-            list(self.group.ranks), backend=backend, use_local_synchronization=True
+            list(self.group.ranks),
+            backend=backend,
+            use_local_synchronization=True,
+            pg_options=getattr(self.group, "options", None),
         )
         for channel in (forward, backward):
             dist.all_reduce(torch.zeros(1, device=self.device), group=channel)

@@ -149,6 +149,22 @@ class TrainSection:
     )
 
 
+def _options(group: str, name: str) -> str:
+    text = f"NCCL options of {group}, over `info`'s table, as in max_ctas=8,high_priority=no"
+    return key("", text, flag=f"nccl-{name}")
+
+
+@dataclass
+class NcclSection:
+    """[nccl]: what a GPU's collectives are told, a group each."""
+
+    exchange: str = _options("the ranks that exchange rows", "exchange")
+    pp: str = _options("pipelines", "pp")
+    tp: str = _options("tensor-parallel groups", "tp")
+    dp: str = _options("data-parallel groups", "dp")
+    edp: str = _options("the copies of experts", "edp")
+
+
 @dataclass
 class HardwareSection:
     """[hardware]: a machine that a plan is made for; a run ignores it."""
@@ -235,6 +251,7 @@ class RunConfig:
     batch: BatchSection = field(default_factory=BatchSection)
     layout: LayoutSection = field(default_factory=LayoutSection)
     train: TrainSection = field(default_factory=TrainSection)
+    nccl: NcclSection = field(default_factory=NcclSection)
     hardware: HardwareSection = field(default_factory=HardwareSection)
     workload: WorkloadSection = field(default_factory=WorkloadSection)
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
@@ -244,4 +261,4 @@ class RunConfig:
 SECTIONS: dict[str, type] = {
     f.name: typing.get_type_hints(RunConfig)[f.name] for f in dataclasses.fields(RunConfig)
 }
-FLAG_SECTIONS = ("model", "batch", "layout", "train")
+FLAG_SECTIONS = ("model", "batch", "layout", "train", "nccl")
