@@ -49,6 +49,7 @@ OTHERS = {  # any text will do: a folder, a list, what is only set and never rea
     "MPLBACKEND",  # matplotlib's own; test_output holds that no word of it fails a run
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
     "LRU_CACHE_CAPACITY",
+    "CUDA_DEVICE_MAX_CONNECTIONS",  # CUDA's own; 1 is refused on a GPU
     "GLOO_SOCKET_IFNAME",
     "TOKENIZERS_PARALLELISM",
 }
