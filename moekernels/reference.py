@@ -338,7 +338,8 @@ def experts(
     a = activate(h, activation, alpha=alpha, limit=limit, interleaved=interleaved)
     y = with_bias(grouped_gemm(a, w2, offsets, transposed=transposed), b2)
     if weights is not None:
-        y = (_wide(y) * _wide(weights)[:, None]).to(y.dtype)
+        weighted = (_wide(y) * _wide(weights)[:, None]).to(y.dtype)
+        y = torch.cat([weighted[: len(of_row)], y[len(of_row) :]])  # zeros, whatever is beside them
     if token_of is not None:
         y = torch.where((token_of >= 0)[:, None], y, 0)
     return y
@@ -386,7 +387,7 @@ def regroup(message: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor
     if width == message.shape[1]:
         return rows, None, offsets
     wide = torch.promote_types(torch.float32, message.dtype)
-    weights = rows[:, width:].contiguous().view(wide).reshape(-1)
+    weights = rows[:, width:].clone(memory_format=torch.contiguous_format).view(wide).reshape(-1)
     return rows[:, :width].contiguous(), weights, offsets
 
 

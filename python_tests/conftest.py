@@ -47,6 +47,10 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group("ranks" if spawns else item.module.__name__))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--draws", type=int, help="how many calls test_fuzz draws of each op")
+
+
 def pytest_configure(config):
     # A shell starts what goes to its background with SIGINT ignored, and children inherit that:
     # programs that tests interrupt would not notice.

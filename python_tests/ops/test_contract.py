@@ -192,12 +192,12 @@ def test_isa_level(level):
     """The kernels of each lower ISA level; above avx512 only the products in bf16 differ."""
     if LEVELS.index(level) >= LEVELS.index(raw._cpu_isa()):
         pytest.skip(f"this machine's own level is {raw._cpu_isa()}")
-    files = [f"python_tests/ops/test_{stem}.py" for stem in ("contract", "combine", "gate")]
+    files = [f"python_tests/ops/test_{stem}.py" for stem in ("contract", "combine", "gate", "fuzz")]
     chosen = "threads or values and not float64"
     if level.startswith("avx512"):
         chosen = f"({chosen}) and bfloat16 and (grouped_gemm or experts)"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
-    command += ["-k", f"isa_is or {chosen}"]
+    command += ["-k", f"isa_is or fuzz or {chosen}"]
     done = subprocess.run(
         command,
         cwd=ROOT,
