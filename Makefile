@@ -34,8 +34,8 @@ train: export MOEKERNELS_CUDA := $(if $(GPU),1,0)
 train: build
 	$(BIN)/python -m moekernels train $(ARGS)
 
-test: export MOEKERNELS_CUDA_ARCHS := 90a-real
-test: export MOEKERNELS_EMULATED := 1
+lint test: export MOEKERNELS_CUDA_ARCHS := 90a-real
+lint test: export MOEKERNELS_EMULATED := 1
 test: sanitizers
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 

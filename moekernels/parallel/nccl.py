@@ -61,13 +61,14 @@ TABLE: dict[str, Row] = {
 def changed(name: str, text: str) -> Row:
     """The table's row with what `max_ctas=8, high_priority=no` changes."""
     row = TABLE[name]
-    kinds = {f.name: f.type for f in fields(Row) if f.name != "why"}
+    kinds = {f.name: str(f.type) for f in fields(Row) if f.name != "why"}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = (part.strip() for part in item.partition("="))
         where = f"--nccl-{name} {item!r}"
         if key not in kinds:
-            raise UsageError(f"{where}: no such option; one of {', '.join(kinds)} would do")
-        row = replace(row, **{key: _value(where, kinds[key], value)})
+            raise UsageError(f"{where}: no such option; use one of {', '.join(kinds)}")
+        said: dict[str, Any] = {key: _value(where, kinds[key], value)}
+        row = replace(row, **said)
     if row.min_ctas and row.max_ctas and row.min_ctas > row.max_ctas:
         raise UsageError(
             f"--nccl-{name}: min_ctas {row.min_ctas} is more than max_ctas {row.max_ctas}"

@@ -50,7 +50,10 @@ def test_a_run_changes_a_row() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("ctas=8", "--nccl-pp 'ctas=8': no such option; one of high_priority, min_ctas, max_ctas"),
+        (
+            "ctas=8",
+            "--nccl-pp 'ctas=8': no such option; use one of high_priority, min_ctas, max_ctas",
+        ),
         ("max_ctas=many", "--nccl-pp 'max_ctas=many' must be a whole number"),
         ("high_priority=1", "--nccl-pp 'high_priority=1' must be yes or no"),
         ("cta_policy=fast", "--nccl-pp 'cta_policy=fast' must be one of default, efficiency, zero"),
