@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moekernels import files
+from moekernels import files, jsonio
 from moekernels.data.tokenizer import END_OF_TEXT, Tokenizer
 from moekernels.errors import UsageError
 from moekernels.integrations.families import FAMILIES, config_of, decoder_spec, in_their_form
@@ -158,7 +158,7 @@ def _write(found: Weights, family: str, out: Path, dtype: torch.dtype) -> None:
             "total_parameters": sum(n for n, _ in counts),
             "total_size": sum(n * size for n, size in counts),
         }
-        text = json.dumps({"metadata": about, "weight_map": placed}, indent=2, sort_keys=True)
+        text = jsonio.dumps({"metadata": about, "weight_map": placed}, indent=2, sort_keys=True)
         files.write(out / folder.INDEX, text + "\n")
 
 
@@ -208,7 +208,7 @@ def _copy_beside(source: Path, out: Path, dtype: str | None) -> None:
     if dtype is not None:
         data = json.loads(text)
         data["dtype" if "torch_dtype" not in data else "torch_dtype"] = dtype
-        text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        text = jsonio.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     files.write(out / folder.CONFIG, text)
 
 
@@ -227,4 +227,4 @@ def _make_beside(found: Weights, config: PreTrainedConfig, out: Path, dtype: str
     Tokenizer.load(found.tokenizer).save(out / TOKENIZER)
     if not (out / "tokenizer_config.json").exists():
         about = {"eos_token": END_OF_TEXT, "tokenizer_class": "PreTrainedTokenizerFast"}
-        files.write(out / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
+        files.write(out / "tokenizer_config.json", jsonio.dumps(about, indent=2) + "\n")

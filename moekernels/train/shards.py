@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moekernels import jsonio
 from moekernels.errors import RunError, UsageError
 from moekernels.train.manifest import Box, Saved
 
@@ -80,7 +80,7 @@ def write_each(
             "shape": list(shape),
             "data_offsets": [begin, end],
         }
-    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head = jsonio.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
     digest, size = hashlib.sha256(), 8 + len(head) + end
     with writing(path, size), open(path, "xb") as file:

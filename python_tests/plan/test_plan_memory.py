@@ -14,7 +14,7 @@ from moekernels.data.batch import MicroBatch
 from moekernels.model.decoder import DecoderSpec, chunk_parameters
 from moekernels.model.layout import Layout
 from moekernels.model.spec import Place
-from moekernels.nn import attention, dispatcher, embedding, experts, router
+from moekernels.nn import dispatcher, home
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel import expert
 from moekernels.parallel.exchange import Collective
@@ -66,10 +66,7 @@ def one_thread():
 @pytest.fixture
 def bare(monkeypatch):
     """Modules of any size cost nothing to make, and exchanges are balanced."""
-    for module in (attention, embedding, experts, router):
-        monkeypatch.setattr(
-            module, "seeded_normal", lambda shape, *_: torch.empty(shape, device="meta")
-        )
+    monkeypatch.setattr(home, "seeded_normal", lambda shape, *_: torch.empty(shape, device="meta"))
     monkeypatch.setattr(
         torch.Tensor,
         "to",
