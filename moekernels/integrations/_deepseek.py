@@ -79,9 +79,9 @@ def _of_glm4_moe(spec: DecoderSpec) -> dict[str, Any]:
 def _latent(config: Any) -> dict[str, Any]:
     rope, width = config.rope_parameters, config.qk_nope_head_dim + config.qk_rope_head_dim
     for name, wanted in (("qk_head_dim", width), ("head_dim", config.qk_rope_head_dim)):
-        if getattr(config, name) != wanted:  # both follow from others
-            kind, value = config.model_type, getattr(config, name)
-            raise UsageError(f"{kind}: {name} is {value!r}; use {wanted}")
+        value = getattr(config, name, wanted)  # both follow from others, and need not be there
+        if value != wanted:
+            raise UsageError(f"{config.model_type}: {name} is {value!r}; use {wanted}")
     scale = width**-0.5
     if rope.get("rope_type", "default") != "default" and rope.get("mscale_all_dim"):
         scale *= mscale(rope["factor"], rope["mscale_all_dim"]) ** 2

@@ -151,7 +151,13 @@ def rotary(config: Any, head_dim: int, partial: bool) -> dict[str, Any]:
         )
     known = {**_SCALED[scaling], "partial_rotary_factor": ... if partial else 1.0}
     _fields.check_inside(kind, "rope_parameters", rope, known)
-    turning = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    share = rope.get("partial_rotary_factor", 1.0)
+    if getattr(config, "partial_rotary_factor", share) != share:
+        raise UsageError(
+            f"{kind}: partial_rotary_factor is {config.partial_rotary_factor}, and "
+            f"rope_parameters, which counts, says {share}; use the same in both"
+        )
+    turning = int(head_dim * share)
     fields = {
         "rope_theta": rope["rope_theta"],
         "rotary_dim": 0 if turning == head_dim else turning,

@@ -115,10 +115,21 @@ def _gpt_oss(config: Any) -> dict[str, Any]:
         "expert_d_ff": config.intermediate_size,
         "expert_bias": True,
         "activation": "swiglu_oai",
-        "activation_alpha": config.swiglu_alpha,
-        "activation_limit": config.swiglu_limit,
+        "activation_alpha": clamped(config, "swiglu_alpha", 1.702),
+        "activation_limit": clamped(config, "swiglu_limit", 7.0),
         "balance_coef": pooled_balance(config),
     }
+
+
+def clamped(config: Any, name: str, fixed: float) -> float:
+    """A field of the activation; transformers 5.10's class has none and computes with `fixed`."""
+    value = getattr(config, name, fixed)
+    if value != fixed and not hasattr(type(config)(), name):
+        raise UsageError(
+            f"gpt_oss: {name} is {value}, and this transformers computes with {fixed} whatever it "
+            "says; use a newer transformers"
+        )
+    return value
 
 
 def _of_gpt_oss(spec: DecoderSpec) -> dict[str, Any]:

@@ -37,6 +37,12 @@ def family_of(config: PreTrainedConfig) -> str:
     return kind
 
 
+def _experts(config: Any) -> int:
+    """Their number, by the first name that the architecture has for it."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next(getattr(config, name) for name in names if hasattr(config, name))
+
+
 def decoder_spec(config: PreTrainedConfig) -> DecoderSpec:
     """Our specification of the same model; what ours cannot express is a UsageError that names the
     field."""
@@ -62,9 +68,7 @@ def decoder_spec(config: PreTrainedConfig) -> DecoderSpec:
         "num_kv_heads": config.num_key_value_heads,
         "head_dim": head_dim,
         **_family.rotary(config, head_dim, family.partial),
-        "num_experts": config.num_local_experts
-        if hasattr(config, "num_local_experts")
-        else config.num_experts,
+        "num_experts": _experts(config),
         "top_k": config.num_experts_per_tok,
         "z_coef": 0.0,
         "norm_eps": config.rms_norm_eps,

@@ -9,11 +9,12 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from transformers import CONFIG_MAPPING, LlamaConfig, Qwen3MoeConfig
+from transformers import CONFIG_MAPPING, GptOssConfig, LlamaConfig, Qwen3MoeConfig
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
 
 from moekernels.data.batch import MicroBatch
 from moekernels.errors import UsageError
-from moekernels.integrations import _family, _fields, families
+from moekernels.integrations import _family, _fields, _plain, families
 from moekernels.integrations.families import (
     decoder_spec,
     family_of,
@@ -27,6 +28,8 @@ from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Mesh
 from python_tests.support.transformers_models import tiny_model, worst
 
+MAGNITUDE = "yarn_apply_mscale"  # what scales scores by yarn's factor, where it is done
+CLAMPED = {"swiglu_limit": 0.5} if hasattr(GptOssConfig(), "swiglu_limit") else {}
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 YARN = {
     "rope_type": "yarn",
@@ -127,7 +130,7 @@ GUESTS = [
     ("DeepseekV2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}),
     ("DeepseekV2", {"q_lora_rank": None, "rope_parameters": {**YARN, "mscale_all_dim": 0.7}}),
     ("GptOss", {}),  # biases, sinks, windows, yarn, clamped SwiGLU
-    ("GptOss", {"sliding_window": 5, "num_hidden_layers": 3, "swiglu_limit": 0.5}),
+    ("GptOss", {"sliding_window": 5, "num_hidden_layers": 3, **CLAMPED}),
     ("Qwen3Moe", {"rope_parameters": {**PLAIN, "rope_type": "linear", "factor": 3.0}}),
     ("Qwen3Moe", {"rope_parameters": LLAMA3}),
     ("Mixtral", {"rope_parameters": YARN}),
@@ -137,6 +140,8 @@ GUESTS = [
 @pytest.mark.parametrize("family, overrides", GUESTS)
 @pytest.mark.parametrize("checkpoint", [(), (1, 2)])
 def test_shared_experts_and_dense_layers_equal_transformers(family, overrides, checkpoint):
+    if family == "DeepseekV2" and overrides and not hasattr(modeling_deepseek_v2, MAGNITUDE):
+        pytest.skip("this transformers' DeepSeek-V2 fails with groups and leaves out yarn's scale")
     hf = tiny_model(family, **overrides)
     for name, buffer in hf.named_buffers():
         if name.endswith("e_score_correction_bias"):
@@ -264,6 +269,25 @@ def another(value):
     if isinstance(value, (int, float)):
         return value * 2 + 2
     return {**value, "another": 1} if isinstance(value, dict) else [*value, "another"]
+
+
+def test_what_their_class_computes_without_asking_is_refused_where_it_differs():
+    class Older:  # as gpt_oss of transformers 5.10: no such field
+        pass
+
+    config = Older()
+    assert _plain.clamped(config, "swiglu_limit", 7.0) == 7.0
+    config.swiglu_limit = 0.5
+    with pytest.raises(UsageError, match="swiglu_limit is 0.5.*computes with 7.0"):
+        _plain.clamped(config, "swiglu_limit", 7.0)
+    assert _plain.clamped(GptOssConfig(), "swiglu_limit", 7.0) == 7.0
+
+
+def test_two_shares_of_a_head_that_turn_are_refused():
+    config = CONFIG_MAPPING["glm4_moe"](head_dim=128)
+    object.__setattr__(config, "partial_rotary_factor", 0.25)
+    with pytest.raises(UsageError, match="is 0.25, and rope_parameters, which counts, says 0.5"):
+        decoder_spec(config)
 
 
 def test_a_field_of_a_release_to_come_is_refused_unless_it_is_none():
