@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from moekernels import ops
 from moekernels.model.decoder import DecoderSpec
-from moekernels.nn.clock import expert_clock
 from moekernels.nn.dispatcher import Routed
 from moekernels.nn.home import Home
+from moekernels.parallel.clock import SpanClock
 from moekernels.parallel.exchange import Part
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import ShardInfo, shard
+
+expert_clock = SpanClock()  # of this process: forward passes of experts, and their rows
 
 
 def epilogue(config: DecoderSpec) -> dict[str, Any]:

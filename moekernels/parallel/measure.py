@@ -9,13 +9,11 @@ knows how long it was waited for, and no more.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from moekernels import _host
+from moekernels.parallel.clock import SpanClock
 from moekernels.parallel.peers import WHOLE
 
 if TYPE_CHECKING:
@@ -38,6 +36,20 @@ class Stamps(NamedTuple):
     moving: int
     size: int
     label: int
+
+    @property
+    def start(self) -> int:
+        """When the rows of all were under way."""
+        return max(self.post, self.last)
+
+    @property
+    def waited(self) -> int:
+        return max(0, self.ready - self.need)
+
+    @property
+    def late(self) -> int:
+        """What of that was for a peer that had not posted."""
+        return max(0, min(self.need + self.waited, self.last) - self.need)
 
 
 class Times(NamedTuple):
@@ -69,23 +81,19 @@ def flights_of(stamps: Iterable[Stamps], origin: float) -> list[Flight]:
     """In seconds since `origin`, a moment of time.perf_counter()."""
     zero, flights = origin_of(origin), []
     for s in stamps:
-        start, go = max(s.post, s.last), max(s.need, s.ready)
         name = "tokens" if s.label == WHOLE else f"{NAMES[s.label % 4]} {s.label // 4}"
-        late = max(0, min(go, s.last) - s.need)
-        seconds = ((start - zero) / 1e9, (s.ready - zero) / 1e9)
-        flights.append(Flight(name, *seconds, s.size, (go - s.need) / 1e9, late / 1e9))
+        seconds = ((s.start - zero) / 1e9, (s.ready - zero) / 1e9)
+        flights.append(Flight(name, *seconds, s.size, s.waited / 1e9, s.late / 1e9))
     return flights
 
 
 def times_of(stamps: Iterable[Stamps]) -> Times:
     moving = skew = exposed = flight = 0
     for s in stamps:
-        go = max(s.need, s.ready)
-        late = max(0, min(go, s.last) - s.need)
         moving += s.moving
-        skew += late
-        exposed += go - s.need - late + s.moving
-        flight += s.ready - max(s.post, s.last) + s.moving
+        skew += s.late
+        exposed += s.waited - s.late + s.moving
+        flight += s.ready - s.start + s.moving
     return Times(*(t / 1e9 for t in (moving, skew, exposed, flight)))
 
 
@@ -96,41 +104,7 @@ def hidden_of(exposed: float, flight: float, step: float) -> float | None:
     return 1 - exposed / flight
 
 
-class Waited:
-    """Adds up what a process waits for collectives, while `running`: the host's time on the CPU,
-    the stream's on a GPU."""
-
-    def __init__(self) -> None:
-        self.running = False
-        self._seconds = 0.0
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def span(self, device: torch.device) -> Iterator[None]:
-        if not self.running:
-            yield
-        elif device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            yield
-            end.record()
-            self._spans.append((begin, end))
-        else:
-            before = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - before
-
-    def take(self) -> float:
-        """Seconds since the last call; waits for the device where it has spans to read."""
-        if self._spans:
-            self._spans[-1][1].synchronize()
-            self._seconds += sum(begin.elapsed_time(end) for begin, end in self._spans) / 1e3
-            self._spans.clear()
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
-
-waited = Waited()  # of this process: what its layers wait for rows and their numbers
+waited = SpanClock()  # of this process: what its layers wait for rows and their numbers
 
 
 class Measure:
@@ -145,7 +119,7 @@ class Measure:
         if self.group.size == 1:
             return Times()
         if self.group.memory is None:
-            return Times(0.0, float("nan"), waited.take(), float("nan"))
+            return Times(0.0, float("nan"), waited.take()[0], float("nan"))
         self.stamps = [Stamps(*s) for s in self.group.memory.host.take_stamps()]
         return times_of(self.stamps)
 

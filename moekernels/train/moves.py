@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moekernels import assembly
 from moekernels.balance import placement, replan
-from moekernels.nn.clock import expert_clock
 from moekernels.nn.dispatcher import AllGatherDispatcher
+from moekernels.nn.experts import expert_clock
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.nodes import cores
@@ -62,7 +62,6 @@ class Moves:
                 self.node_of[layer] = placement.nodes_of_exchange(mesh.nodes.of, ranks, layout.etp)
         self.passes = 2 if m.recompute_experts or assembly.checkpointed(run) else 1
         self.rate = FIRST_RATE
-        self.seconds_a_row = 0.0
         expert_clock.running = self.rule.must_pay
         mates = len(mesh.nodes.mates(mesh.rank))
         self.crowded = mesh.device.type == "cpu" and mates > cores()

@@ -174,7 +174,7 @@ def decide(rank, cores, seconds, loads, rate):
     for look in (10, 20):
         for _ in range(10):
             held.saw(torch.tensor(loads), 1.0 + look / 100)
-        clock._seconds, clock._rows = seconds, 1000
+        clock._seconds, clock._count = seconds, 1000
         assert held.look(look - 1, False) == {}
         said.append(held.look(look, False))
         held.before = held.before and 5.0

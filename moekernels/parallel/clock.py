@@ -1,4 +1,4 @@
-"""How long the experts of this process compute, on whichever clock the device has."""
+"""Times of what a process does now and then, on whichever clock the device has."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from contextlib import contextmanager
 import torch
 
 
-class ExpertClock:
-    """Adds up the forward passes of experts, and their rows, while it is `running`: the host's
-    time on the CPU, the stream's on a GPU."""
+class SpanClock:
+    """Adds up spans, and what was counted in them, while it is `running`: the host's time on the
+    CPU, the stream's on a GPU."""
 
     def __init__(self) -> None:
         self.running = False
-        self._seconds, self._rows = 0.0, 0
+        self._seconds, self._count = 0.0, 0
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def span(self, device: torch.device, rows: int) -> Iterator[None]:
+    def span(self, device: torch.device, count: int = 0) -> Iterator[None]:
         if not self.running:
             yield
             return
-        self._rows += rows
+        self._count += count
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -36,14 +36,11 @@ class ExpertClock:
             self._seconds += time.perf_counter() - before
 
     def take(self) -> tuple[float, int]:
-        """(seconds, rows) since the last call; waits for the device where it has spans to read."""
+        """(seconds, count) since the last call; waits for the device where it has spans to read."""
         if self._spans:
             self._spans[-1][1].synchronize()
             self._seconds += sum(begin.elapsed_time(end) for begin, end in self._spans) / 1e3
             self._spans.clear()
-        taken = self._seconds, self._rows
-        self._seconds, self._rows = 0.0, 0
+        taken = self._seconds, self._count
+        self._seconds, self._count = 0.0, 0
         return taken
-
-
-expert_clock = ExpertClock()  # of this process
