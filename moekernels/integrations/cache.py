@@ -36,6 +36,7 @@ from moekernels.integrations.transformers import (
     parameters_of,
     weighted_rows,
 )
+from moekernels.parallel.host import available
 
 GATES = ("gate", "router")  # what a block calls the router beside its experts
 TRACE = 1 << 16  # events that are kept for the bound and the break-even
@@ -322,18 +323,9 @@ def _mapped(whole: dict[str, Tensor], folder: Path | None, number: int) -> dict[
 def _check_memory(whole: dict[str, Tensor], slots: int, layers: int) -> None:
     """UsageError where all layers' slots are more than the memory that is free."""
     needed = layers * slots * sum(x[0].numel() * x.element_size() for x in whole.values())
-    free = _free_memory()
-    if free is not None and needed > free:
+    free = int(available())
+    if needed > free:
         raise UsageError(
             f"cache: {slots} slots in each of {layers} layers need {needed:,} bytes, {free:,} are "
             f"free; {slots * free // needed} would fit"
         )
-
-
-def _free_memory() -> int | None:
-    """Bytes; None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(x.split()[1]) << 10 for x in file if x.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None

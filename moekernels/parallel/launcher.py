@@ -67,11 +67,6 @@ def wanted() -> bool:
     return bool(os.environ.get("RANK") or os.environ.get("WORLD_SIZE"))
 
 
-def local_world() -> int | None:
-    """Ranks of this machine under a launcher, None without one."""
-    return _number("LOCAL_WORLD_SIZE", least=1)
-
-
 def launched() -> Launched | None:
     """None where this process was started by hand. PlaceError where half of what a launcher sets
     is missing or cannot be true."""

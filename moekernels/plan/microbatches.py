@@ -21,7 +21,6 @@ import torch.distributed as dist
 
 from moekernels import assembly
 from moekernels.errors import UsageError
-from moekernels.parallel import launcher
 from moekernels.parallel.mesh import Mesh
 from moekernels.run import files as cfg
 
@@ -164,7 +163,7 @@ def begin(run: cfg.RunConfig, corpus, mesh: Mesh, done: int) -> tuple[Tuner | No
     """(what measures, or None where nothing is to be chosen; the first count; what to say). Called
     by every rank together; rank 0's memory decides."""
     lay = run.layout
-    local_ranks = launcher.local_world() or mesh.world.size
+    local_ranks = len(mesh.nodes.mates(mesh.rank))
     low = 1
     if mesh.rank == 0:
         low = least(run, corpus, memory_of(mesh.device, local_ranks), mesh.device.type)

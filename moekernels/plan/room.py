@@ -6,64 +6,20 @@ never would, and would take the machine with it before it failed.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from moekernels.errors import UsageError
 from moekernels.model.experts import one_expert
 from moekernels.model.spec import WIDTH
+from moekernels.parallel.host import available
 from moekernels.run import files as cfg
 from moekernels.run.sections import RunConfig
 
 RANK = 100e6  # bytes of a process that has imported torch, shared pages left out
 SEQUENCE = 400  # bytes of an empty tensor pair and its place in a plan
 RANKS_A_CORE, RANKS = 8, 64
-
-
-def available(root: Path = Path("/")) -> float:
-    """Bytes of this machine that a process may still take, its control groups' limits included.
-    `root` holds its proc and sys."""
-    found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
-    found += [1024 * kilobytes for kilobytes in _numbers(root / "proc/meminfo", "MemAvailable:")]
-    for folder, limit, used, cached in _control_groups(root):
-        with contextlib.suppress(OSError, ValueError):  # no limit is the word max
-            left = float((folder / limit).read_text(encoding="utf-8"))
-            left -= float((folder / used).read_text(encoding="utf-8"))
-            # Pages of files are given back when they are needed.
-            found.append(left + sum(_numbers(folder / "memory.stat", cached)))
-    return max(0.0, min(found))
-
-
-_VERSION_2 = ("memory.max", "memory.current", "inactive_file")
-_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-
-
-def _control_groups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
-    """Where the limits of this process may be: its own group's folder and those around it, and the
-    names in them of limit, what is used, and what of it are pages of files."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and "memory" not in controllers.split(","):
-                continue
-            mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-            group = mount / path.lstrip("/")
-            for folder in (group, *group.parents):
-                yield folder, *(_VERSION_1 if controllers else _VERSION_2)
-                if folder == mount:
-                    break
-
-
-def _numbers(file: Path, name: str) -> Iterator[float]:
-    """Of the lines `name number ...`; none where there is no such file."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if line.split()[0] == name:
-                yield float(line.split()[1])
 
 
 def needed(run: RunConfig) -> dict[str, float]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from moekernels import jsonio
 from moekernels.errors import UsageError
+from moekernels.parallel.host import available
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import ShardInfo
 from moekernels.train import manifest as manifests
@@ -267,12 +268,7 @@ def _agreed_token(mesh: Mesh) -> str:
 
 def _fits(size: int) -> bool:
     """Whether this machine has memory for a copy of so many bytes."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            free = next(int(x.split()[1]) << 10 for x in file if x.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return False
-    return size <= ROOM * free
+    return size <= ROOM * available()
 
 
 def _sync(folder: Path) -> None:

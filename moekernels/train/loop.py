@@ -21,7 +21,7 @@ from moekernels.balance import dead_experts, max_over_mean, update_selection_bia
 from moekernels.data.batch import MicroBatch
 from moekernels.errors import RunError
 from moekernels.nn.transformer import StageModel
-from moekernels.parallel import launch, launcher
+from moekernels.parallel import launch
 from moekernels.parallel.measure import Measure, hidden_of
 from moekernels.parallel.nodes import cores
 from moekernels.parallel.shard import blank, shard
@@ -87,7 +87,7 @@ class Trainer:
             t.keep,
             run=job.identity,
             trusted=job.found.trusted,
-            local_ranks=launcher.local_world() or self.mesh.world.size,
+            local_ranks=len(self.mesh.nodes.mates(self.mesh.rank)),
         )
         moved = (self.chunks, self.rows, self.optimizer, self.shards)
         self.moves = Moves(self.run, self.mesh, *moved)
@@ -384,7 +384,7 @@ class Trainer:
 
     def shared_clock(self) -> float | None:
         """A moment that all ranks of one machine agree on; None where they are on several."""
-        if self.env.world == 1 or launcher.local_world() not in (None, self.env.world):
+        if self.env.world == 1 or self.mesh.nodes.count > 1:
             return None
         moment = torch.tensor([time.perf_counter()], dtype=torch.float64, device=self.env.device)
         dist.broadcast(moment, 0)

@@ -154,7 +154,7 @@ def test_what_cannot_be_is_refused(ask, said):
 
 
 def test_more_slots_than_memory(monkeypatch):
-    monkeypatch.setattr("moekernels.integrations.cache._free_memory", lambda: 5000)
+    monkeypatch.setattr("moekernels.integrations.cache.available", lambda: 5000)
     with pytest.raises(UsageError, match="6 slots in each of 2 layers need .* 5,000 are free"):
         cached(model_of(), 6)
 
