@@ -26,11 +26,12 @@ import torch
 from moekernels.parallel.launch import run_launched, run_local
 from moekernels.parallel.launcher import Launched
 def products(rank):
-    if rank and rank.rank:
-        return 0
-    w = torch.zeros(8, 16).to_mkldnn()
-    for rows in [*range(1, 81), *range(1, 81), 80]:
-        torch.nn.functional.linear(torch.zeros(rows, 16).to_mkldnn(), w)
+    if not (rank and rank.rank):
+        w = torch.zeros(8, 16).to_mkldnn()
+        for rows in [*range(1, 81), *range(1, 81), 80]:
+            torch.nn.functional.linear(torch.zeros(rows, 16).to_mkldnn(), w)
+    if rank and rank.world > 1:  # neither leaves while the other may still be connecting
+        torch.distributed.barrier()
     return 0
 """
 
