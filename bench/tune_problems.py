@@ -9,26 +9,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from moekernels.predict.layer import Layer
+
 OPS = ("up", "down", "dact", "dgrad", "wgrad")  # of a layer; forward is grouped_gemm by itself
 PREFETCHING = ("dact", "wgrad")  # whose epilogues read what a prefetch brings
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Legend: T tokens, H hidden, F expert hidden, E experts, K top-k."""
-
-    T: int
-    H: int
-    F: int
-    E: int
-    K: int
-
-    @property
-    def rows(self) -> int:
-        return self.T * self.K
-
-    def __str__(self) -> str:
-        return " ".join(f"{name}{value}" for name, value in asdict(self).items())
 
 
 # Ours, OLMoE, Qwen3-30B, and SonicMoE's 30B and 120B.

@@ -83,6 +83,19 @@ def check(value: float, claimed) -> bool:
     return abs(value - claimed) <= NEAR * claimed
 
 
+def _sizes(model: DecoderSpec, layout: Layout) -> dict[str, float]:
+    """The claims that a layout alone decides."""
+    local = model.num_experts / layout.ep
+    return {
+        "gpus": layout.world,
+        "tp": layout.tp,
+        "pp": layout.pp,
+        "ep": layout.ep,
+        "experts_per_gpu": local,
+        "modules_per_gpu": local * model.num_layers / layout.pp,
+    }
+
+
 def verdicts(
     problem: Problem,
     claims,
@@ -94,15 +107,9 @@ def verdicts(
 
     `unfolded`: the micro-batches of one accumulation step, where a flush holds several steps'."""
     model, layout = problem.model, own.strategy.layout
-    local = model.num_experts / layout.ep
     values: dict[str, float] = {
         "parameters": float(model.parameters_count()),
-        "gpus": layout.world,
-        "tp": layout.tp,
-        "pp": layout.pp,
-        "ep": layout.ep,
-        "experts_per_gpu": local,
-        "modules_per_gpu": local * model.num_layers / layout.pp,
+        **_sizes(model, layout),
         "memory_gb": own.memory / 1e9,
         "layer_ms": own.layer_seconds * 1e3,
         "sequences_per_second": own.sequences_per_second,
@@ -192,15 +199,9 @@ def points(problem: Problem, claims, microbatches: set[int]) -> list[Point]:
             mean = math.ceil(tokens / (layout.dp * m))
             rate = layout.world * problem.cluster.flops
             filled = m / (m + layout.pp - 1)  # no utilisation is above it
-            local = model.num_experts / layout.ep
             fixed = {
                 "parameters": float(reading.parameters),
-                "gpus": layout.world,
-                "tp": layout.tp,
-                "pp": layout.pp,
-                "ep": layout.ep,
-                "experts_per_gpu": local,
-                "modules_per_gpu": local * model.num_layers / layout.pp,
+                **_sizes(model, layout),
             }
             if "memory_gb" in wanted:
                 fixed["memory_gb"] = memory_of(least, s, 0, mean).total / 1e9

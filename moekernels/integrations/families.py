@@ -20,6 +20,7 @@ from moekernels.integrations import _family, _fields
 from moekernels.integrations._deepseek import DEEPSEEK
 from moekernels.integrations._plain import PLAIN
 from moekernels.model.decoder import DecoderSpec
+from moekernels.model.tensors import SELECTION_BIAS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -115,22 +116,29 @@ def config_of(spec: DecoderSpec, family: str, **more: Any) -> PreTrainedConfig:
 def their_names(name: str, family: str) -> list[str]:
     """Our full parameter (or selection bias) name -> theirs, whose tensors joined along dimension 0
     are ours; a feed-forward that all tokens visit has a first dimension of one here."""
-    if name in _family.OUTSIDE:
+    prefix, inner = _place(name)
+    if not prefix:
         return _family.OUTSIDE[name]
-    _, number, rest = name.split(".", 2)
-    inside = {**_family.LAYER, **FAMILIES[family].names}[rest]
-    return [f"model.layers.{int(number) - 1}.{theirs}" for theirs in inside]
+    inside = {**_family.LAYER, **FAMILIES[family].names}[inner]
+    return [prefix + theirs for theirs in inside]
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Our full name -> (what begins their names of its layer, our name within it); without a
+    prefix what lies outside of the layers."""
+    if not name.startswith("layers."):
+        return "", name
+    _, number, inner = name.split(".", 2)
+    return f"model.layers.{int(number) - 1}.", inner
 
 
 def file_names(name: str, family: str, full_shape: tuple[int, ...]) -> list[list[str]]:
     """Our full name -> the keys in files: for each expert, and once where they are not apart, those
     that lie one behind the other."""
-    files = FAMILIES[family].files
-    _, _, rest = name.partition(".")[2].partition(".") if name.startswith("layers.") else ("",) * 3
-    if rest not in files:
+    files, (prefix, inner) = FAMILIES[family].files, _place(name)
+    if inner not in files:
         return [their_names(name, family)]
-    layer = int(name.split(".")[1]) - 1
-    patterns = [f"model.layers.{layer}.{inside}" for inside in files[rest]]
+    patterns = [prefix + inside for inside in files[inner]]
     if "{}" not in patterns[0]:
         return [patterns]
     return [[pattern.format(e) for pattern in patterns] for e in range(full_shape[0])]
@@ -138,7 +146,7 @@ def file_names(name: str, family: str, full_shape: tuple[int, ...]) -> list[list
 
 def form_of(name: str, family: str) -> str:
     """How our tensor lies in theirs; empty: as it is."""
-    return FAMILIES[family].forms.get(name.split(".", 2)[-1], "")
+    return FAMILIES[family].forms.get(_place(name)[1], "")
 
 
 def in_our_shape(parts: list[Tensor], full_shape: tuple[int, ...], form: str = "") -> Tensor:
@@ -178,5 +186,5 @@ def load_(model: Chunk, state: Mapping[str, Tensor], family: str) -> None:
             )
         parameter.copy_(info.take(full))
     for name, buffer in model.named_buffers():
-        if name.endswith("selection_bias"):
+        if name.endswith(SELECTION_BIAS):
             buffer.copy_(state[their_names(name, family)[0]])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moekernels import ops, reference
 from moekernels.errors import UsageError
 from moekernels.model.decoder import DecoderSpec
+from moekernels.model.tensors import SELECTION_BIAS
 from moekernels.nn.home import Home
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import shard
@@ -62,7 +63,7 @@ class Router(nn.Module):
         bias = None
         if config.bias_update_rate > 0:  # moves the choice only, and by no gradient
             bias = torch.zeros(config.num_experts, device=home.device)
-        self.register_buffer("selection_bias", bias)
+        self.register_buffer(SELECTION_BIAS, bias)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T/tp, H], or [T, H] replicated where the gate goes by columns -> [T/tp, E] in fp32 at

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -131,7 +131,3 @@ def seeded_normal(shape: Sequence[int], std: float, seed: int, name: str) -> Ten
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.empty(*shape).normal_(0.0, std, generator=generator)
-
-
-def local_numel(shards: Iterable[tuple[str, Tensor, ShardInfo]]) -> int:
-    return sum(parameter.numel() for _, parameter, _ in shards)

@@ -48,7 +48,6 @@ def all_gather(x: Tensor, group: Group, *, stamped: bool = False) -> Tensor:
         return x
     if group.memory is not None:
         return group.memory.all_gather(x, stamped=stamped)
-    out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
     if x.device.type == "cpu":
         # gloo passes an all-gather around a ring; sending to every peer at once halves the latency
         # at 4 ranks.

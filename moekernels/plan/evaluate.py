@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -283,9 +282,3 @@ def _evaluate(problem: Problem, s: Strategy, exact_order: bool) -> tuple[Plan, T
         peak_flops=c.flops,
     )
     return plan, played
-
-
-def chunk_ranges(layers: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Numbers, from 1, of each virtual stage's first and last layer."""
-    ends = list(itertools.accumulate(layers))
-    return [(end - count + 1, end) for end, count in zip(ends, layers)]

@@ -14,7 +14,7 @@ OPS = ("up", "down", "dact", "dgrad", "wgrad1", "wgrad2")
 
 @dataclass(frozen=True)
 class Layer:
-    """A gated layer's shape."""
+    """A gated layer: T tokens, H hidden, F expert hidden, E experts, K top-k."""
 
     T: int
     H: int

@@ -8,7 +8,7 @@ from moekernels.predict.kernel import Kernel
 from moekernels.predict.layer import Layer, Recipe
 
 # Instructions of a warp for 8 elements of SwiGLU, from the machine code (test_sass.py holds them).
-UP_PER_CHUNK, DACT_PER_CHUNK = 102, 211
+UP_PER_CHUNK, DACT_PER_CHUNK = 102, 175
 WARPS = 8
 # Of a warp besides: what stages a tile, and the whole of an epilogue that only stores or adds.
 UP_STAGE, DACT_STAGE, ROWS, ADD = 200, 400, 450, 1250

@@ -17,6 +17,7 @@ from moekernels.errors import UsageError
 from moekernels.integrations.keys import parts
 from moekernels.model import tensors
 from moekernels.model.decoder import DecoderSpec
+from moekernels.train import shards
 from moekernels.train.manifest import Box, Saved
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ BESIDE = (
     "tokenizer.model",
 )
 LARGEST_HEADER = 100 << 20  # bytes, as the safetensors library has it
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+FLOATS = {code: dtype for dtype, code in shards.NAMES.items() if dtype.is_floating_point}
+DTYPES = {code: str(dtype).removeprefix("torch.") for code, dtype in FLOATS.items()}
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def header(path: Path) -> dict[str, Stored]:
                 raise UsageError(
                     f"{path}: {key} is of dtype {x.dtype}; use one of {', '.join(DTYPES)}"
                 )
-            if x.begin != end or x.end - x.begin != math.prod(x.shape) * _BYTES[x.dtype]:
+            if x.begin != end or x.end - x.begin != math.prod(x.shape) * FLOATS[x.dtype].itemsize:
                 raise UsageError(f"{path}: its header is damaged at {key}")
             end = x.end
     except OSError as error:

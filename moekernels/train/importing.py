@@ -18,6 +18,7 @@ from pathlib import Path
 from moekernels import files
 from moekernels.errors import RunError, UsageError
 from moekernels.model.layout import Layout
+from moekernels.model.tensors import SELECTION_BIAS
 from moekernels.run import files as cfg
 from moekernels.train import folder, manifest, resume, shards
 from moekernels.train.manifest import Manifest
@@ -40,9 +41,8 @@ def import_(source: Path, out: Path) -> int:
         with ThreadPoolExecutor(min(manifest.HASH_THREADS, os.cpu_count() or 1)) as pool:
             copied = pool.map(lambda name: shards.copy(source / name, step / name), found.files)
             written = dict(zip(found.files, copied))
-        bias = folder.tensors.SELECTION_BIAS
         tensors = {
-            name if name.endswith(bias) else MASTER + name: saved
+            name if name.endswith(SELECTION_BIAS) else MASTER + name: saved
             for name, saved in found.tensors.items()
         }
         facts = {"run": {"model": asdict(found.spec)}, "imported": found.family}

@@ -20,6 +20,7 @@ from moekernels import assembly
 from moekernels.balance import dead_experts, max_over_mean, update_selection_biases
 from moekernels.data.batch import MicroBatch
 from moekernels.errors import RunError
+from moekernels.model.tensors import SELECTION_BIAS
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel import launch
 from moekernels.parallel.measure import Measure, hidden_of
@@ -152,7 +153,7 @@ class Trainer:
         yield from self.optimizer.state()
         for chunk in self.chunks:
             for name, bias in chunk.named_buffers():
-                if name.endswith("selection_bias"):
+                if name.endswith(SELECTION_BIAS):
                     yield name, bias, shard(bias.shape, copies="stage")
 
     def run_steps(self) -> int:

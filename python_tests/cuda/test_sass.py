@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from moekernels.predict import ours
+
 LIBRARY = Path(__file__).parents[2] / "moekernels" / "_C.so"
 # Where the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm put their programs.
 NVIDIA = importlib.util.find_spec("nvidia")
@@ -191,6 +193,10 @@ def test_a_producer_with_too_many_registers_is_found():
 # Instructions that an epilogue takes for 8 elements of SwiGLU, which decide how long it lasts, as
 # nothing runs beside it. A lower count replaces its number here.
 UP, DACT = 102, 175
+
+
+def test_predictions_are_of_these_epilogues():
+    assert (ours.UP_PER_CHUNK, ours.DACT_PER_CHUNK) == (UP, DACT)
 
 
 def up_per_chunk(code: list[tuple[int, str]]) -> list[int]:
