@@ -58,6 +58,15 @@ void until(int64_t moment) {
 
 }  // namespace
 
+void Peers::Exchange::copy_own(int64_t begin, int64_t end, char* row, char* weight) const {
+  for (int64_t r = begin; r < end; ++r, row += width.row, weight += width.weight) {
+    const int64_t slot = slot_of[r];
+    if (slot < 0 || slot >= slots) throw std::runtime_error("a row's slot is outside the tokens");
+    std::memcpy(row, rows + slot / top_k * width.row, width.row);
+    std::memcpy(weight, weights + slot * width.weight, width.weight);
+  }
+}
+
 int Peers::open() {
   auto found = std::find_if(exchanges_.begin(), exchanges_.end(), [](auto& e) { return !e.open; });
   if (found == exchanges_.end()) found = exchanges_.insert(found, Exchange{});
@@ -125,13 +134,7 @@ int Peers::post_out(intptr_t x, intptr_t weights, intptr_t slot_of, int64_t slot
     char* block = allocate(bytes);
     std::memcpy(block, mine, experts * 8);
     char* row = block + header(experts);
-    char* weight = row + n * width.row;
-    for (int64_t r = first; r < first + n; ++r, row += width.row, weight += width.weight) {
-      const int64_t slot = e.slot_of[r];
-      if (slot < 0 || slot >= slots) throw std::runtime_error("a row's slot is outside the tokens");
-      std::memcpy(row, e.rows + slot / top_k * width.row, width.row);
-      std::memcpy(weight, e.weights + slot * width.weight, width.weight);
-    }
+    e.copy_own(first, first + n, row, row + n * width.row);
     post(0, p, block, bytes, kOut);
   });
   e.stamps.post = now();
@@ -179,15 +182,7 @@ void Peers::take_out(int exchange, intptr_t rows, intptr_t weights, intptr_t off
       std::memcpy(out_weights, from + source * w.weight, n * w.weight);
       return;
     }
-    for (int64_t r = mine + source; r < mine + source + n; ++r, out += w.row) {
-      const int64_t slot = e.slot_of[r];
-      if (slot < 0 || slot >= e.slots) {
-        throw std::runtime_error("a row's slot is outside the tokens");
-      }
-      std::memcpy(out, e.rows + slot / e.top_k * w.row, w.row);
-      std::memcpy(out_weights, e.weights + slot * w.weight, w.weight);
-      out_weights += w.weight;
-    }
+    e.copy_own(mine + source, mine + source + n, out, out_weights);
   });
   e.stamps.moving += now() - began;
   close(e, true);

@@ -82,6 +82,9 @@ class Peers : public Slabs {
     int64_t slots = 0, top_k = 1;
     int64_t all = 0, first = 0, experts = 0;  // e, and which of them
     std::vector<int64_t> counts;              // [P, n] of the rows that came
+
+    // Own rows [begin, end) of the routing to `row`, their weights to `weight`.
+    void copy_own(int64_t begin, int64_t end, char* row, char* weight) const;
   };
 
   int open();

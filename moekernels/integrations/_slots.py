@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 from moekernels.errors import UsageError
@@ -55,6 +55,12 @@ class Counts:
     misses: int = 0
     ahead: int = 0  # fetched ahead
     useless: int = 0  # of these, gone before they were used
+
+    @staticmethod
+    def of(layers: Iterable[Slots]) -> Counts:
+        """Of all layers together."""
+        each = [vars(slots.counts) for slots in layers]
+        return Counts(**{f.name: sum(counts[f.name] for counts in each) for f in fields(Counts)})
 
 
 @dataclass
@@ -125,11 +131,7 @@ def replay(trace: Iterable[Event], size: int, policy: str) -> Counts:
     for event in trace:
         slots = layers.setdefault(event.layer, Slots(size, policy))
         (slots.ahead if event.ahead else slots.use)(event.experts)
-    total = Counts()
-    for slots in layers.values():
-        for name, value in vars(slots.counts).items():
-            setattr(total, name, getattr(total, name) + value)
-    return total
+    return Counts.of(layers.values())
 
 
 def belady(trace: Sequence[Event], size: int) -> int:

@@ -101,11 +101,7 @@ class ExpertCache:
     @property
     def counts(self) -> Counts:
         """Of all layers together."""
-        total = Counts()
-        for layer in self.layers:
-            for name, value in vars(layer.slots.counts).items():
-                setattr(total, name, getattr(total, name) + value)
-        return total
+        return Counts.of(layer.slots for layer in self.layers)
 
     def forward(self, module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """As `experts_forward`, with the experts that are needed in slots."""
