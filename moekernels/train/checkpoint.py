@@ -159,8 +159,9 @@ class Checkpoints:
         except BaseException:  # make room; other ranks may still be writing theirs
             for path in (*paths, note, note.with_suffix(".tmp")):
                 path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                partial.rmdir()
+            if self.mesh.world.size == 1:  # else it may be the folder that another just made
+                with contextlib.suppress(OSError):
+                    partial.rmdir()
             raise
 
     def _complete(self, partial: Path, manifest: Manifest) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moekernels.errors import RunError, UsageError
 from moekernels.model.decoder import DecoderSpec
@@ -189,6 +190,37 @@ def test_a_full_disk_is_one_line_and_costs_nothing_saved(tmp_path, monkeypatch, 
     assert (f"it needs {size:,} bytes" in text) == (number != errno.EIO) and "\n" not in text
     monkeypatch.undo()
     assert names(tmp_path) == ["step-0000001"] and read(tmp_path, ONE) == (1, True, ())
+
+
+def fail_between(rank, folder):
+    """Rank 1 fails after rank 0 has made the folder and before it opens its file there."""
+    mesh = Mesh(Layout(pp=2))
+    written = shards.write
+
+    def paused(path, tensors):
+        dist.barrier()  # both have made the folder
+        if rank == 0:
+            dist.barrier()
+            return written(path, tensors)
+        raise RunError("full")
+
+    shards.write, checkpoint._fits = paused, lambda size: False
+    checkpoints = Checkpoints(folder, mesh, 1)
+    try:
+        checkpoints.save(1, state_of(mesh, True), {})
+    except (RunError, OSError) as error:
+        return str(error)
+    finally:
+        if rank == 1:
+            dist.barrier()  # what was its own is removed
+        checkpoints.close(failed=True)
+    return ""
+
+
+def test_a_rank_that_fails_leaves_the_folder_to_the_others(tmp_path):
+    """It was empty for a moment, and the other's fault was then the one that was told."""
+    first, second = run_ranks(2, fail_between, tmp_path)
+    assert (first, second) == ("", "full")
 
 
 def test_a_limit_on_files_is_met_while_writing(tmp_path):
