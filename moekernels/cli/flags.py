@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import shlex
 import typing
 from pathlib import Path
 
@@ -59,6 +60,8 @@ class Given(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         if self.nargs == 0:
             values = not option_string.startswith("--no-")
+        elif self.nargs == "+":
+            values = values[0] if len(values) == 1 else shlex.join(values)
         namespace.flags = {**namespace.flags, self.key: values}
 
 
@@ -135,4 +138,5 @@ def add_config_flags(parser: argparse.ArgumentParser, preset: str) -> None:
                     if f.metadata.get("choices")
                     else kind.__name__.upper() + "|auto" * auto
                 )
-                group.add_argument(f"--{flag}", type=parse, metavar=metavar, **common)
+                count = "+" if f.metadata.get("several") else None
+                group.add_argument(f"--{flag}", type=parse, metavar=metavar, nargs=count, **common)

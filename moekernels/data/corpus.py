@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,9 +19,10 @@ import numpy as np
 
 from moekernels import jsonio
 from moekernels.data.documents import Documents, survey
+from moekernels.data.mixture import Source
 from moekernels.data.progress import Progress
 from moekernels.data.shuffle import permutation
-from moekernels.data.sources import STDLIB, TextFile, fingerprint, list_files
+from moekernels.data.sources import REMEDY, STDLIB, TextFile, fingerprint, list_files
 from moekernels.data.tokenizer import Tokenizer, check_vocab_size, library_version
 from moekernels.errors import UsageError
 from moekernels.files import cache_folder
@@ -45,13 +46,19 @@ class CorpusStats:
 
 @dataclass(frozen=True)
 class Corpus:
-    """`tokens[offsets[d]:offsets[d+1]]` is document d, the end of text last, in shuffled order."""
+    """`tokens[offsets[d]:offsets[d+1]]` is document d, the end of text last, in shuffled order.
+
+    Where sources have weights, the documents of each lie together, in the sources' order.
+    """
 
     folder: Path
     identity: str  # equal identities hold equal tokens
     stats: CorpusStats
     tokens: np.ndarray  # [N] uint16 or uint32, memory-mapped
     offsets: np.ndarray  # [documents+1] int64
+    sources: tuple[Source, ...] = ()  # those that have weights
+    firsts: tuple[int, ...] = ()  # the first document of each
+    evaluation: Corpus | None = None  # text of its own for the held-out loss
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -66,20 +73,37 @@ class Corpus:
         if not 0 <= held_out < 1:
             raise UsageError(f"data: the held-out share is {held_out}; use 0 up to less than 1")
         spans = np.stack([self.offsets[:-1], self.offsets[1:]], axis=1)
-        target = int(len(self.tokens) * held_out)
+        begin, end = int(self.offsets[0]), int(self.offsets[-1])
+        target = int((end - begin) * held_out)
         if held_out > 0:
             target = max(target, 2)  # a token and its label
-        first = int(np.searchsorted(self.offsets, len(self.tokens) - target))
-        if 2 * (len(self.tokens) - self.offsets[first]) >= target:
+        first = int(np.searchsorted(self.offsets, end - target))
+        if 2 * (end - self.offsets[first]) >= target:
             return spans[:first], spans[first:]
-        cut = len(self.tokens) - target
+        cut = end - target
         train, held = spans[:first].copy(), spans[first - 1 :].copy()
         train[-1, 1] = held[0, 0] = cut
         return train, held
 
+    def parts(self) -> list[Corpus]:
+        """What comes from each source that has a weight; else the corpus as it is."""
+        if not self.sources:
+            return [self]
+        ends = (*self.firsts[1:], len(self.offsets) - 1)
+        return [
+            replace(
+                self,
+                stats=replace(self.stats, source=source.name, documents=end - first),
+                offsets=self.offsets[first : end + 1],
+                sources=(),
+                firsts=(),
+            )
+            for source, first, end in zip(self.sources, self.firsts, ends)
+        ]
+
 
 def load_corpus(
-    source: str | Sequence[str] = STDLIB,
+    source: str | Sequence[str] | Sequence[Source] = STDLIB,
     *,
     vocab_size: int,
     cache: str | os.PathLike | None = None,
@@ -90,11 +114,20 @@ def load_corpus(
     """The tokenised corpus: from the cache, or built there once, whoever comes first.
 
     Every rank may call this; a lock lets one of them build and the others wait for it.
+    `source`: files and folders; those that are drawn from by weight as `mixture.parse` gives them.
     `tokenizer`: a file that a run keeps, to be used instead of learning one.
     """
     check_vocab_size(vocab_size)  # before any work, and where a cache would hide it
-    files = list_files(source)
+    several = [Source(source)] if isinstance(source, str) else list(source)
+    several = [Source(one) if isinstance(one, str) else one for one in several]
+    weighted = tuple(one for one in several if one.weight is not None)
+    name = ", ".join(one.name for one in several)
+    files = list_files([one.name for one in several] if len(several) > 1 else several[0].name)
     text = [_FORMAT, text_field, fingerprint(files)]
+    if weighted:  # which file is whose decides the order
+        text.append(
+            [sum(file.source == number for file in files) for number in range(len(several))]
+        )
     key = [*text, library_version(), _SAMPLE_BYTES, vocab_size]
     root = Path(cache) if cache is not None else cache_folder()
     given = None
@@ -107,12 +140,12 @@ def load_corpus(
             )
         known = _open(root / f"corpus-{_hash(key)}")  # of the same release, as a rule
         if isinstance(known, Corpus) and known.identity == _identity(text, given):
-            return known
+            return replace(known, sources=weighted)
         key = [*text, given.hash()]
     folder = root / f"corpus-{_hash(key)}"
     corpus = _open(folder)
     if isinstance(corpus, Corpus):
-        return corpus
+        return replace(corpus, sources=weighted)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _lock(folder.with_suffix(".lock")):
@@ -122,11 +155,10 @@ def load_corpus(
                     what = f"{len(files)} files" if len(files) > 1 else str(files[0].path)
                     damage = f"{folder} is damaged ({corpus}); " if corpus else ""
                     log(f"{damage}tokenising {what}, once; the result is kept in {folder}")
-                name = source if isinstance(source, str) else ", ".join(source)
                 with Progress(log) as progress:
                     progress.stage("reading", sum(map(_size, files)))
                     documents = survey(files, text_field, progress.advance)
-                    _build(folder, name, documents, vocab_size, given, text, progress)
+                    _build(folder, name, documents, vocab_size, given, text, progress, weighted)
                 corpus = _open(folder)
     except OSError as error:
         raise UsageError(
@@ -135,7 +167,7 @@ def load_corpus(
         ) from error
     if not isinstance(corpus, Corpus):
         raise RuntimeError(f"data: {folder} was written, but does not read back whole: {corpus}")
-    return corpus
+    return replace(corpus, sources=weighted)
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
@@ -175,6 +207,7 @@ def _build(
     tokenizer: Tokenizer | None,
     text: list,
     progress: Progress,
+    weighted: tuple[Source, ...],
 ) -> None:
     """Write everything beside the folder, then rename: a folder of this name is always whole."""
     for leftover in folder.parent.glob(f"{folder.name}.partial-*"):  # ours alone: we hold the lock
@@ -183,6 +216,9 @@ def _build(
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
         order = permutation(len(documents), _SHUFFLE_SEED, 0)
+        firsts: list[int] = []
+        if weighted:
+            order, firsts = _by_source(documents, order, weighted)
         characters = int(documents.characters.sum())
         if tokenizer is None:
             progress.stage(f"learning {vocab_size} tokens")
@@ -220,6 +256,7 @@ def _build(
         meta = {
             "identity": _identity(text, tokenizer),
             "stats": asdict(stats),
+            "firsts": firsts,
             "hashes": {path.name: _hash_of(path) for path in sorted(partial.iterdir())},
         }
         meta["hash"] = _hash([meta])
@@ -232,6 +269,19 @@ def _build(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _by_source(
+    documents: Documents, order: np.ndarray, weighted: tuple[Source, ...]
+) -> tuple[np.ndarray, list[int]]:
+    """The documents' order with those of each source together, and where each begins."""
+    source_of = np.array([file.source for file in documents.files])[documents.file]
+    counts = np.bincount(source_of, minlength=len(weighted))
+    for source, count in zip(weighted, counts):
+        if not count:
+            raise UsageError(f"data: no text in any file of {source.name}; {REMEDY}")
+    order = order[np.argsort(source_of[order], kind="stable")]
+    return order, (np.cumsum(counts) - counts).tolist()
 
 
 def _header(file, length: int, dtype: np.dtype) -> int:
@@ -264,6 +314,7 @@ def _open(folder: Path) -> Corpus | str:
             stats=CorpusStats(**meta["stats"]),
             tokens=np.load(folder / "tokens.npy", mmap_mode="r"),
             offsets=np.load(folder / "offsets.npy"),
+            firsts=tuple(meta.get("firsts", ())),
         )
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -12,6 +12,7 @@ import torch
 from moekernels.data.batch import MicroBatch
 from moekernels.data.batch_plan import BatchPlan, Cost, plan_batch
 from moekernels.data.corpus import Corpus
+from moekernels.data.mixture import Mixture
 from moekernels.data.shuffle import integers, permutation
 from moekernels.errors import UsageError
 
@@ -30,6 +31,7 @@ class Pieces:
     lengths: np.ndarray  # [n] int64
     documents: int
     cut: int  # documents longer than the context
+    context: int
 
     @staticmethod
     def of(spans: np.ndarray, context: int) -> Pieces:
@@ -41,10 +43,15 @@ class Pieces:
             lengths=np.minimum(np.repeat(sizes, counts) - within * context, context),
             documents=len(spans),
             cut=int((counts > 1).sum()),
+            context=context,
         )
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def describe(self) -> str:
+        cut = f"{self.cut} of {self.documents} training documents are longer and cut"
+        return f"{len(self)} sequences of at most {self.context} tokens ({cut})"
 
     def draw(self, first: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(starts, lengths) of sequences first ... first+count-1 of all epochs laid end to end."""
@@ -67,6 +74,9 @@ class Slots:
 
     def __len__(self) -> int:
         return self.count
+
+    def describe(self) -> str:
+        return f"lengths drawn from {self.low} to {self.high}"
 
     def draw(self, first: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         lengths = integers(self.low, self.high, count, seed, _LENGTHS, first)
@@ -120,23 +130,44 @@ class BatchLoader:
             raise UsageError(f"batch: {self.sequences} sequences a step; use at least 1")
         if (self.context is None) == (self.lengths is None):
             raise UsageError("batch: use either a context or a range of lengths")
-        train, held_out = self.corpus.split(self.held_out)
-        self.train = self._pool(train, self.lengths, "training")
+        own = self.corpus.evaluation
+        if own is not None:
+            self.held_out = 0.0  # the whole text is for training
+        train, held_out = zip(*(part.split(self.held_out) for part in self.corpus.parts()))
+        self.train = self._pool(self.corpus, train, self.lengths, "training")
         self._eval = None
-        if self.held_out > 0:
-            # Fewer tokens than the longest sequence: held-out sequences are shorter, never refused.
-            tokens = _extent(held_out) - 1
-            shorter = self.lengths and tuple(max(min(n, tokens), 1) for n in self.lengths)
-            self._eval = self._pool(held_out, shorter, "the held-out loss")
+        if own is not None or self.held_out > 0:
+            source = own or self.corpus
+            spans = [part.split(0)[0] for part in own.parts()] if own else held_out
+            self._eval = self._pool(source, spans, self.lengths, "the held-out loss", shorten=True)
         self.plan(1)  # what cannot be planned shows before anything else is set up
 
     def _pool(
-        self, spans: np.ndarray, lengths: tuple[int, int] | None, purpose: str
+        self,
+        corpus: Corpus,
+        spans: Sequence[np.ndarray],
+        lengths: tuple[int, int] | None,
+        purpose: str,
+        shorten: bool = False,
+    ) -> Pieces | Slots | Mixture:
+        """What sequences are drawn from, of the spans of each part of a corpus."""
+        pools = []
+        for part, own in zip(corpus.parts(), spans):
+            fitting = lengths
+            if shorten and lengths:
+                # Fewer tokens than the longest sequence: shorter sequences, never refused.
+                low, high = (max(min(n, _extent(own) - 1), 1) for n in lengths)
+                fitting = low, high
+            pools.append(self._one_pool(part, own, fitting, purpose))
+        return Mixture.of(pools, corpus.sources) if corpus.sources else pools[0]
+
+    def _one_pool(
+        self, corpus: Corpus, spans: np.ndarray, lengths: tuple[int, int] | None, purpose: str
     ) -> Pieces | Slots:
         tokens = _extent(spans)
-        left = f"data: {self.corpus.stats.source} leaves {tokens} tokens for {purpose}"
+        left = f"data: {corpus.stats.source} leaves {tokens} tokens for {purpose}"
         if lengths is None:
-            if self.context < 1:
+            if self.context is None or self.context < 1:
                 raise UsageError(f"batch: the context is {self.context}; use at least 1")
             pool = Pieces.of(spans, self.context)
             if not len(pool):
@@ -154,7 +185,7 @@ class BatchLoader:
 
     def batch(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step; steps count from 1."""
-        return self._microbatches(*self._drawn(step))
+        return self._microbatches(*self._drawn(step), self.corpus.tokens)
 
     def plan(self, step: int) -> BatchPlan:
         """The plan of a step over all data-parallel ranks."""
@@ -168,9 +199,10 @@ class BatchLoader:
         """Held-out steps, the same at every call and for every seed; a small text repeats."""
         if self._eval is None:
             raise UsageError("data: nothing is held out; use a held-out share above 0")
+        tokens = (self.corpus.evaluation or self.corpus).tokens
         for number in range(count):
             first = number * self.sequences
-            yield self._microbatches(*self._eval.draw(first, self.sequences, seed=0))
+            yield self._microbatches(*self._eval.draw(first, self.sequences, seed=0), tokens)
 
     def describe(self) -> str:
         """One line for the user: what is trained on, and what was cut and skipped."""
@@ -179,27 +211,39 @@ class BatchLoader:
         if stats.skipped:
             reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(stats.skipped.items()))
             text += f", {sum(stats.skipped.values())} files skipped ({reasons})"
-        if isinstance(self.train, Pieces):
-            cut = (
-                f"{self.train.cut} of {self.train.documents} training documents are longer and cut"
-            )
-            text += f"; {len(self.train)} sequences of at most {self.context} tokens ({cut})"
+        if isinstance(self.train, Mixture):
+            for source, pool in zip(self.corpus.sources, self.train.pools):
+                text += f"; {source.weight:.4g} of it {source.name}: {pool.describe()}"
         else:
-            text += f"; lengths drawn from {self.train.low} to {self.train.high}"
+            text += f"; {self.train.describe()}"
+        if (own := self.corpus.evaluation) is not None:
+            text += f"; held-out loss of {own.stats.source}, {own.stats.tokens} tokens"
         return text
+
+    def held_out_tokens(self, count: int) -> list[int]:
+        """The beginning of the first text that was held out."""
+        own = self.corpus.evaluation
+        begin, end = (
+            own.split(0)[0][0] if own else self.corpus.parts()[0].split(self.held_out)[1][0]
+        )
+        return (own or self.corpus).tokens[begin : min(end - 1, begin + count)].tolist()
 
     def state_dict(self) -> dict:
         """What decides the batches beside the step: saved, and compared on resume."""
+        own = self.corpus.evaluation
         return {
             "corpus": self.corpus.identity,
             "sequences": self.sequences,
             "context": self.context,
             "lengths": None if self.lengths is None else list(self.lengths),
             "seed": self.seed,
+            "weights": [one.weight for one in self.corpus.sources] or None,
+            "evaluation": None if own is None else own.identity,
             "held_out": self.held_out,
         }
 
     def load_state_dict(self, state: dict) -> None:
+        own = self.corpus.evaluation
         for name, here in self.state_dict().items():
             if (saved := state.get(name)) == here:
                 continue
@@ -207,6 +251,12 @@ class BatchLoader:
                 raise UsageError(
                     f"data: {self.corpus.stats.source} is not the text that the checkpoint was "
                     "trained on; use the same files and vocabulary"
+                )
+            if name == "evaluation":
+                there = "another" if saved and here else "one" if saved else "none"
+                raise UsageError(
+                    f"data: --eval-data names {own.stats.source if own else 'no text'}, but the "
+                    f"checkpoint's run had {there}; use the same files"
                 )
             raise UsageError(
                 f"batch: {name} is {here}, but was {saved} when the checkpoint was saved; "
@@ -230,12 +280,14 @@ class BatchLoader:
             makespan=self.makespan,
         )
 
-    def _microbatches(self, starts: np.ndarray, lengths: np.ndarray) -> list[MicroBatch]:
+    def _microbatches(
+        self, starts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray
+    ) -> list[MicroBatch]:
         plan = self._plan(lengths)
         loss_scale = 1.0 / int(lengths.sum())
         return [
             MicroBatch.pack(
-                [self._sequence(int(starts[i]), int(lengths[i])) for i in group],
+                [_sequence(tokens, int(starts[i]), int(lengths[i])) for i in group],
                 loss_scale=loss_scale,
                 align=self.align,
                 pad_to=pad_to,
@@ -243,6 +295,8 @@ class BatchLoader:
             for group, pad_to in zip(plan.groups[self.dp_rank], plan.pad_to[self.dp_rank])
         ]
 
-    def _sequence(self, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = torch.from_numpy(self.corpus.tokens[start : start + length + 1].astype(np.int64))
-        return tokens[:-1], tokens[1:]
+
+def _sequence(tokens: np.ndarray, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sequence and its labels."""
+    one = torch.from_numpy(tokens[start : start + length + 1].astype(np.int64))
+    return one[:-1], one[1:]

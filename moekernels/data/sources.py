@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import os
@@ -32,6 +33,7 @@ class TextFile:
     name: str  # relative to what the user named: the order of documents hangs on it
     named: bool
     fault: str = ""  # why it is to be skipped, known without reading it
+    source: int = 0  # which of several sources it belongs to
 
 
 class Unfit(Exception):
@@ -54,7 +56,11 @@ def is_jsonl(path: Path) -> bool:
 def list_files(source: str | Sequence[str]) -> list[TextFile]:
     """`stdlib`, or one or several files and directories -> their files, in a fixed order."""
     if not isinstance(source, str):
-        files = [file for part in source for file in list_files(part)]
+        files = [
+            dataclasses.replace(file, source=number)
+            for number, part in enumerate(source)
+            for file in list_files(part)
+        ]
     elif source == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
         files = _walk(root, lambda path: path.suffix == ".py", skip=_NOT_LIBRARY)

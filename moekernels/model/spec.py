@@ -27,9 +27,11 @@ def key(
     choices: Iterable[str] | None = None,
     flag: str | None = None,
     auto: bool = False,
+    several: bool = False,
 ) -> Any:
     """A field with its help and the values it takes: `low <= value <= high`, `value > above`, or
-    one of `choices`; with `auto` also that word. `flag` names it on the command line."""
+    one of `choices`; with `auto` also that word. `flag` names it on the command line, where
+    `several` words may follow it."""
     return field(
         default=default,
         metadata={
@@ -40,6 +42,7 @@ def key(
             "choices": None if choices is None else tuple(choices),
             "flag": flag,
             "auto": auto,
+            "several": several,
         },
     )
 

@@ -22,7 +22,14 @@ class BatchSection:
     data: str = key(
         "stdlib",
         "a text file, a directory or a .jsonl file, also .gz or .zst; stdlib: Python's own library "
-        "sources",
+        "sources; several, each with a weight or none, as in a.jsonl:0.7 b/:0.3",
+        several=True,
+    )
+    eval_data: str = key(
+        "",
+        "text for the held-out loss, as --data names it; empty: two per cent of --data, which is "
+        "not trained on",
+        several=True,
     )
     text_field: str = key("text", "key of a .jsonl row that holds its text")
     tokenizer: str = key(

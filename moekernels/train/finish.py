@@ -52,18 +52,12 @@ def finish(trainer: Trainer, events: list[Event], step: int, seconds: float) -> 
     for said in draw(path, lines, trainer.heat.numpy(), entropy, record):
         print(said)
     rows = closing(lines, trainer.first_step, seconds, entropy, path)
-    text = sample(path, trainer.run.model.parameters_count(), _held_out(trainer))
+    text = sample(
+        path, trainer.run.model.parameters_count(), trainer.loader.held_out_tokens(SAMPLE_PROMPT)
+    )
     if text is not None:
         rows.insert(-1, ("sample", text))
     print(table(rows), flush=True)
-
-
-def _held_out(trainer: Trainer) -> list[int]:
-    """The beginning of the first text that was held out."""
-    corpus = trainer.job.corpus
-    _, spans = corpus.split()
-    begin, end = spans[0]
-    return corpus.tokens[begin : min(end - 1, begin + SAMPLE_PROMPT)].tolist()
 
 
 def planned(schedule: Schedule, measured: list[Event]) -> list[Event]:

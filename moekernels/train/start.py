@@ -5,6 +5,8 @@ Every rank runs `_work`.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import secrets
 from pathlib import Path
 
@@ -150,6 +152,7 @@ def _corpus(
 ):
     """The run's text in the tokens that the run's folder keeps; UsageError where it cannot be
     cut into the batches that are asked for, or is another than the checkpoint's."""
+    from moekernels.data import mixture
     from moekernels.data.corpus import load_corpus
     from moekernels.data.tokenizer import find_tokenizer
 
@@ -159,13 +162,18 @@ def _corpus(
         tokenizer = kept
     elif run.batch.tokenizer:
         tokenizer = find_tokenizer(run.batch.tokenizer)
-    corpus = load_corpus(
-        run.batch.data,
+    sources = mixture.parse(run.batch.data)
+    others = mixture.parse(run.batch.eval_data, "--eval-data") if run.batch.eval_data else None
+    load = functools.partial(
+        load_corpus,
         vocab_size=run.model.vocab_size,
         text_field=run.batch.text_field,
         log=print if speaks else None,
-        tokenizer=tokenizer,
     )
+    corpus = load(sources, tokenizer=tokenizer)
+    if others:  # in the same tokens
+        evaluation = load(others, tokenizer=corpus.folder / "tokenizer.json")
+        corpus = dataclasses.replace(corpus, evaluation=evaluation)
     loader = assembly.build_loader(run, corpus)
     if found.path:
         loader.load_state_dict(found.facts["data"])
