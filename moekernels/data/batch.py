@@ -9,9 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-NO_LABEL = (
-    -100
-)  # what a token without a loss carries as its label; cross-entropy's usual ignore index
+NO_LABEL = -100  # the label of a token without a loss: cross-entropy's usual ignore index
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +32,7 @@ class MicroBatch:
     positions: Tensor  # [T] int64, from 0 in every segment
     cu_seqlens: list[int]  # segment boundaries, on the host: 0 ... T
     num_tokens: int  # valid tokens
-    loss_scale: (
-        float  # 1 / labels in the whole step, over all micro-batches and data-parallel ranks
-    )
+    loss_scale: float  # 1 / labels in the step: all micro-batches, all data-parallel ranks
     valid: Tensor | None = None  # [T] bool, None where all are valid
 
     @property
@@ -49,13 +45,16 @@ class MicroBatch:
         return max((b - a for a, b in pairwise(self.cu_seqlens)), default=0)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
-        moved = {
-            name: None
-            if (t := getattr(self, name)) is None
-            else t.to(device, non_blocking=non_blocking)
-            for name in ("tokens", "labels", "positions", "valid")
-        }
-        return replace(self, **moved)
+        def moved(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            tokens=moved(self.tokens),
+            labels=moved(self.labels),
+            positions=moved(self.positions),
+            valid=None if self.valid is None else moved(self.valid),
+        )
 
     @staticmethod
     def pack(

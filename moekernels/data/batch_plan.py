@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from moekernels.data.shuffle import random_bits
 from moekernels.errors import UsageError
@@ -19,6 +20,7 @@ try:
 except ImportError:  # a checkout that is not built, or not built again
     _compiled = None
 
+T = TypeVar("T")
 POLICIES = ("packed", "buckets", "padded")
 Groups = list[list[int]]
 
@@ -93,11 +95,11 @@ def plan_batch(
     if policy == "packed":
         groups = _packed(lengths, parts, align, cost, max_tokens)
     else:
-        order = range(len(lengths))
+        order = list(range(len(lengths)))
         if policy == "buckets":
-            order = sorted(order, key=lambda i: (-lengths[i], i))
+            order.sort(key=lambda i: (-lengths[i], i))
         bounds = [len(lengths) * g // parts for g in range(parts + 1)]
-        groups = [list(order[a:b]) for a, b in zip(bounds, bounds[1:])]
+        groups = [order[a:b] for a, b in zip(bounds, bounds[1:])]
 
     pads = [None if policy == "packed" else max(lengths[i] for i in group) for group in groups]
     segments = [
@@ -112,7 +114,7 @@ def plan_batch(
     if policy != "padded":
         slots = order_slots(slots, [max(costs[g] for g in slot) for slot in slots], makespan)
 
-    def deal(values: list) -> list[list]:
+    def deal(values: list[T]) -> list[list[T]]:
         return [[values[slot[d]] for slot in slots] for d in range(dp)]
 
     return BatchPlan(groups=deal(groups), rows=deal(rows), costs=deal(costs), pad_to=deal(pads))
@@ -136,7 +138,9 @@ def check(lengths: list[int], microbatches: int, dp: int, align: int, policy: st
         raise UsageError(f"batch: a sequence of {min(lengths)} tokens; use at least 1")
 
 
-def _too_large(lengths, microbatches, align, policy, max_tokens, most) -> str:
+def _too_large(
+    lengths: list[int], microbatches: int, align: int, policy: str, max_tokens: int, most: int
+) -> str:
     if (longest := _align(max(lengths), align)) > max_tokens:
         fault = f"a sequence of {longest} tokens"
         remedy = f"sequences of at most {max_tokens // align * align}"
@@ -156,55 +160,54 @@ def _align(n: int, align: int) -> int:
 # --- partitions of equal cost
 
 
-def _packed(lengths, parts, align, cost, max_tokens) -> Groups:
+def _packed(
+    lengths: list[int], parts: int, align: int, cost: Cost, max_tokens: int | None
+) -> Groups:
     """The better of Karmarkar-Karp and greedy; under a token limit the first that keeps to it."""
     costs = [cost(n) for n in lengths]
 
     def load(groups: Groups) -> float:
         return max(sum(costs[i] for i in group) for group in groups)
 
-    def fits(groups: Groups) -> bool:
-        return max_tokens is None or all(
-            _align(sum(lengths[i] for i in group), align) <= max_tokens for group in groups
-        )
+    def tokens(groups: Groups) -> int:
+        return max(sum(lengths[i] for i in group) for group in groups)
 
     best = min(karmarkar_karp(costs, parts), greedy(costs, parts), key=load)
-    if fits(best):
+    if max_tokens is None or _align(tokens(best), align) <= max_tokens:
         return best
-    room = max_tokens // align * align
-    limited = greedy(costs, parts, sizes=lengths, room=room)
+    limited = greedy_within(costs, parts, lengths, max_tokens // align * align)
     if limited is None:  # cost put too many short sequences together: balance tokens instead
-        limited = min(
-            karmarkar_karp(lengths, parts),
-            greedy(lengths, parts),
-            key=lambda groups: max(sum(lengths[i] for i in group) for group in groups),
-        )
+        return min(karmarkar_karp(lengths, parts), greedy(lengths, parts), key=tokens)
     return limited
 
 
-def greedy(
-    costs: Sequence[float],
-    parts: int,
-    sizes: Sequence[int] | None = None,
-    room: int | None = None,
-) -> Groups | None:
-    """Longest processing time first: each item to the cheapest part so far that has room for it.
+def greedy(costs: Sequence[float], parts: int) -> Groups:
+    """Longest processing time first: each item to the cheapest part so far."""
+    groups: Groups = [[] for _ in range(parts)]
+    heap = [(0.0, part) for part in range(parts)]
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        total, part = heap[0]
+        groups[part].append(item)
+        heapq.heapreplace(heap, (total + costs[item], part))
+    return [sorted(group) for group in groups]
 
-    None where some item finds no room.
-    """
+
+def greedy_within(
+    costs: Sequence[float], parts: int, sizes: Sequence[int], room: int
+) -> Groups | None:
+    """The same, each item to the cheapest part that has room for its size; None where none has."""
     groups: Groups = [[] for _ in range(parts)]
     used = [0] * parts
     heap = [(0.0, part) for part in range(parts)]
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         full = []
-        while heap and room is not None and used[heap[0][1]] + sizes[item] > room:
+        while heap and used[heap[0][1]] + sizes[item] > room:
             full.append(heapq.heappop(heap))
         if not heap:
             return None
         total, part = heapq.heappop(heap)
         groups[part].append(item)
-        if sizes is not None:
-            used[part] += sizes[item]
+        used[part] += sizes[item]
         heapq.heappush(heap, (total + costs[item], part))
         for entry in full:
             heapq.heappush(heap, entry)
@@ -222,7 +225,9 @@ def karmarkar_karp(costs: Sequence[float], parts: int) -> Groups:
 def _karmarkar_karp(costs: Sequence[float], parts: int) -> Groups:
     """What `csrc/host/partition.cpp` computes, 10 times slower, and equal to it in every tie."""
     # A partial partition: its non-empty parts' sums in falling order with the items behind each.
-    heap = [(-float(value), item, [(float(value), (item,))]) for item, value in enumerate(costs)]
+    heap: list[tuple[float, int, list[tuple[float, tuple[int, ...]]]]] = [
+        (-float(value), item, [(float(value), (item,))]) for item, value in enumerate(costs)
+    ]
     heapq.heapify(heap)
     tie = len(costs)
     while len(heap) > 1:
@@ -255,11 +260,11 @@ def _slots(costs: list[float], microbatches: int, dp: int, by_cost: bool) -> lis
 
 
 def order_slots(
-    slots: list,
+    slots: list[T],
     costs: Sequence[float],
     makespan: Callable[[list[float]], float] | None,
     tries: int = 400,
-) -> list:
+) -> list[T]:
     """The largest in the middle of the flush; then hill climbing by swaps on the simulation.
 
     It ends within 0.1 % of a flush of equal costs: there no order is worth looking for.

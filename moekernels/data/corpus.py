@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -118,12 +119,12 @@ def load_corpus(
     `tokenizer`: a file that a run keeps, to be used instead of learning one.
     """
     check_vocab_size(vocab_size)  # before any work, and where a cache would hide it
-    several = [Source(source)] if isinstance(source, str) else list(source)
-    several = [Source(one) if isinstance(one, str) else one for one in several]
+    named = [source] if isinstance(source, str) else source
+    several = [Source(one) if isinstance(one, str) else one for one in named]
     weighted = tuple(one for one in several if one.weight is not None)
     name = ", ".join(one.name for one in several)
     files = list_files([one.name for one in several] if len(several) > 1 else several[0].name)
-    text = [_FORMAT, text_field, fingerprint(files)]
+    text: list[object] = [_FORMAT, text_field, fingerprint(files)]
     if weighted:  # which file is whose decides the order
         text.append(
             [sum(file.source == number for file in files) for number in range(len(several))]
@@ -183,11 +184,11 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _hash(key: list) -> str:
+def _hash(key: list[object]) -> str:
     return hashlib.sha256(jsonio.dumps(key).encode()).hexdigest()[:24]
 
 
-def _identity(text: list, tokenizer: Tokenizer) -> str:
+def _identity(text: list[object], tokenizer: Tokenizer) -> str:
     """Of the same text in the same tokens, whichever release of tokenizers made them."""
     return _hash([*text, tokenizer.hash()])
 
@@ -205,7 +206,7 @@ def _build(
     documents: Documents,
     vocab_size: int,
     tokenizer: Tokenizer | None,
-    text: list,
+    text: list[object],
     progress: Progress,
     weighted: tuple[Source, ...],
 ) -> None:
@@ -284,7 +285,7 @@ def _by_source(
     return order, (np.cumsum(counts) - counts).tolist()
 
 
-def _header(file, length: int, dtype: np.dtype) -> int:
+def _header(file: BinaryIO, length: int, dtype: np.dtype) -> int:
     """Begin a .npy file of so many tokens; the header's end. numpy leaves room for the length to
     grow in place."""
     shape = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}

@@ -8,7 +8,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from io import BufferedIOBase
 
 import numpy as np
 
@@ -34,13 +34,13 @@ class Documents:
     """All documents of some files, in the files' order: where each lies, not what it says."""
 
     files: list[TextFile]
-    field: str  # of a JSONL row
+    text_field: str  # of a JSONL row
     file: np.ndarray  # [D] int64, into files
     offset: np.ndarray  # [D] int64, where a JSONL row begins
     characters: np.ndarray  # [D] int64
     skipped: dict[str, int]  # files that hold no text, by reason
     states: dict[int, tuple[int, int]]  # file -> (size, mtime) when it was surveyed
-    _open: dict[int, BinaryIO] = field(default_factory=dict, repr=False)
+    _open: dict[int, BufferedIOBase] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.file)
@@ -51,7 +51,7 @@ class Documents:
         handle = self._handle(index)
         if is_jsonl(self.files[index].path):
             handle.seek(int(self.offset[number]))
-            yield _row_text(handle.readline(), 0, self.field)
+            yield _row_text(handle.readline(), 0, self.text_field)
         else:
             handle.seek(0)
             yield from _decoded(handle)
@@ -73,7 +73,7 @@ class Documents:
         while self._open:
             self._open.popitem()[1].close()
 
-    def _handle(self, index: int) -> BinaryIO:
+    def _handle(self, index: int) -> BufferedIOBase:
         if index not in self._open:
             if len(self._open) == _OPEN_FILES:
                 self._open.pop(next(iter(self._open))).close()
@@ -112,28 +112,28 @@ def survey(
     if not file:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         raise UsageError(f"data: no text in any of the {len(files)} files ({reasons}); {REMEDY}")
-    columns = (np.array(column, dtype=np.int64) for column in (file, offset, characters))
-    return Documents(files, field, *columns, skipped, states)
+    f, o, c = (np.array(column, dtype=np.int64) for column in (file, offset, characters))
+    return Documents(files, field, f, o, c, skipped, states)
 
 
-def _state(file: TextFile, handle: BinaryIO) -> tuple[int, int]:
+def _state(file: TextFile, handle: BufferedIOBase) -> tuple[int, int]:
     status = os.stat(file.path) if is_packed(file.path) else os.fstat(handle.fileno())
     return status.st_size, status.st_mtime_ns
 
 
-def _blocks(handle: BinaryIO) -> Iterator[bytes]:
+def _blocks(handle: BufferedIOBase) -> Iterator[bytes]:
     while block := handle.read(_BLOCK):
         yield block
 
 
-def _decoded(handle: BinaryIO) -> Iterator[str]:
+def _decoded(handle: BufferedIOBase) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     for block in _blocks(handle):
         yield decoder.decode(block)
     yield decoder.decode(b"", final=True)
 
 
-def _inspect(handle: BinaryIO) -> int:
+def _inspect(handle: BufferedIOBase) -> int:
     """Characters of a file; Unfit where it is blank, binary or no UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     count = offset = 0
@@ -162,7 +162,7 @@ def _not_utf8(byte: int, offset: int) -> Unfit:
     return Unfit("not UTF-8", f" (byte 0x{byte:02x} at offset {offset})")
 
 
-def _rows(handle: BinaryIO, field: str) -> Iterable[tuple[int, int]]:
+def _rows(handle: BufferedIOBase, field: str) -> Iterable[tuple[int, int]]:
     """(offset, characters) of every row that is not blank."""
     _inspect(handle)
     handle.seek(0)

@@ -60,10 +60,10 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Slots:
+class Sampler:
     """Sequences of random lengths, low ... high uniformly, cut from the stream of all documents.
 
-    The stream is divided into slots of `high` tokens; an epoch visits each once, in random order,
+    The stream is divided into windows of `high` tokens; an epoch visits each once, in random order,
     and takes a sequence of the drawn length from a random place in it.
     """
 
@@ -135,7 +135,7 @@ class BatchLoader:
             self.held_out = 0.0  # the whole text is for training
         train, held_out = zip(*(part.split(self.held_out) for part in self.corpus.parts()))
         self.train = self._pool(self.corpus, train, self.lengths, "training")
-        self._eval = None
+        self._eval: Pieces | Sampler | Mixture | None = None
         if own is not None or self.held_out > 0:
             source = own or self.corpus
             spans = [part.split(0)[0] for part in own.parts()] if own else held_out
@@ -149,7 +149,7 @@ class BatchLoader:
         lengths: tuple[int, int] | None,
         purpose: str,
         shorten: bool = False,
-    ) -> Pieces | Slots | Mixture:
+    ) -> Pieces | Sampler | Mixture:
         """What sequences are drawn from, of the spans of each part of a corpus."""
         pools = []
         for part, own in zip(corpus.parts(), spans):
@@ -163,7 +163,7 @@ class BatchLoader:
 
     def _one_pool(
         self, corpus: Corpus, spans: np.ndarray, lengths: tuple[int, int] | None, purpose: str
-    ) -> Pieces | Slots:
+    ) -> Pieces | Sampler:
         tokens = _extent(spans)
         left = f"data: {corpus.stats.source} leaves {tokens} tokens for {purpose}"
         if lengths is None:
@@ -181,7 +181,7 @@ class BatchLoader:
                 f"{left}, too few for lengths {low}:{high}; "
                 f"use a longer text, or lengths up to {max(tokens - 1, 1)}"
             )
-        return Slots(start=int(spans[0, 0]), count=(tokens - 1) // high, low=low, high=high)
+        return Sampler(start=int(spans[0, 0]), count=(tokens - 1) // high, low=low, high=high)
 
     def batch(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step; steps count from 1."""

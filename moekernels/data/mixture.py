@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -92,7 +93,7 @@ class Mixture:
     counts: tuple[int, ...]  # sequences of each pool in a block
 
     @staticmethod
-    def of(pools: list[Pool], sources: list[Source]) -> Mixture:
+    def of(pools: Sequence[Pool], sources: Sequence[Source]) -> Mixture:
         exact = np.array([source.weight for source in sources]) * BLOCK
         counts = np.floor(exact).astype(int)
         counts[np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]] += 1

@@ -6,7 +6,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
+if TYPE_CHECKING:
+    import rich.progress
+
+T = TypeVar("T")
 SECONDS = 5.0  # between plain lines
 
 
@@ -14,8 +19,11 @@ class Progress:
     """Stages of a long job, one after the other. `log`: says a line; None: nothing is shown."""
 
     def __init__(self, log: Callable[[str], None] | None) -> None:
-        self._log, self._bar, self._task = log, None, None
-        self._name, self._total, self._done = "", None, 0
+        self._log = log
+        self._bar: rich.progress.Progress | None = None
+        self._task: rich.progress.TaskID | None = None
+        self._name, self._done = "", 0
+        self._total: int | None = None
         self._began = self._said = time.monotonic()
         if log is not None and sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -28,7 +36,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -43,17 +51,17 @@ class Progress:
 
     def advance(self, units: int = 0) -> None:
         self._done += units
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done)
         elif self._log is not None and time.monotonic() - self._said >= SECONDS:
             self._said = time.monotonic()
             part = f" {100 * self._done / self._total:.0f} %," if self._total else ""
             self._log(f"{self._name}:{part} {self._said - self._began:.0f} s")
 
-    def wait_for(self, work: Callable[[], object]) -> object:
+    def wait_for(self, work: Callable[[], T]) -> T:
         """`work()`, in a thread: native code that holds no lock of Python's would keep Ctrl-C
         waiting until it is done."""
-        results: list = []
+        results: list[T] = []
         failures: list[BaseException] = []
 
         def run() -> None:

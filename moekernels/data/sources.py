@@ -11,8 +11,9 @@ import sysconfig
 import tempfile
 import zlib
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -75,14 +76,16 @@ def list_files(source: str | Sequence[str]) -> list[TextFile]:
     return files
 
 
-def _walk(root: Path, wanted, skip: Collection[str] = frozenset()) -> list[TextFile]:
+def _walk(
+    root: Path, wanted: Callable[[Path], bool], skip: Collection[str] = frozenset()
+) -> list[TextFile]:
     """Files below a folder. Linked folders are followed when all that lies here is known, and none
     is read twice: where links make a circle, or lead up to a folder that holds this one, they are
     counted as skipped."""
     files: list[TextFile] = []
     above = {_identity(path) for path in root.resolve().parents}
     seen: set[tuple[int, int]] = set()
-    folders, linked = deque([root]), deque()
+    folders, linked = deque([root]), deque[Path]()
     while folders or linked:
         followed = not folders
         folder = linked.popleft() if followed else folders.popleft()
@@ -150,7 +153,7 @@ def unreadable(error: OSError) -> Unfit:
     return Unfit("unreadable", f" ({error.strerror})")
 
 
-def open_file(file: TextFile) -> BinaryIO:
+def open_file(file: TextFile) -> BufferedIOBase:
     """The file, to be read; Unfit where that is not possible."""
     if file.fault:
         raise Unfit(file.fault)
@@ -166,7 +169,7 @@ def open_file(file: TextFile) -> BinaryIO:
         raise Unfit("no file", f" ({error})") from None
 
 
-def _unpacked(path: Path) -> BinaryIO:
+def _unpacked(path: Path) -> BufferedIOBase:
     """What a compressed file holds, as a file without a name: documents are read in any order."""
     unpack = _gunzip if path.suffix.lower() == ".gz" else _unzstd
     out = tempfile.TemporaryFile()  # noqa: SIM115, whoever reads it closes it

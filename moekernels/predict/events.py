@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from moekernels.predict.card import Card
@@ -73,9 +73,10 @@ class Cache:
     """What L2 holds: the least recently used goes first."""
 
     def __init__(self, nbytes: int):
-        self.left, self.lines = nbytes, OrderedDict()
+        self.left = nbytes
+        self.lines: OrderedDict[Hashable, int] = OrderedDict()
 
-    def misses(self, key: tuple, nbytes: int) -> int:
+    def misses(self, key: Hashable, nbytes: int) -> int:
         """Bytes that have to come from DRAM."""
         if key in self.lines:
             self.lines.move_to_end(key)
@@ -206,26 +207,27 @@ def play(problem: Problem, kernel: Kernel, card: Card) -> Predicted:
     count = min(count, len(played))
     units = [Unit(machine, kernel, problem) for _ in range(count)]
     queues = [played[i::count] for i in range(count)]
-    heap: list[tuple[float, int, float]] = []  # (when, which unit, its tile's place)
+    # (when, which unit, its tile's place, 0), or for an epilogue (when, -1, 0, its bytes)
+    heap: list[tuple[float, int, int, float]] = []
     for i, unit in enumerate(units):
         unit.begin(queues[i][0])
-        heap.append((unit.ready(), i, 0))
+        heap.append((unit.ready(), i, 0, 0.0))
     heapq.heapify(heap)
     while heap:
-        at, i, place = heapq.heappop(heap)
-        if i < 0:  # an epilogue's bytes, `place` of them
-            machine.from_l2(at, place)
-            machine.from_dram(at, place)
+        at, i, place, moved = heapq.heappop(heap)
+        if i < 0:
+            machine.from_l2(at, moved)
+            machine.from_dram(at, moved)
             continue
         unit = units[i]
         if unit.tile.steps == 0 or unit.load(at):
             begin, moved = unit.end()
-            heapq.heappush(heap, (begin, -1, moved))
+            heapq.heappush(heap, (begin, -1, 0, moved))
             place += 1
             if place == len(queues[i]):
                 continue
             unit.begin(queues[i][place])
-        heapq.heappush(heap, (unit.ready(), i, place))
+        heapq.heappush(heap, (unit.ready(), i, place, 0.0))
     end = max(u.done[-1][0] for u in units)
     done = sum(t.steps * t.rows for t in played)
     if done < work:

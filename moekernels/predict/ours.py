@@ -31,7 +31,13 @@ def kernel_of(op: str, **how) -> Kernel:
     return Kernel(issue=issue(op, how.get("tile_n", 256)), **how)
 
 
-DEFAULT = Recipe(**{op: kernel_of(op) for op in ("up", "down", "dact", "dgrad", "wgrad")})
+DEFAULT = Recipe(
+    up=kernel_of("up"),
+    down=kernel_of("down"),
+    dact=kernel_of("dact"),
+    dgrad=kernel_of("dgrad"),
+    wgrad=kernel_of("wgrad"),
+)
 
 
 def product(op: str, layer: Layer, card: Card, kernel: Kernel | None = None) -> Predicted:

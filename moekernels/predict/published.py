@@ -57,6 +57,7 @@ class Point:
         card = replace(self.card, clock_ghz=clock)
         if self.layer is not None:
             return layer_tflops(self.layer, SONIC, card)[self.way]
+        assert self.problem is not None and self.kernel is not None  # a product, then
         return predict(self.problem, self.kernel, card).tflops
 
 

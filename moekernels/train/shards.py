@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from torch import Tensor
 from moekernels import jsonio
 from moekernels.errors import RunError, UsageError
 from moekernels.train.manifest import Box, Saved
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 NAMES = {
     torch.float64: "F64",
@@ -31,6 +35,7 @@ NAMES = {
     torch.int64: "I64",
     torch.int32: "I32",
 }
+Entry = tuple[str, torch.dtype, tuple[int, ...]]  # key, dtype, shape
 BLOCK = 1 << 24  # bytes hashed and written at a time
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -66,13 +71,14 @@ def write(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
 
 def write_each(
     path: Path,
-    entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+    entries: Sequence[Entry],
     produce: Callable[[str], Tensor],
     metadata: dict[str, str] | None = None,
 ) -> tuple[int, str]:
-    """The same for tensors that are made one by one, in the order of `entries` (key, dtype,
-    shape): no more than one is held. The header is spelt as the safetensors library spells it."""
-    header, end = {} if metadata is None else {"__metadata__": metadata}, 0
+    """The same for tensors that are made one by one, in the order of `entries`: no more than one
+    is held. The header is spelt as the safetensors library spells it."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
+    end = 0
     for key, dtype, shape in entries:
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[key] = {
@@ -92,13 +98,15 @@ def write_each(
     return size, digest.hexdigest()
 
 
-def _blocks(head: bytes, entries, produce: Callable[[str], Tensor]) -> Iterator[memoryview]:
+def _blocks(
+    head: bytes, entries: Sequence[Entry], produce: Callable[[str], Tensor]
+) -> Iterator[memoryview]:
     yield memoryview(head)
     for key, dtype, shape in entries:
         x = produce(key)
         if x.dtype != dtype or tuple(x.shape) != shape:
             raise ValueError(f"{key}: announced as {dtype} {shape}, is {x.dtype} {tuple(x.shape)}")
-        data = memoryview(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
         for begin in range(0, len(data), BLOCK):
             yield data[begin : begin + BLOCK]
 
@@ -124,7 +132,8 @@ class Reader:
     """Slices of full tensors out of a checkpoint's files, each opened once."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._files, self._stack = folder, {}, contextlib.ExitStack()
+        self.folder, self._stack = folder, contextlib.ExitStack()
+        self._files: dict[str, safe_open] = {}
 
     def __enter__(self) -> Reader:
         return self

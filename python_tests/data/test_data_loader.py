@@ -8,7 +8,7 @@ import torch
 from moekernels.data import NO_LABEL
 from moekernels.data.batch_plan import POLICIES, Cost
 from moekernels.data.corpus import load_corpus
-from moekernels.data.loader import BatchLoader, Pieces, Slots
+from moekernels.data.loader import BatchLoader, Pieces, Sampler
 from moekernels.errors import UsageError
 
 
@@ -118,7 +118,7 @@ def test_every_layout_and_policy_sees_the_same_sequences(corpus, options):
 
 def test_drawn_lengths_lie_in_the_range_and_cover_it(corpus):
     data = loader(corpus, lengths=(10, 200), sequences=64)
-    assert isinstance(data.train, Slots)
+    assert isinstance(data.train, Sampler)
     lengths = [n for step in range(1, 20) for n in data._drawn(step)[1].tolist()]
     assert min(lengths) == 10 and max(lengths) == 200
     assert sum(lengths) / len(lengths) == pytest.approx(105, rel=0.05)
