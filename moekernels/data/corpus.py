@@ -19,11 +19,13 @@ from typing import BinaryIO
 import numpy as np
 
 from moekernels import jsonio
+from moekernels.data import tokenised
 from moekernels.data.documents import Documents, survey
 from moekernels.data.mixture import Source
 from moekernels.data.progress import Progress
 from moekernels.data.shuffle import permutation
 from moekernels.data.sources import REMEDY, STDLIB, TextFile, fingerprint, list_files
+from moekernels.data.tokenised import Tokenised
 from moekernels.data.tokenizer import Tokenizer, check_vocab_size, library_version
 from moekernels.errors import UsageError
 from moekernels.files import cache_folder
@@ -130,6 +132,11 @@ def load_corpus(
             [sum(file.source == number for file in files) for number in range(len(several))]
         )
     key = [*text, library_version(), _SAMPLE_BYTES, vocab_size]
+    tokens = [file.path for file in files if tokenised.is_tokenised(file.path)]
+    if tokens and tokenizer is None:
+        raise UsageError(
+            f"data: {tokens[0]} holds tokens; name the tokenizer that made them with --tokenizer"
+        )
     root = Path(cache) if cache is not None else cache_folder()
     given = None
     if tokenizer is not None:
@@ -158,7 +165,11 @@ def load_corpus(
                     log(f"{damage}tokenising {what}, once; the result is kept in {folder}")
                 with Progress(log) as progress:
                     progress.stage("reading", sum(map(_size, files)))
-                    documents = survey(files, text_field, progress.advance)
+                    documents = (
+                        tokenised.survey(files, given.end_of_text)
+                        if given is not None and tokens
+                        else survey(files, text_field, progress.advance)
+                    )
                     _build(folder, name, documents, vocab_size, given, text, progress, weighted)
                 corpus = _open(folder)
     except OSError as error:
@@ -203,7 +214,7 @@ def _size(file: TextFile) -> int:
 def _build(
     folder: Path,
     source: str,
-    documents: Documents,
+    documents: Documents | Tokenised,
     vocab_size: int,
     tokenizer: Tokenizer | None,
     text: list[object],
@@ -222,13 +233,14 @@ def _build(
             order, firsts = _by_source(documents, order, weighted)
         characters = int(documents.characters.sum())
         if tokenizer is None:
+            assert isinstance(documents, Documents)
             progress.stage(f"learning {vocab_size} tokens")
             sample = _sample(documents, order, characters)
             tokenizer = progress.wait_for(lambda: Tokenizer.train(sample, vocab_size))
         progress.stage("tokenising", len(documents))
         dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
         lengths, counts = np.zeros(len(order), np.int64), np.zeros(vocab_size, np.int64)
-        pieces = tokenizer.encode_documents(map(documents.parts, order), dtype)
+        pieces = documents.encoded(order, tokenizer, dtype)
         with open(partial / "tokens.npy", "wb") as file:
             begin = _header(file, 0, dtype)
             done = 0
@@ -273,7 +285,7 @@ def _build(
 
 
 def _by_source(
-    documents: Documents, order: np.ndarray, weighted: tuple[Source, ...]
+    documents: Documents | Tokenised, order: np.ndarray, weighted: tuple[Source, ...]
 ) -> tuple[np.ndarray, list[int]]:
     """The documents' order with those of each source together, and where each begins."""
     source_of = np.array([file.source for file in documents.files])[documents.file]

@@ -22,6 +22,7 @@ from moekernels.data.sources import (
     refuse_if_named,
     unreadable,
 )
+from moekernels.data.tokenizer import Tokenizer
 from moekernels.errors import UsageError
 
 _BLOCK = 1 << 20  # bytes read at once
@@ -55,6 +56,13 @@ class Documents:
         else:
             handle.seek(0)
             yield from _decoded(handle)
+
+    def encoded(
+        self, order: np.ndarray, tokenizer: Tokenizer, dtype: np.dtype
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Documents in that order -> (its place there, tokens), piece by piece; behind each the end
+        of text."""
+        return tokenizer.encode_documents(map(self.parts, order), dtype)
 
     def text(self, number: int) -> str:
         return "".join(self.parts(number))

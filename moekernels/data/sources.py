@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
+import importlib
 import os
 import shutil
 import sysconfig
@@ -15,13 +17,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from moekernels import jsonio
 from moekernels.errors import UsageError
 
 STDLIB = "stdlib"
 JSONL = (".jsonl", ".ndjson")
 PACKED = (".gz", ".zst")
+TABLES = (".parquet", ".arrow")
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 REMEDY = "name a UTF-8 text file, a directory of them, a .jsonl file, or stdlib"
 
@@ -46,11 +50,14 @@ class Unfit(Exception):
 
 
 def is_packed(path: Path) -> bool:
-    """Whether a file is compressed, by its name."""
-    return path.suffix.lower() in PACKED
+    """Whether what a file holds has to be taken out of it first, by its name."""
+    return path.suffix.lower() in PACKED + TABLES
 
 
 def is_jsonl(path: Path) -> bool:
+    """Whether it holds rows; those of tables are taken out as JSONL."""
+    if path.suffix.lower() in TABLES:
+        return True
     return (path.with_suffix("") if is_packed(path) else path).suffix.lower() in JSONL
 
 
@@ -70,10 +77,21 @@ def list_files(source: str | Sequence[str]) -> list[TextFile]:
     elif not source:
         raise UsageError(f"data: the name is empty; {REMEDY}")
     else:
-        files = [TextFile(Path(source), Path(source).name, named=True)]
+        first, *rest = _pair(Path(source))
+        files = [TextFile(first, first.name, named=True)]
+        files += [TextFile(path, path.name, named=False) for path in rest]
     if not files:
         raise UsageError(f"data: there are no files in {source!r}; {REMEDY}")
     return files
+
+
+def _pair(path: Path) -> list[Path]:
+    """Megatron's .idx and .bin, where either is named or the name that they share."""
+    half = path.suffix.lower() in (".idx", ".bin")
+    stem = path.with_suffix("") if half else path
+    pair = [Path(f"{stem}.idx"), Path(f"{stem}.bin")]
+    found = (half or not path.exists()) and all(map(os.path.isfile, pair))
+    return pair if found else [path]
 
 
 def _walk(
@@ -170,8 +188,9 @@ def open_file(file: TextFile) -> BufferedIOBase:
 
 
 def _unpacked(path: Path) -> BufferedIOBase:
-    """What a compressed file holds, as a file without a name: documents are read in any order."""
-    unpack = _gunzip if path.suffix.lower() == ".gz" else _unzstd
+    """What a compressed file or a table holds, as a file without a name: documents are read in any
+    order."""
+    unpack = {".gz": _gunzip, ".zst": _unzstd}.get(path.suffix.lower(), _rows_of_table)
     out = tempfile.TemporaryFile()  # noqa: SIM115, whoever reads it closes it
     try:
         unpack(path, out)
@@ -191,12 +210,7 @@ def _gunzip(path: Path, out: BinaryIO) -> None:
 
 
 def _unzstd(path: Path, out: BinaryIO) -> None:
-    try:
-        import zstandard
-    except ImportError:
-        raise UsageError(
-            f"data: {path} needs a package that is not here: pip install zstandard"
-        ) from None
+    zstandard = _library("zstandard", path)
     # Frame by frame: the library's own reader takes a file that is cut short for a whole one.
     whole, one = True, zstandard.ZstdDecompressor().decompressobj()
     try:
@@ -212,3 +226,44 @@ def _unzstd(path: Path, out: BinaryIO) -> None:
         raise Unfit("damaged", f" ({error})") from None
     if not whole:
         raise Unfit("damaged", " (it is cut short)")
+
+
+def _rows_of_table(path: Path, out: BinaryIO) -> None:
+    """The columns of text, a row a line. An .arrow file is a stream or a file of Arrow's IPC, as
+    `datasets` and pandas write them."""
+    pa = _library("pyarrow", path)
+    parquet = _library("pyarrow.parquet", path)
+    try:
+        with contextlib.ExitStack() as stack:
+            if path.suffix.lower() == ".parquet":
+                table = stack.enter_context(parquet.ParquetFile(path))
+                batches = table.iter_batches()
+            else:
+                mapped = stack.enter_context(pa.memory_map(str(path)))
+                try:
+                    batches = pa.ipc.open_stream(mapped)
+                except pa.ArrowInvalid:
+                    mapped.seek(0)
+                    file = pa.ipc.open_file(mapped)
+                    batches = map(file.get_batch, range(file.num_record_batches))
+            for batch in batches:
+                text = [
+                    f.name
+                    for f in batch.schema
+                    if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)
+                ]
+                for row in batch.select(text).to_pylist():
+                    out.write(jsonio.dumps(row).encode() + b"\n")
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise Unfit("damaged", f" ({str(error).splitlines()[0]})") from None
+
+
+def _library(name: str, path: Path) -> Any:
+    """A package of an extra, imported where a file needs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise UsageError(
+            f"data: {path} needs a package that is not here: pip install {package}"
+        ) from None

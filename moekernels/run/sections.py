@@ -21,8 +21,8 @@ class BatchSection:
 
     data: str = key(
         "stdlib",
-        "a text file, a directory or a .jsonl file, also .gz or .zst; stdlib: Python's own library "
-        "sources; several, each with a weight or none, as in a.jsonl:0.7 b/:0.3",
+        "a text file, a directory or a .jsonl file, also .gz or .zst, a .parquet or .arrow table, "
+        "tokens as .npy or .bin; stdlib: Python's own library sources; several, each with a weight or none, as in a.jsonl:0.7 b/:0.3",
         several=True,
     )
     eval_data: str = key(

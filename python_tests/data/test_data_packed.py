@@ -45,11 +45,38 @@ def test_a_compressed_file_gives_the_tokens_of_the_plain_one(suffix, tmp_path):
         tokens(packed, tmp_path, text_field="body")
 
 
-def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    (tmp_path / "a.txt.zst").write_bytes(b"x")
-    with pytest.raises(UsageError, match="a.txt.zst needs a package .* pip install zstandard"):
-        tokens(tmp_path / "a.txt.zst", tmp_path)
+@pytest.mark.parametrize("form", ["parquet", "stream.arrow", "file.arrow"])
+def test_a_table_gives_the_tokens_of_its_rows(form, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    plain, path = tmp_path / "a.jsonl", tmp_path / f"b.{form}"
+    plain.write_bytes(rows("body"))
+    kind = pa.large_string() if form == "parquet" else pa.string()
+    columns = {"body": pa.array(TEXTS, kind), "number": range(len(TEXTS)), "other": TEXTS}
+    table = pa.table(columns)
+    if form == "parquet":
+        parquet.write_table(table, path, row_group_size=70)
+    else:
+        new = pa.ipc.new_stream if form.startswith("stream") else pa.ipc.new_file
+        with new(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=70)
+    one, other = (tokens(path, tmp_path, text_field="body") for path in (plain, path))
+    assert np.array_equal(one.tokens, other.tokens) and other.stats.documents == len(TEXTS)
+    with pytest.raises(UsageError, match="'number' must be a string, got no such field"):
+        tokens(path, tmp_path, text_field="number")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UsageError, match="is damaged"):
+        tokens(path, tmp_path, text_field="body")
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("a.txt.zst", "zstandard"), ("a.parquet", "pyarrow")]
+)
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UsageError, match=f"{name} needs a package .* pip install {package}"):
+        tokens(tmp_path / name, tmp_path)
 
 
 @pytest.fixture
