@@ -62,15 +62,26 @@ def plot_loss(path: Path, lines: list[dict], unigram_entropy: float | None = Non
     """Loss of each step, the held-out losses, and the entropy that knowing only frequencies would
     reach."""
     figure, axes = _figure(8, 4.5)
+    from matplotlib.ticker import MaxNLocator  # behind the figure, which minds MPLBACKEND
+
     axes.plot(
         [x["step"] for x in lines], [x["loss"] for x in lines], color="#1f6feb", label="training"
     )
     held = [(x["step"], x["eval_loss"]) for x in lines if "eval_loss" in x]
     if held:
-        axes.plot(*zip(*held), "o-", color="#d29922", label="held out")
+        axes.plot(*zip(*held), "o-", color="#d29922", label="held out", clip_on=False)
     if unigram_entropy is not None:
         axes.axhline(unigram_entropy, color="#8b949e", linestyle="--", label="unigram entropy")
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=path.absolute().parent.name)
+    axes.title.set_parse_math(False)  # a folder may have any name
+    if len(lines) > 1:
+        steps = [0, *(x["step"] for x in lines)]
+        tokens = np.cumsum([0, *(x["tokens"] for x in lines)]) / 1e6
+        axes.set_xlim(0, steps[-1])
+        top = axes.twiny()
+        top.set(xlim=axes.get_xlim(), xlabel="million tokens")
+        marks = [x for x in MaxNLocator(6).tick_values(0, tokens[-1]) if x <= tokens[-1]]
+        top.set_xticks(np.interp(marks, tokens, steps), [f"{x:g}" for x in marks])
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -83,16 +94,22 @@ def plot_experts(path: Path, counts: np.ndarray, record: Record | None = None) -
     width, height = max(6.0, experts * 0.16), max(2.5, layers * 0.25)
     panels = [width] if record is None else [width, max(3.0, record.ranks * 0.4), 5.0]
     figure, axes = _figure(sum(panels), height if record is None else max(4.5, height), panels)
+    from matplotlib.colors import TwoSlopeNorm  # behind the figure, which minds MPLBACKEND
+
     step = max(1, layers // 16)
 
     def heat(place, loads: np.ndarray, of: str) -> None:
         share = loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-9)
         most = max(2.0, float(np.quantile(share, 0.99)))
-        image = place.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=most)
+        # White is the mean; what lies beyond the scale is marked by its pointed end.
+        norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=most)
+        image = place.imshow(share, aspect="auto", cmap="RdBu_r", norm=norm)
         place.set(xlabel=of, ylabel="layer", title=f"load of {of}s")
         place.set_yticks(range(0, layers, step), range(1, layers + 1, step))
         place.set_xticks(range(0, loads.shape[1], max(1, loads.shape[1] // 16)))
-        figure.colorbar(image, ax=place, label="load over the layer's mean")
+        beyond = "max" if share.max() > most else "neither"
+        bar = figure.colorbar(image, ax=place, label="load over the layer's mean", extend=beyond)
+        bar.ax.set_yscale("linear")  # equal lengths for equal loads
 
     heat(axes[0], counts, "expert")
     if record is not None:
