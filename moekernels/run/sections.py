@@ -22,7 +22,8 @@ class BatchSection:
     data: str = key(
         "stdlib",
         "a text file, a directory or a .jsonl file, also .gz or .zst, a .parquet or .arrow table, "
-        "tokens as .npy or .bin; stdlib: Python's own library sources; several, each with a weight or none, as in a.jsonl:0.7 b/:0.3",
+        "tokens as .npy or .bin; stdlib: Python's own library sources; several, each with a weight "
+        "or none, as in a.jsonl:0.7 b/:0.3",
         several=True,
     )
     eval_data: str = key(
@@ -149,6 +150,11 @@ class TrainSection:
         high=STEPS,
     )
     keep: int = key(2, "newest checkpoints kept", low=1, high=STEPS)
+    log: str = key(
+        "none",
+        "where the numbers of metrics.jsonl also go, by that library",
+        choices=("none", "tensorboard", "wandb", "mlflow"),
+    )
     replan: str = key(
         "never",
         "move experts between ranks where their loads are uneven: never, auto (every 10 steps, "

@@ -33,6 +33,7 @@ from moekernels.plan import microbatches
 from moekernels.run import files as cfg
 from moekernels.train import checkpoint, resume, weights
 from moekernels.train.finish import finish
+from moekernels.train.loggers import Log
 from moekernels.train.metrics import Progress, RunFolder
 from moekernels.train.monitor import Monitor
 from moekernels.train.moves import Moves
@@ -102,6 +103,14 @@ class Trainer:
         self.stopping = False  # a signal reached some rank: this step is the last
         self._announce(tuning)
         self.progress = Progress(self.first_step, t.steps, quiet=not env.leader)
+        self.log = Log(
+            t.log if env.leader else "none",
+            job.folder.path,
+            job.identity,
+            self.run,
+            self.first_step,
+            self.progress.say,
+        )
 
     def _begin_tuning(self) -> str:
         """Settle how many micro-batches the run begins with; what to say of it."""
@@ -193,6 +202,7 @@ class Trainer:
                 line["eval_loss"] = self.evaluate()
             if self.env.leader:
                 self.job.folder.write(line)
+                self.log.write(line)
                 self.progress.show(line)
             said = self.guard.stop_or_say(line)
             if said and self.env.leader:

@@ -18,7 +18,7 @@ from moekernels.parallel.launcher import launched
 from moekernels.parallel.stop import Forward
 from moekernels.plan import microbatches, room
 from moekernels.run import files as cfg
-from moekernels.train import resume, weights
+from moekernels.train import loggers, resume, weights
 from moekernels.train.checkpoint import sweep
 from moekernels.train.loop import Job, Trainer
 from moekernels.train.metrics import TOKENIZER, RunFolder, check_name
@@ -68,6 +68,7 @@ def train(
     run = cfg.resolve(preset, file, flags, world, model=begin and begin.spec)
     if begin is not None:
         weights.check(begin, run.model)
+    loggers.check(run.train.log)
     path, facts = found.path, found.facts
     tune = run.batch.microbatches == cfg.AUTO and "microbatches" not in facts
     if run.batch.microbatches == cfg.AUTO:
@@ -199,4 +200,5 @@ def _work(env: launch.RankEnv, job: Job) -> int:
         raise RunError(no_room(place, error)) from error
     finally:
         trainer.progress.close()
+        trainer.log.close()
         trainer.checkpoints.close(failed)
