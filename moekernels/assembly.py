@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ from moekernels.pipeline.schedule import Schedule, build
 from moekernels.pipeline.simulate import Simulator
 from moekernels.run import files as cfg
 from moekernels.run import link
+
+if TYPE_CHECKING:
+    from moekernels.data.corpus import Corpus
+    from moekernels.data.loader import BatchLoader
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -163,7 +168,7 @@ def build_chunks(run: cfg.RunConfig, mesh: Mesh) -> list[StageModel]:
 
 
 def build_optimizer(
-    run: cfg.RunConfig, mesh: Mesh, shards: list[tuple[str, Tensor, ShardInfo]]
+    run: cfg.RunConfig, mesh: Mesh, shards: Iterable[tuple[str, Tensor, ShardInfo]]
 ) -> Optimizer:
     t = run.train
     same = {f.name: getattr(t, f.name) for f in fields(AdamWConfig) if hasattr(t, f.name)}
@@ -188,7 +193,7 @@ def build_runtime(run: cfg.RunConfig, mesh: Mesh, chunks: list[StageModel]) -> P
     )
 
 
-def build_loader(run: cfg.RunConfig, corpus, dp_rank: int = 0):
+def build_loader(run: cfg.RunConfig, corpus: Corpus, dp_rank: int = 0) -> BatchLoader:
     """The batches of a data-parallel rank; micro-batches ordered on the simulated schedule."""
     from moekernels.data.batch_plan import Cost
     from moekernels.data.loader import BatchLoader

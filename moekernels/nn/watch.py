@@ -28,5 +28,5 @@ class Watch:
         counts = torch.bincount(places[both], minlength=self.experts**2)
         self.pairs += counts.view(self.experts, self.experts)
         lies = torch.where(chosen, self.node_of[wide.clamp_min(0)], -1)
-        apart = sum((lies == node).any(1).sum() for node in range(self.several))
-        self.nodes += torch.stack([apart, chosen.any(1).sum()])
+        apart = torch.stack([(lies == node).any(1).sum() for node in range(self.several)])
+        self.nodes += torch.stack([apart.sum(), chosen.any(1).sum()])

@@ -19,9 +19,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -95,6 +96,16 @@ def choose_device(name: str, local_ranks: int) -> str:
     )
 
 
+class Failure(NamedTuple):
+    """What a rank says when it fails: a kind, a time of the monotonic clock, and the message, with
+    its traceback where the kind is `error`."""
+
+    kind: str
+    when: float
+    rank: int
+    value: Any
+
+
 def run_local(
     world: int,
     device: str,
@@ -112,7 +123,8 @@ def run_local(
     bound_primitives()
     if world == 1 and device == "cpu":
         return target(RankEnv(0, 1, 0, torch.device("cpu")), *args)
-    context = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
+    get = multiprocessing.get_context
+    context = get("fork") if device == "cpu" else get("spawn")
     describe = describe or (lambda rank: f"rank {rank}")
     sys.stdout.flush()
     sys.stderr.flush()
@@ -122,8 +134,10 @@ def run_local(
     terminating = handled(end_now, (signal.SIGTERM,))
     with terminating, tempfile.TemporaryDirectory(prefix="moekernels-") as directory:
         store = str(Path(directory, "store"))
-        processes, pipes = [], {}
+        processes: list[BaseProcess] = []
+        pipes: dict[Connection, int] = {}
         try:
+            process: BaseProcess
             for rank in range(world):
                 here, there = context.Pipe(duplex=False)
                 process = context.Process(
@@ -136,7 +150,9 @@ def run_local(
                 there.close()
                 processes.append(process)
                 pipes[here] = rank
-            with forward.to(processes[0].pid) if forward else contextlib.nullcontext():
+            leader = processes[0].pid
+            assert leader is not None  # it was started
+            with forward.to(leader) if forward else contextlib.nullcontext():
                 return _watch(processes, pipes, describe)
         except RankFailure:
             if forward and forward.signal:  # rank 0 had not begun to listen, and died of it
@@ -166,15 +182,18 @@ def _tokenizers_left_behind() -> Iterator[None]:
             del os.environ[name]
 
 
-def _watch(processes, pipes: dict, describe: Callable[[int], str]) -> Any:
+def _watch(
+    processes: list[BaseProcess], pipes: dict[Connection, int], describe: Callable[[int], str]
+) -> Any:
     """Wait for every rank; rank 0's result, or the failure that came first."""
-    result, failures = None, []
-    deadline = None
+    result, failures = None, list[Failure]()
+    deadline: float | None = None
     while pipes:
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
             break
-        for pipe in wait(list(pipes), timeout=left):
+        ready = wait(list(pipes), timeout=left)
+        for pipe in [pipe for pipe in pipes if pipe in ready]:
             rank = pipes.pop(pipe)
             try:
                 kind, when, value = pipe.recv()
@@ -183,7 +202,7 @@ def _watch(processes, pipes: dict, describe: Callable[[int], str]) -> Any:
             if kind == "done":
                 result = value if rank == 0 else result
                 continue
-            failures.append((kind, when, rank, value))
+            failures.append(Failure(kind, when, rank, value))
             deadline = deadline or time.monotonic() + GRACE_SECONDS
     if not failures:
         return result
@@ -192,17 +211,16 @@ def _watch(processes, pipes: dict, describe: Callable[[int], str]) -> Any:
             if kind == wanted:
                 raise error(value)
 
-    def order(failure):
-        kind, when, _, value = failure
-        consequence = kind == "error" and any(text in value[0] for text in CONSEQUENCES)
-        return consequence, when
+    def order(failure: Failure) -> tuple[bool, float]:
+        said = failure.value[0] if failure.kind == "error" else ""
+        return any(text in said for text in CONSEQUENCES), failure.when
 
     kind, _, rank, value = min(failures, key=order)
     message, details = value if kind == "error" else (value, "")
     raise RankFailure(f"{describe(rank)}: {message}", details)
 
 
-def _obituary(process) -> str:
+def _obituary(process: BaseProcess) -> str:
     process.join(5)
     code = process.exitcode
     if code is not None and code < 0:
@@ -210,12 +228,22 @@ def _obituary(process) -> str:
     return f"left with exit code {code} before it was done"
 
 
-def _serve(rank, world, device, store, parent, pipe, target, args) -> None:
+def _serve(
+    rank: int,
+    world: int,
+    device: str,
+    store: str,
+    parent: int,
+    pipe: Connection,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
     """A local rank's whole life."""
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and says who stops
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     code = 1
+    answer: tuple[str, float, Any]
     try:
         try:
             if device == "cpu" and sys.platform == "linux":
@@ -234,9 +262,8 @@ def _serve(rank, world, device, store, parent, pipe, target, args) -> None:
         with contextlib.suppress(OSError):
             pipe.send(answer)
         if code:
-            time.sleep(
-                10 * GRACE_SECONDS
-            )  # peers would report closed connections; the parent ends us all sooner
+            # Peers would report closed connections; the parent ends us all sooner.
+            time.sleep(10 * GRACE_SECONDS)
     finally:
         # No destructors: those of a process group wait for ranks that may be gone.
         os._exit(code)

@@ -11,13 +11,14 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from moekernels import jsonio
 from moekernels.errors import PlaceError
 
+T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=10)  # of collectives, and of waiting for one another
 OTHERWISE = "start the ranks with torchrun, or unset RANK and WORLD_SIZE to have them started here"
 
@@ -38,7 +39,7 @@ class Launched:
     store: dist.Store
     all_attempts: dist.Store
 
-    def tell(self, key: str, value: Any) -> Any:
+    def tell(self, key: str, value: T) -> T:
         """Rank 0's value (JSON), on every rank."""
         if self.rank == 0:
             self.store.set(f"tell/{key}", jsonio.dumps(value))
@@ -55,11 +56,12 @@ class Launched:
 
     def folder(self, choose: Callable[[], Path]) -> Path:
         """Where the run writes: rank 0's choice, kept over restarts."""
+        chosen = ""
         if self.rank == 0:
             if not self.all_attempts.check(["folder"]):
                 self.all_attempts.set("folder", str(choose()))
             chosen = self.all_attempts.get("folder").decode()
-        return Path(self.tell("folder", chosen if self.rank == 0 else None))
+        return Path(self.tell("folder", chosen))
 
 
 def wanted() -> bool:

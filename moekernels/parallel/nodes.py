@@ -7,9 +7,11 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ def node_name() -> str:
     return f"{socket.gethostname()} {booted} {processes}"
 
 
-def gather(value: Any, world: int) -> list[Any]:
+def gather(value: T, world: int) -> list[T]:
     """Every rank's value, in rank order; all ranks of the run call it together."""
     if world == 1:
         return [value]
-    values: list[Any] = [None] * world
+    values = [value] * world
     dist.all_gather_object(values, value)
     return values
 

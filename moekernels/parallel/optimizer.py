@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
+from torch.utils.hooks import RemovableHandle
 
 from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.nodes import gather
 from moekernels.parallel.rounding import Noise, round_
 from moekernels.parallel.shard import ShardInfo
 from moekernels.parallel.tensor import all_reduce, in_rank_order
@@ -86,15 +87,13 @@ class Bucket:
     copies: str
     decay: bool
     apart: bool  # all of them are experts', none is
-    names: list[str] = field(default_factory=list)
-    spans: list[tuple[int, int]] = field(default_factory=list)
-    grads: Tensor = None
-    master: Tensor = None
-    exp_avg: Tensor = None
-    exp_avg_sq: Tensor = None
-    weights: Tensor | None = (
-        None  # what the model computes with, where that is not the master itself
-    )
+    names: list[str]
+    spans: list[tuple[int, int]]
+    grads: Tensor
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    weights: Tensor | None  # what the model computes with, where that is not the master itself
     noise: Noise | None = None  # for moments that are rounded
 
 
@@ -110,46 +109,67 @@ class Optimizer:
     ) -> None:
         self.mesh, self.config, self.steps_done = mesh, config, 0
         self.parameters = {name: (parameter, info) for name, parameter, info in shards}
-        kinds: dict[tuple, Bucket] = {}
+        kinds: dict[tuple[str, str, bool, bool, torch.dtype], list[str]] = {}
         for name, (parameter, info) in self.parameters.items():
             decay = decays(name, info.full_shape)
             key = (info.reduce_over, info.copies, decay, info.apart, parameter.dtype)
-            bucket = kinds.setdefault(key, Bucket(*key[:4]))
-            begin = -(-(bucket.spans[-1][1] if bucket.spans else 0) // ALIGN) * ALIGN
-            bucket.names.append(name)
-            bucket.spans.append((begin, begin + parameter.numel()))
-        self.buckets = list(kinds.values())
-        self._places: dict[str, int] | None = None  # of each expert tensor, among all squares
-        self._size = 0
-        self._hooks = []
-        for bucket in self.buckets:
-            self._allocate(bucket)
+            kinds.setdefault(key, []).append(name)
+        # Where each expert tensor begins among all squares, and how many there are.
+        self._places: tuple[dict[str, int], int] | None = None
+        self._hooks: list[RemovableHandle] = []
+        self.buckets = [self._bucket(*kind, names) for kind, names in kinds.items()]
 
-    def _allocate(self, bucket: Bucket) -> None:
-        first = self.parameters[bucket.names[0]][0]
-        dtype = torch.promote_types(first.dtype, torch.float32)
+    def _bucket(
+        self,
+        reduce_over: str,
+        copies: str,
+        decay: bool,
+        apart: bool,
+        kept: torch.dtype,
+        names: list[str],
+    ) -> Bucket:
+        """Take over the storage of these parameters, which are `kept` in one dtype."""
+        device = self.parameters[names[0]][0].device
+        dtype = torch.promote_types(kept, torch.float32)
         moments = torch.float64 if dtype == torch.float64 else self.config.state_dtype
-        # Whole lines: the last few elements would be updated with other bits than all before them.
-        size = -(-bucket.spans[-1][1] // ALIGN) * ALIGN
+        spans: list[tuple[int, int]] = []
+        size = 0
+        for name in names:
+            end = size + self.parameters[name][0].numel()
+            spans.append((size, end))
+            # Whole lines, the last one, too: its few elements would be updated with other bits.
+            size = -(-end // ALIGN) * ALIGN
 
         def flat(of: torch.dtype) -> Tensor:
-            return torch.zeros(size, dtype=of, device=first.device)
+            return torch.zeros(size, dtype=of, device=device)
 
-        bucket.grads, bucket.master = flat(dtype), flat(dtype)
-        bucket.exp_avg, bucket.exp_avg_sq = flat(moments), flat(moments)
-        bucket.weights = None if first.dtype == dtype else flat(first.dtype)
+        bucket = Bucket(
+            reduce_over,
+            copies,
+            decay,
+            apart,
+            names,
+            spans,
+            grads=flat(dtype),
+            master=flat(dtype),
+            exp_avg=flat(moments),
+            exp_avg_sq=flat(moments),
+            weights=None if kept == dtype else flat(kept),
+        )
         self._draw(bucket)
         home = bucket.master if bucket.weights is None else bucket.weights
-        for name, (begin, end) in zip(bucket.names, bucket.spans):
+        for name, (begin, end) in zip(names, spans):
             parameter = self.parameters[name][0]
             bucket.master[begin:end].copy_(parameter.detach().reshape(-1))
             home[begin:end].copy_(parameter.detach().reshape(-1))
             parameter.data = home[begin:end].view(parameter.shape)
-            parameter.main_grad = bucket.grads[begin:end].view(parameter.shape)
+            main_grad = bucket.grads[begin:end].view(parameter.shape)
+            parameter.main_grad = main_grad  # type: ignore[attr-defined]  # torch has no such field
             if bucket.weights is None:
-                parameter.grad = parameter.main_grad  # autograd adds in place
+                parameter.grad = main_grad  # autograd adds in place
             else:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_into_main_grad))
+        return bucket
 
     def _draw(self, bucket: Bucket) -> None:
         """Noise for moments that are rounded, by what the parameters are parts of."""
@@ -196,8 +216,9 @@ class Optimizer:
         Experts go into places that hang on their names alone, and are summed in that order.
         """
         if self._places is None:
-            self._places, self._size = self._agree_on_places()
-        each = torch.zeros(1 + self._size, dtype=torch.float64, device=self.mesh.device)
+            self._places = self._agree_on_places()
+        places, size = self._places
+        each = torch.zeros(1 + size, dtype=torch.float64, device=self.mesh.device)
         for bucket in self.buckets:
             if getattr(self.mesh, bucket.copies).rank != 0:
                 continue
@@ -206,8 +227,8 @@ class Optimizer:
                 continue
             for name in bucket.names:
                 parameter, info = self.parameters[name]
-                norms = norms_of(parameter.main_grad.flatten(1))
-                each[1 + self._experts_places(name, info)] = norms.square()
+                norms = norms_of(main_grad_of(parameter).flatten(1))
+                each[1 + places[name] + self._experts_places(info)] = norms.square()
         return all_reduce(each, self.mesh.world).sum()
 
     def _agree_on_places(self) -> tuple[dict[str, int], int]:
@@ -218,10 +239,7 @@ class Optimizer:
             for name, (_, info) in self.parameters.items()
             if info.apart
         }
-        everyone = [own]
-        if self.mesh.world.size > 1:
-            everyone = [None] * self.mesh.world.size
-            dist.all_gather_object(everyone, own)
+        everyone = gather(own, self.mesh.world.size)
         sizes = {name: size for names in everyone for name, size in names.items()}
         places, end = {}, 0
         for name in sorted(sizes):
@@ -233,11 +251,11 @@ class Optimizer:
         """Into how many shards each expert is cut."""
         return self.mesh.layout.etp if info.copies == "edp" else 1
 
-    def _experts_places(self, name: str, info: ShardInfo) -> Tensor:
-        """Of the experts [e] that this rank holds, within all squares."""
+    def _experts_places(self, info: ShardInfo) -> Tensor:
+        """Of the experts [e] that this rank holds, within their tensor's squares."""
         parts = self._parts(info)
         experts = torch.tensor(info.held(), device=self.mesh.device)
-        return self._places[name] + experts * parts + (self.mesh.etp_index if parts > 1 else 0)
+        return experts * parts + (self.mesh.etp_index if parts > 1 else 0)
 
     def _largest(self) -> float:
         """The largest absolute gradient over all ranks; NaN where one is."""
@@ -287,12 +305,21 @@ class Optimizer:
         for begin, end, bits in bucket.noise.chunks(self.steps_done):
             part = slice(begin, end)
             narrow = [bucket.exp_avg[part], bucket.exp_avg_sq[part]]
-            wide = [moment.float() for moment in narrow]
-            self._adamw(bucket, bucket.master[part], bucket.grads[part], *wide, lr, divisor)
-            round_(wide[0], bits & 0xFFFF, narrow[0])
-            round_(wide[1], bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF), narrow[1])
+            avg, avg_sq = (moment.float() for moment in narrow)
+            self._adamw(bucket, bucket.master[part], bucket.grads[part], avg, avg_sq, lr, divisor)
+            round_(avg, bits & 0xFFFF, narrow[0])
+            round_(avg_sq, bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF), narrow[1])
 
-    def _adamw(self, bucket: Bucket, master, grads, exp_avg, exp_avg_sq, lr, divisor) -> None:
+    def _adamw(
+        self,
+        bucket: Bucket,
+        master: Tensor,
+        grads: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        lr: float,
+        divisor: Tensor | None,
+    ) -> None:
         c = self.config
         adamw(
             [master],
@@ -362,7 +389,12 @@ class Optimizer:
         return total
 
 
+def main_grad_of(parameter: Tensor) -> Tensor:
+    """Where the gradient of a parameter of an `Optimizer` accumulates."""
+    return parameter.main_grad  # type: ignore[attr-defined]  # set by the optimiser
+
+
 def _into_main_grad(parameter: Tensor) -> None:
     if parameter.grad is not None:  # None where a kernel has written to main_grad itself
-        parameter.main_grad.add_(parameter.grad)
+        main_grad_of(parameter).add_(parameter.grad)
         parameter.grad = None

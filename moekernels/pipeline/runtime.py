@@ -28,11 +28,20 @@ class PipelineGroup(Protocol):
     """The ranks of one pipeline: `ranks[stage]` is the global rank, `rank` our own stage. `memory`
     is what they share where they can, None otherwise."""
 
-    process_group: dist.ProcessGroup | None
-    rank: int
-    size: int
-    ranks: Sequence[int]
-    memory: PipelineMemory | None
+    @property
+    def process_group(self) -> dist.ProcessGroup | None: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def ranks(self) -> Sequence[int]: ...
+
+    @property
+    def memory(self) -> PipelineMemory | None: ...
 
 
 class PipelineMemory(Protocol):
@@ -204,9 +213,11 @@ class _Step:
                     result = stage.chunks[chunk](batch, given)
             output = self.schedule.makes(self.rank, action)
             if output:
+                assert result is not None  # only the first stage's backward makes nothing
                 self._check_planned(result, batch)
                 self._made[output] = result
             elif kind is Kind.F:
+                assert result is not None
                 self.losses[microbatch] = result.detach()
         except Exception as error:
             error.add_note(f"in {self._where(action)}")

@@ -66,9 +66,12 @@ class Simulator:
                     action = actions[position[rank]]
                     if action.kind.computes:
                         need = schedule.needs(rank, action)
-                        if need and need not in made:
-                            break
-                        row = (last[rank], made.get(need, nobody), posted.get((rank, need), nobody))
+                        given = asked = nobody
+                        if need:
+                            if need not in made:
+                                break
+                            given, asked = made[need], posted.get((rank, need), nobody)
+                        row = (last[rank], given, asked)
                         last[rank] = len(self._rows)
                         output = schedule.makes(rank, action)
                         if output:

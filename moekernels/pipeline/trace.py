@@ -121,12 +121,23 @@ def trace_events(events: Iterable[Event], **args: Any) -> list[dict[str, Any]]:
 class Traveller(Protocol):
     """Rows on their way between the ranks of a stage; seconds from the events' origin."""
 
-    name: str
-    start: float
-    end: float
-    size: int
-    waited: float
-    late: float
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def start(self) -> float: ...
+
+    @property
+    def end(self) -> float: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def waited(self) -> float: ...
+
+    @property
+    def late(self) -> float: ...
 
 
 def exchange_events(stage: int, flights: Iterable[Traveller], **args: Any) -> list[dict[str, Any]]:

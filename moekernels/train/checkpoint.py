@@ -82,7 +82,10 @@ class Checkpoints:
         manifest = Manifest(step, self.run, asdict(self.mesh.layout), facts, {}, {})
         partial = self.folder / f".partial-{manifests.step_name(step)}-{self.token}"
         if _fits(sum(x.numel() * x.element_size() for *_, x in own) * self.local_ranks):
-            own = [(*what, x.to("cpu", copy=True).contiguous()) for *what, x in own]
+            own = [
+                (name, info, piece, x.to("cpu", copy=True).contiguous())
+                for name, info, piece, x in own
+            ]
             self._pending = self._worker.submit(self._write, partial, own, manifest)
         else:  # no memory for a copy: the step waits for the disk
             self._write_own(partial, own)

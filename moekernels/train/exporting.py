@@ -45,17 +45,17 @@ def export(run: Path, out: Path, dtype: str = KEPT, family: str | None = None) -
         raise UsageError(f"--dtype {dtype}: use one of fp32, bf16, fp16")
     wanted = names[dtype]
     beside = _beside(found, family)
-    config = folder.read_config(found.beside) if beside else _fitting(found, family)
+    config = folder.read_config(beside) if beside else _fitting(found, family)
     with building(out) as partial:
         if beside and found.imported and wanted == held:  # they are the folder's own files
             for name in found.files:
                 shards.copy(found.path / name, partial / name)
-            if (found.beside / folder.INDEX).is_file():
-                shards.copy(found.beside / folder.INDEX, partial / folder.INDEX)
+            if (beside / folder.INDEX).is_file():
+                shards.copy(beside / folder.INDEX, partial / folder.INDEX)
         else:
             _write(found, config.model_type, partial, getattr(torch, wanted))
         if beside:
-            _copy_beside(found.beside, partial, None if wanted == held else wanted)
+            _copy_beside(beside, partial, None if wanted == held else wanted)
         else:
             _make_beside(found, config, partial, wanted)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
@@ -81,13 +81,13 @@ def _canonical(spec: DecoderSpec) -> dict[str, Any]:
     return {**fields, "selection bias": spec.bias_update_rate > 0}
 
 
-def _beside(found: Weights, family: str | None) -> bool:
-    """Whether the configuration that lay beside the weights is still the model's."""
+def _beside(found: Weights, family: str | None) -> Path | None:
+    """The folder that lay beside the weights, if its configuration is still the model's."""
     if found.beside is None:
-        return False
+        return None
     config = folder.read_config(found.beside)
     same = _canonical(decoder_spec(config)) == _canonical(found.spec)
-    return same and family in (None, config.model_type)
+    return found.beside if same and family in (None, config.model_type) else None
 
 
 def _fitting(found: Weights, family: str | None) -> PreTrainedConfig:

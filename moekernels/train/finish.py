@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from moekernels import files, jsonio
 from moekernels.console import table
-from moekernels.parallel.measure import flights_of
+from moekernels.parallel.measure import Flight, flights_of
 from moekernels.pipeline.schedule import Schedule
 from moekernels.pipeline.simulate import Simulator
 from moekernels.pipeline.trace import Event, exchange_events, trace_events, write_trace
@@ -22,14 +22,13 @@ if TYPE_CHECKING:
 
 def finish(trainer: Trainer, events: list[Event], step: int, seconds: float) -> None:
     """Traces of the last step, plots and the closing table, by rank 0; every rank calls it."""
-    mine = ([], trainer.mesh.pp.rank, [])
+    mine: tuple[list[Event], int, list[Flight]] = ([], trainer.mesh.pp.rank, [])
     if trainer.mesh.tp.rank == 0 and trainer.mesh.dp.rank == 0:
         flights = flights_of(trainer.exchanges.stamps, trainer.origin)
         mine = (events, trainer.mesh.pp.rank, flights)
-    gathered = [mine]
+    gathered = [mine] * trainer.env.world
     if trainer.env.world > 1:
-        gathered = [None] * trainer.env.world if trainer.env.leader else None
-        dist.gather_object(mine, gathered, 0)
+        dist.gather_object(mine, gathered if trainer.env.leader else None, 0)
     if not trainer.env.leader:
         return
     from moekernels.train.plots import draw

@@ -149,8 +149,7 @@ def _weights(path: Path) -> dict[str, tuple[str, Stored]]:
     if not (path / INDEX).is_file():
         raise UsageError(f"{path}: holds neither {SINGLE} nor {INDEX}; give a folder with weights")
     placed = _json(path / INDEX).get("weight_map")
-    fine = isinstance(placed, dict) and all(isinstance(x, str) for x in placed.values())
-    if not fine or any(Path(x).name != x or x[:1] == "." for x in placed.values()):
+    if not isinstance(placed, dict) or not all(map(_is_file_name, placed.values())):
         raise UsageError(f"{path / INDEX}: weight_map does not name files of the folder")
     held: dict[str, tuple[str, Stored]] = {}
     for file in sorted(set(placed.values())):
@@ -164,6 +163,10 @@ def _weights(path: Path) -> dict[str, tuple[str, Stored]]:
     if gone := sorted(placed.keys() - held.keys()):
         raise UsageError(f"{path / INDEX}: {gone[0]} is not in {placed[gone[0]]}, as it says")
     return held
+
+
+def _is_file_name(x: object) -> bool:
+    return isinstance(x, str) and Path(x).name == x and x[:1] != "."
 
 
 def header(path: Path) -> dict[str, Stored]:

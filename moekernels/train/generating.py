@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moekernels.assembly import DTYPES
 from moekernels.data.tokenizer import Tokenizer
@@ -16,7 +17,7 @@ from moekernels.nn.decode import generate as follow
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.launch import choose_device
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.shard import blank, shard
+from moekernels.parallel.shard import ShardInfo, blank, shard
 from moekernels.train import weights
 from moekernels.train.weights import MASTER, Weights
 
@@ -66,7 +67,9 @@ def load(found: Weights, device: str) -> StageModel:
     mesh = Mesh(Layout(), device=device)
     with blank():
         model = StageModel(found.spec, mesh, layers, True, True, dtype=dtype, device=device)
-    state = [(MASTER + name, parameter, info) for name, parameter, info in model.named_shards()]
+    state: list[tuple[str, Tensor, ShardInfo]] = [
+        (MASTER + name, parameter, info) for name, parameter, info in model.named_shards()
+    ]
     for name, bias in model.named_buffers():
         if name in found.tensors:
             state.append((name, bias, shard(bias.shape)))
@@ -80,10 +83,12 @@ SAMPLE_TOKENS, SAMPLE_PROMPT = 24, 8
 
 def sample(run: Path, parameters: int, held_out: Sequence[int]) -> str | None:
     """What the run's newest checkpoint makes of the beginning of a held-out text, on one line; None
-    where there is none, or the model is too large to be looked at beside the ranks."""
+    where there is none or no tokenizer, or the model is too large to look at beside the ranks."""
     if 4 * parameters > SAMPLE_BYTES or not any((run / "checkpoints").glob("step-*")):
         return None
     found = weights.find(run)
+    if found.tokenizer is None:
+        return None
     tokenizer = Tokenizer.load(found.tokenizer)
     prompt = tokenizer.decode(held_out[:SAMPLE_PROMPT])
     how = {"tokens": SAMPLE_TOKENS, "temperature": 0.8, "top_p": 0.95}

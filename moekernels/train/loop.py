@@ -129,9 +129,10 @@ class Trainer:
     def _load(self) -> None:
         """Fill the model and the optimiser from what the run goes on from, or begins with."""
         job = self.job
-        if job.found.path is not None:
-            self.moves.restore(job.facts, job.found.manifest.layout, str(job.found.path))
-            checkpoint.load(job.found.path, job.found.manifest.tensors, self.state())
+        path, manifest = job.found.path, job.found.manifest
+        if path is not None and manifest is not None:
+            self.moves.restore(job.facts, manifest.layout, str(path))
+            checkpoint.load(path, manifest.tensors, self.state())
             self.optimizer.loaded(job.facts.get("updates", self.first_step))
         elif job.weights is not None:
             weights.load(job.weights, self.state())

@@ -70,14 +70,14 @@ def _exchange(optimizer: Optimizer, mesh: Mesh, was: Tensor, now: Tensor) -> Mov
     for tensor in (tensor for layer in state for _, tensor in layer):
         out.setdefault(tensor.dtype, {}), into.setdefault(tensor.dtype, {})
     for layer, expert in moves:  # in one order on all ranks
-        source, target = (home[layer, expert].item() for home in homes)
+        source, target = (int(home[layer, expert]) for home in homes)
         for mine, peer, slots, parts in (
             (source, target, was, out),
             (target, source, now, into),
         ):
             if mine == mesh.ep_index:
                 there = peer * mesh.layout.etp + mesh.etp_index
-                place = slots[layer, expert].item() % each
+                place = int(slots[layer, expert]) % each
                 for _, tensor in state[layer]:
                     flat = tensor[place].view(-1)
                     parts[tensor.dtype].setdefault(there, []).append(flat)
@@ -87,8 +87,8 @@ def _exchange(optimizer: Optimizer, mesh: Mesh, was: Tensor, now: Tensor) -> Mov
         message = _joined(out[dtype], mesh.device, dtype)
         came = message.new_empty(sum(receive))
         dist.all_to_all_single(came, message, receive, send, group=group.process_group)
-        for place, part in zip(_in_peer_order(into[dtype]), _cut(came, into[dtype])):
-            place.copy_(part)
+        for own, part in zip(_in_peer_order(into[dtype]), _cut(came, into[dtype])):
+            own.copy_(part)
         size += message.numel() * message.element_size()
         messages += len(out[dtype])
     return Moved(len(moves), size, messages)

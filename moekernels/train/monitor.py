@@ -64,7 +64,7 @@ class Monitor:
         if not self.watching:
             return {}
         own = torch.zeros(self.shape, dtype=torch.float64, device=self.mesh.device)
-        nodes = sum(watch.nodes for watch in self.watching)
+        nodes = torch.stack([watch.nodes for watch in self.watching]).sum(0)
         watches = iter(self.watching)
         for chunk, layers in zip(self.chunks, self.rows):
             for place, moe in zip(range(layers.start, layers.stop), chunk.experts_layers):

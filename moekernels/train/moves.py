@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from statistics import median
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moekernels import assembly
 from moekernels.balance import placement, replan
@@ -40,7 +40,7 @@ class Moves:
         chunks: Sequence[StageModel],
         rows: Sequence[slice],
         optimizer: Optimizer,
-        shards: list[tuple[str, Tensor, ShardInfo]],
+        shards: list[tuple[str, nn.Parameter, ShardInfo]],
     ) -> None:
         """`rows`: the rows of slot_of that are each chunk's; `shards`: all parameters' list, which
         is kept up to date."""
@@ -52,13 +52,13 @@ class Moves:
         self.moved = False  # ever
         stages: list[list[int]] = [[] for _ in range(mesh.layout.pp)]
         for stage, layers in enumerate(assembly.layer_ranges(run)):
-            numbers = [n - 1 - m.dense_layers for n in layers if n > m.dense_layers]
-            stages[stage % mesh.layout.pp] += numbers
+            held = [n - 1 - m.dense_layers for n in layers if n > m.dense_layers]
+            stages[stage % mesh.layout.pp] += held
         self.stages = stages
         layout, self.node_of = mesh.layout, [[0] * mesh.layout.ep for _ in self.slot_of]
-        for stage, layers in enumerate(stages):  # as the first ranks of the stage exchange rows
+        for stage, numbers in enumerate(stages):  # as the first ranks of the stage exchange rows
             ranks = mesh.order[stage * layout.stage_ranks :][: layout.exchange]
-            for layer in layers:
+            for layer in numbers:
                 self.node_of[layer] = placement.nodes_of_exchange(mesh.nodes.of, ranks, layout.etp)
         self.passes = 2 if m.recompute_experts or assembly.checkpointed(run) else 1
         self.rate = FIRST_RATE
@@ -100,11 +100,12 @@ class Moves:
         moved."""
         if "placement" not in facts:
             return
-        slots = placement.from_facts(facts["placement"], *self.slot_of.shape, where)
+        layers, experts = self.slot_of.shape
+        slots = placement.from_facts(facts["placement"], layers, experts, where)
         if layout.get("ep") == self.mesh.layout.ep:
             self.slot_of, self.moved = slots, True
-            for chunk, layers in zip(self.chunks, self.rows):
-                chunk.place(slots[layers])
+            for chunk, rows in zip(self.chunks, self.rows):
+                chunk.place(slots[rows])
             self._tell()
 
     def _tell(self) -> None:
@@ -187,7 +188,7 @@ class Moves:
         most = 0
         for layers in self.stages:
             sources = was[layers][was[layers] != now[layers]]
-            most = max(most, sources.bincount(minlength=1).max().item())
+            most = max(most, int(sources.bincount(minlength=1).max()))
         return most * self._expert_bytes() / self.rate
 
     def _expert_bytes(self) -> int:

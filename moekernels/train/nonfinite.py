@@ -7,18 +7,19 @@ Every decision comes from numbers that are summed over all ranks, so every rank 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moekernels.errors import RunError
 from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.nodes import gather
+from moekernels.parallel.optimizer import main_grad_of
 from moekernels.parallel.shard import ShardInfo
 from moekernels.parallel.tensor import all_reduce
 
-Shards = list[tuple[str, Tensor, ShardInfo]]
+Shards = Sequence[tuple[str, Tensor, ShardInfo]]
 
 WORDS = {
     "loss": "its loss",
@@ -90,7 +91,7 @@ class Guard:
             return f"and {bad} itself is not finite"
         if in_forward:
             return "though every parameter is finite"
-        gradients = [(name, p.main_grad, info) for name, p, info in self.shards]
+        gradients = [(name, main_grad_of(p), info) for name, p, info in self.shards]
         bad = self._first([x for x in gradients if not _finite(x[1])])
         return f"first in {bad}" if bad else "though every gradient is finite"
 
@@ -101,10 +102,7 @@ class Guard:
         count = torch.tensor([len(bad)], dtype=torch.float64, device=self.mesh.device)
         if not all_reduce(count, self.mesh.world).item():
             return ""
-        places = [mine]
-        if self.mesh.world.size > 1:
-            places = [None] * self.mesh.world.size
-            dist.all_gather_object(places, mine)
+        places = gather(mine, self.mesh.world.size)
         return max(place for place in places if place is not None)[-1]
 
 

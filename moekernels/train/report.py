@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from moekernels import assembly
 from moekernels.console import count, duration
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.nodes import gather
 from moekernels.parallel.optimizer import Optimizer
 from moekernels.pipeline.simulate import Simulator
 from moekernels.run import files as cfg
+
+if TYPE_CHECKING:
+    from moekernels.data.loader import BatchLoader
 
 # Dense bf16 FLOP/s by a part of the card's name.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -27,8 +31,21 @@ def peak_flops(device: torch.device) -> float | None:
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
+class Holding(NamedTuple):
+    """What one rank holds."""
+
+    layers: str
+    modules: int  # of experts
+    parameters: int
+    bytes: int
+
+
 def layout_report(
-    run: cfg.RunConfig, mesh: Mesh, chunks: list[StageModel], optimizer: Optimizer, loader
+    run: cfg.RunConfig,
+    mesh: Mesh,
+    chunks: list[StageModel],
+    optimizer: Optimizer,
+    loader: BatchLoader,
 ) -> str:
     """Both factorisations, what each rank holds, the batch and the schedule. Called by every rank
     together.
@@ -42,25 +59,22 @@ def layout_report(
         for name, _, info in chunk.named_shards()
         if name.endswith("experts.w2")
     )
-    mine = {
-        "layers": " ".join(layers),
-        "modules": held,
-        "parameters": sum(p.numel() for c in chunks for p in c.parameters()),
-        "bytes": optimizer.bytes(),
-    }
-    ranks = [mine]
-    if mesh.world.size > 1:
-        ranks = [None] * mesh.world.size
-        dist.all_gather_object(ranks, mine)
+    mine = Holding(
+        layers=" ".join(layers),
+        modules=held,
+        parameters=sum(p.numel() for c in chunks for p in c.parameters()),
+        bytes=optimizer.bytes(),
+    )
+    ranks = gather(mine, mesh.world.size)
     layout, m, b = mesh.layout, run.model, run.batch
     modules = m.moe_layers * m.num_experts
-    total = sum(r["modules"] for r in ranks)
+    total = sum(r.modules for r in ranks)
     if total != modules * layout.edp * layout.etp:
         raise RuntimeError(
             f"the ranks hold {total} expert modules, {modules} x edp {layout.edp} x etp "
             f"{layout.etp} were expected"
         )
-    shares = sorted({r["modules"] for r in ranks})
+    shares = sorted({r.modules for r in ranks})
     each = str(shares[0]) if len(shares) == 1 else f"{shares[0]} to {shares[-1]}"
     copies = f" x {layout.edp} copies" if layout.edp > 1 else ""
     parts = f" x {layout.etp} shards" if layout.etp > 1 else ""
@@ -95,8 +109,8 @@ def layout_report(
         stage, inside = divmod(place, layout.stage_ranks)
         lines.append(
             f"{rank:>6}  {inside % layout.tp:>3} {inside // layout.tp:>3} {stage:>3}  "
-            f"{r['layers']:<12} "
-            f"{r['modules']:>8} {count(r['parameters']):>11} {r['bytes'] / 2**20:>5.0f} MiB"
+            f"{r.layers:<12} {r.modules:>8} {count(r.parameters):>11} "
+            f"{r.bytes / 2**20:>5.0f} MiB"
         )
     lines.append("         memory: weights, gradients and optimizer state; activations come on top")
     return "\n".join(lines)

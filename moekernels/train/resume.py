@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from moekernels import files, jsonio
 from moekernels.errors import RunError, UsageError
@@ -17,16 +17,20 @@ from moekernels.train import shards
 from moekernels.train.checkpoint import steps
 from moekernels.train.manifest import Damaged, Manifest
 
+T = TypeVar("T")
 RUN = "run.json"
 
 
 class Peers(Protocol):
     """The processes that decide together, before torch.distributed is up."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int: ...
 
-    def tell(self, key: str, value: object) -> object:
+    @property
+    def size(self) -> int: ...
+
+    def tell(self, key: str, value: T) -> T:
         """Rank 0's value (JSON), on every rank."""
 
     def first(self, key: str, text: str | None) -> str | None:
@@ -38,7 +42,7 @@ class Alone:
 
     rank, size = 0, 1
 
-    def tell(self, key: str, value: object) -> object:
+    def tell(self, key: str, value: T) -> T:
         return value
 
     def first(self, key: str, text: str | None) -> str | None:
@@ -47,7 +51,8 @@ class Alone:
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that was verified; `passed`: newer ones that were not good, and why."""
+    """A checkpoint that was verified, both parts of it, or None; `passed`: newer ones that were
+    not good, and why."""
 
     path: Path | None
     manifest: Manifest | None
@@ -55,11 +60,11 @@ class Found:
 
     @property
     def facts(self) -> dict:
-        return {} if self.path is None else {"step": self.manifest.step, **self.manifest.facts}
+        return {} if self.manifest is None else {"step": self.manifest.step, **self.manifest.facts}
 
     @property
     def trusted(self) -> dict[Path, tuple]:
-        if self.path is None:
+        if self.path is None or self.manifest is None:
             return {}
         return {self.path: manifests.signature(self.path, self.manifest.files)}
 
@@ -77,26 +82,30 @@ def newest(
     passed: list[str] = []
     names = peers.tell(f"{purpose}/steps", [path.name for path in steps(folder)])
     for number, name in enumerate(names):
-        path, manifest = folder / name, None
-        try:
-            manifest = manifests.read(path)
-            if run is not None and manifest.run != run:
-                raise Damaged(f"{manifests.MANIFEST}: is of run {manifest.run}, {RUN} says {run}")
-            fault = manifests.lengths_fault(path, manifest)
-        except Damaged as damage:
-            fault = str(damage)
-        digest = peers.tell(
-            f"{purpose}/digest/{number}", manifest.digest if fault is None else None
-        )
-        if fault is None and digest != manifest.digest:
+        path = folder / name
+        manifest, fault = _read(path, run)
+        digest = peers.tell(f"{purpose}/digest/{number}", manifest.digest if manifest else None)
+        if manifest is not None and digest != manifest.digest:
             fault = f"{manifests.MANIFEST}: is another one on rank {peers.rank}"
-        if fault is None:
+        elif manifest is not None:
             fault = manifests.contents_fault(path, manifest, peers.rank, peers.size)
         fault = peers.first(f"{purpose}/fault/{number}", fault)
         if fault is None:
             return Found(path, manifest, tuple(passed))
         passed.append(f"{path}: {fault}")
     return Found(None, None, tuple(passed))
+
+
+def _read(path: Path, run: str | None) -> tuple[Manifest | None, str | None]:
+    """The manifest of a checkpoint of this run whose files have their lengths, or what is wrong."""
+    try:
+        manifest = manifests.read(path)
+    except Damaged as damage:
+        return None, str(damage)
+    if run is not None and manifest.run != run:
+        return None, f"{manifests.MANIFEST}: is of run {manifest.run}, {RUN} says {run}"
+    fault = manifests.lengths_fault(path, manifest)
+    return (manifest, None) if fault is None else (None, fault)
 
 
 def identity(folder: Path) -> str | None:

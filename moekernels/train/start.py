@@ -65,7 +65,7 @@ def train(
     if init_from is not None and found.path is None:
         begin = weights.find(init_from, peers)
     world = told.size if told else None
-    run = cfg.resolve(preset, file, flags, world, model=begin and begin.spec)
+    run = cfg.resolve(preset, file, flags, world, model=begin.spec if begin else None)
     if begin is not None:
         weights.check(begin, run.model)
     loggers.check(run.train.log)
@@ -99,7 +99,8 @@ def train(
         return 0
     for note in notes if speaks else ():
         print(f"resume   {note}", flush=True)
-    identity = found.manifest.run if path else peers.tell("run", secrets.token_hex(8))
+    manifest = found.manifest
+    identity = manifest.run if manifest else peers.tell("run", secrets.token_hex(8))
     job = Job(run, folder, corpus, found, identity, tune, begin)
     describe = assembly.rank_names(layout)
 
@@ -158,7 +159,7 @@ def _corpus(
     from moekernels.data.tokenizer import find_tokenizer
 
     kept = folder.path / TOKENIZER
-    tokenizer = begin and begin.tokenizer
+    tokenizer = begin.tokenizer if begin else None
     if found.path and kept.exists():
         tokenizer = kept
     elif run.batch.tokenizer:

@@ -56,7 +56,7 @@ def find(path: Path, peers: resume.Peers | None = None) -> Weights:
             path, path, hf.spec, hf.tensors, {}, beside=path, imported=True, files=hf.files
         )
     found = resume.newest(path / "checkpoints", None, peers, purpose="weights")
-    if found.path is None:
+    if found.path is None or found.manifest is None:
         why = f": {found.passed[0]}" if found.passed else ""
         raise UsageError(
             f"{path}: holds neither a model ({folder.CONFIG}) nor a whole checkpoint of a run{why}"

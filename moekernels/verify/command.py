@@ -9,6 +9,7 @@ from moekernels.errors import UsageError
 from moekernels.model.layout import Layout
 from moekernels.model.router import SCOPES
 from moekernels.parallel import launch, launcher
+from moekernels.parallel.nodes import gather
 from moekernels.parallel.peers import MODES
 from moekernels.pipeline.schedule import SCHEDULES
 from moekernels.plan import room
@@ -43,8 +44,8 @@ def verify(
     ):
         if value not in known:
             raise UsageError(f"--{flag} {value!r}: {cfg.nearest(value, known)}")
-    for flag, key, value in (("experts", "num_experts", experts), ("top-k", "top_k", top_k)):
-        cfg.check_value(f"--{flag}", SECTIONS["model"], key, value)
+    for flag, key, number in (("experts", "num_experts", experts), ("top-k", "top_k", top_k)):
+        cfg.check_value(f"--{flag}", SECTIONS["model"], key, number)
     if not 1 <= steps <= MOST_STEPS:  # all are recorded before the first is compared
         raise UsageError(f"--steps must be from 1 to {MOST_STEPS}, got {steps}")
     if everything and launcher.wanted():
@@ -103,12 +104,8 @@ def _work(
             steps = [known[variant.model][: variant.steps]]
         if env.world > 1:
             dist.broadcast_object_list(steps, 0, device=env.device)
-        mine = compare(run, mesh, steps[0])
-        verdicts = [mine] * env.world
-        if env.world > 1:
-            dist.all_gather_object(verdicts, mine)
         total = Verdict()
-        for verdict in verdicts:
+        for verdict in gather(compare(run, mesh, steps[0]), env.world):
             total.add(verdict)
         agreed = _judge(total, set(steps[0][0].gradients), run.train.dtype)
         failed |= not agreed

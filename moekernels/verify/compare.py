@@ -14,7 +14,7 @@ from moekernels import assembly
 from moekernels.data.batch import MicroBatch
 from moekernels.model.layout import Layout
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.optimizer import AdamWConfig, Optimizer
+from moekernels.parallel.optimizer import AdamWConfig, Optimizer, main_grad_of
 from moekernels.parallel.tensor import own_part
 from moekernels.run import files as cfg
 from moekernels.run.sections import LayoutSection
@@ -97,7 +97,7 @@ def record(run: cfg.RunConfig, device: torch.device) -> list[Recorded]:
 
         parameters = {name: p.detach().cpu().clone() for name, p, _ in side.shards}
         loss = side.step(batches, keep)
-        gradients = {name: p.main_grad.cpu().clone() for name, p, _ in side.shards}
+        gradients = {name: main_grad_of(p).cpu().clone() for name, p, _ in side.shards}
         steps.append(Recorded(loss, parameters, gradients, choices))
         side.optimizer.step()
     return steps
@@ -135,7 +135,8 @@ def compare(run: cfg.RunConfig, mesh: Mesh, steps: list[Recorded]) -> Verdict:
         verdict.loss = max(verdict.loss, _relative(loss - recorded.loss, recorded.loss))
         for name, p, info in side.shards:
             full = recorded.gradients[name]
-            apart = (p.main_grad.cpu() - info.take(full)).abs().max().item() if p.numel() else 0.0
+            off = main_grad_of(p).cpu() - info.take(full)
+            apart = off.abs().max().item() if p.numel() else 0.0
             verdict.add(Verdict(gradient=_relative(apart, full.abs().max().item()), name=name))
             verdict.seen.add(name)
     return verdict
