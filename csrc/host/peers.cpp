@@ -103,6 +103,7 @@ void Peers::arrive(Exchange& e, uint32_t tag, bool stamped) {
     s.ready = link_free_ + latency;
     until(s.ready);
   }
+  s.got = now();
 }
 
 void Peers::close(Exchange& e, bool stamped) {
@@ -365,7 +366,7 @@ void bind_peers(pybind11::module_& m) {
       .def("take_stamps", [](Peers& self) {
     py::list all;
     for (const Stamps& s : self.take_stamps()) {
-      all.append(py::make_tuple(s.post, s.last, s.ready, s.need, s.moving, s.bytes, s.label));
+      all.append(py::make_tuple(s.post, s.last, s.ready, s.need, s.got, s.moving, s.bytes, s.label));
     }
     return all;
   });

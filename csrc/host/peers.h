@@ -22,6 +22,7 @@ struct Stamps {
   int64_t last;    // the last peer had given its away
   int64_t ready;   // all of them were here
   int64_t need;    // somebody asked for them
+  int64_t got;     // who asked went on: a wait also takes what waking up does
   int64_t moving;  // nanoseconds in which this core moved rows
   int64_t bytes;   // that came from peers
   int64_t label;

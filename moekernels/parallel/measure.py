@@ -2,8 +2,14 @@
 
 Of an exchange that peers make through shared memory every rank knows, on the clock of the machine,
 when it gave its own rows away (`post`), when the last peer had (`last`), when all were here
-(`ready`), when somebody asked (`need`) and for how long its core moved rows. Of a collective it
-knows how long it was waited for, and no more.
+(`ready`), when somebody asked (`need`) and went on (`got`), and for how long its core moved rows.
+Of a collective it knows how long it was waited for, and no more.
+
+Rows fly from the last post until they are here. Exchanges that fly at once share a link: what
+counts is the time in which any did, never the sum, and time in which a late peer was waited for is
+none of theirs. Hidden is what of that time was spent otherwise than waiting: (a - b) / (a - c) of
+the same steps waited for at once (a), as they are (b), and with rows that need not fly (c). That a
+rank wakes up late, as where another has its core, is exposed, but no flight: (c) has it, too.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ class Stamps(NamedTuple):
     last: int
     ready: int
     need: int
+    got: int
     moving: int
     size: int
     label: int
@@ -44,26 +51,27 @@ class Stamps(NamedTuple):
 
     @property
     def waited(self) -> int:
-        return max(0, self.ready - self.need)
+        return self.got - self.need
 
     @property
     def late(self) -> int:
         """What of that was for a peer that had not posted."""
-        return max(0, min(self.need + self.waited, self.last) - self.need)
+        return max(0, min(self.got, self.last) - self.need)
 
 
 class Times(NamedTuple):
-    """Seconds of one rank. `skew` and `flight` are NaN where nobody stamped.
+    """Seconds of one rank; where nobody stamped `exposed` is all that is known.
 
     moving: this core put and took rows. skew: peers were waited for that had not posted yet, which
-    is load, not communication. exposed: what was waited for beside that, and moving. flight: what
-    the same exchanges take where they are waited for at once.
+    is load, not communication. exposed: what was waited for beside that, and moving. flight: some
+    exchange was under way, beside the skew. hidden: the part of it in which nobody waited.
     """
 
     moving: float = 0.0
     skew: float = 0.0
     exposed: float = 0.0
     flight: float = 0.0
+    hidden: float = 0.0
 
 
 class Flight(NamedTuple):
@@ -88,20 +96,35 @@ def flights_of(stamps: Iterable[Stamps], origin: float) -> list[Flight]:
 
 
 def times_of(stamps: Iterable[Stamps]) -> Times:
-    moving = skew = exposed = flight = 0
-    for s in stamps:
-        moving += s.moving
-        skew += s.late
-        exposed += s.waited - s.late + s.moving
-        flight += s.ready - s.start + s.moving
-    return Times(*(t / 1e9 for t in (moving, skew, exposed, flight)))
+    stamps = list(stamps)
+    moving, skew = sum(s.moving for s in stamps), sum(s.late for s in stamps)
+    flights = [(s.start, s.ready) for s in stamps]
+    waits = [(s.need, s.got) for s in stamps]
+    lates = [(s.need, s.need + s.late) for s in stamps]
+    times = (
+        moving,
+        skew,
+        sum(s.waited for s in stamps) - skew + moving,
+        _covered(flights + lates) - _covered(lates),
+        _covered(flights + waits) - _covered(waits),
+    )
+    return Times(*(t / 1e9 for t in times))
 
 
-def hidden_of(exposed: float, flight: float, step: float) -> float | None:
+def _covered(spans: Iterable[tuple[int, int]]) -> int:
+    """The length of their union."""
+    total, end = 0, 0
+    for first, last in sorted(spans):
+        total += max(0, last - max(first, end))
+        end = max(end, last)
+    return total
+
+
+def hidden_of(hidden: float, flight: float, step: float) -> float | None:
     """The share of the flight that was not waited for; None where there is nothing to hide."""
     if not flight >= WORTH_HIDING * step:  # NaN: nobody knows
         return None
-    return 1 - exposed / flight
+    return hidden / flight
 
 
 waited = SpanClock()  # of this process: what its layers wait for rows and their numbers
@@ -119,7 +142,8 @@ class Measure:
         if self.group.size == 1:
             return Times()
         if self.group.memory is None:
-            return Times(0.0, float("nan"), waited.take()[0], float("nan"))
+            nan = float("nan")
+            return Times(0.0, nan, waited.take()[0], nan, nan)
         self.stamps = [Stamps(*s) for s in self.group.memory.host.take_stamps()]
         return times_of(self.stamps)
 

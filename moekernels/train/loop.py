@@ -307,10 +307,7 @@ class Trainer:
             idle=(1 - busy / flush) / self.env.world,
             stop=float(bool(self.env.stop.signal)),
             cores=worked / (flush * cores() * mesh.nodes.count),
-            moving=times.moving / flush / self.env.world,
-            skew=times.skew / flush / self.env.world,
-            exposed=times.exposed / flush / self.env.world,
-            flight=times.flight / flush / self.env.world,
+            **{name: t / flush / self.env.world for name, t in times._asdict().items()},
         )
         sums, loads, peak = mine.over_ranks(loads, _peak_memory(self.env.device), mesh)
         self.stopping = sums.stop > 0
@@ -329,7 +326,7 @@ class Trainer:
             "exchange_moving": sums.moving,
             "exchange_exposed": sums.exposed,
             "exchange_skew": None if math.isnan(sums.skew) else sums.skew,
-            "exchange_hidden": hidden_of(sums.exposed, sums.flight, 1.0),
+            "exchange_hidden": hidden_of(sums.hidden, sums.flight, 1.0),
             "cores": sums.cores,
             "memory_gb": peak / 1e9,
         }

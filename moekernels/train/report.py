@@ -202,7 +202,7 @@ def _exchange(line: dict) -> str:
     else:
         text = f"{exposed} waited for, {100 * line['exchange_skew']:.1f} % for peers that came late"
     if line["exchange_hidden"] is not None:
-        text += f"; {100 * line['exchange_hidden']:.0f} % of it hidden"
+        text += f"; {100 * line['exchange_hidden']:.0f} % of the flight hidden"
     if line["cores"] > FULL:
         text += "; ranks share cores: waiting is not idle time"
     return text

@@ -15,7 +15,7 @@ from moekernels.parallel.tensor import all_reduce
 class StepSums:
     """A rank's part of a step, or the sum over all ranks; fields in the order in which they travel.
 
-    idle, cores and the four of the exchange are shares: a rank's part is divided by the ranks.
+    idle, cores and the five of the exchange are shares: a rank's part is divided by the ranks.
     """
 
     loss: float | Tensor  # nats a token
@@ -27,7 +27,8 @@ class StepSums:
     moving: float  # of the flush: rows under way,
     skew: float  # waiting for peers that came late; NaN where it is not known,
     exposed: float  # waiting at all,
-    flight: float  # and from a post to its arrival
+    flight: float  # rows flying,
+    hidden: float  # and nobody waiting for them
 
     def over_ranks(self, loads: Tensor, peak: float, mesh: Mesh) -> tuple[StepSums, Tensor, float]:
         """All ranks' sums, loads [layers, experts] on the CPU, and the largest `peak`."""

@@ -113,7 +113,7 @@ def test_parts_over_a_link_have_the_same_losses_and_hide_it(text, whole, tmp_pat
     assert losses(tmp_path)[:1] == losses(whole[0])[:1]  # later ones have another learning rate
     for line in read_metrics(tmp_path):
         assert 0 < line["exchange_hidden"] < 1 and line["exchange_exposed"] > 0
-    assert "% of it hidden" in stdout
+    assert "% of the flight hidden" in stdout
 
 
 @pytest.mark.parametrize(
