@@ -157,9 +157,10 @@ def against_prediction(report: dict) -> list[str]:
         if "best" not in line:
             continue
         shape = "T{T} H{H} F{F} E{E} K{K}".format(**line)
-        if value := PREDICTED["products"].get(shape, {}).get(line["op"]):
+        op = " ".join(filter(None, (line["op"], line["of"])))
+        if value := PREDICTED["products"].get(shape, {}).get(op):
             rate = 2e-9 * line["m"] * line["n"] * line["k"] / line["default_ms"]
-            what = " ".join(filter(None, (line["op"], line["of"], shape)))
+            what = f"{op} {shape}"
             lines.append(compared(f"{what} TFLOP/s", expected(value, card), rate))
             lines.append(compared(f"{what} tuned", expected(value, card), line["best"]["tflops"]))
     for shape, passes in layer_passes(report["experts"].get("rows", [])).items():

@@ -21,6 +21,7 @@ from moekernels.predict.walk import tiles_of
 
 MOST_LOADS, LEAST_WAVES = 10_000, 4  # that are played
 MOST_STEPS = 256  # of a tile
+EPILOGUE_GAP = 300.0  # cycles, to begin and to end one
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,20 @@ class Machine:
         return self.l2
 
 
+def epilogue_cycles(problem: Problem, kernel: Kernel, card: Card, share: float = 1.0) -> float:
+    """Of a tile of which a share of the rows exists: its instructions or its bytes, whichever takes
+    longer."""
+    moved = kernel.tile_m * kernel.tile_n * share * (problem.reads + problem.writes)
+    instructions = kernel.issue / (4 * card.ipc) * share
+    return max(instructions, moved / card.link_rate) + EPILOGUE_GAP
+
+
 class Unit:
     """An SM, or a cluster of two that go in step: its ring, tensor cores and epilogue."""
 
     def __init__(self, machine: Machine, kernel: Kernel, problem: Problem):
         self.machine, self.kernel, self.problem = machine, kernel, problem
-        self.card = card = machine.card
+        self.card = machine.card
         self.sms = 2 if kernel.pair else 1
         self.free = [0.0] * kernel.stages
         self.stage = self.step = 0
@@ -128,7 +137,6 @@ class Unit:
         self.from_l2 = (a if kernel.pair == "n" else a * self.sms) + (
             b if kernel.pair == "m" else b * self.sms
         )
-        self.instructions = kernel.issue / (4 * card.ipc)
 
     def begin(self, tile: Tile) -> None:
         self.tile, self.step = tile, 0
@@ -168,7 +176,7 @@ class Unit:
         share = min(1.0, tile.rows / (kernel.tile_m * (2 if kernel.pair == "m" else 1)))
         elements = kernel.tile_m * kernel.tile_n * share
         moved = elements * (problem.reads + problem.writes)
-        takes = max(self.instructions * share, moved / self.card.link_rate) + 300.0
+        takes = epilogue_cycles(problem, kernel, self.card, share)
         begin = self.multiplied
         if kernel.epilogue == "hidden":
             begin = max(begin, self.stored[1]) + kernel.pack

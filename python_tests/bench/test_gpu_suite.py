@@ -23,6 +23,7 @@ import bench_cuda_experts  # noqa: E402
 import calibrate  # noqa: E402
 import gpu_report  # noqa: E402
 import pack_gpu_suite  # noqa: E402
+import predict  # noqa: E402
 import trace_tiles  # noqa: E402
 import tune  # noqa: E402
 import tune_problems  # noqa: E402
@@ -215,10 +216,12 @@ def test_multicast_brings_two_blocks_what_each_loads_half_of():
 def test_the_trace_reads_records_back():
     made = trace_tiles.made_up(problem("dact"))
     found = trace_tiles.figures("dact", made)
-    assert found["step"] == 1024 and found["epilogue"] == 14000 and found["sms"] == 8
+    cycles = trace_tiles.PREDICTED
+    assert found["step"] == cycles["step"] and found["epilogue"] == cycles["epilogue"]["dact"]
+    assert found["sms"] == 8
     assert found["tiles"] == 2 * 8 * 6
     made[:, :2, :, trace_tiles.END] += 500 * (made[:, :2, :, trace_tiles.TIMER] != 0)
-    assert trace_tiles.figures("dact", made)["epilogue"] == 14500
+    assert trace_tiles.figures("dact", made)["epilogue"] == cycles["epilogue"]["dact"] + 500
     assert trace_tiles.figures("dact", made * 0)["tiles"] == 0
 
 
@@ -263,13 +266,26 @@ def test_the_report_sets_measured_beside_predicted(tmp_path, rehearsed, capsys, 
 
 def test_predictions_are_of_what_is_measured():
     layers, grouped = ({str(x) for x in some} for some in (LAYERS, tune_problems.GROUPED))
+    tiny = tune_problems.problems(tune_problems.TINY[0], "cpu")
+    products = {" ".join(filter(None, (p.op, p.of))) for p in tiny}
     assert set(gpu_report.PREDICTED["layers"]) == layers
     assert set(gpu_report.PREDICTED["products"]) == layers | grouped
     for shape, rates in gpu_report.PREDICTED["products"].items():
-        assert set(rates) == ({"forward"} if shape in grouped else set(tune_problems.OPS))
+        assert set(rates) == ({"forward"} if shape in grouped else products)
     quick = {f"T{s.T} H{s.H} F{s.F} E{s.E} K{s.K}" for s in bench_cuda_experts.shapes(quick=True)}
     whole = {f"T{s.T} H{s.H} F{s.F} E{s.E} K{s.K}" for s in bench_cuda_experts.shapes(quick=False)}
     assert layers <= whole and len(layers & quick) == 3
+
+
+def test_predictions_are_what_the_model_says_today():
+    """A shape of each kind: all take half a minute. `python bench/predict.py store` stores them."""
+    stored, layer = gpu_report.PREDICTED, LAYERS[3]
+    assert stored["cycles"] == predict.cycles() and stored["calibrate"] == predict.calibration()
+    assert stored["products"][str(layer)] == predict.of_products(layer)
+    assert stored["layers"][str(layer)] == predict.of_layer(layer)
+    for grouped in tune_problems.GROUPED[:1]:
+        assert stored["products"][str(grouped)] == predict.of_grouped(grouped)
+    assert json.loads(predict.in_lines(stored)) == stored
 
 
 # ---- the pack and the plan
