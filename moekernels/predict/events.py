@@ -9,6 +9,7 @@ of the later ones.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 from collections import OrderedDict
@@ -189,6 +190,7 @@ class Unit:
         return begin, moved * self.sms
 
 
+@functools.cache
 def predict(problem: Problem, kernel: Kernel, card: Card) -> Predicted:
     """The time of one launch. Beyond so many steps a tile, time grows by the same for each."""
     _, steps = total_work(problem, kernel)

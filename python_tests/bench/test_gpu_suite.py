@@ -228,7 +228,9 @@ def test_the_trace_reads_records_back():
 # ---- the report
 def test_the_report_sets_measured_beside_predicted(tmp_path, rehearsed, capsys, monkeypatch):
     line = {"op": "dact", "of": "", **tune.asdict(LAYERS[0]), "m": 131072, "n": 4096, "k": 2048}
-    line |= {"default_ms": 4.524, "best": {"ms": 4.0, "tflops": 550.0}}
+    stored, shape = gpu_report.PREDICTED, str(LAYERS[0])
+    rate = stored["products"][shape]["dact"][0]
+    line |= {"default_ms": 2e-9 * 131072 * 4096 * 2048 / rate, "best": {"ms": 4, "tflops": 550.0}}
     with (tmp_path / "tune.jsonl").open("a") as out:
         out.write(json.dumps(line) + '\n{"op": "dgr')  # cut off in the middle
     broken = {
@@ -241,23 +243,28 @@ def test_the_report_sets_measured_beside_predicted(tmp_path, rehearsed, capsys, 
     (tmp_path / "ladder.jsonl").write_text(json.dumps(broken) + "\n")
     (tmp_path / "clocks.csv").write_text("t, 1755, 690.5, 61, 0x4\nt, 345, 80, 40, 0x1\ncut")
     (tmp_path / "sections.txt").write_text("ladder rc=1 seconds=40\ntune rc=124 seconds=200\n")
-    shape = {**tune.asdict(LAYERS[0]), "routing": "balanced", "implementation": "ours"}
+    of_passes = {way: on[0] for way, on in stored["layers"][shape].items()}
+    at = {**tune.asdict(LAYERS[0]), "routing": "balanced", "implementation": "ours"}
     passes = [
-        {"op": "layer forward", "us": 1000, "tflops": 563.0, **shape},
-        {"op": "layer forward, backward", "us": 3500, "tflops": 482.6, **shape},
-        {"op": "layer forward", "us": 1, "tflops": 9.0, **shape, "routing": "zipf"},
+        {"op": "layer forward", "us": 1000, "tflops": of_passes["forward"], **at},
+        {"op": "layer forward, backward", "us": 3500, "tflops": 0.0, **at},
+        {"op": "layer forward", "us": 1, "tflops": 9.0, **at, "routing": "zipf"},
     ]
     text = "".join(json.dumps(row) + "\n" for row in passes)
     (tmp_path / "experts.jsonl").write_text(text + '{"op": "layer f')  # cut off, too
     monkeypatch.setattr(sys, "argv", ["gpu_report", str(tmp_path)])
     assert gpu_report.main() == 0
     said = capsys.readouterr().out
-    line = "  dact T32768 H2048 F4096 E64 K4 TFLOP/s                  486      486    1.00\n"
-    assert line in said
-    for name, predicted, measured in (("forward", 563, 563), ("backward", 559, 450)):
-        what = f"layer {name} T32768 H2048 F4096 E64 K4 TFLOP/s"
+    # The backward's operations are twice the forward's, its time what both take without that.
+    backward = 2 * of_passes["forward"] * 1000 / (3500 - 1000)
+    for what, predicted, measured in (
+        ("dact", rate, rate),
+        ("layer forward", of_passes["forward"], of_passes["forward"]),
+        ("layer backward", of_passes["backward"], backward),
+    ):
+        text = f"{what} {shape} TFLOP/s"
         ratio = measured / predicted
-        assert f"  {what:50}{predicted:9}{measured:9}{ratio:8.2f}\n" in said
+        assert f"  {text:50}{predicted:9}{measured:9.0f}{ratio:8.2f}\n" in said
     assert "ring (sass) hang" in said and "look: there" in said
     assert "busy: 1755 MHz" in said and "TIMED OUT" in said and "0 of 1 rungs hold" in said
     report = json.loads((tmp_path / "gpu_suite.json").read_text())

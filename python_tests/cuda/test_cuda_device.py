@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moekernels import interop, ops
 from python_tests.support import emulated
-from python_tests.support.contract import assert_same, evaluate, hold
+from python_tests.support.contract import agree, assert_same, evaluate, hold
 from python_tests.support.device import no_waiting, on_device, to_cpu
 from python_tests.support.spec import all_specs, randn, random_ids
 
@@ -41,16 +41,6 @@ def test_values_and_gradients(spec, dtype, case):
         second = evaluate(spec.fn, spec, inputs)
     assert_same(first, second)
     hold(spec, case.inputs, to_cpu(first))
-
-
-def agree(spec, inputs: dict, one: tuple, other: tuple) -> None:
-    """Two machines' results of one source: alike where the op is exact; else both as close to fp64
-    as the contract asks, since right results may lie further apart than any fixed tolerance."""
-    if spec.exact:
-        assert_same(one, other)
-        return
-    hold(spec, inputs, one)
-    hold(spec, inputs, other)
 
 
 @pytest.mark.skipif(emulated.why_not() is not None, reason=emulated.why_not() or "")

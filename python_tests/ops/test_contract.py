@@ -21,6 +21,7 @@ from moekernels import ops
 from moekernels.ops._library import raw
 from python_tests.support.contract import (
     SPECS,
+    agree,
     assert_same,
     each,
     each_spec,
@@ -28,8 +29,10 @@ from python_tests.support.contract import (
     hold,
     moe_layer,
     same_bits,
+    spec_of,
     tensors,
 )
+from python_tests.support.products import ffn
 from python_tests.support.spec import Case, OpSpec, randn
 
 ROOT = Path(__file__).parents[2]
@@ -187,6 +190,22 @@ def test_isa_is_the_one_asked_for():
 
 
 @pytest.mark.skipif("MOEKERNELS_ISA" in os.environ, reason="runs inside the test of another level")
+def test_right_results_agree_however_far_apart_and_a_wrong_element_does_not():
+    """What the tests on a GPU ask of two machines: a fixed tolerance would raise false alarms."""
+    spec, inputs = spec_of("experts"), ffn(torch.float16, 24, 40, 9, 2, 2)
+    ours, plain = (evaluate(fn, spec, inputs) for fn in (spec.fn, spec.reference))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(ours[0][0], plain[0][0])
+    agree(spec, inputs, ours, plain)
+    for wrong in (ours[0][0], ours[1]["w1"]):
+        right = wrong.clone()
+        wrong.view(-1)[7] += 0.2 * wrong.abs().max()
+        for one, other in ((ours, plain), (plain, ours)):
+            with pytest.raises(AssertionError, match="of the error"):
+                agree(spec, inputs, one, other)
+        wrong.copy_(right)
+
+
 @pytest.mark.parametrize("level", LEVELS[:-1])
 def test_isa_level(level):
     """The kernels of each lower ISA level; above avx512 only the products in bf16 differ."""
