@@ -3,53 +3,12 @@ touch, and used. Nothing else may list an op, a schedule, a dispatcher."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("moekernels", "csrc", "python_tests", "docs")
-
-
-class Tree:
-    """A copy of the tree that notes which files were written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.touched = path, []
-        for folder in COPIED:
-            ignored = shutil.ignore_patterns("__pycache__", "*.so", ".*")
-            shutil.copytree(ROOT / folder, path / folder, ignore=ignored)
-        for library in (ROOT / "moekernels").glob("*.so"):
-            (path / "moekernels" / library.name).symlink_to(library)
-
-    def new(self, name: str, text: str) -> None:
-        assert not (self.path / name).exists()
-        (self.path / name).write_text(text)
-        self.touched.append(name)
-
-    def insert(self, name: str, before: str, text: str) -> None:
-        """`text` in front of the one place where `before` stands."""
-        old = (self.path / name).read_text()
-        assert old.count(before) == 1, f"{name}: {before!r}"
-        (self.path / name).write_text(old.replace(before, text + before))
-        self.touched.append(name)
-
-    def run(self, program: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(self.path)}
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=self.path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return done.stdout
+from python_tests.support.toys import COMPILER, ROOT, Tree
 
 
 @pytest.fixture
@@ -201,17 +160,21 @@ def test_an_op_is_six_files_and_its_cases(tree):
     tree.new("moekernels/ops/negate.py", OP)
     text = "def negate(x: Tensor) -> Tensor:\n    return -x\n\n\n"
     tree.insert("moekernels/reference.py", "def grouped_gemm(rows", text)
-    assert len(tree.touched) == 6
+    assert tree.files == 6
     tree.new("python_tests/support/cases/negate.py", CASES)
     tree.run(USE_OP)
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler:  # and the CPU kernel is one, found by CMake's own pattern
-        assert (
-            "GLOB cpu_sources CONFIGURE_DEPENDS csrc/cpu/*.cpp"
-            in (ROOT / "CMakeLists.txt").read_text()
-        )
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    if COMPILER:  # and the CPU kernel is one, found by CMake's own pattern
+        assert "GLOB cpu_sources CONFIGURE_DEPENDS csrc/cpu/*.cpp" in cmake
         flags = ["-std=c++20", "-fsyntax-only", "-DMOEKERNELS_ISA=generic", "-Icsrc/include"]
-        subprocess.run([compiler, *flags, "csrc/cpu/negate.cpp"], cwd=tree.path, check=True)
+        subprocess.run([COMPILER, *flags, "csrc/cpu/negate.cpp"], cwd=tree.path, check=True)
+    if shutil.which("cmake"):  # the sanitizers take its kernel, and no product
+        assert "include(csrc/simt/stems.cmake)" in cmake
+        command = ["cmake", "-P", "csrc/simt/stems.cmake"]
+        told = subprocess.run(command, cwd=tree.path, capture_output=True, text=True, check=True)
+        stems = told.stdout.split()[-1].split(";")
+        assert "negate" in stems and "gate" in stems
+        assert not {"experts", "grouped_gemm", "state_sm90"} & set(stems)
 
 
 USE_SCHEDULE = """
@@ -234,7 +197,7 @@ assert verify_layout({"pp": 2}, [Variant("eager", steps=1)], "fp64", "cpu") == 0
 def test_a_schedule_is_one_file(tree):
     entry = '    "eager": ScheduleKind(lambda rank, stages, groups, virtual: stages - rank),\n'
     tree.insert("moekernels/pipeline/schedule.py", '    "interleaved": ScheduleKind(', entry)
-    assert len(tree.touched) <= 2
+    assert tree.files <= 2
     assert "eager, 8 experts" in tree.run(USE_SCHEDULE)
 
 
@@ -273,5 +236,5 @@ def test_a_dispatcher_is_two_files(tree):
         nn, '    "all_gather": AllGatherDispatcher,', '    "reversed": ReversedDispatcher,\n'
     )
     tree.insert(model, "def choose(kind: str", 'WAYS["reversed"] = ALL_GATHER\n\n\n')
-    assert len(set(tree.touched)) <= 3
+    assert tree.files <= 3
     assert "1 steps, reversed" in tree.run(USE_DISPATCHER)

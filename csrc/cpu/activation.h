@@ -1,4 +1,5 @@
-// The functions behind the experts' nonlinearities (moekernels/activation.h), on vectors.
+// The functions behind the experts' nonlinearities and the router's scores
+// (moekernels/activation.h, score.h), on vectors.
 #pragma once
 
 #include "moekernels/activation.h"
@@ -42,6 +43,10 @@ struct Math {
   static Vec<S> exp(Vec<S> x) { return MOEKERNELS_ISA::exp(x); }
   static Vec<S> erf(Vec<S> x) { return MOEKERNELS_ISA::erf(x); }
   static Vec<S> sigmoid(Vec<S> x) { return MOEKERNELS_ISA::sigmoid<S>(x); }
+  static Vec<S> sqrt_softplus(Vec<S> x) { return MOEKERNELS_ISA::sqrt_softplus<S>(x); }
+  static Vec<S> sqrt_softplus_slope(Vec<S> x, Vec<S> value) {
+    return MOEKERNELS_ISA::sqrt_softplus_slope<S>(x, value);
+  }
 };
 
 }  // namespace moekernels::cpu::MOEKERNELS_ISA

@@ -5,8 +5,9 @@
 #include <cstdlib>
 #include <new>
 
+#include "activation.h"
+#include "moekernels/score.h"
 #include "topk.h"
-#include "vmath.h"
 
 namespace moekernels::cpu::MOEKERNELS_ISA {
 namespace {
@@ -81,14 +82,15 @@ double soften(const W* x, W top, W* softmax, int64_t padded) {
   return double(top) + ::log(double(sum));
 }
 
-// sigmoid or sqrt(softplus) of x, zero behind the experts; returns their sum, at least kTiny.
+// Own scores of x, zero behind the experts; returns their sum, at least kTiny.
 template <class W>
-W score_each(const W* x, bool is_sigmoid, W* scores, int64_t experts, int64_t padded) {
+W score_each(GateScore score, const W* x, W* scores, int64_t experts, int64_t padded) {
   constexpr int64_t lanes = kLanes<W>;
-  for (int64_t e = 0; e < padded; e += lanes) {
-    const Vec<W> v = load(x + e);
-    store(scores + e, is_sigmoid ? sigmoid<W>(v) : sqrt_softplus<W>(v));
-  }
+  with_own_score(score, [&](auto kind) {
+    for (int64_t e = 0; e < padded; e += lanes) {
+      store(scores + e, score_of<kind.value, Math<W>>(load(x + e)));
+    }
+  });
   for (int64_t e = experts; e < padded; ++e) scores[e] = 0;
   Vec<W> total = {};
   for (int64_t e = 0; e < padded; e += lanes) total += load(scores + e);
@@ -109,8 +111,8 @@ template <class T, class W>
 Scored<W> score_token(GateScore score, const T* logits, int64_t experts, Buffers<W>& b) {
   const W top = widen(logits, b.x, experts);
   const double lse = soften(b.x, top, b.softmax, b.padded);
-  if (is_independent(score)) {
-    const W total = score_each(b.x, score == GateScore::sigmoid, b.scores, experts, b.padded);
+  if (is_own(score)) {
+    const W total = score_each(score, b.x, b.scores, experts, b.padded);
     return {lse, b.scores, b.scores, total};
   }
   const W* choice = score == GateScore::softmax_topk ? b.x : b.softmax;
@@ -303,7 +305,7 @@ void from_score_sum(const GateBackwardArgs& args, const W* dsum, const Scored<W>
   std::memset(dscores, 0, b.padded * sizeof(W));
   if (dsum == nullptr) return;
   std::memcpy(dscores, dsum, args.experts * sizeof(W));
-  if (!is_independent(args.score)) return;  // they add up to one as they are
+  if (!is_own(args.score)) return;  // they add up to one as they are
   const W total = scored.total;
   Vec<W> dots = {};
   for (int64_t e = 0; e < b.padded; e += lanes) dots += load(dscores + e) * load(scored.shares + e);
@@ -324,14 +326,15 @@ void from_weights(const GateBackwardArgs& args, int64_t t, const W* scores, Buff
 
 // dscores becomes dlogits, where each score is a function of its own logit.
 template <class W>
-void through_each(bool is_sigmoid, W dlse, Buffers<W>& b) {
+void through_each(GateScore score, W dlse, Buffers<W>& b) {
   constexpr int64_t lanes = kLanes<W>;
   W* dscores = b.dscores;
-  for (int64_t e = 0; e < b.padded; e += lanes) {
-    const Vec<W> s = load(b.scores + e), one = Vec<W>{} + 1;
-    const Vec<W> slope = is_sigmoid ? s * (one - s) : sqrt_softplus_slope<W>(load(b.x + e), s);
-    store(dscores + e, load(dscores + e) * slope + dlse * load(b.softmax + e));
-  }
+  with_own_score(score, [&](auto kind) {
+    for (int64_t e = 0; e < b.padded; e += lanes) {
+      const Vec<W> slope = score_slope<kind.value, Math<W>, W>(load(b.x + e), load(b.scores + e));
+      store(dscores + e, load(dscores + e) * slope + dlse * load(b.softmax + e));
+    }
+  });
 }
 
 // dscores becomes dlogits, where the scores are the softmax.
@@ -375,8 +378,8 @@ void backward_token(const GateBackwardArgs& args, int64_t t, const SegmentGradie
   if (has_weights) from_weights(args, t, scored.choice, b);
   if (has_weights && !of_logits) add_chosen();
   const W dlse = static_cast<W>(2 * d.z * scored.lse);
-  if (is_independent(args.score)) {
-    through_each(args.score == GateScore::sigmoid, dlse, b);
+  if (is_own(args.score)) {
+    through_each(args.score, dlse, b);
   } else {
     through_softmax(dlse, b);
   }

@@ -165,7 +165,7 @@ __device__ void route_token(const GateArgs& args, int64_t t, bool exists, bool v
                             const TeamShared& shared, TeamSums<Tm>& sums) {
   const int experts = static_cast<int>(args.experts), top_k = static_cast<int>(args.top_k);
   const bool soft_topk = args.score == GateScore::softmax_topk;
-  const bool independent = is_independent(args.score);
+  const bool own = is_own(args.score);
   const bool by_score = args.bias != nullptr || (args.num_groups > 1 && args.sum_two);
   const float* bias = static_cast<const float*>(args.bias);
   const bool live = exists && (args.valid == nullptr || args.valid[t]);
@@ -173,16 +173,16 @@ __device__ void route_token(const GateArgs& args, int64_t t, bool exists, bool v
   load_logits<Tm>(args.logits, args.dtype, {t, experts, live, vector}, x);
   const float lse = soften<Tm>(x, softmax, shared.scratch);
   float divisor = 1;
-  if (independent) {
-    divisor = score<Tm>(x, args.score == GateScore::sigmoid, experts, scores, shared.scratch);
+  if (own) {
+    divisor = score<Tm>(x, args.score, experts, scores, shared.scratch);
   }
   const float factor = 1.0f / divisor;
   uint32_t keys[Tm::values];
 #pragma unroll
   for (int i = 0; i < Tm::values; ++i) {
     const int e = Tm::expert(i);
-    if (live) sums.scores[i] += independent ? scores[i] * factor : softmax[i];
-    if (!independent) scores[i] = soft_topk ? x[i] : softmax[i];
+    if (live) sums.scores[i] += own ? scores[i] * factor : softmax[i];
+    if (!own) scores[i] = soft_topk ? x[i] : softmax[i];
     const float key =
         by_score ? scores[i] + (bias != nullptr && e < experts ? bias[e] : 0.0f) : x[i];
     keys[i] = e < experts ? key_of(key) : kGone;

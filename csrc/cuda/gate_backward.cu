@@ -55,7 +55,7 @@ struct SegmentGradients {
 template <class Tm>
 struct Token {
   float x[Tm::values], softmax[Tm::values], scores[Tm::values];
-  float lse, total;  // total: of independent scores
+  float lse, total;  // total: of own scores
   const int32_t* ids;
   bool live;
   float *chosen, *dchosen;  // [K], shared
@@ -63,16 +63,16 @@ struct Token {
 
 // d: the gradients of the scores from those of the score sums, through the division by the total.
 template <class Tm>
-__device__ void from_score_sum(const float* dsum, int experts, bool independent,
-                               const Token<Tm>& token, uint32_t* scratch, float (&d)[Tm::values]) {
+__device__ void from_score_sum(const float* dsum, int experts, bool own, const Token<Tm>& token,
+                               uint32_t* scratch, float (&d)[Tm::values]) {
   float dot = 0;
 #pragma unroll
   for (int i = 0; i < Tm::values; ++i) {
     const int e = Tm::expert(i);
     d[i] = dsum != nullptr && e < experts ? dsum[e] : 0.0f;
-    if (independent) dot += d[i] * token.scores[i];
+    if (own) dot += d[i] * token.scores[i];
   }
-  if (!independent) return;
+  if (!own) return;
   dot = Tm::sum(dot, scratch);
   dot = token.total > kTiny ? dot / token.total : 0.0f;
 #pragma unroll
@@ -119,9 +119,8 @@ __global__ void __launch_bounds__(kGateThreads<Tm>)
   __shared__ uint32_t scratch[4];
   const int experts = static_cast<int>(args.experts), top_k = static_cast<int>(args.top_k);
   const int team = Tm::team_of_block();
-  const bool is_sigmoid = args.score == GateScore::sigmoid;
   const bool soft_topk = args.score == GateScore::softmax_topk;
-  const bool independent = is_independent(args.score), has_weights = args.dweights != nullptr;
+  const bool own = is_own(args.score), has_weights = args.dweights != nullptr;
 
   const int64_t t = static_cast<int64_t>(blockIdx.x) * kTeams<Tm> + team;
   const bool inside_batch = t < args.tokens;
@@ -136,8 +135,8 @@ __global__ void __launch_bounds__(kGateThreads<Tm>)
   load_logits<Tm>(args.logits, args.dtype, {t, experts, token.live, vector}, token.x);
   token.lse = soften<Tm>(token.x, token.softmax, scratch);
   token.total = 1;
-  if (independent) {
-    token.total = score<Tm>(token.x, is_sigmoid, experts, token.scores, scratch);
+  if (own) {
+    token.total = score<Tm>(token.x, args.score, experts, token.scores, scratch);
   } else {
 #pragma unroll
     for (int i = 0; i < Tm::values; ++i) {
@@ -146,18 +145,19 @@ __global__ void __launch_bounds__(kGateThreads<Tm>)
   }
 
   float d[Tm::values];
-  from_score_sum<Tm>(dsums.scores, experts, independent, token, scratch, d);
+  from_score_sum<Tm>(dsums.scores, experts, own, token, scratch, d);
   if (has_weights) from_weights<Tm>(args, t, token);
   if (has_weights && !soft_topk) add_chosen<Tm>(token, top_k, d);
   // To the logits. The weights of softmax_topk are functions of the chosen logits themselves.
   const float dlse = 2 * dsums.z * token.lse;
-  if (independent) {
+  if (own) {
+    with_own_score(args.score, [&](auto kind) {
 #pragma unroll
-    for (int i = 0; i < Tm::values; ++i) {
-      const float s = token.scores[i];
-      const float slope = is_sigmoid ? s * (1 - s) : sqrt_softplus_slope(token.x[i], s);
-      d[i] = d[i] * slope + dlse * token.softmax[i];
-    }
+      for (int i = 0; i < Tm::values; ++i) {
+        const float slope = score_slope<kind.value, ScoreMath, float>(token.x[i], token.scores[i]);
+        d[i] = d[i] * slope + dlse * token.softmax[i];
+      }
+    });
   } else {
     float dot = 0;
 #pragma unroll

@@ -11,6 +11,7 @@ from moekernels.model.decoder import DecoderSpec
 from moekernels.model.experts import one_expert
 from moekernels.model.layout import Layout
 from moekernels.model.rotary import RotarySpec, frequencies
+from moekernels.model.router import SCORES
 from moekernels.nn import loss as loss_module
 from moekernels.nn.attention import causal_attention
 from moekernels.nn.home import Home
@@ -140,7 +141,7 @@ def test_cross_entropy_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -
     assert products == 4 * chunks  # evaluation makes no gradients
 
 
-@pytest.mark.parametrize("score", ["softmax", "softmax_topk", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("score", SCORES)
 def test_replayed_choices_give_the_gates_own_weights(score: str) -> None:
     """Replaying what the gate chose, but as if it had not, changes no gradient."""
     config = variant(score=score, renormalize=True, scale=1.5)
@@ -259,7 +260,7 @@ def test_activations(activation: str) -> None:
         ({"num_heads": 6}, "num_kv_heads 4 does not divide num_heads 6"),
         ({"head_dim": 5}, "rotary positions need it even"),
         ({"activation": "gelu"}, "but the experts are gated"),
-        ({"score": "argmax"}, "use one of softmax, softmax_topk, sigmoid, sqrtsoftplus"),
+        ({"score": "argmax"}, f"use one of {', '.join(SCORES)}"),
         ({"num_groups": 3}, "groups of experts cannot be kept"),
         ({"num_groups": 8}, "exceeds the 1 experts of the kept groups"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),

@@ -19,9 +19,7 @@ from python_tests.support.spec import FLOATS, wide
 
 DRAWS = 24  # of each op
 SIZES = (0, 1, 1, 2, 3, 5, 8, 16, 17, 31, 33, 64, 70, 129)
-GATED = ("swiglu", "geglu", "reglu", "swiglu_oai", "swiglu_clamped")
 KINKED = ("reglu", "relu2", "swiglu_oai", "swiglu_clamped")  # a derivative that jumps
-SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 
 
 class Draw(random.Random):
@@ -143,8 +141,8 @@ def grouped_gemm_wgrad(d: Draw, dtype: torch.dtype) -> dict:
 
 def experts(d: Draw, dtype: torch.dtype) -> dict:
     ids, count, routing = d.routing()
-    hidden, ffn, activation = d.size(), d.size(), d.choice((*GATED, "relu2", "silu", "gelu"))
-    width = ffn * (2 if activation in GATED else 1)
+    hidden, ffn, activation = d.size(), d.size(), d.choice((*reference.GATED, *reference.UNGATED))
+    width = ffn * (2 if activation in reference.GATED else 1)
     transposed, seen = d.maybe(), d.maybe()
     shapes = (count, width, hidden), (count, hidden, ffn)
     if transposed:
@@ -159,7 +157,7 @@ def experts(d: Draw, dtype: torch.dtype) -> dict:
         "offsets": routing.offsets,
         "activation": activation,
         "transposed": transposed,
-        "interleaved": activation in GATED and d.maybe(),
+        "interleaved": activation in reference.GATED and d.maybe(),
         "recompute": d.maybe(),
         "limit": d.choice((0.5, 7.0)),
     }
@@ -177,7 +175,7 @@ def gate(d: Draw, dtype: torch.dtype) -> dict:
     inputs = {
         "logits": (d.whole(-24, 25, tokens, groups * each) / 8).to(dtype),
         "top_k": d.randint(1, min(kept * each, 9)),
-        "score": d.choice(SCORES),
+        "score": d.choice(list(reference.SCORES)),
         "num_groups": groups,
         "groups_kept": kept,
         "group_score": d.choice(("max", "sum2")),

@@ -17,8 +17,7 @@ from python_tests.support.contract import evaluate, hold, lift
 from python_tests.support.spec import all_specs, randn, wide
 
 SPECS = {spec.name: spec for spec in all_specs()}
-UNGATED = ("relu2", "silu", "gelu")
-ACTIVATIONS = (*reference.GATED, *UNGATED)
+ACTIVATIONS = (*reference.GATED, *reference.UNGATED)
 BACKENDS = [
     pytest.param(nullcontext, id="cpu"),
     pytest.param(
@@ -111,7 +110,7 @@ def products(dtype: torch.dtype) -> Iterator[tuple[str, str, dict]]:
 
 def expert_inputs(dtype, *, T, K, H, F, E, activation="swiglu", transposed=False, **options):
     _, routing = routing_without(T, K, E)
-    width = F if activation in UNGATED else 2 * F
+    width = F if activation in reference.UNGATED else 2 * F
     w1, w2 = randn(dtype, E, width, H, seed=1), randn(dtype, E, H, F, seed=2)
     if transposed:
         w1, w2 = w1.transpose(1, 2).contiguous(), w2.transpose(1, 2).contiguous()
@@ -148,7 +147,7 @@ def at_gate_and_up(dtype: torch.dtype, values: tuple[float, ...], activation: st
         torch.finfo(dtype).min, torch.finfo(dtype).max
     )
     gate = torch.where(torch.tensor(values).isinf(), torch.tensor(values).double(), gate)
-    h = gate[:, None] if activation in UNGATED else torch.cartesian_prod(gate, gate)
+    h = gate[:, None] if activation in reference.UNGATED else torch.cartesian_prod(gate, gate)
     rows = len(h)
     return {
         "x": torch.zeros(rows, 1, dtype=dtype),
@@ -209,7 +208,7 @@ def test_sqrt_softplus_far_below_zero(backend, renormalize):
         torch.testing.assert_close(ours[0][0], torch.tensor([0.5, 0.5]))
 
 
-@pytest.mark.parametrize("score", ["softmax", "softmax_topk", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("score", reference.SCORES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rank_of_not_a_number(backend, score):
     """NaN ranks as +infinity does, the smaller id first; with a bias the scores rank, which NaN

@@ -99,7 +99,7 @@ def test_gate(data):
     experts = groups * data.draw(st.integers(1, 9))
     kept = data.draw(st.integers(1, groups))
     options = {
-        "score": data.draw(st.sampled_from(["softmax", "softmax_topk", "sigmoid", "sqrtsoftplus"])),
+        "score": data.draw(st.sampled_from(list(reference.SCORES))),
         "num_groups": groups,
         "groups_kept": kept,
         "group_score": data.draw(st.sampled_from(["max", "sum2"])),

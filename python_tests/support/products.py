@@ -29,7 +29,7 @@ def ffn(dtype, hidden: int, width: int, tokens: int, experts: int, top_k: int, *
     """Inputs of experts, rows seen through a routing with unused rows."""
     routing = reference.route(random_ids(tokens, experts, top_k), experts, alignment=4)
     rows = routing.token_of.shape[0]
-    gates = 1 if options.get("activation") in ("relu2", "silu", "gelu") else 2
+    gates = 1 if options.get("activation") in reference.UNGATED else 2
     w1 = randn(dtype, experts, gates * width, hidden, seed=1, scale=hidden**-0.5)
     w2 = randn(dtype, experts, hidden, width, seed=2, scale=width**-0.5)
     if options.get("transposed"):

@@ -2,7 +2,9 @@
 // scores, weights.
 #pragma once
 
+#include "activation.cuh"
 #include "moekernels/gate.h"
+#include "moekernels/score.h"
 #include "team.cuh"
 #include "vec.cuh"
 
@@ -103,32 +105,34 @@ __device__ float soften(const float (&x)[Tm::values], float (&p)[Tm::values], ui
   return top + logf(total);
 }
 
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// What the shared formulas of scores ask of the device.
+struct ScoreMath : Math {
+  // Below this softplus is exp to rounding, and its square root exp(x / 2), which has a value where
+  // exp itself has none.
+  static constexpr float kFarBelow = -18.0f;
 
-// Below this softplus is exp to rounding, and its square root exp(x / 2), which has a value where
-// exp itself has none.
-constexpr float kFarBelow = -18.0f;
+  __device__ static float sqrt_softplus(float x) {
+    return x < kFarBelow ? expf(0.5f * x) : sqrtf(x > 20.0f ? x : log1pf(expf(x)));
+  }
+  // The slope of sqrt_softplus at x, given its value there.
+  __device__ static float sqrt_softplus_slope(float x, float value) {
+    return x < kFarBelow ? 0.5f * value : sigmoid(x) / (2 * value);
+  }
+};
 
-__device__ inline float sqrt_softplus(float x) {
-  return x < kFarBelow ? expf(0.5f * x) : sqrtf(x > 20.0f ? x : log1pf(expf(x)));
-}
-
-// The slope of sqrt_softplus at x, given its value there.
-__device__ inline float sqrt_softplus_slope(float x, float value) {
-  return x < kFarBelow ? 0.5f * value : sigmoid(x) / (2 * value);
-}
-
-// s: sigmoid or sqrt(softplus) of x, zero past the experts; returns their sum, at least kTiny.
+// s: own scores of x, zero past the experts; returns their sum, at least kTiny.
 template <class Tm>
-__device__ float score(const float (&x)[Tm::values], bool is_sigmoid, int64_t experts,
+__device__ float score(const float (&x)[Tm::values], GateScore kind, int64_t experts,
                        float (&s)[Tm::values], uint32_t* scratch) {
   float total = 0;
+  with_own_score(kind, [&](auto own) {
 #pragma unroll
-  for (int i = 0; i < Tm::values; ++i) {
-    const float value = is_sigmoid ? sigmoid(x[i]) : sqrt_softplus(x[i]);
-    s[i] = Tm::expert(i) < experts ? value : 0.0f;
-    total += s[i];
-  }
+    for (int i = 0; i < Tm::values; ++i) {
+      const float value = score_of<own.value, ScoreMath>(x[i]);
+      s[i] = Tm::expert(i) < experts ? value : 0.0f;
+      total += s[i];
+    }
+  });
   total = Tm::sum(total, scratch);
   return total < kTiny ? kTiny : total;
 }

@@ -25,19 +25,22 @@ MOEKERNELS_BOTH constexpr bool is_gated(Activation activation) {
   constexpr int kGated = MOEKERNELS_GATED_ACTIVATIONS(MOEKERNELS_ONE);
   return static_cast<int>(activation) < kGated;
 }
-#undef MOEKERNELS_ONE
 
 // The registers of scores, and of what a group of experts ranks by: its best choice score, or the
-// sum of its two best.
-#define MOEKERNELS_GATE_SCORES(X) X(softmax) X(softmax_topk) X(sigmoid) X(sqrtsoftplus)
+// sum of its two best. Own scores are functions of their own logit alone, rather than of a token's
+// all; their formulas are in score.h.
+#define MOEKERNELS_JOINT_SCORES(X) X(softmax) X(softmax_topk)
+#define MOEKERNELS_OWN_SCORES(X) X(sigmoid) X(sqrtsoftplus)
+#define MOEKERNELS_GATE_SCORES(X) MOEKERNELS_JOINT_SCORES(X) MOEKERNELS_OWN_SCORES(X)
 #define MOEKERNELS_GROUP_SCORES(X) X(max) X(sum2)
 
 enum class GateScore : int { MOEKERNELS_GATE_SCORES(MOEKERNELS_ENTRY) };
 inline constexpr const char* kGateScores[] = {MOEKERNELS_GATE_SCORES(MOEKERNELS_NAME)};
-// Scores that are functions of their own logit alone, rather than of a token's all.
-MOEKERNELS_BOTH inline bool is_independent(GateScore score) {
-  return score == GateScore::sigmoid || score == GateScore::sqrtsoftplus;
+MOEKERNELS_BOTH constexpr bool is_own(GateScore score) {
+  constexpr int kJoint = MOEKERNELS_JOINT_SCORES(MOEKERNELS_ONE);
+  return static_cast<int>(score) >= kJoint;
 }
+#undef MOEKERNELS_ONE
 enum class GroupScore : int { MOEKERNELS_GROUP_SCORES(MOEKERNELS_ENTRY) };
 inline constexpr const char* kGroupScores[] = {MOEKERNELS_GROUP_SCORES(MOEKERNELS_NAME)};
 

@@ -105,10 +105,10 @@ def _sized(tokens: int) -> dict:
 def _messages():
     x, weights, offsets = torch.zeros(6, 4), torch.zeros(6), torch.tensor([0, 2, 6])
     w1, w2 = torch.zeros(2, 10, 4), torch.zeros(2, 4, 5)
+    names = [*reference.GATED, *reference.UNGATED]
     yield (
         lambda: experts(x, weights, w1, w2, offsets, activation="tanh"),
-        "experts: activation must be swiglu|geglu|reglu|swiglu_oai|swiglu_clamped|relu2|silu|gelu, "
-        "got 'tanh'",
+        f"experts: activation must be {'|'.join(names)}, got 'tanh'",
     )
     yield (
         lambda: experts(x, weights, w1[:, :9], w2, offsets),

@@ -99,7 +99,7 @@ def _messages():
     )
     yield (
         lambda: gate(x, 2, score="tanh"),
-        "gate: score must be softmax|softmax_topk|sigmoid|sqrtsoftplus, got 'tanh'",
+        f"gate: score must be {'|'.join(reference.SCORES)}, got 'tanh'",
     )
     yield (
         lambda: gate(x, 2, group_score="mean"),
