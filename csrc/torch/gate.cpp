@@ -100,11 +100,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(const Gating& gating,
   Tensor z_sum = empty({num_segments}, wide_dtype, logits);
   std::vector<double> sums(chunks.size() * (experts + 1));
   std::vector<int64_t> chunk_counts(chunks.size() * experts);
-  int64_t scratch_bytes = 0;
+  OptionalTensor scratch;
   if constexpr (kWithCuda) {
-    if (on_cuda(logits)) scratch_bytes = cuda::gate_scratch_bytes(tokens, experts, num_segments);
+    if (on_cuda(logits)) {
+      const int64_t bytes = cuda::gate_scratch_bytes(tokens, experts, num_segments);
+      scratch = empty({bytes}, ScalarType::Byte, logits);
+    }
   }
-  Tensor scratch = empty({scratch_bytes}, ScalarType::Byte, logits);
   const GateArgs args{
       .logits = logits.const_data_ptr(),
       .bias = pointer_of(gating.bias),
@@ -117,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate(const Gating& gating,
       .chunk_scores = sums.data(),
       .chunk_z = sums.data() + chunks.size() * experts,
       .chunk_counts = chunk_counts.data(),
-      .scratch = scratch.mutable_data_ptr(),
+      .scratch = scratch ? scratch->mutable_data_ptr() : nullptr,
       .score_sum = score_sum.mutable_data_ptr(),
       .counts = counts.mutable_data_ptr<int64_t>(),
       .z_sum = z_sum.mutable_data_ptr(),

@@ -36,8 +36,9 @@ std::string device_of(const Tensor& t) {
 }
 
 void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  check(t.is_cpu() == like.is_cpu() && (t.is_cpu() || t.get_device() == like.get_device()), op,
-        ": ", name, " must be on ", device_of(like), " like the first argument, got ",
+  const bool on_cpu = t.is_cpu();
+  if (on_cpu == like.is_cpu() && (on_cpu || t.get_device() == like.get_device())) return;
+  check(false, op, ": ", name, " must be on ", device_of(like), " like the first argument, got ",
         device_of(t));
 }
 
@@ -52,8 +53,9 @@ void check_tensor(const char* op, const char* name, const Tensor& t,
       ++i;
     }
   }
+  const ScalarType dtype = t.scalar_type();
   bool dtype_ok = false;
-  for (ScalarType d : dtypes) dtype_ok = dtype_ok || t.scalar_type() == d;
+  for (ScalarType d : dtypes) dtype_ok = dtype_ok || dtype == d;
   if (!ok || !dtype_ok) {
     std::string wanted;
     for (ScalarType d : dtypes) wanted += (wanted.empty() ? "" : "|") + std::string(name_of(d));
@@ -65,8 +67,7 @@ void check_tensor(const char* op, const char* name, const Tensor& t,
       if (axis.length >= 0) wanted += "=" + std::to_string(axis.length);
       first = false;
     }
-    check(false, op, ": ", name, " must be ", wanted, "], got ", name_of(t.scalar_type()), " ",
-          shape_of(t));
+    check(false, op, ": ", name, " must be ", wanted, "], got ", name_of(dtype), " ", shape_of(t));
   }
   if (!t.is_contiguous()) {
     std::string strides = "[";
@@ -75,7 +76,7 @@ void check_tensor(const char* op, const char* name, const Tensor& t,
     }
     check(false, op, ": ", name, " must be contiguous, got strides ", strides, "]");
   }
-  check(t.scalar_type() != ScalarType::Double || !on_cuda(t), op, ": ", name,
+  check(dtype != ScalarType::Double || !on_cuda(t), op, ": ", name,
         " is float64, which the CPU alone computes; give float32, bfloat16 or float16 on CUDA");
   if (like != nullptr) check_device(op, name, t, *like);
 }
@@ -89,17 +90,29 @@ DType dtype_of(const Tensor& t) {
   }
 }
 
+// By torch's C function, as the stable ABI's own new_empty looks its op up by name in every call.
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) {
-  std::optional<Tensor> made;
-  try {
-    made = torch::stable::new_empty(like, shape, dtype);
-  } catch (const std::exception&) {  // the stable ABI hands on that a call failed, not why
+  constexpr size_t kMostAxes = 8;  // more than any op makes
+  int64_t strides[kMostAxes] = {};
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    const int64_t size = shape.begin()[i];
+    stride *= size > 0 ? size : 1;
+  }
+  int32_t kind = 0, index = 0;
+  AtenTensorHandle made = nullptr;
+  aoti_torch_get_device_type(like.get(), &kind);
+  aoti_torch_get_device_index(like.get(), &index);
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides, code,
+                               kind, index, &made) != 0) {  // that it failed, not why
     std::string sizes;
     for (int64_t size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
     check(false, "moekernels: no memory on ", device_of(like), " for ", name_of(dtype), " [", sizes,
           "]");
   }
-  Tensor t = *made;
+  Tensor t(made);
 #ifdef MOEKERNELS_EMULATED
   emulated::note_array(t.const_data_ptr(), t.numel() * t.element_size());
 #endif

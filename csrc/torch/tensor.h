@@ -35,11 +35,11 @@ void check(bool ok, const Parts&... parts) {
 template <class Enum, size_t count>
 Enum named(const char* op, const char* argument, const char* const (&names)[count],
            const std::string& name) {
-  std::string known;
   for (size_t i = 0; i < count; ++i) {
     if (name == names[i]) return static_cast<Enum>(i);
-    known += (i > 0 ? "|" : "") + std::string(names[i]);
   }
+  std::string known;
+  for (const char* each : names) known += (known.empty() ? "" : "|") + std::string(each);
   check(false, op, ": ", argument, " must be ", known, ", got '", name, "'");
   return {};
 }

@@ -16,17 +16,17 @@ from torch.autograd import forward_ad
 _functorch = torch._C._functorch
 
 
-def _in_functorch() -> bool:
+def in_functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
 # A compiler guards on torch.func's transforms by itself, so none need stay in its graph.
-_in_functorch._dynamo_marked_constant = True
+in_functorch._dynamo_marked_constant = True
 
 
 def transformed() -> bool:
     """Whether forward mode or a `torch.func` transform looks at what is computed now."""
-    return forward_ad._current_level >= 0 or _in_functorch()
+    return forward_ad._current_level >= 0 or in_functorch()
 
 
 def refuse_transforms(name: str) -> None:
@@ -126,9 +126,3 @@ def vjp(
             for i, g in zip(wanted, found):
                 result[i] = g
     return result
-
-
-def of_fields(bundle: Any, **values: Any) -> tuple[Any, ...]:
-    """One value for each field of a NamedTuple, None for those not named: the gradients of a
-    function's arguments, by name."""
-    return bundle(**{**dict.fromkeys(bundle._fields), **values})

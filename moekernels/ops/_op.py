@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moekernels.ops import _derivatives
+from moekernels.ops._derivatives import in_functorch
 
 
 def op(plain: Callable | None) -> Callable[[Callable], Callable]:
@@ -25,7 +27,7 @@ def op(plain: Callable | None) -> Callable[[Callable], Callable]:
         @functools.wraps(fn)
         def call(*args, **kwargs):
             try:
-                if _derivatives.transformed():
+                if forward_ad._current_level >= 0 or in_functorch():  # `transformed`, inlined
                     bound = inspect.signature(fn).bind(*args, **kwargs).arguments
                     return _derivatives.under_transforms(fn.__name__, fn, plain, bound)
                 return fn(*args, **kwargs)

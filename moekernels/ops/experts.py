@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,93 +73,96 @@ def _(main_grad, rows, weights, offsets, token_of, tokens):
     return None
 
 
-class _MainGrads(NamedTuple):
-    w1: Tensor | None
-    w2: Tensor | None
-    b1: Tensor | None
-    b2: Tensor | None
+class Learnt(NamedTuple):
+    """Something of each argument that has a gradient: itself, its main gradient, its gradient,
+    whether one is needed."""
+
+    x: Any = None
+    weights: Any = None
+    w1: Any = None
+    w2: Any = None
+    b1: Any = None
+    b2: Any = None
 
 
-_TENSORS = Ffn._fields[: Ffn._fields.index("activation")]
+_NONE = Learnt()
 
 
 class _Experts(torch.autograd.Function):
+    """Of the arguments in `Learnt` and others. On tiny inputs Python takes longer than the kernels,
+    so what is called here is given by place."""
+
     @staticmethod
-    def forward(ctx, *arguments):
-        *fields, row_of, main_grads, recompute = arguments
-        ffn = Ffn(*fields)
-        y, h = _experts(*ffn, keep_h=not recompute, row_of=row_of)
-        ctx.save_for_backward(*ffn[: len(_TENSORS)], row_of, h)
-        ctx.style, ctx.main_grads = ffn[len(_TENSORS) : -1], main_grads
+    def forward(
+        ctx, x, weights, w1, w2, b1, b2, offsets, token_of, row_of, style, main_grads, recompute
+    ):
+        ffn = (x, weights, w1, w2, offsets, token_of, b1, b2, *style, tf32(x))
+        y, h = _experts(*ffn, not recompute, row_of)
+        ctx.save_for_backward(*ffn[:8], row_of, h)
+        ctx.style, ctx.main_grads = style, main_grads
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         *tensors, row_of, h = ctx.saved_tensors
-        ffn = Ffn(*tensors, *ctx.style, tf32=tf32(tensors[0]))
-        need = Ffn(*ctx.needs_input_grad[: len(ffn)])
-        wanted = _derivatives.of_fields(Ffn, **ctx.main_grads._asdict())[: len(tensors)]
-        reached = _main_grad.reached(ctx, wanted, tensors)
-        main_grads = _MainGrads(*[reached[_TENSORS.index(name)] for name in _MainGrads._fields])
+        ffn = Ffn(*tensors, *ctx.style, tf32(tensors[0]))
+        need, main_grads = Learnt(*ctx.needs_input_grad[:6]), _NONE
+        if ctx.main_grads is not None:
+            main_grads = Learnt(*_main_grad.reached(ctx, ctx.main_grads, _learnt_of(ffn)))
         if _derivatives.needs_plain():
-            grads = _plain_backward(ctx, ffn, row_of, need, dy)
-            for name, main_grad in main_grads._asdict().items():
-                grads[name] = _main_grad.add(main_grad, grads[name])
+            found = _plain_backward(ctx, ffn, row_of, need, dy)
+            grads = Learnt(*map(_main_grad.add, main_grads, found))
         else:
             grads = _backward(ffn, row_of, h, dy.contiguous(), need, main_grads)
-        return *_derivatives.of_fields(Ffn, **grads), None, None, None
+        return *grads, None, None, None, None, None, None
+
+
+def _learnt_of(ffn: Ffn) -> Learnt:
+    return Learnt(ffn.x, ffn.weights, ffn.w1, ffn.w2, ffn.b1, ffn.b2)
 
 
 def _backward(
-    ffn: Ffn, row_of: Tensor | None, h: Tensor, dy: Tensor, need: Ffn, main_grads: _MainGrads
-) -> dict[str, Tensor | None]:
-    """The gradients that `need` asks for, by the names of what they are of."""
+    ffn: Ffn, row_of: Tensor | None, h: Tensor, dy: Tensor, need: Learnt, main_grads: Learnt
+) -> Learnt:
+    """The gradients that `need` asks for."""
     offsets, token_of, transposed = ffn.offsets, ffn.token_of, ffn.transposed
     tokens = ffn.x.shape[0]
-    grads: dict[str, Tensor | None] = {}
+    dx = dweights = dw1 = dw2 = db1 = db2 = None
     if need.x or need.weights or need.w1 or need.w2 or need.b1:
-        dh, weighted_a, dweights = _dact(
-            *ffn, dy=dy, h=h, want_weighted_a=need.w2, want_dweights=need.weights
-        )
-        grads["weights"] = dweights if need.weights else None
+        dh, weighted_a, dweights = _dact(*ffn, dy, h, need.w2, need.weights)
     if need.b2:
-        grads["b2"] = _dbias_or_accumulate(
-            main_grads.b2, dy, ffn.weights, offsets, token_of, tokens
-        )
+        db2 = _dbias_or_accumulate(main_grads.b2, dy, ffn.weights, offsets, token_of, tokens)
     if need.w2:
-        grads["w2"] = wgrad_or_accumulate(
+        dw2 = wgrad_or_accumulate(
             main_grads.w2, weighted_a, dy, offsets, transposed, token_of, tokens
         )
         del weighted_a
     if need.x:
         dx = _grouped_gemm(dh, ffn.w1, offsets, not transposed, ffn.tf32)
-        grads["x"] = dx if token_of is None else _combine(dx, row_of, None)
+        dx = dx if token_of is None else _combine(dx, row_of, None)
     if need.w1:
         gather = token_of is not None
-        grads["w1"] = wgrad_or_accumulate(
+        dw1 = wgrad_or_accumulate(
             main_grads.w1, ffn.x, dh, offsets, transposed, token_of, tokens, gather
         )
     if need.b1:
-        grads["b1"] = _dbias_or_accumulate(main_grads.b1, dh, None, offsets, token_of, tokens)
-    return grads
+        db1 = _dbias_or_accumulate(main_grads.b1, dh, None, offsets, token_of, tokens)
+    return Learnt(dx, dweights if need.weights else None, dw1, dw2, db1, db2)
 
 
-def _plain_backward(
-    ctx, ffn: Ffn, row_of: Tensor | None, need: Ffn, dy: Tensor
-) -> dict[str, Tensor | None]:
+def _plain_backward(ctx, ffn: Ffn, row_of: Tensor | None, need: Learnt, dy: Tensor) -> Learnt:
     """All gradients, in plain torch."""
-    names = ("x", "weights", "w1", "w2", "b1", "b2")
+    inputs, names = _learnt_of(ffn), Learnt._fields
     others = {n: v for n, v in ffn._asdict().items() if n not in (*names, "tf32")}
 
     def plain(*inputs: Tensor | None) -> Tensor:
         return reference.experts(**dict(zip(names, inputs)), **others, row_of=row_of)
 
     def alias(i: int, t: Tensor) -> Tensor:
-        main_grad = getattr(ctx.main_grads, names[i], None)
+        main_grad = None if ctx.main_grads is None else ctx.main_grads[i]
         return t.view_as(t) if main_grad is None else _main_grad.Collect.apply(t, main_grad)
 
-    inputs, needed = ([getattr(of, n) for n in names] for of in (ffn, need))
-    return dict(zip(names, _derivatives.vjp(plain, inputs, needed, (dy,), alias)))
+    return Learnt(*_derivatives.vjp(plain, inputs, need, (dy,), alias))
 
 
 def _dbias_or_accumulate(main_grad, rows, weights, offsets, token_of, tokens) -> Tensor | None:
@@ -235,32 +238,20 @@ def experts(
     """
     if row_of is not None:
         require_tensor(row_of)
-    main_grads = _MainGrads(*[main_grad_of(p) for p in (w1, w2, b1, b2)])
+    main_grads = [main_grad_of(p) for p in (w1, w2, b1, b2)]
     x, w1, w2, b1, b2 = autocast(x.device, x, w1, w2, b1, b2)
     if weights is not None and weights.dtype != torch.float64 and x.dtype != torch.float64:
         weights = weights.float()
     x, weights, w1, w2, b1, b2 = (
         t if t is None else t.contiguous() for t in (x, weights, w1, w2, b1, b2)
     )
-    ffn = Ffn(
-        x=x,
-        weights=weights,
-        w1=w1,
-        w2=w2,
-        offsets=offsets,
-        token_of=token_of,
-        b1=b1,
-        b2=b2,
-        activation=activation,
-        alpha=alpha,
-        limit=limit,
-        interleaved=interleaved,
-        transposed=transposed,
-        tf32=tf32(x),
-    )
     inputs = (x, weights, w1, w2, b1, b2)
+    style = (activation, alpha, limit, interleaved, transposed)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         if token_of is not None and row_of is None and x.requires_grad:
             raise RuntimeError("experts: x seen through token_of needs row_of for its gradient")
-        return _Experts.apply(*ffn, row_of, main_grads, recompute)
-    return _experts(*ffn, keep_h=False, row_of=row_of)[0]
+        kept = any(g is not None for g in main_grads)
+        collected = Learnt(None, None, *main_grads) if kept else None
+        return _Experts.apply(*inputs, offsets, token_of, row_of, style, collected, recompute)
+    ffn = (x, weights, w1, w2, offsets, token_of, b1, b2, *style, tf32(x))
+    return _experts(*ffn, False, row_of)[0]

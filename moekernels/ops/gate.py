@@ -66,11 +66,10 @@ def _(
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        *fields, segments, valid = arguments
-        gating = Gating(*fields)
+    def forward(ctx, logits, how, segments, valid):
+        gating = Gating(logits, *how)
         out = _gate(*gating, segments, valid)
-        ctx.save_for_backward(gating.logits, out[1], segments)
+        ctx.save_for_backward(logits, out[1], segments)
         ctx.weighing = (gating.score, gating.renormalize, gating.scale)
         ctx.mark_non_differentiable(out[1], out[3])
         ctx.set_materialize_grads(False)
@@ -90,7 +89,7 @@ class _Gate(torch.autograd.Function):
         else:
             grads = [None if g is None else g.contiguous() for g in grads]
             dlogits = _gate_backward(logits, ids, *grads, *ctx.weighing, segments)
-        return *_derivatives.of_fields(Gating, logits=dlogits), None, None
+        return dlogits, None, None, None
 
 
 @op(reference.gate)
@@ -160,17 +159,7 @@ def gate(
     logits = logits.contiguous()
     if bias is not None:
         bias = bias.detach().to(wide(logits.dtype)).contiguous()
-    gating = Gating(
-        logits=logits,
-        top_k=top_k,
-        score=score,
-        bias=bias,
-        num_groups=num_groups,
-        groups_kept=groups_kept,
-        group_score=group_score,
-        renormalize=renormalize,
-        scale=scale,
-    )
+    how = (top_k, score, bias, num_groups, groups_kept, group_score, renormalize, scale)
     if logits.requires_grad and torch.is_grad_enabled():
-        return GateOutput(*_Gate.apply(*gating, segments, valid))
-    return GateOutput(*_gate(*gating, segments, valid))
+        return GateOutput(*_Gate.apply(logits, how, segments, valid))
+    return GateOutput(*_gate(logits, *how, segments, valid))

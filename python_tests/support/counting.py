@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class TooManyCalls(Exception):
@@ -31,3 +32,20 @@ def at_most_calls(limit: int) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(before)
+
+
+def calls_within(folder: str, run: Callable[[], Any]) -> int:
+    """How many functions of Python files below `folder` this thread calls while `run` runs."""
+    found = 0
+
+    def count(frame, event, argument):
+        nonlocal found
+        found += event == "call" and frame.f_code.co_filename.startswith(folder)
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return found
