@@ -82,18 +82,18 @@ double soften(const W* x, W top, W* softmax, int64_t padded) {
   return double(top) + ::log(double(sum));
 }
 
-// Own scores of x, zero behind the experts; returns their sum, at least kTiny.
+// Fills scores from x, zero behind the experts; returns their sum, at least kTiny.
 template <class W>
-W score_each(GateScore score, const W* x, W* scores, int64_t experts, int64_t padded) {
+W score_each(GateScore score, int64_t experts, Buffers<W>& b) {
   constexpr int64_t lanes = kLanes<W>;
   with_own_score(score, [&](auto kind) {
-    for (int64_t e = 0; e < padded; e += lanes) {
-      store(scores + e, score_of<kind.value, Math<W>>(load(x + e)));
+    for (int64_t e = 0; e < b.padded; e += lanes) {
+      store(b.scores + e, score_of<kind.value, Math<W>>(load(b.x + e)));
     }
   });
-  for (int64_t e = experts; e < padded; ++e) scores[e] = 0;
+  for (int64_t e = experts; e < b.padded; ++e) b.scores[e] = 0;
   Vec<W> total = {};
-  for (int64_t e = 0; e < padded; e += lanes) total += load(scores + e);
+  for (int64_t e = 0; e < b.padded; e += lanes) total += load(b.scores + e);
   const W sum = sum_lanes<W>(total);
   return sum < W(kTiny) ? W(kTiny) : sum;
 }
@@ -111,10 +111,7 @@ template <class T, class W>
 Scored<W> score_token(GateScore score, const T* logits, int64_t experts, Buffers<W>& b) {
   const W top = widen(logits, b.x, experts);
   const double lse = soften(b.x, top, b.softmax, b.padded);
-  if (is_own(score)) {
-    const W total = score_each(score, b.x, b.scores, experts, b.padded);
-    return {lse, b.scores, b.scores, total};
-  }
+  if (is_own(score)) return {lse, b.scores, b.scores, score_each(score, experts, b)};
   const W* choice = score == GateScore::softmax_topk ? b.x : b.softmax;
   return {lse, choice, b.softmax, W(1)};
 }
