@@ -211,9 +211,7 @@ def build_loader(run: cfg.RunConfig, corpus: Corpus, dp_rank: int = 0) -> BatchL
         dp_rank=dp_rank,
         align=lay.tp,
         policy=b.policy,
-        cost=Cost.of_transformer(
-            m.parameters_count(active=True), m.num_layers, m.num_heads * m.head_dim
-        ),
+        cost=Cost.of_transformer(m.parameters_count(active=True), m.num_layers, m.attention_width),
         makespan=lambda costs: simulator.makespan(costs, [BACKWARD_COST * c for c in costs]),
         seed=run.train.seed,
     )

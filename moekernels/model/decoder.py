@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
 
 from moekernels.errors import UsageError
-from moekernels.model import attention, dense, experts, router, shared, vocabulary
-from moekernels.model.attention import AttentionSpec
+from moekernels.model import dense, experts, router, vocabulary
+from moekernels.model.attention import ATTENTIONS, AttentionSpec
+from moekernels.model.beside import BESIDE, BesideSpec
+from moekernels.model.dense import DenseSpec
 from moekernels.model.experts import ACTIVATIONS
-from moekernels.model.ffn import FeedForwardSpec
 from moekernels.model.layout import Layout
 from moekernels.model.router import SCOPES, SCORES
-from moekernels.model.spec import Place, key
+from moekernels.model.spec import Part, Place, key
 from moekernels.model.vocabulary import VocabularySpec
 
 
 @dataclass(frozen=True)
-class DecoderSpec(VocabularySpec, AttentionSpec, FeedForwardSpec):
+class DecoderSpec(VocabularySpec, AttentionSpec, DenseSpec, BesideSpec):
     """[model]: the decoder and its experts. Frozen, so that a plan can be cached by it."""
 
     num_layers: int = key(16, "decoder layers", low=1, flag="layers", high=4096)
@@ -75,7 +75,8 @@ class DecoderSpec(VocabularySpec, AttentionSpec, FeedForwardSpec):
             raise UsageError(
                 f"model: top_k {self.top_k} exceeds the {eligible} experts of the kept groups"
             )
-        self.check_feed_forward(self.num_layers)
+        self.check_dense(self.num_layers)
+        self.check_beside()
 
     @property
     def moe_layers(self) -> int:
@@ -90,16 +91,21 @@ class DecoderSpec(VocabularySpec, AttentionSpec, FeedForwardSpec):
         return sum(parts.values())
 
 
-def layer_parts(spec: DecoderSpec, layer: int) -> Iterator[tuple[str, ModuleType]]:
+# The parts of a layer's second half, by name; the first is an attention of some kind.
+PARTS: dict[str, Part] = {
+    "dense": dense.PART,
+    "router": router.PART,
+    "experts": experts.PART,
+    **BESIDE,
+}
+
+
+def layer_parts(spec: DecoderSpec, layer: int) -> Iterator[tuple[str, Part]]:
     """The parts of layer number `layer`, from 1, by name."""
-    yield "attention", attention
-    if layer <= spec.dense_layers:
-        yield "dense", dense
-        return
-    yield "router", router
-    yield "experts", experts
-    if spec.shared_d_ff:
-        yield "shared", shared
+    yield "attention", ATTENTIONS[spec.attention]
+    names = ("dense",) if layer <= spec.dense_layers else ("router", "experts", *spec.beside)
+    for name in names:
+        yield name, PARTS[name]
 
 
 def alike(spec: DecoderSpec, layers: range) -> list[tuple[int, int]]:
@@ -113,11 +119,9 @@ def alike(spec: DecoderSpec, layers: range) -> list[tuple[int, int]]:
 
 def copies(layout: Layout, part: str) -> tuple[int, int]:
     """(ranks that share a part's gradient, how far apart they lie)."""
-    if part == "experts":
-        return experts.copies(layout)
-    if part in ("router", "norms"):
+    if part == "norms":
         return layout.stage_ranks, 1
-    return layout.dp, layout.tp
+    return PARTS[part].copies(layout) if part in PARTS else (layout.dp, layout.tp)
 
 
 @lru_cache(maxsize=4096)  # a planner asks for the same chunks again and again

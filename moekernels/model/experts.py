@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moekernels.model.dispatch import routed_rows, way_of
-from moekernels.model.layout import Layout
 from moekernels.model.router import RouterSpec
-from moekernels.model.spec import WIDEST, Place, Work, key
+from moekernels.model.spec import WIDEST, Part, Place, Shape, Work, key
 
 # Activation -> whether it multiplies an up-projection by a gate (three matrices, not two).
 ACTIVATIONS = {
@@ -67,6 +66,21 @@ class ExpertsSpec(RouterSpec):
         return 2 if self.gated else 1
 
 
+def shapes(spec: ExpertsSpec) -> dict[str, Shape]:
+    experts, d_in, f = spec.num_experts, spec.d_in, spec.expert_d_ff
+    found: dict[str, Shape] = {
+        "w1": (experts, spec.up_rows * f, d_in),
+        "w2": (experts, d_in, f),
+    }
+    if spec.expert_bias:
+        found["b1"] = (experts, spec.up_rows * f)
+        found["b2"] = (experts, d_in)
+    if spec.lifted:
+        found["w_in"] = (experts, d_in, spec.d_model)
+        found["w_out"] = (experts, spec.d_model, d_in)
+    return found
+
+
 def one_expert(spec: ExpertsSpec, etp: int = 1) -> int:
     """Parameters of an expert, or of its etp shard; the lift is whole on each."""
     ffn = (spec.up_rows + 1) * spec.d_in * (spec.expert_d_ff // etp)
@@ -78,11 +92,6 @@ def one_expert(spec: ExpertsSpec, etp: int = 1) -> int:
 def parameters(spec: ExpertsSpec, at: Place, active: bool = False) -> int:
     number = spec.top_k if active else spec.num_experts // at.layout.ep
     return number * one_expert(spec, at.layout.etp)
-
-
-def copies(layout: Layout) -> tuple[int, int]:
-    """(ranks that share the gradient, how far apart they lie)."""
-    return layout.edp, layout.exchange
 
 
 def kept(spec: ExpertsSpec, at: Place) -> float:
@@ -122,3 +131,6 @@ def work(spec: ExpertsSpec, at: Place) -> Work:
         experts=spec.num_experts / at.layout.ep,
         traffic=routed_rows(spec, at) / at.tokens * b * a_row,
     )
+
+
+PART = Part(parameters, kept, work, shapes, copies=lambda layout: (layout.edp, layout.exchange))

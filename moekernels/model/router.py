@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moekernels.model.spec import MOST, Place, Width, Work, key, norm_kept
+from moekernels.model.spec import MOST, Part, Place, Shape, Width, Work, key, norm_kept
 
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 SCOPES = ("microbatch", "sequence")
@@ -48,6 +48,11 @@ class RouterSpec(Width):
     )
 
 
+def shapes(spec: RouterSpec) -> dict[str, Shape]:
+    weight = {"weight": (spec.num_experts, spec.d_model)}
+    return weight | ({"bias": (spec.num_experts,)} if spec.router_bias else {})
+
+
 def parameters(spec: RouterSpec, at: Place, active: bool = False) -> int:
     """Without sequence parallel the ranks of a tensor-parallel group share the columns."""
     split = 1 if at.sequence_parallel else at.layout.tp
@@ -69,3 +74,6 @@ def work(spec: RouterSpec, at: Place) -> Work:
         wide=2.0 * spec.d_model * spec.num_experts / tp,
         traffic=(10 * spec.d_model + 2 * spec.num_experts) * at.width / tp,
     )
+
+
+PART = Part(parameters, kept, work, shapes, copies=lambda layout: (layout.stage_ranks, 1))

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
-from moekernels.model.ffn import FeedForwardSpec, ffn_kept, ffn_parameters, ffn_work
-from moekernels.model.spec import Place, Work
+from dataclasses import dataclass
+
+from moekernels.errors import UsageError
+from moekernels.model.experts import ExpertsSpec
+from moekernels.model.ffn import ffn_kept, ffn_parameters, ffn_shapes, ffn_work
+from moekernels.model.spec import WIDEST, Part, Place, Shape, Work, key
 
 
-def parameters(spec: FeedForwardSpec, at: Place, active: bool = False) -> int:
+@dataclass(frozen=True)
+class SharedSpec(ExpertsSpec):
+    shared_d_ff: int = key(
+        0,
+        "hidden width of the shared expert, which every token visits; 0: none",
+        low=0,
+        high=WIDEST,
+    )
+    shared_gate: bool = key(False, "a sigmoid of the token scales the shared expert's result")
+
+
+def check(spec: SharedSpec) -> None:
+    if spec.shared_gate and not spec.shared_d_ff:
+        raise UsageError("model: shared_gate needs shared_d_ff above 0")
+
+
+def shapes(spec: SharedSpec) -> dict[str, Shape]:
+    gate: dict[str, Shape] = {"gate": (1, spec.d_model)} if spec.shared_gate else {}
+    return ffn_shapes(spec, spec.shared_d_ff) | gate
+
+
+def parameters(spec: SharedSpec, at: Place, active: bool = False) -> int:
     gate = spec.d_model if spec.shared_gate else 0
     return ffn_parameters(spec, at, spec.shared_d_ff) + gate
 
 
-def kept(spec: FeedForwardSpec, at: Place) -> float:
+def kept(spec: SharedSpec, at: Place) -> float:
     size = ffn_kept(spec, at, spec.shared_d_ff)
     gathered = at.layout.tp > 1 and at.sequence_parallel
     if not gathered and (at.width == at.wide or at.layout.stage_ranks == 1):
@@ -21,5 +46,16 @@ def kept(spec: FeedForwardSpec, at: Place) -> float:
     return size
 
 
-def work(spec: FeedForwardSpec, at: Place) -> Work:
+def work(spec: SharedSpec, at: Place) -> Work:
     return ffn_work(spec, at, spec.shared_d_ff)
+
+
+PART = Part(
+    parameters,
+    kept,
+    work,
+    shapes,
+    asked=lambda spec: spec.shared_d_ff > 0,
+    check=check,
+    example={"shared_d_ff": 16, "shared_gate": True},
+)

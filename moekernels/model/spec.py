@@ -5,7 +5,7 @@ Legend: T tokens of a micro-batch, t own tokens (T/tp), R routed rows that arriv
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +108,30 @@ class Work:
     experts: float = 0.0  # that these products are grouped by
     pairs: float = 0.0  # FLOPs a squared sequence length
     traffic: float = 0.0  # bytes that pass through memory beside the products
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """An entry of a register: something that layers are made of, with what others ask of it. The
+    functions take the whole specification.
+
+    asked: whether the specification wants it, by fields of the part's own. check: raises a
+    UsageError. shapes: the full shape of each parameter, by name. parameters, kept, work: of a
+    rank, see `moekernels.model`. copies: (ranks that share the gradient, how far apart they lie).
+    example: fields of a small model that has it, which `verify` runs.
+    """
+
+    parameters: Callable[[Any, Place, bool], int]
+    kept: Callable[[Any, Place], float]
+    work: Callable[[Any, Place], Work]
+    shapes: Callable[[Any], dict[str, Shape]]
+    asked: Callable[[Any], bool] = lambda spec: True
+    check: Callable[[Any], None] = lambda spec: None
+    copies: Callable[[Layout], tuple[int, int]] = lambda layout: (layout.dp, layout.tp)
+    example: Mapping[str, Any] = field(default_factory=dict)
 
 
 def norm_kept(spec: Width, at: Place) -> float:

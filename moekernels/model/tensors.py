@@ -1,14 +1,11 @@
 """Every tensor of a decoder, by its full name and shape: what checkpoints hold and weights of
-elsewhere are taken for, without a module being built.
-
-Legend: E experts, H hidden, I expert input width, F hidden of an FFN, V vocabulary.
-"""
+elsewhere are taken for, without a module being built."""
 
 from __future__ import annotations
 
-from moekernels.model.decoder import DecoderSpec
+from moekernels.model.decoder import DecoderSpec, layer_parts
+from moekernels.model.spec import Shape
 
-Shape = tuple[int, ...]
 SELECTION_BIAS = "selection_bias"  # moved by a rule, by no gradient: no parameter
 
 
@@ -33,74 +30,18 @@ def biases(spec: DecoderSpec) -> dict[str, Shape]:
 
 
 def _layer(spec: DecoderSpec, layer: int) -> dict[str, Shape]:
-    hidden = spec.d_model
-    found = {"attention_norm.weight": (hidden,), **_attention(spec)}
-    if layer <= spec.dense_layers:
-        ffn = _ffn(spec, "ffn", spec.dense_d_ff)
-        return {**found, "ffn_norm.weight": (hidden,), **ffn}
-    experts, d_in, f = spec.num_experts, spec.d_in, spec.expert_d_ff
-    found |= {
-        "moe_norm.weight": (hidden,),
-        "moe.router.weight": (experts, hidden),
-        **({"moe.router.bias": (experts,)} if spec.router_bias else {}),
-        "moe.experts.w1": (experts, spec.up_rows * f, d_in),
-        "moe.experts.w2": (experts, d_in, f),
-    }
-    if spec.expert_bias:
-        found["moe.experts.b1"] = (experts, spec.up_rows * f)
-        found["moe.experts.b2"] = (experts, d_in)
-    if spec.lifted:
-        found["moe.experts.w_in"] = (experts, d_in, hidden)
-        found["moe.experts.w_out"] = (experts, hidden, d_in)
-    if spec.shared_d_ff:
-        found |= _ffn(spec, "moe.shared", spec.shared_d_ff)
-        if spec.shared_gate:
-            found["moe.shared.gate"] = (1, hidden)
-    return found
-
-
-def _attention(spec: DecoderSpec) -> dict[str, Shape]:
-    heads, kv, hd = spec.num_heads, spec.kv_heads, spec.head_dim
-    if spec.kv_rank:
-        return _latent_attention(spec)
-    rows = (heads + 2 * kv) * hd
-    found: dict[str, Shape] = {
-        "attention.qkv": (rows, spec.d_model),
-        "attention.out": (spec.d_model, heads * hd),
-    }
-    if spec.qkv_bias:
-        found["attention.qkv_bias"] = (rows,)
-    if spec.out_bias:
-        found["attention.out_bias"] = (spec.d_model,)
-    if spec.sinks:
-        found["attention.sinks"] = (heads,)
-    if spec.qk_norm or spec.qk_norm_wide:
-        widths = (hd, hd) if spec.qk_norm else (heads * hd, kv * hd)
-        found |= {f"attention.{x}_norm.weight": (width,) for x, width in zip("qk", widths)}
-    return found
-
-
-def _latent_attention(spec: DecoderSpec) -> dict[str, Shape]:
-    heads, hd, rank, hidden = spec.num_heads, spec.head_dim, spec.kv_rank, spec.d_model
-    made = hd - spec.rotary_dim + spec.v_dim
+    """By the parts' order, each with its norm before it where it has one."""
     found: dict[str, Shape] = {}
-    if spec.q_rank:
-        found["attention.q_a"] = (spec.q_rank, hidden)
-        found["attention.q_b"] = (heads * hd, spec.q_rank)
-    else:
-        found["attention.q"] = (heads * hd, hidden)
-    found |= {
-        "attention.kv_a": (rank + spec.rotary_dim, hidden),
-        "attention.kv_b": (heads * made, rank),
-        "attention.out": (hidden, heads * spec.v_dim),
-    }
-    if spec.q_rank:
-        found["attention.q_a_norm.weight"] = (spec.q_rank,)
-    return {**found, "attention.kv_a_norm.weight": (rank,)}
+    for part, counts in layer_parts(spec, layer):
+        if part in NORMS:
+            found[f"{NORMS[part]}.weight"] = (spec.d_model,)
+        found |= {f"{_home(part)}.{key}": shape for key, shape in counts.shapes(spec).items()}
+    return found
 
 
-def _ffn(spec: DecoderSpec, name: str, d_ff: int) -> dict[str, Shape]:
-    return {
-        f"{name}.w1": (1, spec.up_rows * d_ff, spec.d_model),
-        f"{name}.w2": (1, spec.d_model, d_ff),
-    }
+NORMS = {"attention": "attention_norm", "dense": "ffn_norm", "router": "moe_norm"}
+
+
+def _home(part: str) -> str:
+    """Where a block has a part."""
+    return {"attention": part, "dense": "ffn"}.get(part, f"moe.{part}")

@@ -16,6 +16,9 @@ from moekernels.parallel.expert import Kept
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.tensor import join_tokens, split_tokens
 
+# The module of each kind in `model.beside`: x [T/tp, H] ([T, H] where replicated) -> the same.
+BESIDE: dict[str, type] = {"shared": SharedExpert}
+
 
 class MoE(nn.Module):
     def __init__(
@@ -31,9 +34,9 @@ class MoE(nn.Module):
         super().__init__()
         self.router = Router(config, mesh, layer, home, name=f"{name}.router")
         self.experts = Experts(config, mesh, home, name=f"{name}.experts")
-        self.shared = None
-        if config.shared_d_ff:
-            self.shared = SharedExpert(config, mesh, home, name=f"{name}.shared")
+        self.beside = config.beside
+        for kind in self.beside:
+            self.add_module(kind, BESIDE[kind](config, mesh, home, name=f"{name}.{kind}"))
         self.dispatcher = dispatcher
         self.first_held = mesh.ep_index * (config.num_experts // mesh.layout.ep)
         self.slot_of: Tensor | None = None  # [E] where experts were moved, see `place`
@@ -73,4 +76,6 @@ class MoE(nn.Module):
             y = self.dispatcher.combine(self.experts(rows, routing), routing)
         if self.replicated:
             y = join_tokens(y, self.tp)
-        return (y if self.shared is None else y + self.shared(x), *sums)
+        for kind in self.beside:
+            y = y + getattr(self, kind)(x)
+        return (y, *sums)

@@ -40,6 +40,9 @@ from moekernels.parallel.tensor import copy_to, own_part
 # `RouteHook`.
 BatchRouteHook = Callable[[Batch, int, Tensor, Tensor], Tensor | None]
 
+# The module of each kind in `model.attention`.
+ATTENTIONS: dict[str, type] = {"grouped": Attention, "latent": LatentAttention}
+
 
 class Block(nn.Module):
     def __init__(
@@ -57,7 +60,7 @@ class Block(nn.Module):
         norm = partial(RMSNorm, config.d_model, config.norm_eps, home, partial=split)
         self.has_experts = layer > config.dense_layers
         self.attention_norm = norm()
-        attention = LatentAttention if config.kv_rank else Attention
+        attention = ATTENTIONS[config.attention]
         self.attention = attention(config, mesh, layer, home, name=f"{name}.attention")
         if not self.has_experts:
             self.ffn_norm = norm()

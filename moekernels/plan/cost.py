@@ -60,7 +60,7 @@ def forward_flops(model: DecoderSpec, tokens: float, squares: float) -> float:
     met = model.parameters_count(active=True) - model.vocab_size * model.d_model
     if model.tie_embeddings:
         met += model.vocab_size * model.d_model
-    return 2.0 * met * tokens + 2.0 * squares * model.num_layers * model.num_heads * model.head_dim
+    return 2.0 * met * tokens + 2.0 * squares * model.num_layers * model.attention_width
 
 
 def layer_flops(model: DecoderSpec, tokens: float, squares: float, layer: int = 0) -> float:

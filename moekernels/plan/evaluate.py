@@ -75,7 +75,7 @@ def _slots(batch: Batch, plan: BatchPlan, align: int) -> Slots:
 def sequence_cost(model: DecoderSpec) -> Cost:
     """As the loader weighs sequences."""
     return Cost.of_transformer(
-        model.parameters_count(active=True), model.num_layers, model.num_heads * model.head_dim
+        model.parameters_count(active=True), model.num_layers, model.attention_width
     )
 
 

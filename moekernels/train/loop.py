@@ -353,7 +353,7 @@ class Trainer:
         active = m.parameters_count(active=True) - m.vocab_size * m.d_model
         lengths = [b - a for x in batches for a, b in zip(x.cu_seqlens, x.cu_seqlens[1:])]
         attended = sum(n * n for n in lengths) / max(1, sum(lengths)) / 2
-        return 6 * active + 12 * m.num_layers * m.num_heads * m.head_dim * attended
+        return 6 * active + 12 * m.num_layers * m.attention_width * attended
 
     def evaluate(self) -> float:
         """Loss of the held-out sequences, in nats a token."""

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from moekernels.data.batch import MicroBatch
+from moekernels.model.attention import ATTENTIONS
+from moekernels.model.beside import BESIDE
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.dispatch import WAYS
 from moekernels.pipeline.schedule import SCHEDULES, offered
@@ -39,12 +41,13 @@ class Variant:
     steps: int = 3
     balance_scope: str = "microbatch"
     dispatcher: str = "auto"
-    guests: bool = False  # a shared expert with a gate, and a first layer without experts
+    guests: bool = False  # all that stands beside experts, and a first layer without any
+    attention: str = ""  # other than the small model's own, by its name in `ATTENTIONS`
 
     @property
     def model(self) -> tuple:
         """What its recording in one process depends on."""
-        return self.experts, self.top_k, self.balance_scope, self.guests
+        return self.experts, self.top_k, self.balance_scope, self.guests, self.attention
 
     def __str__(self) -> str:
         text = f"{self.schedule}, {self.experts} experts, top {self.top_k}, {self.steps} steps"
@@ -52,7 +55,9 @@ class Variant:
             text += ", balance by sequence"
         if self.dispatcher != "auto":
             text += f", {self.dispatcher}"
-        return text + ", shared expert and a dense layer" * self.guests
+        if self.attention:
+            text += f", {self.attention} attention"
+        return text + f", {' and '.join(BESIDE)} expert and a dense layer" * self.guests
 
 
 def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
@@ -65,6 +70,7 @@ def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
     found += [Variant(top_k=k, steps=1) for k in range(1, 9) if k != 2]
     found.append(Variant(steps=1, balance_scope="sequence"))
     found.append(Variant(steps=1, guests=True))
+    found += [Variant(steps=1, attention=n) for n, kind in ATTENTIONS.items() if kind.example]
     found += [Variant(steps=1, dispatcher=name) for name in WAYS]
     if 6 % run.layout.ep == 0:
         found.append(Variant(experts=6, top_k=3, steps=1))
@@ -102,9 +108,10 @@ def configure(
         init_std=0.1,
     )
     if variant.guests:
-        run.model = replace(
-            run.model, shared_d_ff=16, shared_gate=True, dense_layers=1, dense_d_ff=24
-        )
+        beside = {key: v for kind in BESIDE.values() for key, v in kind.example.items()}
+        run.model = replace(run.model, dense_layers=1, dense_d_ff=24, **beside)
+    if variant.attention:
+        run.model = replace(run.model, **ATTENTIONS[variant.attention].example)
     run.batch.microbatches = max(2, MICROBATCHES // lay.dp)
     run.batch.accumulation, run.batch.context = 1, 40
     run.train.dtype = dtype
