@@ -143,7 +143,7 @@ int Peers::post_out(intptr_t x, intptr_t weights, intptr_t slot_of, int64_t slot
   return exchange;
 }
 
-int64_t Peers::arrive(int exchange, intptr_t counts) {
+int64_t Peers::arrive(int exchange, intptr_t told) {
   Exchange& e = at(exchange);
   arrive(e, kOut, true);
   e.counts.resize(size() * e.experts);
@@ -155,21 +155,20 @@ int64_t Peers::arrive(int exchange, intptr_t counts) {
     const int64_t n = sum(e.counts.data() + p * e.experts, e.experts);
     expect_bytes(p, e.messages[p].bytes, header(e.experts) + n * (e.width.row + e.width.weight));
   }
-  std::memcpy(to<int64_t>(counts), e.counts.data(), e.counts.size() * 8);
-  return sum(e.counts.data(), static_cast<int64_t>(e.counts.size()));
+  int64_t* out = std::copy(e.counts.begin(), e.counts.end(), to<int64_t>(told));
+  int64_t total = 0;
+  for (int64_t x = 0; x < e.experts; ++x) {
+    *out++ = total;
+    for (int p = 0; p < size(); ++p) total += e.counts[p * e.experts + x];
+  }
+  return *out = total;
 }
 
-void Peers::take_out(int exchange, intptr_t rows, intptr_t weights, intptr_t offsets) {
+void Peers::take_out(int exchange, intptr_t rows, intptr_t weights) {
   Exchange& e = at(exchange);
   const int64_t began = now();
   const Width w = e.width;
   const int64_t mine = sum(e.own_counts, rank() * e.all + e.first);  // own rows before these
-  int64_t total = 0;
-  for (int64_t x = 0; x < e.experts; ++x) {
-    to<int64_t>(offsets)[x] = total;
-    for (int p = 0; p < size(); ++p) total += e.counts[p * e.experts + x];
-  }
-  to<int64_t>(offsets)[e.experts] = total;
   std::vector<int64_t> sizes(size());
   for (int p = 0; p < size(); ++p) sizes[p] = sum(e.counts.data() + p * e.experts, e.experts);
   for_runs(e.counts.data(), size(), e.experts,
@@ -223,27 +222,30 @@ int Peers::post_back(intptr_t rows, intptr_t weights, Width width, intptr_t coun
   return exchange;
 }
 
-void Peers::take_back(int exchange, intptr_t rows, intptr_t weights,
-                      const std::vector<int64_t>& starts, const std::vector<int64_t>& sizes) {
+void Peers::take_back(int exchange, intptr_t rows, intptr_t weights, intptr_t counts,
+                      int64_t experts, int64_t first) {
   Exchange& e = at(exchange);
   arrive(e, kBack, true);
   const int64_t began = now();
   const Width w = e.width;
   for (int p = 0; p < size(); ++p) {
-    char* out = to<char>(rows) + starts.at(p) * w.row;
-    char* out_weights = to<char>(weights) + starts.at(p) * w.weight;
+    const int64_t* sent = to<const int64_t>(counts);
+    const int64_t start = sum(sent, p * experts + first);
+    const int64_t n = sum(sent + p * experts + first, e.experts);
+    char* out = to<char>(rows) + start * w.row;
+    char* out_weights = to<char>(weights) + start * w.weight;
     if (p != rank()) {
-      expect_bytes(p, e.messages[p].bytes, sizes.at(p) * (w.row + w.weight));
-      std::memcpy(out, e.messages[p].data, sizes[p] * w.row);
-      std::memcpy(out_weights, e.messages[p].data + sizes[p] * w.row, sizes[p] * w.weight);
+      expect_bytes(p, e.messages[p].bytes, n * (w.row + w.weight));
+      std::memcpy(out, e.messages[p].data, n * w.row);
+      std::memcpy(out_weights, e.messages[p].data + n * w.row, n * w.weight);
       continue;
     }
-    expect_bytes(p, sum(e.own_counts + p * e.experts, e.experts), sizes[p]);
+    expect_bytes(p, sum(e.own_counts + p * e.experts, e.experts), n);
     for_runs(e.own_counts, size(), e.experts,
-             [&](int peer, int64_t, int64_t row, int64_t source, int64_t n) {
+             [&](int peer, int64_t, int64_t row, int64_t source, int64_t run) {
       if (peer != p) return;
-      std::memcpy(out + source * w.row, e.rows + row * w.row, n * w.row);
-      std::memcpy(out_weights + source * w.weight, e.weights + row * w.weight, n * w.weight);
+      std::memcpy(out + source * w.row, e.rows + row * w.row, run * w.row);
+      std::memcpy(out_weights + source * w.weight, e.weights + row * w.weight, run * w.weight);
     });
   }
   e.stamps.moving += now() - began;
@@ -366,7 +368,8 @@ void bind_peers(pybind11::module_& m) {
       .def("take_stamps", [](Peers& self) {
     py::list all;
     for (const Stamps& s : self.take_stamps()) {
-      all.append(py::make_tuple(s.post, s.last, s.ready, s.need, s.got, s.moving, s.bytes, s.label));
+      all.append(
+          py::make_tuple(s.post, s.last, s.ready, s.need, s.got, s.moving, s.bytes, s.label));
     }
     return all;
   });

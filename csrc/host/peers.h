@@ -48,17 +48,18 @@ class Peers : public Slabs {
   // of each peer. counts [P, e]: own rows for each expert. Returns the exchange's number.
   int post_out(intptr_t x, intptr_t weights, intptr_t slot_of, int64_t slots, int64_t top_k,
                Width width, intptr_t counts, int64_t experts, int64_t first, int64_t n);
-  // Waits: counts [P, n] of the rows from each peer for each local expert; R' in all.
-  int64_t arrive(int exchange, intptr_t counts);
-  // rows [R', H] and weights [R'] by local expert, then by peer; offsets [n+1].
-  void take_out(int exchange, intptr_t rows, intptr_t weights, intptr_t offsets);
+  // Waits: into `told` counts [P, n] of the rows from each peer for each local expert, and behind
+  // them offsets [n+1] of each expert's among all; R' in all.
+  int64_t arrive(int exchange, intptr_t told);
+  // rows [R', H] and weights [R'] by local expert, then by peer.
+  void take_out(int exchange, intptr_t rows, intptr_t weights);
 
   // The way back: rows [R', H] and weights [R'] as `take_out` gave them, to whom they came from.
   int post_back(intptr_t rows, intptr_t weights, Width width, intptr_t counts, int64_t experts);
-  // Into rows [R, H] and weights [R] in the order of the own routing: sizes[p] of peer p, from row
-  // starts[p] on.
-  void take_back(int exchange, intptr_t rows, intptr_t weights, const std::vector<int64_t>& starts,
-                 const std::vector<int64_t>& sizes);
+  // Into rows [R, H] and weights [R] in the order of the own routing, of which counts [P, e] went
+  // to each expert: those of the local experts from `first` on, as many as were posted.
+  void take_back(int exchange, intptr_t rows, intptr_t weights, intptr_t counts, int64_t experts,
+                 int64_t first);
 
   // Whole tensors. sends[p] bytes of x to peer p, receives[p] from it, in peer order.
   void all_to_all(intptr_t x, intptr_t out, const std::vector<int64_t>& sends,

@@ -102,7 +102,9 @@ class Shared:
 
 def _ready(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if weights is not None:
-        weights = weights.to(wide(rows.dtype)).contiguous()
+        if weights.dtype is not wide(rows.dtype):
+            weights = weights.to(wide(rows.dtype))
+        weights = weights.contiguous()
     return rows.contiguous(), weights
 
 
@@ -140,18 +142,17 @@ class _SharedOut:
     def wait(self) -> Arrived:
         plan, part, host, x = self.plan, self.part, self.exchange.host, self.x
         experts = part.end - part.first
-        counts = torch.empty(plan.group.size, experts, dtype=torch.int64)
+        told = torch.empty((plan.group.size + 1) * experts + 1, dtype=torch.int64)
         try:
-            rows = host.arrive(self.number, counts.data_ptr())
+            rows = host.arrive(self.number, told.data_ptr())
         except _host.Lost as lost:
             what = f"rows of {plan.describe(part)}"
             raise self.exchange.memory.lost(lost, what) from None
         out = x.new_empty(rows, x.shape[1])
         weights = None if self.weights is None else self.weights.new_empty(rows)
-        offsets = torch.empty(experts + 1, dtype=torch.int64)
-        host.take_out(self.number, out.data_ptr(), _address(weights), offsets.data_ptr())
-        plan.arrived.setdefault(part, counts)
-        return Arrived(out, weights, offsets)
+        host.take_out(self.number, out.data_ptr(), _address(weights))
+        plan.told.setdefault(part, told)
+        return Arrived(out, weights, told[plan.group.size * experts :])
 
 
 class _SharedBack:
@@ -159,7 +160,7 @@ class _SharedBack:
         self, exchange: Shared, rows: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part
     ) -> None:
         self.exchange, self.rows, self.weights = exchange, rows, weights
-        self.plan, self.part, self.counts = plan, part, plan.came(part)
+        self.plan, self.part, self.counts = plan, part, plan.counts_of(part)
         exchange.host.label = 4 * plan.layer + (BACK if weights is None else GRAD_BACK)
         try:
             self.number = exchange.host.post_back(
@@ -176,10 +177,14 @@ class _SharedBack:
     def wait(self, into: Home | None = None) -> Home:
         plan = self.plan
         home = into or plan.home(self.rows, self.weights)
-        starts, sizes = plan.place(self.part)
         try:
             self.exchange.host.take_back(
-                self.number, home.rows.data_ptr(), _address(home.weights), starts, sizes
+                self.number,
+                home.rows.data_ptr(),
+                _address(home.weights),
+                plan.outgoing.data_ptr(),
+                plan.local_experts,
+                self.part.first,
             )
         except _host.Lost as lost:
             raise self.exchange.memory.lost(lost, f"results of layer {plan.layer}") from None

@@ -40,8 +40,8 @@ class ExchangePlan:
     send: list[int]  # [P] rows to each peer
     receive: list[int] | None  # [P] rows from each peer, where the exchange asks beforehand
     layer: int = 0
-    # Where counts come with the rows: [P, n] of every part that did.
-    arrived: dict[Part, Tensor] = field(default_factory=dict)
+    # Where counts come with the rows: of every part that did [P, n], flat, and offsets behind them.
+    told: dict[Part, Tensor] = field(default_factory=dict)
     _bounds: list[int] | None = None  # where each expert's own rows begin
 
     @property
@@ -59,11 +59,16 @@ class ExchangePlan:
 
     def came(self, part: Part) -> Tensor:
         """[P, n] rows from each peer for each local expert of the part."""
+        counts, n = self.counts_of(part), part.end - part.first
+        return counts[: self.group.size * n].view(self.group.size, n)
+
+    def counts_of(self, part: Part) -> Tensor:
+        """The same, flat; others may lie behind them."""
         if self.counts is not None:
-            return self.counts[:, part.first : part.end].contiguous()
-        if part not in self.arrived:
+            return self.counts[:, part.first : part.end].contiguous().view(-1)
+        if part not in self.told:
             raise RuntimeError("combine: the rows that come back were never dispatched")
-        return self.arrived[part]
+        return self.told[part]
 
     def place(self, part: Part) -> tuple[list[int], list[int]]:
         """Where the own rows of a part lie: the first for each peer, and how many [P]."""
