@@ -13,6 +13,7 @@ take effect as late as they may.
 """
 
 from . import access, arithmetic, bits, copy_ops, matrix, types  # noqa: F401
+from .devices import Launch, launch_together  # noqa: F401
 from .errors import *  # noqa: F403
 from .launch import (  # noqa: F401
     Module,

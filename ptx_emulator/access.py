@@ -48,14 +48,16 @@ def _bind_load(machine: Machine, ins: Instruction):
     ]
 
     def step(lanes):
-        for views, offsets, some, _ in located(lanes):
+        races = machine.memory.global_races if strong else None
+        for views, offsets, some, space in located(lanes):
             view = views[size]
             index = offsets // size if size > 1 else offsets
             for i, target in targets:
+                values = view[index + i if i else index]
+                if races is not None and space == "global":
+                    values = races.loaded(some, offsets + i * size, ins, values)
                 if target is not None:
-                    target[some.at] = view[index + i if i else index].view(dtype)
-        if strong and machine.memory.global_races is not None:
-            machine.memory.global_races.acquire(lanes)
+                    target[some.at] = values.view(dtype)
 
     return step
 
@@ -86,8 +88,7 @@ def _bind_store(machine: Machine, ins: Instruction):
 
     def step(lanes):
         memory = machine.memory
-        if strong and memory.global_races is not None:
-            memory.global_races.release(lanes)
+        races = memory.global_races if strong else None
         for views, offsets, some, space in located(lanes):
             view = views[size]
             index = offsets // size if size > 1 else offsets
@@ -96,6 +97,8 @@ def _bind_store(machine: Machine, ins: Instruction):
                 where = index + i if i else index
                 values = np.ascontiguousarray(source[some.at]).view(unsigned)
                 view[where] = values
+                if races is not None and space == "global":
+                    races.stored(some, offsets + i * size, ins, values)
                 if checked:
                     _check_collisions(machine, ins, view[where] != values, some, space)
 
@@ -177,9 +180,7 @@ def _bind_atomic(machine: Machine, ins: Instruction):
 
     def step(lanes):
         races = machine.memory.global_races
-        if races is not None:
-            races.release(lanes)
-        for views, offsets, some, _ in located(lanes):
+        for views, offsets, some, space in located(lanes):
             view, index = views[size].view(dtype), offsets // size
             operands = [s[some.at] for s in sources]
             if target is None and commutes:
@@ -188,8 +189,8 @@ def _bind_atomic(machine: Machine, ins: Instruction):
                 old = _one_by_one(view, index, operands)
                 if target is not None:
                     target[some.at] = old
-        if races is not None:
-            races.acquire(lanes)
+            if races is not None and space == "global":
+                races.stored(some, offsets, ins, view[index])
 
     def _one_by_one(view, index, operands):
         """Lanes that share a place take turns, in an order that the schedule may shuffle."""
@@ -222,9 +223,9 @@ def _bind_fence(machine: Machine, ins: Instruction):
         if "proxy" in ins.mods:
             if memory.shared_races is not None and any(m.startswith("async") for m in ins.mods):
                 memory.shared_races.proxy_fence(lanes)
+                memory.global_races.proxy_fence(lanes)
         elif memory.global_races is not None:
-            memory.global_races.release(lanes)
-            memory.global_races.acquire(lanes)
+            memory.global_races.fence(lanes, ins)
 
     return step
 

@@ -60,9 +60,9 @@ class ClusterBarriers(Waits):
         self.arrived[ids] = True
         memory = machine.memory
         if not relaxed and memory.shared_races is not None:
-            memory.global_races.release(lanes)
             of = self._cluster(ids)
             for cluster in np.unique(of).tolist():
+                memory.global_races.arrive(cluster, ids[of == cluster], wide=True)
                 rows = np.unique(machine.warp[ids[of == cluster]])
                 before = self.seen.get(cluster)
                 self.seen[cluster] = memory.shared_races.release(rows, before)
@@ -100,8 +100,7 @@ class ClusterBarriers(Waits):
             rows = np.unique(self.machine.warp[ids[of == cluster]])
             if self.released.get(cluster) is not None:
                 memory.shared_races.acquire(rows, self.released[cluster])
-            memory.global_races.barrier(rows)
-        memory.global_races.acquire(Lanes(ids))
+            memory.global_races.wait(cluster, ids[of == cluster], wide=True)
 
     def wait(self, lanes: Lanes, ins: Instruction) -> Lanes | None:
         ids = lanes.ids

@@ -52,6 +52,7 @@ class BulkStore:
     epoch: int
     ins: Instruction
     late: bool = False
+    values: np.ndarray | None = None  # what it has read, once its source may be written again
 
 
 class Copies(Waits):
@@ -163,30 +164,53 @@ class Copies(Waits):
         self.open_stores.setdefault(store.thread_id, []).append(store)
 
     def _write_out(self, store: BulkStore) -> None:
-        memory = self.machine.memory
-        values = memory.shared.reshape(-1, store.chunk)[store.shared // store.chunk]
-        memory.globals.data.reshape(-1, store.chunk)[store.target // store.chunk] = values
+        values = self._read_source(store) if store.values is None else store.values
+        data = self.machine.memory.globals.data
+        data.reshape(-1, store.chunk)[store.target // store.chunk] = values
+
+    def _read_source(self, store: BulkStore) -> np.ndarray:
+        shared = self.machine.memory.shared.reshape(-1, store.chunk)
+        return shared[store.shared // store.chunk]
 
     def commit_stores(self, lanes: Lanes) -> None:
         for thread_id in lanes.ids.tolist():
             group = self.open_stores.pop(thread_id, [])
             self.store_groups.setdefault(thread_id, []).append(group)
 
-    def finish_stores(self, lanes: Lanes, groups_left: int) -> None:
-        races = self.machine.memory.shared_races
+    def finish_stores(self, lanes: Lanes, groups_left: int, read_only: bool = False) -> None:
+        """Threads wait for all but their latest groups: to be written, or only to be read."""
         for thread_id in lanes.ids.tolist():
             groups = self.store_groups.get(thread_id, [])
-            while len(groups) > groups_left:
-                for store in groups.pop(0):
-                    if store.late:
-                        self._write_out(store)
-                    if races is not None:
-                        row = self.machine.warp[[thread_id]]
-                        races.async_done(row, races.async_actor(int(row[0])), store.epoch)
+            done = groups[: max(0, len(groups) - groups_left)]
+            for store in (s for group in done for s in group):
+                if store.values is None:
+                    self._release_source(thread_id, store)
+                if not read_only:
+                    self._complete(thread_id, store)
+            if not read_only:
+                del groups[: len(done)]
+
+    def _release_source(self, thread_id: int, store: BulkStore) -> None:
+        store.values = self._read_source(store)
+        races = self.machine.memory.shared_races
+        if races is not None:
+            row = self.machine.warp[[thread_id]]
+            races.async_done(row, races.async_actor(int(row[0])), store.epoch)
+
+    def _complete(self, thread_id: int, store: BulkStore) -> None:
+        if store.late:
+            self._write_out(store)
+        if self.machine.memory.global_races is not None:
+            self.machine.memory.global_races.landed(thread_id, store.target, store.chunk)
 
     def finish(self) -> None:
         stores = [s for group in self.open_stores.values() for s in group]
-        stores += [s for gs in self.store_groups.values() for g in gs for s in g]
+        for thread_id, groups in self.store_groups.items():
+            for store in (s for group in groups for s in group):
+                if store.values is None:
+                    stores.append(store)
+                else:  # the kernel's end waits for the rest
+                    self._complete(thread_id, store)
         if stores:
             what = "the kernel ended with a bulk store that its thread has not waited for"
             self.machine.fail(AsyncHazard, what, stores[0].thread_id, stores[0].ins)

@@ -78,7 +78,7 @@ def bind_bulk(machine: Machine, ins: Instruction):
         return copies.commit_stores
     if "wait_group" in mods:
         left = ins.operands[0].value
-        return lambda lanes: copies.finish_stores(lanes, left)
+        return lambda lanes: copies.finish_stores(lanes, left, "read" in mods)
     multicast = any(m.startswith("multicast") for m in mods)
     if "im2col" in mods or (multicast and "tensor" not in mods):
         raise Unsupported(f"`{ins.text}`")

@@ -52,11 +52,42 @@ class GlobalRaces:
     def warp_sync(self, rows: np.ndarray) -> None:
         self.warp_time[rows] = self.now
 
-    def release(self, lanes: Lanes) -> None:
-        self.shadow.released[self.block[lanes.at]] = self.now
+    def _release(self, ids: np.ndarray) -> None:
+        self.shadow.released[self.block[ids]] = self.now
 
-    def acquire(self, lanes: Lanes) -> None:
-        self.shadow.acquired[self.block[lanes.at]] = self.now
+    def _acquire(self, ids: np.ndarray) -> None:
+        self.shadow.acquired[self.block[ids]] = self.now
+
+    def loaded(self, lanes: Lanes, offsets, ins: Instruction, values: np.ndarray) -> np.ndarray:
+        """A strong load: what it sees is what memory holds."""
+        self._acquire(lanes.ids)
+        return values
+
+    def stored(self, lanes: Lanes, offsets, ins: Instruction, values: np.ndarray) -> None:
+        """A strong store or an atomic."""
+        self._release(lanes.ids)
+        if ins.op != "st":
+            self._acquire(lanes.ids)
+
+    def fence(self, lanes: Lanes, ins: Instruction) -> None:
+        self._release(lanes.ids)
+        self._acquire(lanes.ids)
+
+    def proxy_fence(self, lanes: Lanes) -> None:
+        """Global memory has one proxy here."""
+
+    def landed(self, thread_id: int, offsets: np.ndarray, nbytes: int) -> None:
+        """A bulk store counts from its beginning here."""
+
+    def arrive(self, key, ids: np.ndarray, wide: bool = False) -> None:
+        """Threads arrive at an mbarrier or, wide, at the cluster's barrier."""
+        if wide:
+            self._release(ids)
+
+    def wait(self, key, ids: np.ndarray, wide: bool = False) -> None:
+        self.barrier(np.unique(self.machine.warp[ids]))
+        if wide:
+            self._acquire(ids)
 
     def _unordered(self, ids, other, scope, time) -> np.ndarray:
         """Where an earlier access by `other` (or several threads near it) is unordered with ids."""

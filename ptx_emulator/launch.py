@@ -149,12 +149,12 @@ class Module:
         """
         if not isinstance(kernel, Kernel):
             kernel = self.kernel(kernel)
-        launch = _Launch(self, kernel, _three(grid), _three(block), args, shared_bytes)
-        launch.cluster = max(cluster, kernel.cluster)
-        if launch.grid[0] % launch.cluster:
-            raise PtxError(
-                f"{kernel.name}: {launch.grid[0]} blocks in clusters of {launch.cluster}"
-            )
+        memory = GlobalMemory()
+        launch = Prepared(self, kernel, grid, block, args, shared_bytes, cluster, memory)
+        launch.place_variables({})
+        addresses = memory.add(launch.arrays())
+        memory.seal()
+        launch.bind(addresses)
         with np.errstate(all="ignore"):
             launch.traffic = Traffic() if profile else None
             return launch.run(schedule, lazy, races, max_steps)
@@ -204,10 +204,18 @@ def number_bytes(value, type_name: str) -> bytes:
     return bits.to_bytes(dtype.itemsize, "little")
 
 
-class _Launch:
-    def __init__(self, module: Module, kernel: Kernel, grid, block, args, shared_bytes: int):
-        self.kernel, self.grid, self.block, self.dynamic = kernel, grid, block, shared_bytes
-        threads = int(np.prod(block))
+class Prepared:
+    """A launch whose arguments are checked; `bind` puts the addresses in memory into them."""
+
+    def __init__(self, module: Module, kernel, grid, block, args, shared_bytes, cluster, memory):
+        self.module, self.kernel, self.args, self.dynamic = module, kernel, args, shared_bytes
+        self.grid, self.block = _three(grid), _three(block)
+        self.cluster = max(cluster, kernel.cluster)
+        self.memory = memory
+        self.symbols: dict[str, int] = {}
+        self.maps: dict[int, TensorMap] = {}
+        self.traffic: Traffic | None = None
+        threads = int(np.prod(self.block))
         if not 0 < threads <= min(kernel.max_threads or 1024, 1024):
             limit = kernel.max_threads or 1024
             raise PtxError(f"{kernel.name}: {threads} threads a block, allowed are 1 to {limit}")
@@ -215,29 +223,26 @@ class _Launch:
             raise OutOfBounds(f"{kernel.name}: more than {MAX_SHARED} bytes of shared memory")
         if len(args) != len(kernel.params):
             raise PtxError(f"{kernel.name} takes {len(kernel.params)} arguments, got {len(args)}")
-        self.memory = GlobalMemory()
-        self.symbols = self._place_variables(module)
-        self.maps: dict[int, TensorMap] = {}
-        self.params = self._place_arguments(args)
-        for name, variable in module.parsed.variables.items():
-            if variable.initial:
-                start = self.symbols[name] - GLOBAL_BASE
-                data = np.frombuffer(variable.initial, np.uint8)
-                self.memory.data[start : start + len(data)] = data
+        if self.grid[0] % self.cluster:
+            raise PtxError(f"{kernel.name}: {self.grid[0]} blocks in clusters of {self.cluster}")
 
-    def _place_variables(self, module: Module) -> dict[str, int]:
-        """Module variables live in global memory; dynamic shared memory follows the static."""
-        symbols = {
-            v.name: GLOBAL_BASE + self.memory.reserve(v.size, v.name)
-            for v in module.parsed.variables.values()
-            if v.space in ("global", "const")
-        }
+    def place_variables(self, placed: dict[int, dict[str, int]]) -> None:
+        """Module variables live in global memory, placed once a module; dynamic shared memory
+        follows the static."""
+        symbols = placed.get(id(self.module))
+        if symbols is None:
+            symbols = placed[id(self.module)] = {
+                v.name: GLOBAL_BASE + self.memory.reserve(v.size, v.name)
+                for v in self.module.parsed.variables.values()
+                if v.space in ("global", "const")
+            }
         dynamic = -(-self.kernel.sizes["shared"] // 1024) * 1024
-        return symbols | dict.fromkeys(self.kernel.dynamic_shared, dynamic)
+        self.symbols = symbols | dict.fromkeys(self.kernel.dynamic_shared, dynamic)
 
-    def _place_arguments(self, args: list) -> np.ndarray:
+    def arrays(self) -> list[tuple[str, np.ndarray, bool]]:
+        """The arrays among the arguments: name, array, whether it counts as unwritten."""
         arrays = []
-        for i, arg in enumerate(args):
+        for i, arg in enumerate(self.args):
             if isinstance(arg, Packed):
                 arrays += arg.entries()
                 continue
@@ -246,10 +251,12 @@ class _Launch:
                 if not array.flags.c_contiguous:
                     raise PtxError(f"argument {i} of {self.kernel.name} is not contiguous")
                 arrays.append((f"argument {i}", array, isinstance(arg, Uninitialized)))
-        addresses = self.memory.add(arrays)
-        self.memory.seal()
+        return arrays
+
+    def bind(self, addresses: dict[int, int]) -> None:
+        """Parameters and module variables, once the arrays have addresses."""
         params = np.zeros(-(-max(self.kernel.sizes["param"], 1) // 64) * 64, np.uint8)
-        for arg, (variable, type_name) in zip(args, self.kernel.params):
+        for arg, (variable, type_name) in zip(self.args, self.kernel.params):
             here = slice(variable.offset, variable.offset + variable.size)
             if isinstance(arg, TensorMap):
                 self.maps[variable.offset] = arg.at(addresses[id(arg.array)])
@@ -267,9 +274,14 @@ class _Launch:
             if len(value) != variable.size:
                 raise PtxError(f"{variable.name} has {variable.size} bytes, got {len(value)}")
             params[here] = np.frombuffer(value, np.uint8)
-        return params
+        self.params = params
+        for name, variable in self.module.parsed.variables.items():
+            if variable.initial:
+                start = self.symbols[name] - GLOBAL_BASE
+                data = np.frombuffer(variable.initial, np.uint8)
+                self.memory.data[start : start + len(data)] = data
 
-    def _grain(self, space: str) -> int:
+    def grain(self, space: str) -> int:
         """The smallest access to a space that the kernel has: no two lanes share a smaller cell."""
         sizes = [16]
         for ins in self.kernel.code:
@@ -286,7 +298,7 @@ class _Launch:
         stats, blocks = Stats(traffic=self.traffic), int(np.prod(self.grid))
         shadow = None
         if races:
-            shadow = GlobalShadow(len(self.memory.data), self._grain("global"), blocks)
+            shadow = GlobalShadow(len(self.memory.data), self.grain("global"), blocks)
         threads = int(np.prod(self.block))
         per_lane = max(sum(size_of(t) for t in self.kernel.registers.values()), 1)
         at_once = min(_LANES_AT_ONCE, _REGISTER_BYTES // per_lane) // (threads * self.cluster)
@@ -295,7 +307,9 @@ class _Launch:
         try:
             for first in range(0, blocks, at_once):
                 some = np.arange(first, min(first + at_once, blocks))
-                machine = self._machine(some, lazy, shadow, seed, max_steps)
+                machine = self.machine(some, lazy, seed, max_steps, races)
+                if shadow is not None:
+                    machine.memory.global_races = GlobalRaces(machine, shadow, self.memory)
                 machine.clock_base = clock
                 machine.scheduler.run()
                 clock += machine.now + 1
@@ -308,8 +322,8 @@ class _Launch:
         stats.steps, stats.instructions = clock, sum(stats.by_op.values())
         return stats
 
-    def _machine(self, blocks, lazy: bool, shadow, seed, max_steps: int) -> Machine:
-        """A machine for some blocks, with all its parts."""
+    def machine(self, blocks, lazy: bool, seed, max_steps: int, races: bool) -> Machine:
+        """A machine for some blocks, with all its parts but what judges global memory."""
         machine = Machine(self.kernel, self.grid, self.block, blocks, self.symbols, self.cluster)
         machine.memory = memory = Memory(machine, self.memory, self.params, self.dynamic)
         memory.traffic = self.traffic
@@ -330,12 +344,11 @@ class _Launch:
         ]
         scheduler.idle = [machine.copies.deliver, machine.mbarriers.refuse_some]
         scheduler.check_in_flight = machine.products.refuse_touch
-        if shadow is not None:
+        if races:
             asynchronous = any(i.op in _ASYNC_OPS for i in self.kernel.code)
             memory.shared_races = SharedRaces(
-                machine, len(memory.shared), memory.stride, self._grain("shared"), asynchronous
+                machine, len(memory.shared), memory.stride, self.grain("shared"), asynchronous
             )
-            memory.global_races = GlobalRaces(machine, shadow, self.memory)
         return machine
 
 

@@ -85,6 +85,7 @@ class Machine:
         symbols: dict[str, int],
         cluster: int = 1,
     ):
+        self.device: int | None = None  # its number, where several run together
         self.cluster = cluster  # blocks that see one another's shared memory, along x
         self.kernel, self.grid, self.block, self.blocks = kernel, grid, block, blocks
         self.symbols = symbols
@@ -114,7 +115,8 @@ class Machine:
         block = f"{b}" if y == self.grid[2] == 1 else f"({b % x},{b // x % y},{b // (x * y)})"
         bx, by, bz = self.block
         thread = f"{t}" if by == bz == 1 else f"({t % bx},{t // bx % by},{t // (bx * by)})"
-        return f"block {block} thread {thread}"
+        device = "" if self.device is None else f"device {self.device} "
+        return f"{device}block {block} thread {thread}"
 
     def where(self, thread_id: int, ins: Instruction) -> str:
         return f"{self.kernel.name}: {self.describe_thread(thread_id)}: {self.quote(ins)}"

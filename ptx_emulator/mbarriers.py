@@ -80,6 +80,7 @@ class MBarriers(Waits):
         races = self.machine.memory.shared_races
         if races is not None and count:
             state.seen = races.release(np.unique(self.machine.warp[ids]), state.seen)
+            self.machine.memory.global_races.arrive((block, address), ids)
         self.settle(block, address, state)
         return phase
 
@@ -111,17 +112,17 @@ class MBarriers(Waits):
         state.flips += 1
         self.flips += 1
         for pc, ids, _, target in self.waiting.pop((block, address), []):
-            self.acquire(state, ids)
+            self.acquire(block, address, state, ids)
             target[ids] = True
             self.machine.scheduler.push(pc + 1, ids)
 
-    def acquire(self, state: _Phase, ids: np.ndarray) -> None:
+    def acquire(self, block: int, address: int, state: _Phase, ids: np.ndarray) -> None:
         memory = self.machine.memory
         if memory.shared_races is not None:
             warps = np.unique(self.machine.warp[ids])
             if state.released is not None:
                 memory.shared_races.acquire(warps, state.released)
-            memory.global_races.barrier(warps)
+            memory.global_races.wait((block, address), ids)
 
     def refuse_some(self) -> bool:
         """Nothing else can run: try_wait may give up once, as it may on hardware."""
@@ -267,7 +268,7 @@ def _bind_wait(machine: Machine, ins: Instruction):
             over = (wanted[members] & 1) != state.phase
             ids = lanes.ids[members]
             if over.any():
-                barriers.acquire(state, ids[over])
+                barriers.acquire(block, where, state, ids[over])
                 target[ids[over]] = True
             if not over.all() and ins.mods[0] == "test_wait":
                 target[ids[~over]] = False

@@ -35,6 +35,10 @@ class Scheduler:
             warps = machine.num_blocks * machine.warps_per_block
             self.class_of = self.random.integers(0, _CLASSES, warps)[machine.warp]
             self.ranks = [int(r) for r in self.random.permutation(_CLASSES)]
+        self.budget = self.began = 0
+        self.events = 0  # what another machine could notice: writes, exits, a word seen changed
+        self.polls: dict[int, tuple[int, int, int]] = {}  # thread: pc, offset of the word, value
+        self.paused = False
         self.waits = []  # objects with `describe() -> list[str]`, told of exits, asked on deadlock
         self.idle = []  # functions that may complete something delayed: `() -> bool`
         self.in_flight: dict[str, object] = {}  # registers that asynchronous operations hold
@@ -73,18 +77,49 @@ class Scheduler:
             self.push(key % _TURN, lanes.ids)
 
     def run(self) -> None:
+        self.begin()
+        while self.turn(sys.maxsize):
+            pass
+        self.end()
+
+    def begin(self) -> None:
         self.push(0, self.machine.all_ids)
-        while True:
-            while self.heap:
-                key = heapq.heappop(self.heap)
-                self.limit = self.heap[0] if self.heap else sys.maxsize
-                self._run(key - key % _TURN, key % _TURN, self.groups.pop(key))
-                if self.random is not None and self.heap and self.random.random() < 0.2:
-                    self._redraw()
-                if self.random is not None and self.random.random() < 0.1:
-                    any(complete() for complete in self.idle)
-            if not any(complete() for complete in self.idle):
-                break
+
+    def turn(self, budget: int) -> bool:
+        """About `budget` instructions of groups; False when none can run any more."""
+        self.budget = budget
+        while self.budget > 0:
+            if not self.heap:
+                if any(complete() for complete in self.idle):
+                    continue
+                return False
+            key = heapq.heappop(self.heap)
+            self.limit = self.heap[0] if self.heap else sys.maxsize
+            self.began, self.paused = self.machine.now, False
+            self._run(key - key % _TURN, key % _TURN, self.groups.pop(key))
+            self.budget -= self.machine.now - self.began
+            if self.random is not None and self.heap and self.random.random() < 0.2:
+                self._redraw()
+            if self.random is not None and self.random.random() < 0.1:
+                any(complete() for complete in self.idle)
+        return True
+
+    def polled(self, thread_id: int, offset: int, value: int, news: bool) -> None:
+        """A thread has read a word that others write; without news it lets others run."""
+        if news:
+            self.polls.pop(thread_id, None)
+            self.events += 1
+            return
+        self.polls[thread_id] = (self.machine.pc, offset, value)
+        self.paused = True
+        self.budget //= 2
+
+    def only_polls(self) -> bool:
+        """Whether all that could run is warps that wait for a word to change."""
+        warps = self.machine.warp[list(self.polls)]
+        return all(np.isin(self.machine.warp[g.ids], warps).all() for g in self.groups.values())
+
+    def end(self) -> None:
         waiting = [line for wait in self.waits for line in wait.describe()]
         if waiting:
             more = f"\n  and {len(waiting) - 12} more" if len(waiting) > 12 else ""
@@ -106,6 +141,7 @@ class Scheduler:
             self.machine,
         )
         share = _FAIR_SHARE if self.random is None else int(self.random.integers(50, 2000))
+        share = min(share, self.budget)
         while True:
             if base + pc >= self.limit:
                 self.push(pc, lanes.ids, base)
@@ -167,6 +203,8 @@ class Scheduler:
                 else:
                     machine.pc = pc
                     step(active)
+                    if self.paused:
+                        share = 0
                 pc += 1
 
     def _bind(self, pc: int):
@@ -177,7 +215,7 @@ class Scheduler:
         return bind(self.machine, ins)
 
     def _yield(self, pc: int, lanes: Lanes, base: int) -> None:
-        self.steps_left -= _FAIR_SHARE if self.random is None else 1000
+        self.steps_left -= self.machine.now - self.began
         if self.steps_left < 0:
             raise NoProgress(
                 "step limit reached; still running: "
@@ -185,12 +223,16 @@ class Scheduler:
             )
         if self.random is None:
             self.push(pc, lanes.ids, base + _TURN)
+        elif self.paused:
+            self.push(pc, lanes.ids, _CLASSES * _TURN)  # behind all others, until ranks are drawn
         else:
             self.push(pc, lanes.ids)
             self._redraw()
+        self.paused = False
 
     def _exit(self, lanes: Lanes) -> None:
         self.machine.alive[lanes.ids] = False
+        self.events += 1
         for wait in self.waits:
             wait.exited(lanes)
 
