@@ -367,6 +367,18 @@ def pack(x: Tensor, weights: Tensor | None, slot_of: Tensor, top_k: int) -> Tens
     return torch.cat([rows, picked.contiguous().view(x.dtype)], dim=1)
 
 
+def exchange(
+    messages: list[Tensor], counts: list[Tensor], width: int
+) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+    """What every rank takes in, as `regroup` says it: messages[p] [R, H + w] of rank p in routing
+    order, counts[p] [P, e] of its rows for each expert of each rank; those behind them are unused."""
+    arrived = []
+    for rank in range(len(messages)):
+        parts = [m[: c.sum()].split(c.sum(1).tolist())[rank] for m, c in zip(messages, counts)]
+        arrived.append(regroup(torch.cat(parts), torch.stack([c[rank] for c in counts]), width))
+    return arrived
+
+
 def _local_order(counts: Tensor) -> Tensor:
     """counts [P, e] -> [R'] the source-major row of each row in expert-major order."""
     begins = counts.flatten().cumsum(0).sub(counts.flatten()).view_as(counts)

@@ -151,6 +151,7 @@ class _Device:
     def __init__(self):
         self.schedule: int | None = None
         self.lazy = self.hardware = False
+        self.record = self.keep = None  # set by `devices`: who takes launches and their memory
         self.launches: list[str] = []
         self.shapes: list[dict] = []  # of the launches: blocks, shared bytes, maps' promotions, ...
         self.bytes_read: dict[tuple[ptx.Module, str], list[np.ndarray]] = {}
@@ -227,6 +228,9 @@ class _Device:
         packed = [m or ptx.Packed(raw, arrays) for m, raw in zip(maps, args)]
         promotions = [_promotion(raw) for m, raw in zip(maps, args) if m]
         self.shapes.append({"blocks": blocks, "shared": shared_bytes, "promotions": promotions})
+        if self.record is not None:
+            self.record(found, kernel, blocks, threads, packed, shared_bytes)
+            return
         if self.hardware:
             program(found).launch(name, blocks, threads, packed, shared_bytes)
             return
@@ -241,7 +245,10 @@ class _Device:
             if isinstance(arg, Tensor):
                 self.know(arg)
         try:
-            return getattr(torch.ops.moekernels_emulated, name).default(*args)
+            result = getattr(torch.ops.moekernels_emulated, name).default(*args)
+            if self.keep is not None:
+                self.keep((args, result))
+            return result
         except RuntimeError:
             if self.error is not None:
                 raise self.error from None

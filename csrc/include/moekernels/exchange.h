@@ -1,0 +1,159 @@
+// exchange: rows put straight into memory that ranks share, to their place by expert, and results
+// pushed back to theirs. See moekernels/ops/exchange.py for the meaning.
+//
+// Every rank has a slab, which all ranks of the group address. Exchanges go through its slots in
+// turn; no counter is ever reset: what is awaited grows with every use, and so wraps around with it.
+// A counter is one 32-bit word. Numbers of uses lie in the slab, not in arguments, so a recorded
+// launch can be repeated.
+#pragma once
+
+#include "moekernels/common.h"
+
+namespace moekernels {
+
+inline constexpr int kMostPeers = 16;
+
+// The same for all ranks of a group.
+struct SlabShape {
+  int64_t peers, experts;  // P; e, the experts of each
+  int64_t slots;
+  int64_t rows;       // that a slot takes in from all peers
+  int64_t back;       // that come home to a slot
+  int64_t row_bytes;  // of the widest row
+};
+
+// Where things lie in a slab.
+struct Slab {
+  char* base;
+  SlabShape shape;
+
+  static constexpr int64_t kLine = 128, kWeightBytes = 8;
+  static constexpr int64_t kTickets = 4;  // send and receive, out and back
+
+  // Written by peers: [P] number of the last counts that each wrote.
+  MOEKERNELS_BOTH uint32_t* ready(int64_t peer) const { return words(0) + peer; }
+  // [P, P*e] rows of each source for each expert of all, of two calls in turn.
+  MOEKERNELS_BOTH int32_t* table(uint32_t number) const {
+    const int64_t bytes = lines(shape.peers * shape.peers * shape.experts * 4);
+    return reinterpret_cast<int32_t*>(base + lines(shape.peers * 4) + number % 2 * bytes);
+  }
+  // Rows that have come for each local expert, and home.
+  MOEKERNELS_BOTH uint32_t* arrived(int64_t slot, int64_t expert) const {
+    return words(flags_at() + slot * flag_bytes()) + expert;
+  }
+  MOEKERNELS_BOTH uint32_t* returned(int64_t slot) const { return arrived(slot, shape.experts); }
+  // How often a peer has read what this rank put into its slot.
+  MOEKERNELS_BOTH uint32_t* freed(int64_t slot, int64_t peer, bool back) const {
+    return returned(slot) + 1 + (back ? shape.peers : 0) + peer;
+  }
+
+  // Written by this rank alone, between launches: how often it has called, sent and received.
+  MOEKERNELS_BOTH uint32_t* called() const { return words(state_at()); }
+  MOEKERNELS_BOTH uint32_t* sent(int64_t slot, bool back) const {
+    return words(state_at() + kLine + slot * state_bytes()) + back;
+  }
+  MOEKERNELS_BOTH uint32_t* received(int64_t slot, bool back) const { return sent(slot, back) + 2; }
+  MOEKERNELS_BOTH uint32_t* ticket(int64_t slot, bool back, bool send) const {
+    return sent(slot, back) + 4 + (send ? 2 : 0);
+  }
+  // What `arrived` and `returned` (the last) had reached before this use.
+  MOEKERNELS_BOTH uint32_t* expected(int64_t slot, int64_t expert) const {
+    return sent(slot, false) + 4 + kTickets + expert;
+  }
+
+  MOEKERNELS_BOTH char* rows(int64_t slot, bool back) const {
+    return base + data_at() + slot * data_bytes() + (back ? part_bytes(shape.rows) : 0);
+  }
+  MOEKERNELS_BOTH char* weights(int64_t slot, bool back) const {
+    return rows(slot, back) + lines((back ? shape.back : shape.rows) * shape.row_bytes);
+  }
+  MOEKERNELS_BOTH int64_t bytes() const { return data_at() + shape.slots * data_bytes(); }
+
+ private:
+  MOEKERNELS_BOTH static int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+  MOEKERNELS_BOTH uint32_t* words(int64_t at) const {
+    return reinterpret_cast<uint32_t*>(base + at);
+  }
+  MOEKERNELS_BOTH int64_t flags_at() const {
+    return lines(shape.peers * 4) + 2 * lines(shape.peers * shape.peers * shape.experts * 4);
+  }
+  MOEKERNELS_BOTH int64_t flag_bytes() const {
+    return lines((shape.experts + 1 + 2 * shape.peers) * 4);
+  }
+  MOEKERNELS_BOTH int64_t state_at() const { return flags_at() + shape.slots * flag_bytes(); }
+  MOEKERNELS_BOTH int64_t state_bytes() const {
+    return lines((4 + kTickets + shape.experts + 1) * 4);
+  }
+  MOEKERNELS_BOTH int64_t data_at() const {
+    return state_at() + kLine + shape.slots * state_bytes();
+  }
+  MOEKERNELS_BOTH int64_t part_bytes(int64_t rows) const {
+    return lines(rows * shape.row_bytes) + lines(rows * kWeightBytes);
+  }
+  MOEKERNELS_BOTH int64_t data_bytes() const {
+    return part_bytes(shape.rows) + part_bytes(shape.back);
+  }
+};
+
+struct PeerSlabs {
+  char* slab[kMostPeers];  // by value: an address is no dependent load
+  SlabShape shape;
+  int64_t rank;
+  int64_t patience;  // nanoseconds after which a wait gives up; 0: never
+  int64_t* stuck;    // [4] rank, offset of the word in the slab, value, wanted; or null
+
+  MOEKERNELS_BOTH Slab of(int64_t peer) const { return {slab[peer], shape}; }
+  MOEKERNELS_BOTH Slab own() const { return of(rank); }
+};
+
+// A run: rows from `begin` on, up to the next one's, go to `place` and after in the peer's slot.
+struct Run {
+  int64_t begin, place;
+};
+
+struct CountsArgs {
+  PeerSlabs peers;
+  const int64_t* counts;  // [P*e] own rows for each expert; negative counts are none
+  int64_t* came;          // [P, e] rows from each peer for each local expert
+  int64_t* offsets;       // [e+1] where each local expert's rows begin
+  Run* out;               // [P*e+1] own rows by expert; the last begins behind all
+  Run* back;              // [e*P+1] rows that came, by local expert, then by peer
+  int64_t* needed;        // [1] the most rows that come to any rank
+};
+
+struct SendArgs {
+  PeerSlabs peers;
+  const void* rows;        // [*, H]
+  const void* weights;     // of the rows' slots, or null
+  const int32_t* slot_of;  // [R] where row r is slot_of[r] / top_k, or null: rows as they lie
+  int64_t top_k, slots_of;  // slots_of: T*K, slots outside are not sent
+  const Run* runs;
+  int64_t num_runs, num_rows;
+  int64_t row_bytes, weight_bytes;
+  int64_t slot;
+  bool back;
+};
+
+struct ReceiveArgs {
+  PeerSlabs peers;
+  const int64_t* offsets;  // [e+1] by local expert, or null on the way back
+  const int64_t* total;    // [1] rows that come
+  void* rows;              // [num_rows, H]; behind those that came, zeros
+  void* weights;           // [num_rows], or null
+  int64_t num_rows;
+  int64_t row_bytes, weight_bytes;
+  int64_t slot;
+  bool back;
+};
+
+namespace cuda {
+void gather_counts(const CountsArgs& args, Stream stream);
+void send_rows(const SendArgs& args, Stream stream);
+void receive_rows(const ReceiveArgs& args, Stream stream);
+}  // namespace cuda
+
+}  // namespace moekernels
+
+MOEKERNELS_CPU_KERNEL(gather_counts, const CountsArgs& args)
+MOEKERNELS_CPU_KERNEL(send_rows, const SendArgs& args)
+MOEKERNELS_CPU_KERNEL(receive_rows, const ReceiveArgs& args)

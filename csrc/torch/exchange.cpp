@@ -1,0 +1,196 @@
+// The exchange through memory that ranks share. Addresses of the peers' slabs are plain numbers.
+#include "moekernels/exchange.h"
+
+#include "device.h"
+
+namespace moekernels::binding {
+namespace {
+
+using Numbers = std::vector<int64_t>;
+
+SlabShape shape_from(const char* op, const Numbers& shape) {
+  check(shape.size() == 6, op, ": shape must be [peers, experts, slots, rows, back, row_bytes], got ",
+        shape.size(), " numbers");
+  const SlabShape s{.peers = shape[0],
+                    .experts = shape[1],
+                    .slots = shape[2],
+                    .rows = shape[3],
+                    .back = shape[4],
+                    .row_bytes = shape[5]};
+  check(s.peers >= 1 && s.peers <= kMostPeers, op, ": peers must be 1 to ", kMostPeers, ", got ",
+        s.peers);
+  check(s.experts >= 1 && s.slots >= 1, op, ": experts and slots must be at least 1, got ",
+        s.experts, " and ", s.slots);
+  check(s.rows >= 0 && s.back >= 0 && s.row_bytes >= 0, op,
+        ": rows, back and row_bytes must not be negative, got ", s.rows, ", ", s.back, ", ",
+        s.row_bytes);
+  return s;
+}
+
+int64_t exchange_bytes(Numbers shape) {
+  return Slab{nullptr, shape_from("exchange_bytes", shape)}.bytes();
+}
+
+// The slabs of all ranks; `slab` is this rank's own.
+PeerSlabs slabs_from(const char* op, const Tensor& slab, const Numbers& addresses, int64_t rank,
+                     const Numbers& shape, int64_t patience, const OptionalTensor& stuck) {
+  PeerSlabs peers{};
+  peers.shape = shape_from(op, shape);
+  check_tensor(op, "slab", slab, {ScalarType::Byte},
+               {{"bytes", Slab{nullptr, peers.shape}.bytes()}});
+  check(static_cast<int64_t>(addresses.size()) == peers.shape.peers, op, ": addresses must be ",
+        peers.shape.peers, " numbers, one a rank, got ", addresses.size());
+  check(rank >= 0 && rank < peers.shape.peers, op, ": rank must be 0 to ", peers.shape.peers - 1,
+        ", got ", rank);
+  check(reinterpret_cast<int64_t>(slab.const_data_ptr()) == addresses[rank], op,
+        ": addresses[", rank, "] must be the slab's own address");
+  for (size_t p = 0; p < addresses.size(); ++p) {
+    check(addresses[p] != 0 && addresses[p] % Slab::kLine == 0, op, ": addresses[", p,
+          "] must be a multiple of ", Slab::kLine, ", got ", addresses[p]);
+    peers.slab[p] = reinterpret_cast<char*>(addresses[p]);
+  }
+  peers.rank = rank;
+  check(patience >= 0, op, ": patience must not be negative, got ", patience);
+  peers.patience = patience;
+  if (stuck) {
+    check(stuck->scalar_type() == ScalarType::Long && stuck->numel() == 4, op,
+          ": stuck must be int64 [4], got ", name_of(stuck->scalar_type()), " ", shape_of(*stuck));
+    peers.stuck = const_cast<int64_t*>(stuck->const_data_ptr<int64_t>());
+  }
+  return peers;
+}
+
+void check_slot(const char* op, const SlabShape& shape, int64_t slot, int64_t row_bytes) {
+  check(slot >= 0 && slot < shape.slots, op, ": slot must be 0 to ", shape.slots - 1, ", got ",
+        slot);
+  check(row_bytes <= shape.row_bytes, op, ": rows of ", row_bytes,
+        " bytes are wider than the slab's ", shape.row_bytes);
+}
+
+const Run* runs_from(const char* op, const Tensor& runs, const SlabShape& shape,
+                     const Tensor& like) {
+  check_tensor(op, "runs", runs, kInt64, {{"runs", shape.peers * shape.experts + 1}, {"2", 2}},
+               &like);
+  return static_cast<const Run*>(runs.const_data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> exchange_counts(
+    const Tensor& counts, const Tensor& slab, Numbers addresses, int64_t rank, Numbers shape,
+    int64_t patience, const OptionalTensor& stuck) {
+  const char* op = "exchange_counts";
+  CountsArgs args{};
+  args.peers = slabs_from(op, slab, addresses, rank, shape, patience, stuck);
+  const SlabShape& s = args.peers.shape;
+  const int64_t all = s.peers * s.experts;
+  check_tensor(op, "counts", counts, kInt64, {{"P*e", all}}, &slab);
+  Tensor came = empty({s.peers, s.experts}, ScalarType::Long, slab);
+  Tensor offsets = empty({s.experts + 1}, ScalarType::Long, slab);
+  Tensor out = empty({all + 1, 2}, ScalarType::Long, slab);
+  Tensor back = empty({all + 1, 2}, ScalarType::Long, slab);
+  Tensor needed = empty({1}, ScalarType::Long, slab);
+  args.counts = counts.const_data_ptr<int64_t>();
+  args.came = came.mutable_data_ptr<int64_t>();
+  args.offsets = offsets.mutable_data_ptr<int64_t>();
+  args.out = static_cast<Run*>(out.mutable_data_ptr());
+  args.back = static_cast<Run*>(back.mutable_data_ptr());
+  args.needed = needed.mutable_data_ptr<int64_t>();
+  run(slab, [&](auto stream) { cuda::gather_counts(args, stream); },
+      [&] { cpu::gather_counts(args); });
+  return {came, offsets, out, back, needed};
+}
+
+void exchange_send(const Tensor& rows, const OptionalTensor& weights,
+                   const OptionalTensor& slot_of, int64_t top_k, const Tensor& runs,
+                   const Tensor& slab, Numbers addresses, int64_t rank, Numbers shape,
+                   int64_t patience, const OptionalTensor& stuck, int64_t slot, bool back) {
+  const char* op = "exchange_send";
+  SendArgs args{};
+  args.peers = slabs_from(op, slab, addresses, rank, shape, patience, stuck);
+  check_tensor(op, "rows", rows, kFloats, {{slot_of ? "T" : "R"}, {"H"}}, &slab);
+  check(top_k >= 1, op, ": top_k must be at least 1, got ", top_k);
+  check_optional(op, "slot_of", slot_of, kInt32, {{"R"}}, slab);
+  const ScalarType dtype = rows.scalar_type();
+  if (slot_of) {
+    check_optional(op, "weights", weights, {wide(dtype)}, {{"T", rows.size(0)}, {"K", top_k}},
+                   slab);
+    args.slot_of = slot_of->const_data_ptr<int32_t>();
+  } else {
+    check_optional(op, "weights", weights, {wide(dtype)}, {{"R", rows.size(0)}}, slab);
+  }
+  args.rows = rows.const_data_ptr();
+  args.weights = pointer_of(weights);
+  args.top_k = top_k;
+  args.slots_of = rows.size(0) * top_k;
+  args.runs = runs_from(op, runs, args.peers.shape, slab);
+  args.num_runs = runs.size(0) - 1;
+  args.num_rows = slot_of ? slot_of->size(0) : rows.size(0);
+  args.row_bytes = rows.size(1) * size_of(dtype_of(rows));
+  args.weight_bytes = weights ? (dtype == ScalarType::Double ? 8 : 4) : 0;
+  args.slot = slot;
+  args.back = back;
+  check_slot(op, args.peers.shape, slot, args.row_bytes);
+  run(slab, [&](auto stream) { cuda::send_rows(args, stream); }, [&] { cpu::send_rows(args); });
+}
+
+std::tuple<Tensor, Tensor> exchange_receive(const Tensor& like, const Tensor& offsets,
+                                            const Tensor& slab, Numbers addresses, int64_t rank,
+                                            Numbers shape, int64_t patience,
+                                            const OptionalTensor& stuck, int64_t slot, bool back,
+                                            int64_t num_rows, bool weighted) {
+  const char* op = "exchange_receive";
+  ReceiveArgs args{};
+  args.peers = slabs_from(op, slab, addresses, rank, shape, patience, stuck);
+  const SlabShape& s = args.peers.shape;
+  check_tensor(op, "like", like, kFloats, {{"R"}, {"H"}}, &slab);
+  check(num_rows >= 0, op, ": num_rows must not be negative, got ", num_rows);
+  const ScalarType dtype = like.scalar_type();
+  // On the way back what is awaited is the end of the own runs.
+  args.total = back ? &runs_from(op, offsets, s, slab)[s.peers * s.experts].begin : nullptr;
+  if (!back) {
+    check_tensor(op, "offsets", offsets, kInt64, {{"e+1", s.experts + 1}}, &slab);
+    args.offsets = offsets.const_data_ptr<int64_t>();
+    args.total = args.offsets + s.experts;
+  }
+  Tensor rows = empty_large({num_rows, like.size(1)}, dtype, slab);
+  Tensor weights = empty({weighted ? num_rows : 0}, wide(dtype), slab);
+  args.rows = rows.mutable_data_ptr();
+  args.weights = weighted ? weights.mutable_data_ptr() : nullptr;
+  args.num_rows = num_rows;
+  args.row_bytes = like.size(1) * size_of(dtype_of(like));
+  args.weight_bytes = weighted ? (dtype == ScalarType::Double ? 8 : 4) : 0;
+  args.slot = slot;
+  args.back = back;
+  check_slot(op, s, slot, args.row_bytes);
+  run(slab, [&](auto stream) { cuda::receive_rows(args, stream); },
+      [&] { cpu::receive_rows(args); });
+  return {rows, weights};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
+  m.def("_exchange_bytes(int[] shape) -> int");
+  m.def(
+      "_exchange_counts(Tensor counts, Tensor(a!) slab, int[] addresses, int rank, int[] shape, "
+      "int patience, Tensor? stuck) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_exchange_send(Tensor rows, Tensor? weights, Tensor? slot_of, int top_k, Tensor runs, "
+      "Tensor(a!) slab, int[] addresses, int rank, int[] shape, int patience, Tensor? stuck, "
+      "int slot, bool back) -> ()");
+  m.def(
+      "_exchange_receive(Tensor like, Tensor offsets, Tensor(a!) slab, int[] addresses, int rank, "
+      "int[] shape, int patience, Tensor? stuck, int slot, bool back, int num_rows, "
+      "bool weighted) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(MOEKERNELS_OPS, CompositeExplicitAutograd, library) {
+  library.impl("_exchange_bytes", TORCH_BOX(&exchange_bytes));
+}
+
+MOEKERNELS_IMPL(m) {
+  m.impl("_exchange_counts", TORCH_BOX(&exchange_counts));
+  m.impl("_exchange_send", TORCH_BOX(&exchange_send));
+  m.impl("_exchange_receive", TORCH_BOX(&exchange_receive));
+}
+
+}  // namespace moekernels::binding
