@@ -182,23 +182,25 @@ def _bind_atomic(machine: Machine, ins: Instruction):
         races = machine.memory.global_races
         for views, offsets, some, space in located(lanes):
             view, index = views[size].view(dtype), offsets // size
-            operands = [s[some.at] for s in sources]
+            operands, turns = [s[some.at] for s in sources], np.arange(len(index))
             if target is None and commutes:
                 function.at(view, index, operands[0])
             else:
-                old = _one_by_one(view, index, operands)
+                old, turns = _one_by_one(view, index, operands)
                 if target is not None:
                     target[some.at] = old
             if races is not None and space == "global":
-                races.stored(some, offsets, ins, view[index])
+                races.stored(Lanes.listed(some.ids[turns]), offsets[turns], ins, view[index[turns]])
 
     def _one_by_one(view, index, operands):
-        """Lanes that share a place take turns, in an order that the schedule may shuffle."""
-        old = np.empty(len(index), dtype)
+        """Lanes that share a place take turns, in an order that the schedule may shuffle: what
+        each saw, and that order."""
+        old, turns = np.empty(len(index), dtype), []
         random = machine.scheduler.random
         rest = np.arange(len(index)) if random is None else random.permutation(len(index))
         while len(rest):
             turn = rest[_first_of_each(index[rest])]
+            turns.append(turn)
             where = index[turn]
             before = old[turn] = view[where]
             if name == "cas":
@@ -210,7 +212,7 @@ def _bind_atomic(machine: Machine, ins: Instruction):
             left = np.ones(len(index), np.bool_)
             left[turn] = False
             rest = rest[left[rest]]
-        return old
+        return old, np.concatenate(turns)
 
     return step
 

@@ -49,6 +49,7 @@ class _Flag:
         self.nbytes, self.first = nbytes, 0
         self.values = [_Value(value, 0, -1, ())]
         self.seen: dict[int, int] = {}  # thread -> number of the value it saw last
+        self.joined: Releases | None = None  # of lanes whose atomics make one value together
 
     @property
     def newest(self) -> int:
@@ -126,16 +127,23 @@ class Flags:
             if self.reach(thread, by, scope, theirs):
                 self.clocks.learn(thread, clock)
 
-    def store(self, thread: int, offset: int, ins: Instruction, value: int, atomic: bool) -> None:
-        """A strong store, or an atomic: that one goes on with the releases before it."""
-        word, scope = self.words[offset], scope_of(ins)
-        before = word.values[-1].releases if atomic else ()
+    def store(self, thread: int, offset: int, ins: Instruction, value: int, last: bool) -> None:
+        """A strong store, or an atomic: that one goes on with the releases before it. `last` of an
+        instruction's lanes that share the word: the value is there, with what all of them release.
+        """
+        word, scope, atomic = self.words[offset], scope_of(ins), ins.op in ("atom", "red")
+        before: Releases = ()
+        if atomic:
+            before = word.values[-1].releases if word.joined is None else word.joined
         if atomic:
             self._acquire(thread, scope, before, bool({"acquire", "acq_rel"} & set(ins.mods)))
         if {"release", "acq_rel"} & set(ins.mods):
             before = self._with(before, scope, thread, self.clocks.of(thread))
         for fenced, clock in self.fences.get(thread, {}).items():
             before = self._with(before, min(fenced, scope), thread, clock)
+        word.joined = None if last else before
+        if not last:
+            return
         word.values.append(_Value(value, self.clocks.now, thread, before))
         word.seen[thread] = word.newest
         if len(word.values) > _KEPT:

@@ -48,12 +48,17 @@ class Lanes:
         return Lanes(self.ids[mask])
 
     @classmethod
+    def listed(cls, ids: np.ndarray) -> "Lanes":
+        """Threads in any order, each as often as it is named."""
+        lanes = cls.__new__(cls)
+        lanes.ids = lanes.at = ids
+        lanes.n = len(ids)
+        return lanes
+
+    @classmethod
     def repeated(cls, thread_id: int, times: int) -> "Lanes":
         """One thread that makes many accesses at once, as a bulk copy does."""
-        lanes = cls.__new__(cls)
-        lanes.ids = lanes.at = np.full(times, thread_id)
-        lanes.n = times
-        return lanes
+        return cls.listed(np.full(times, thread_id))
 
 
 class _Inverted:

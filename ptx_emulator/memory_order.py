@@ -194,10 +194,12 @@ class MachineOrder:
 
     def stored(self, lanes: Lanes, offsets, ins: Instruction, values: np.ndarray) -> None:
         """Strong stores and atomics have left these values."""
-        flags, atomic = self.order.flags, ins.op in ("atom", "red")
+        flags = self.order.flags
         raw = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
+        last = {int(offset): i for i, offset in enumerate(offsets)}
         for i, thread in enumerate(self.slot[lanes.ids].tolist()):
-            flags.store(thread, int(offsets[i]), ins, int(raw[i]), atomic)
+            at = int(offsets[i])
+            flags.store(thread, at, ins, int(raw[i]), last[at] == i)
 
     # ---- accesses, before they happen
     def _cells(self, offsets: np.ndarray, nbytes: int) -> np.ndarray:

@@ -120,8 +120,8 @@ void send_rows(const SendArgs& args) {
         std::memcpy(weight, weights + slot * args.weight_bytes, args.weight_bytes);
       }
     }
-    uint32_t* counter = args.back ? peer.returned(args.slot)
-                                  : peer.arrived(args.slot, i % peers.shape.experts);
+    uint32_t* counter =
+        args.back ? peer.returned(args.slot) : peer.arrived(args.slot, i % peers.shape.experts);
     add(counter, static_cast<uint32_t>(end - run.begin));
   }
 }

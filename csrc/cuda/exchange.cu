@@ -12,7 +12,7 @@ namespace moekernels::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int64_t kTile = 8;  // rows that a warp sends before it counts them
+constexpr int64_t kTile = 8;         // rows that a warp sends before it counts them
 constexpr int64_t kSendBlocks = 16;  // of the card's 132: a link is full with that many
 constexpr int64_t kReceiveBlocks = 264;
 
@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(kThreads) send_tiles(const SendArgs args) {
       send_run<Word>(args, peer, run, row, stop);
       __syncwarp();  // the lane that counts is behind all lanes' stores
       if (lane_id() == 0) {
-        uint32_t* counter = args.back ? peer.returned(args.slot)
-                                      : peer.arrived(args.slot, index % shape.experts);
+        uint32_t* counter =
+            args.back ? peer.returned(args.slot) : peer.arrived(args.slot, index % shape.experts);
         add_release(counter, static_cast<uint32_t>(stop - row));
       }
       row = stop;
@@ -208,8 +208,7 @@ __global__ void __launch_bounds__(kThreads) receive_tiles(const ReceiveArgs args
                      args.row_bytes);
       if (args.weight_bytes > 0) {
         copy_weight(weights + (used ? row : 0) * args.weight_bytes, used,
-                    static_cast<char*>(args.weights) + row * args.weight_bytes,
-                    args.weight_bytes);
+                    static_cast<char*>(args.weights) + row * args.weight_bytes, args.weight_bytes);
       }
     }
   }

@@ -9,8 +9,9 @@ namespace {
 using Numbers = std::vector<int64_t>;
 
 SlabShape shape_from(const char* op, const Numbers& shape) {
-  check(shape.size() == 6, op, ": shape must be [peers, experts, slots, rows, back, row_bytes], got ",
-        shape.size(), " numbers");
+  check(shape.size() == 6, op,
+        ": shape must be [peers, experts, slots, rows, back, row_bytes], got ", shape.size(),
+        " numbers");
   const SlabShape s{.peers = shape[0],
                     .experts = shape[1],
                     .slots = shape[2],
@@ -42,8 +43,8 @@ PeerSlabs slabs_from(const char* op, const Tensor& slab, const Numbers& addresse
         peers.shape.peers, " numbers, one a rank, got ", addresses.size());
   check(rank >= 0 && rank < peers.shape.peers, op, ": rank must be 0 to ", peers.shape.peers - 1,
         ", got ", rank);
-  check(reinterpret_cast<int64_t>(slab.const_data_ptr()) == addresses[rank], op,
-        ": addresses[", rank, "] must be the slab's own address");
+  check(reinterpret_cast<int64_t>(slab.const_data_ptr()) == addresses[rank], op, ": addresses[",
+        rank, "] must be the slab's own address");
   for (size_t p = 0; p < addresses.size(); ++p) {
     check(addresses[p] != 0 && addresses[p] % Slab::kLine == 0, op, ": addresses[", p,
           "] must be a multiple of ", Slab::kLine, ", got ", addresses[p]);
@@ -74,9 +75,11 @@ const Run* runs_from(const char* op, const Tensor& runs, const SlabShape& shape,
   return static_cast<const Run*>(runs.const_data_ptr());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> exchange_counts(
-    const Tensor& counts, const Tensor& slab, Numbers addresses, int64_t rank, Numbers shape,
-    int64_t patience, const OptionalTensor& stuck) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> exchange_counts(const Tensor& counts,
+                                                                   const Tensor& slab,
+                                                                   Numbers addresses, int64_t rank,
+                                                                   Numbers shape, int64_t patience,
+                                                                   const OptionalTensor& stuck) {
   const char* op = "exchange_counts";
   CountsArgs args{};
   args.peers = slabs_from(op, slab, addresses, rank, shape, patience, stuck);
@@ -99,10 +102,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> exchange_counts(
   return {came, offsets, out, back, needed};
 }
 
-void exchange_send(const Tensor& rows, const OptionalTensor& weights,
-                   const OptionalTensor& slot_of, int64_t top_k, const Tensor& runs,
-                   const Tensor& slab, Numbers addresses, int64_t rank, Numbers shape,
-                   int64_t patience, const OptionalTensor& stuck, int64_t slot, bool back) {
+void exchange_send(const Tensor& rows, const OptionalTensor& weights, const OptionalTensor& slot_of,
+                   int64_t top_k, const Tensor& runs, const Tensor& slab, Numbers addresses,
+                   int64_t rank, Numbers shape, int64_t patience, const OptionalTensor& stuck,
+                   int64_t slot, bool back) {
   const char* op = "exchange_send";
   SendArgs args{};
   args.peers = slabs_from(op, slab, addresses, rank, shape, patience, stuck);

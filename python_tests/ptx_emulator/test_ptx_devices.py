@@ -183,6 +183,32 @@ def test_a_stream_orders_its_launches_and_an_atomic_carries_on_what_came_before(
         assert out[0] == 7 and flag[0] == 3
 
 
+def test_lanes_that_add_to_one_word_in_one_instruction_are_awaited_together():
+    """And the one that comes last is behind the others, whoever that is."""
+    add = kernel(
+        """mad.wide.u32 %rd10, %r0, 4, %rd0; st.global.u32 [%rd10], %r0; mov.u32 %r1, 1;
+        red.release.sys.global.add.u32 [%rd1], %r1;
+        atom.acq_rel.gpu.global.add.u32 %r2, [%rd2], 1; setp.lt.u32 %p1, %r2, 63; @%p1 ret;
+        st.global.u32 [%rd2], 0;""",
+        3,
+    )
+    read = kernel(
+        """again: ld.acquire.sys.global.u32 %r1, [%rd1]; setp.lt.u32 %p1, %r1, 64; @%p1 bra again;
+        mad.wide.u32 %rd10, %r0, 4, %rd0; ld.global.u32 %r2, [%rd10];
+        mad.wide.u32 %rd10, %r0, 4, %rd2; st.global.u32 [%rd10], %r2;""",
+        3,
+    )
+    for how in MODES:
+        data, out = np.zeros(64, np.uint32), np.zeros(64, np.uint32)
+        flag, ticket = np.zeros(1, np.uint32), np.zeros(1, np.uint32)
+        launches = [
+            ptx.Launch(0, add, "k", 1, 64, [data, flag, ticket]),
+            ptx.Launch(1, read, "k", 1, 64, [data, flag, out]),
+        ]
+        ptx.launch_together(launches, **how)
+        assert out.tolist() == list(range(64)) and ticket[0] == 0
+
+
 def test_one_word_is_signalled_in_one_size():
     both = "ld.relaxed.sys.global.u32 %r1, [%rd0]; ld.relaxed.sys.global.u8 %r2, [%rd0+1];"
     with pytest.raises(ptx.GlobalRace, match="one word of 1 bytes here, and of 4 bytes elsewhere"):

@@ -2,9 +2,9 @@
 // pushed back to theirs. See moekernels/ops/exchange.py for the meaning.
 //
 // Every rank has a slab, which all ranks of the group address. Exchanges go through its slots in
-// turn; no counter is ever reset: what is awaited grows with every use, and so wraps around with it.
-// A counter is one 32-bit word. Numbers of uses lie in the slab, not in arguments, so a recorded
-// launch can be repeated.
+// turn; no counter is ever reset: what is awaited grows with every use, and so wraps around with
+// it. A counter is one 32-bit word. Numbers of uses lie in the slab, not in arguments, so a
+// recorded launch can be repeated.
 #pragma once
 
 #include "moekernels/common.h"
@@ -70,7 +70,9 @@ struct Slab {
   MOEKERNELS_BOTH int64_t bytes() const { return data_at() + shape.slots * data_bytes(); }
 
  private:
-  MOEKERNELS_BOTH static int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+  MOEKERNELS_BOTH static int64_t lines(int64_t bytes) {
+    return (bytes + kLine - 1) / kLine * kLine;
+  }
   MOEKERNELS_BOTH uint32_t* words(int64_t at) const {
     return reinterpret_cast<uint32_t*>(base + at);
   }
@@ -123,9 +125,9 @@ struct CountsArgs {
 
 struct SendArgs {
   PeerSlabs peers;
-  const void* rows;        // [*, H]
-  const void* weights;     // of the rows' slots, or null
-  const int32_t* slot_of;  // [R] where row r is slot_of[r] / top_k, or null: rows as they lie
+  const void* rows;         // [*, H]
+  const void* weights;      // of the rows' slots, or null
+  const int32_t* slot_of;   // [R] where row r is slot_of[r] / top_k, or null: rows as they lie
   int64_t top_k, slots_of;  // slots_of: T*K, slots outside are not sent
   const Run* runs;
   int64_t num_runs, num_rows;
