@@ -371,7 +371,7 @@ def exchange(
     messages: list[Tensor], counts: list[Tensor], width: int
 ) -> list[tuple[Tensor, Tensor | None, Tensor]]:
     """What every rank takes in, as `regroup` says it: messages[p] [R, H + w] of rank p in routing
-    order, counts[p] [P, e] of its rows for each expert of each rank; those behind them are unused."""
+    order, counts[p] [P, e] of its rows for each expert of each rank (those behind are unused)."""
     arrived = []
     for rank in range(len(messages)):
         parts = [m[: c.sum()].split(c.sum(1).tolist())[rank] for m, c in zip(messages, counts)]

@@ -1,5 +1,5 @@
-"""The exchange through memory that devices share: virtual ranks in the emulator, held bit for bit to
-the exchange over packed messages and to the one of ranks on a CPU."""
+"""The exchange through memory that devices share: virtual ranks in the emulator, held bit for bit
+to the exchange over packed messages and to the one of ranks on a CPU."""
 
 from __future__ import annotations
 
