@@ -52,6 +52,7 @@ class Mesh:
     edp           the copies of this rank's experts
     expert_copies the ranks that hold the same experts, their etp shards included (edp*etp)
     stage, world  all ranks of the stage, and of the run
+    self          this rank
     order         the rank in each place; the world alone is in the launcher's order
     members       all groups of the run, by those names
 
@@ -105,6 +106,7 @@ class Mesh:
                     f"--exchange shared: ranks {list(self.exchange.ranks)} exchange rows and are "
                     f"not of one node; give auto or collective"
                 )
+        self.self = Group(None, 0, 1, (rank,))
         for name in GROUPS:
             group = getattr(self, name)
             setattr(self, name, replace(group, memory=shared.get(group.ranks)))

@@ -5,6 +5,10 @@ or not) lie in one flat tensor, so that a reduction, a norm and an update are ea
 parameters are views of their masters; bf16 ones are copied from them after a step. bf16 moments are
 rounded stochastically (see `rounding`).
 
+Sharded (ZeRO stage 1, Rajbhandari et al. 2020), each of the ranks whose gradients are summed owns an
+equal slice of every flat tensor: it gets the sum of that slice alone, keeps its masters and moments,
+updates it, and all gather the slices.
+
 Weight decay acts on matrices. Norms, biases (anything one-dimensional) and embeddings are not
 decayed.
 """
@@ -21,11 +25,11 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.utils.hooks import RemovableHandle
 
-from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.mesh import Group, Mesh
 from moekernels.parallel.nodes import gather
 from moekernels.parallel.rounding import Noise, round_
 from moekernels.parallel.shard import ShardInfo
-from moekernels.parallel.tensor import all_reduce, in_rank_order
+from moekernels.parallel.tensor import all_gather, all_reduce, in_rank_order, reduce_scatter
 
 CHUNK = 1 << 18  # elements whose bf16 moments are widened at a time: what fits a cache
 ALIGN = 16  # elements: every parameter begins on a 64-byte line
@@ -44,6 +48,7 @@ class AdamWConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     state_dtype: torch.dtype = torch.float32
+    shard: bool = False  # masters and moments lie on one rank each
     seed: int = 0  # of the rounding of bf16 moments
     lr_schedule: str = "cosine"
     decay_steps: int = 0  # of wsd; 0: a fifth of all steps
@@ -81,7 +86,8 @@ def decays(name: str, shape: tuple[int, ...]) -> bool:
 
 @dataclass
 class Bucket:
-    """Parameters of one kind, end to end. All tensors are flat and of one length."""
+    """Parameters of one kind, end to end. `grads` and `weights` are flat and of one length; masters
+    and moments are those of `own`."""
 
     reduce_over: str  # groups of the mesh
     copies: str
@@ -89,12 +95,27 @@ class Bucket:
     apart: bool  # all of them are experts', none is
     names: list[str]
     spans: list[tuple[int, int]]
+    own: slice  # what this rank updates
+    sharded: bool
     grads: Tensor
-    master: Tensor
+    weights: Tensor  # what the model computes with
+    master: Tensor  # a view of the weights where they are of its dtype
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    weights: Tensor | None  # what the model computes with, where that is not the master itself
     noise: Noise | None = None  # for moments that are rounded
+
+    @property
+    def lifted(self) -> bool:
+        """Whether the masters are tensors of their own."""
+        return self.weights.dtype != self.master.dtype
+
+    @property
+    def writers(self) -> str:
+        """The group of the mesh whose first rank speaks for all that hold the same as this rank."""
+        if not self.sharded:
+            return self.copies
+        # Tensor-parallel ranks whose gradients are alike keep the same slices.
+        return "self" if self.reduce_over == self.copies else "tp"
 
 
 class Optimizer:
@@ -137,12 +158,28 @@ class Optimizer:
         for name in names:
             end = size + self.parameters[name][0].numel()
             spans.append((size, end))
-            # Whole lines, the last one, too: its few elements would be updated with other bits.
             size = -(-end // ALIGN) * ALIGN
+        group: Group = getattr(self.mesh, reduce_over)
+        sharded = self.config.shard and group.size > 1
+        parts, part = (group.size, group.rank) if sharded else (1, 0)
+        # Whole lines, the last one, too: its few elements would be updated with other bits.
+        share = -(-size // (parts * ALIGN)) * ALIGN
+        own = slice(part * share, (part + 1) * share)
 
-        def flat(of: torch.dtype) -> Tensor:
-            return torch.zeros(size, dtype=of, device=device)
+        def flat(length: int, of: torch.dtype) -> Tensor:
+            return torch.zeros(length, dtype=of, device=device)
 
+        grads, weights = flat(parts * share, dtype), flat(parts * share, kept)
+        for name, (begin, end) in zip(names, spans):
+            parameter = self.parameters[name][0]
+            weights[begin:end].copy_(parameter.detach().reshape(-1))
+            parameter.data = weights[begin:end].view(parameter.shape)
+            main_grad = grads[begin:end].view(parameter.shape)
+            parameter.main_grad = main_grad  # type: ignore[attr-defined]  # torch has no such field
+            if kept == dtype:
+                parameter.grad = main_grad  # autograd adds in place
+            else:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(_into_main_grad))
         bucket = Bucket(
             reduce_over,
             copies,
@@ -150,25 +187,15 @@ class Optimizer:
             apart,
             names,
             spans,
-            grads=flat(dtype),
-            master=flat(dtype),
-            exp_avg=flat(moments),
-            exp_avg_sq=flat(moments),
-            weights=None if kept == dtype else flat(kept),
+            own,
+            sharded,
+            grads=grads,
+            weights=weights,
+            master=weights[own].to(dtype),  # a view where that is its dtype
+            exp_avg=flat(share, moments),
+            exp_avg_sq=flat(share, moments),
         )
         self._draw(bucket)
-        home = bucket.master if bucket.weights is None else bucket.weights
-        for name, (begin, end) in zip(names, spans):
-            parameter = self.parameters[name][0]
-            bucket.master[begin:end].copy_(parameter.detach().reshape(-1))
-            home[begin:end].copy_(parameter.detach().reshape(-1))
-            parameter.data = home[begin:end].view(parameter.shape)
-            main_grad = bucket.grads[begin:end].view(parameter.shape)
-            parameter.main_grad = main_grad  # type: ignore[attr-defined]  # torch has no such field
-            if bucket.weights is None:
-                parameter.grad = main_grad  # autograd adds in place
-            else:
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(_into_main_grad))
         return bucket
 
     def _draw(self, bucket: Bucket) -> None:
@@ -183,10 +210,13 @@ class Optimizer:
             bucket.grads.zero_()
 
     def reduce(self) -> None:
-        """Sum the gradients over the ranks that computed parts of them."""
+        """Sum the gradients over the ranks that computed parts of them; sharded, those of this
+        rank's slices alone."""
         for bucket in self.buckets:
             group = getattr(self.mesh, bucket.reduce_over)
-            if group.size > 1:
+            if bucket.sharded:
+                bucket.grads[bucket.own].copy_(reduce_scatter(bucket.grads, group))
+            elif group.size > 1:
                 add = in_rank_order if bucket.apart else all_reduce
                 bucket.grads.copy_(add(bucket.grads, group))
 
@@ -220,15 +250,19 @@ class Optimizer:
         places, size = self._places
         each = torch.zeros(1 + size, dtype=torch.float64, device=self.mesh.device)
         for bucket in self.buckets:
-            if getattr(self.mesh, bucket.copies).rank != 0:
+            if getattr(self.mesh, bucket.writers).rank != 0:
                 continue
             if not bucket.apart:
-                each[0] += norms_of(bucket.grads[None])[0].square()
+                each[0] += norms_of(bucket.grads[bucket.own][None])[0].square()
                 continue
-            for name in bucket.names:
+            for name, (begin, _) in zip(bucket.names, bucket.spans):
                 parameter, info = self.parameters[name]
-                norms = norms_of(main_grad_of(parameter).flatten(1))
-                each[1 + places[name] + self._experts_places(info)] = norms.square()
+                at_experts = 1 + places[name] + self._experts_places(info)
+                rows = main_grad_of(parameter).flatten(1)
+                owned = self._owned(bucket, begin, rows.numel())
+                for (row, column), (height, width) in _boxes(tuple(rows.shape), *owned):
+                    part = rows[row : row + height, column : column + width]
+                    each[at_experts[row : row + height]] += norms_of(part).square()
         return all_reduce(each, self.mesh.world).sum()
 
     def _agree_on_places(self) -> tuple[dict[str, int], int]:
@@ -261,7 +295,7 @@ class Optimizer:
         """The largest absolute gradient over all ranks; NaN where one is."""
         world = self.mesh.world
         each = torch.zeros(world.size, dtype=torch.float64, device=self.mesh.device)
-        bounds = [torch.stack(torch.aminmax(b.grads)).abs().max() for b in self.buckets]
+        bounds = [torch.stack(torch.aminmax(b.grads[b.own])).abs().max() for b in self.buckets]
         if bounds:
             each[world.rank] = torch.stack([bound.double() for bound in bounds]).max()
         return all_reduce(each, world).max().item()
@@ -288,25 +322,25 @@ class Optimizer:
             if divisor.item() > FP32_MAX:  # more than one division can do
                 divisor = divisor.sqrt()
                 for bucket in self.buckets:
-                    bucket.grads /= divisor
+                    bucket.grads[bucket.own] /= divisor
             divisor = divisor.float()
         for bucket in self.buckets:
             self._update(bucket, lr, divisor)
-            if bucket.weights is not None:
-                bucket.weights.copy_(bucket.master)
+        self._take_over()
         return norm, lr
 
     def _update(self, bucket: Bucket, lr: float, divisor: Tensor | None) -> None:
         """The update divides the gradients on its way: no pass of their own over them."""
+        grads = bucket.grads[bucket.own]
         if bucket.noise is None:
             moments = (bucket.exp_avg, bucket.exp_avg_sq)
-            self._adamw(bucket, bucket.master, bucket.grads, *moments, lr, divisor)
+            self._adamw(bucket, bucket.master, grads, *moments, lr, divisor)
             return
-        for begin, end, bits in bucket.noise.chunks(self.steps_done):
-            part = slice(begin, end)
+        for begin, end, bits in bucket.noise.chunks(self.steps_done, bucket.own):
+            part = slice(begin - bucket.own.start, end - bucket.own.start)
             narrow = [bucket.exp_avg[part], bucket.exp_avg_sq[part]]
             avg, avg_sq = (moment.float() for moment in narrow)
-            self._adamw(bucket, bucket.master[part], bucket.grads[part], avg, avg_sq, lr, divisor)
+            self._adamw(bucket, bucket.master[part], grads[part], avg, avg_sq, lr, divisor)
             round_(avg, bits & 0xFFFF, narrow[0])
             round_(avg_sq, bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF), narrow[1])
 
@@ -341,16 +375,26 @@ class Optimizer:
 
     def state(self) -> Iterator[tuple[str, Tensor, ShardInfo]]:
         """What a checkpoint keeps, as views: `master.<name>`, `exp_avg.<name>`,
-        `exp_avg_sq.<name>`."""
+        `exp_avg_sq.<name>`; of a sharded tensor the boxes that lie in this rank's slice, each by
+        itself."""
         for bucket in self.buckets:
-            for name, (begin, end) in zip(bucket.names, bucket.spans):
+            for name, (begin, _) in zip(bucket.names, bucket.spans):
                 parameter, info = self.parameters[name]
-                for key in ("master", "exp_avg", "exp_avg_sq"):
-                    yield (
-                        f"{key}.{name}",
-                        getattr(bucket, key)[begin:end].view(parameter.shape),
-                        info,
-                    )
+                low, high = self._owned(bucket, begin, parameter.numel())
+                first = begin + low - bucket.own.start
+                for at, size in _boxes(tuple(parameter.shape), low, high):
+                    numel = math.prod(size)
+                    box = info.within(at, size, bucket.writers) if bucket.sharded else info
+                    for key in ("master", "exp_avg", "exp_avg_sq"):
+                        flat = getattr(bucket, key)[first : first + numel]
+                        yield f"{key}.{name}", flat.view(size), box
+                    first += numel
+
+    @staticmethod
+    def _owned(bucket: Bucket, begin: int, numel: int) -> tuple[int, int]:
+        """Which elements of the parameter that begins there lie in this rank's slice."""
+        low, high = (min(max(x - begin, 0), numel) for x in (bucket.own.start, bucket.own.stop))
+        return low, high
 
     def loaded(self, steps_done: int) -> None:
         """Tell that the tensors of `state` were filled from a checkpoint made after that many
@@ -369,23 +413,21 @@ class Optimizer:
         self._take_over()
 
     def _take_over(self) -> None:
-        """Weights from their masters."""
+        """Weights from their masters, wherever those lie."""
         for bucket in self.buckets:
-            if bucket.weights is not None:
-                bucket.weights.copy_(bucket.master)
+            if bucket.lifted:
+                bucket.weights[bucket.own].copy_(bucket.master)
+            if bucket.sharded:
+                group = getattr(self.mesh, bucket.reduce_over)
+                bucket.weights.copy_(all_gather(bucket.weights[bucket.own], group))
 
     def bytes(self) -> int:
         """Memory of parameters, gradients and state on this rank."""
         total = 0
         for bucket in self.buckets:
-            for x in (
-                bucket.grads,
-                bucket.master,
-                bucket.exp_avg,
-                bucket.exp_avg_sq,
-                bucket.weights,
-            ):
-                total += 0 if x is None else x.numel() * x.element_size()
+            kept = [bucket.grads, bucket.weights, bucket.exp_avg, bucket.exp_avg_sq]
+            kept += [bucket.master] if bucket.lifted else []
+            total += sum(x.numel() * x.element_size() for x in kept)
         return total
 
 
@@ -398,3 +440,32 @@ def _into_main_grad(parameter: Tensor) -> None:
     if parameter.grad is not None:  # None where a kernel has written to main_grad itself
         main_grad_of(parameter).add_(parameter.grad)
         parameter.grad = None
+
+
+def _boxes(
+    shape: tuple[int, ...], begin: int, end: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Elements begin ... end-1 of a tensor, in memory's order, as (origin, size) of boxes, each of
+    which lies in one piece: part of a row, whole rows, part of a row."""
+    if begin >= end:
+        return
+    if len(shape) == 1:
+        yield (begin,), (end - begin,)
+        return
+    inner, rest = math.prod(shape[1:]), (0,) * (len(shape) - 1)
+    first, last = -(-begin // inner), end // inner  # whole rows
+    if first > last:
+        first = last  # it lies within one row
+        head = [(last, begin - last * inner, end - last * inner)]
+        tail = []
+    else:
+        head = [(first - 1, begin - (first - 1) * inner, inner)] if begin < first * inner else []
+        tail = [(last, 0, end - last * inner)] if last * inner < end else []
+    for row, low, high in head:
+        for at, size in _boxes(shape[1:], low, high):
+            yield (row, *at), (1, *size)
+    if first < last:
+        yield (first, *rest), (last - first, *shape[1:])
+    for row, low, high in tail:
+        for at, size in _boxes(shape[1:], low, high):
+            yield (row, *at), (1, *size)

@@ -86,20 +86,24 @@ class Noise:
                 done = end
         self._longest = max((self._end(pieces) - begin for begin, pieces in self._plan), default=0)
 
-    def chunks(self, step: int) -> Iterator[tuple[int, int, Tensor]]:
-        """(begin, end, bits [end - begin] int32), in order; the bits hold until the next one. What
-        lies between two parameters is in no chunk, or gets bits without a meaning."""
+    def chunks(self, step: int, own: slice) -> Iterator[tuple[int, int, Tensor]]:
+        """(begin, end, bits [end - begin] int32) of what lies in `own`, whole lines, in order; the
+        bits hold until the next one. What lies between two parameters is in no chunk, or gets bits
+        without a meaning."""
         buffer = torch.zeros(self._longest, dtype=torch.int32, device=self.device)
         hashed = None
         for begin, pieces in self._plan:
+            end = self._end(pieces)
+            low, high = max(begin, own.start), min(end, own.stop)
+            if low >= high:
+                continue
             for part, first, last in pieces:
                 if part is not hashed:
                     hashed, rows, columns = part, *self._hashes(step, part)
                 at, size = part.begin + first * part.width - begin, (last - first) * part.width
                 place = buffer[at : at + size].view(last - first, part.width)
                 torch.bitwise_xor(rows[first:last, None], columns, out=place)
-            end = self._end(pieces)
-            yield begin, end, buffer[: end - begin]
+            yield low, high, buffer[low - begin : high - begin]
 
     def _end(self, pieces: list[tuple[_Part, int, int]]) -> int:
         part, _, last = pieces[-1]

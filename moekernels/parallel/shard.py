@@ -70,6 +70,18 @@ class ShardInfo:
         ]
         return replace(self, pieces=tuple(pieces))
 
+    def within(self, at: Sequence[int], size: Sequence[int], copies: str) -> ShardInfo:
+        """The shard of a box of the local tensor, which begins `at` and is of that `size`."""
+        pieces = []
+        for p in self.pieces:
+            low = [max(a, b) for a, b in zip(at, p.local)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(at, size, p.local, p.size)]
+            if all(a < b for a, b in zip(low, high)):
+                local = tuple(a - b for a, b in zip(low, at))
+                full = tuple(f + a - b for f, a, b in zip(p.full, low, p.local))
+                pieces.append(Piece(local, full, tuple(b - a for a, b in zip(low, high))))
+        return replace(self, pieces=tuple(pieces), copies=copies)
+
     def take(self, full: Tensor) -> Tensor:
         """The local tensor out of the full one."""
         local = full.new_empty(self.local_shape)
