@@ -83,6 +83,13 @@ def replan_rule(run: cfg.RunConfig) -> Rule:
             f"--replan {run.train.replan}: with ep 1 a rank holds all experts of a layer and none "
             f"can move; give --ep, or leave it out"
         )
+    layout = run.layout
+    copies = layout.tp * layout.dp // (layout.ep * layout.etp)
+    if rule.every and run.train.shard_optimizer and copies > 1:
+        raise UsageError(
+            f"--replan {run.train.replan} moves whole experts, whose state --shard-optimizer "
+            f"splits over their {copies} copies; give one of the two"
+        )
     return rule
 
 

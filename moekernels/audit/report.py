@@ -92,6 +92,7 @@ def launch_line(plan: Plan, problem: Problem, source: list[str]) -> str:
     words.append(f"--checkpoint-layers {ranges_text(s.checkpoint_layers)}")
     words.append(f"--dispatcher {s.dispatcher}")
     words += [f"--dtype {s.dtype}", f"--optimizer-state {s.optimizer_state}"]
+    words += ["--shard-optimizer"] if s.shard_optimizer else []
     line = " ".join(words)
     if layout.world <= c.gpus_per_node:
         return f"python -m {line}"
@@ -101,10 +102,11 @@ def launch_line(plan: Plan, problem: Problem, source: list[str]) -> str:
 
 def strategy_text(s: Strategy) -> str:
     schedule = s.schedule if s.virtual_stages == 1 else f"{s.schedule} x{s.virtual_stages}"
+    split = " and masters split" if s.shard_optimizer else ""
     return (
         f"{_class(s)}, {schedule}, {s.microbatches} micro-batches, layers "
         f"{','.join(map(str, s.layers))}, checkpointed {ranges_text(s.checkpoint_layers)}, "
-        f"{s.optimizer_state} moments, {s.dispatcher}"
+        f"{s.optimizer_state} moments{split}, {s.dispatcher}"
     )
 
 
@@ -125,6 +127,7 @@ def plan_dict(plan: Plan) -> dict:
             "checkpointed_per_stage": list(s.checkpointed),
             "checkpoint_layers": ranges_text(s.checkpoint_layers),
             "optimizer_state": s.optimizer_state,
+            "shard_optimizer": s.shard_optimizer,
             "dtype": s.dtype,
             "dispatcher": s.dispatcher,
         },

@@ -89,6 +89,12 @@ def one_expert(spec: ExpertsSpec, etp: int = 1) -> int:
     return ffn + (2 * spec.d_model * spec.d_in if spec.lifted else 0)
 
 
+def whole_share(spec: ExpertsSpec, etp: int) -> float:
+    """Which part of an expert's parameters is whole on each of its etp shards."""
+    whole = 2 * spec.d_model * spec.d_in if spec.lifted else 0
+    return (whole + (spec.d_in if spec.expert_bias else 0)) / one_expert(spec, etp)
+
+
 def parameters(spec: ExpertsSpec, at: Place, active: bool = False) -> int:
     number = spec.top_k if active else spec.num_experts // at.layout.ep
     return number * one_expert(spec, at.layout.etp)

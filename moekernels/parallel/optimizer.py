@@ -5,9 +5,9 @@ or not) lie in one flat tensor, so that a reduction, a norm and an update are ea
 parameters are views of their masters; bf16 ones are copied from them after a step. bf16 moments are
 rounded stochastically (see `rounding`).
 
-Sharded (ZeRO stage 1, Rajbhandari et al. 2020), each of the ranks whose gradients are summed owns an
-equal slice of every flat tensor: it gets the sum of that slice alone, keeps its masters and moments,
-updates it, and all gather the slices.
+Sharded (stage 1 of ZeRO, Rajbhandari et al. 2020), each of the ranks whose gradients are summed
+owns an equal slice of every flat tensor: it gets the sum of that slice alone, keeps its masters and
+moments, updates it, and all gather the slices.
 
 Weight decay acts on matrices. Norms, biases (anything one-dimensional) and embeddings are not
 decayed.
@@ -48,7 +48,7 @@ class AdamWConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     state_dtype: torch.dtype = torch.float32
-    shard: bool = False  # masters and moments lie on one rank each
+    shard_optimizer: bool = False  # masters and moments lie on one rank each
     seed: int = 0  # of the rounding of bf16 moments
     lr_schedule: str = "cosine"
     decay_steps: int = 0  # of wsd; 0: a fifth of all steps
@@ -160,7 +160,7 @@ class Optimizer:
             spans.append((size, end))
             size = -(-end // ALIGN) * ALIGN
         group: Group = getattr(self.mesh, reduce_over)
-        sharded = self.config.shard and group.size > 1
+        sharded = self.config.shard_optimizer and group.size > 1
         parts, part = (group.size, group.rank) if sharded else (1, 0)
         # Whole lines, the last one, too: its few elements would be updated with other bits.
         share = -(-size // (parts * ALIGN)) * ALIGN
@@ -219,6 +219,13 @@ class Optimizer:
             elif group.size > 1:
                 add = in_rank_order if bucket.apart else all_reduce
                 bucket.grads.copy_(add(bucket.grads, group))
+
+    def spread_gradients(self) -> None:
+        """Give every rank the sums that the others have of sharded gradients: for comparisons."""
+        for bucket in self.buckets:
+            if bucket.sharded:
+                group = getattr(self.mesh, bucket.reduce_over)
+                bucket.grads.copy_(all_gather(bucket.grads[bucket.own], group))
 
     def grad_norm(self) -> Tensor:
         """Norm of the whole model's gradient [] in fp64, the same on every rank, and the same bits

@@ -13,7 +13,7 @@ from functools import lru_cache
 from moekernels.model.decoder import DecoderSpec, copies, layer_parts
 from moekernels.model.dispatch import routed_rows, way_of
 from moekernels.model.spec import WIDTH, Place
-from moekernels.plan.memory import place_of, rank_parameters
+from moekernels.plan.memory import owned_parameters, place_of, rank_parameters
 from moekernels.plan.overlap import exposed
 from moekernels.plan.strategy import STATE_BYTES, Cluster, Strategy
 
@@ -189,14 +189,15 @@ def update_seconds(model: DecoderSpec, cluster: Cluster, s: Strategy) -> dict[st
             if ranks > 1:
                 near = max(1, min(ranks, c.gpus_per_node // stride))
                 link = c.link_bandwidth if near == ranks else c.network_bandwidth
-                size = 2.0 * count * GRADIENT * (ranks - 1) / ranks
+                back = WIDTH[s.dtype] if s.shard_optimizer else GRADIENT  # weights are gathered
+                size = count * (GRADIENT + back) * (ranks - 1) / ranks
                 summed += (
                     size / (link * c.bandwidth_efficiency) + 2 * c.latency * ranks.bit_length()
                 )
         worst["gradient sum"] = max(worst["gradient sum"], summed)
-        worst["optimizer"] = max(
-            worst["optimizer"], sum(parts.values()) * per_parameter / bandwidth
-        )
+        owned = sum(owned_parameters(model, s, parts).values())
+        size = owned * (per_parameter - GRADIENT) + sum(parts.values()) * GRADIENT  # all are zeroed
+        worst["optimizer"] = max(worst["optimizer"], size / bandwidth)
     return worst
 
 
@@ -207,7 +208,9 @@ def update_bytes(s: Strategy) -> int:
     return 5 * GRADIENT + 2 * 4 + 2 * moments + WIDTH[s.dtype]
 
 
-def reduction_bytes(model: DecoderSpec, s: Strategy, parameters: dict[str, int]) -> float:
-    """The copy that the sum of the gradients over ranks makes of the largest bucket."""
+def reduction_bytes(s: Strategy, parameters: dict[str, int], device: str = "cuda") -> float:
+    """The copy that the sum of the gradients over ranks makes of the largest bucket, or the
+    gathering of its weights."""
     shared = [n for part, n in parameters.items() if copies(s.layout, part)[0] > 1]
-    return float(max(shared, default=0) * GRADIENT)
+    width = WIDTH[s.dtype] if s.shard_optimizer and device == "cuda" else GRADIENT
+    return float(max(shared, default=0) * width)

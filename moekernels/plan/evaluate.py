@@ -25,6 +25,7 @@ class Problem:
     cluster: Cluster
     dtype: str = "bf16"
     objective: Objective = Objective()
+    shard_optimizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def memory_of(problem: Problem, s: Strategy, rank: int, tokens: int) -> StageMem
     c = problem.cluster
     skew = c.skew(s.layout)
     stage = stage_memory(problem.model, s, rank, tokens, imbalance=skew, device=c.device)
-    copy = cost.reduction_bytes(problem.model, s, stage.parameters)
+    copy = cost.reduction_bytes(s, stage.parameters, c.device)
     if copy > stage.activations + stage.working + stage.messages:  # the gradients' sum comes after
         stage = StageMemory(
             stage.weights, stage.gradients, stage.optimizer, 0.0, copy, 0.0, stage.parameters

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from moekernels.model import experts, vocabulary
-from moekernels.model.decoder import DecoderSpec, chunk_parameters, layer_parts
+from moekernels.model.decoder import DecoderSpec, chunk_parameters, copies, layer_parts
 from moekernels.model.dispatch import way_of
 from moekernels.model.ffn import ffn_working
 from moekernels.model.spec import Place
@@ -160,6 +160,20 @@ def rank_parameters(model: DecoderSpec, s: Strategy, rank: int) -> dict[str, int
     return _rank_parameters(model, at, s.layer_ranges, s.layout.pp, rank)
 
 
+def owned_parameters(
+    model: DecoderSpec, s: Strategy, parameters: dict[str, int]
+) -> dict[str, float]:
+    """Those of a rank's parameters whose masters and moments it keeps, by part. Norms within
+    attention, some hundred, count as the rest of it."""
+    if not s.shard_optimizer:
+        return dict(parameters)
+    owned = {part: n / copies(s.layout, part)[0] for part, n in parameters.items()}
+    if "experts" in owned:  # what each etp shard holds whole is split over those, too
+        etp = s.layout.etp
+        owned["experts"] *= 1 - experts.whole_share(model, etp) * (1 - 1 / etp)
+    return owned
+
+
 def stage_memory(
     model: DecoderSpec,
     s: Strategy,
@@ -192,7 +206,7 @@ def stage_memory(
     return StageMemory(
         weights=total * weight,
         gradients=total * gradient,
-        optimizer=total * (master + moments),
+        optimizer=sum(owned_parameters(model, s, parameters).values()) * (master + moments),
         activations=activations,
         working=working,
         messages=messages,

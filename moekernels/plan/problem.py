@@ -166,6 +166,7 @@ def problem_of(run: cfg.RunConfig, lengths: tuple[int, ...] | None = None) -> Pr
         cluster_of(run),
         run.train.dtype,
         Objective(run.objective.best, run.objective.at_least),
+        run.train.shard_optimizer,
     )
 
 
@@ -198,4 +199,5 @@ def configured(run: cfg.RunConfig) -> Strategy:
         dispatcher=dispatch.choose(lay.dispatcher, run.model, layout.ep),
         dtype=run.train.dtype,
         optimizer_state=run.train.optimizer_state,
+        shard_optimizer=run.train.shard_optimizer,
     )

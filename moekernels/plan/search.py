@@ -131,7 +131,7 @@ def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]
                             continue
                         yield Strategy(
                             layout, layers, (0,) * len(layers), microbatches, name, virtual, way,
-                            problem.dtype,
+                            problem.dtype, shard_optimizer=problem.shard_optimizer,
                         )  # fmt: skip
 
 

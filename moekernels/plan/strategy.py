@@ -39,6 +39,7 @@ class Strategy:
     dispatcher: str = "all_to_all"
     dtype: str = "bf16"
     optimizer_state: str = "fp32"
+    shard_optimizer: bool = False
     sequence_parallel: bool = True
 
     @property

@@ -121,6 +121,11 @@ class TrainSection:
         "dtype of the moments; bf16 ones are rounded by chance, right on average",
         choices=("fp32", "bf16"),
     )
+    shard_optimizer: bool = key(
+        False,
+        "split masters and moments over the data-parallel ranks, experts' over their copies (ZeRO "
+        "stage 1); gradients are reduce-scattered, parameters gathered",
+    )
     seed: int = key(0, "seed of parameters and data order", low=0, high=2**31 - 1)
     device: str = key("auto", "where to run", choices=("auto", "cpu", "cuda"))
     exchange: str = key(

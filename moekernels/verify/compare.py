@@ -64,7 +64,9 @@ class Side:
         self.chunks = assembly.build_chunks(run, mesh)
         self.runtime = assembly.build_runtime(run, mesh, self.chunks)
         self.shards = [shard for chunk in self.chunks for shard in chunk.named_shards()]
-        settings = AdamWConfig(lr=1e-2, steps=100, clip=1.0)
+        settings = AdamWConfig(
+            lr=1e-2, steps=100, clip=1.0, shard_optimizer=run.train.shard_optimizer
+        )
         self.optimizer = Optimizer(self.shards, mesh, settings)
 
     def step(self, batches: list[MicroBatch], hook: Callable) -> float:
@@ -75,6 +77,7 @@ class Side:
         self.optimizer.zero_grad()
         losses = self.runtime.step(batches, record=False).losses
         self.optimizer.reduce()
+        self.optimizer.spread_gradients()
         loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if losses and self.mesh.tp.rank == 0:
             loss += torch.stack(losses).double().sum()

@@ -43,6 +43,7 @@ class Variant:
     dispatcher: str = "auto"
     guests: bool = False  # all that stands beside experts, and a first layer without any
     attention: str = ""  # other than the small model's own, by its name in `ATTENTIONS`
+    shard_optimizer: bool = False
 
     @property
     def model(self) -> tuple:
@@ -57,7 +58,8 @@ class Variant:
             text += f", {self.dispatcher}"
         if self.attention:
             text += f", {self.attention} attention"
-        return text + f", {' and '.join(BESIDE)} expert and a dense layer" * self.guests
+        text += f", {' and '.join(BESIDE)} expert and a dense layer" * self.guests
+        return text + ", optimizer split over ranks" * self.shard_optimizer
 
 
 def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
@@ -72,6 +74,8 @@ def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
     found.append(Variant(steps=1, guests=True))
     found += [Variant(steps=1, attention=n) for n, kind in ATTENTIONS.items() if kind.example]
     found += [Variant(steps=1, dispatcher=name) for name in WAYS]
+    if run.layout.dp > 1:
+        found.append(Variant(steps=1, shard_optimizer=True))
     if 6 % run.layout.ep == 0:
         found.append(Variant(experts=6, top_k=3, steps=1))
     return found
@@ -114,7 +118,7 @@ def configure(
         run.model = replace(run.model, **ATTENTIONS[variant.attention].example)
     run.batch.microbatches = max(2, MICROBATCHES // lay.dp)
     run.batch.accumulation, run.batch.context = 1, 40
-    run.train.dtype = dtype
+    run.train.dtype, run.train.shard_optimizer = dtype, variant.shard_optimizer
     cfg.check(run, world)
     return run
 

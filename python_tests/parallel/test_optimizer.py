@@ -8,7 +8,7 @@ import torch
 
 from moekernels.model.layout import Layout
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.optimizer import AdamWConfig, Optimizer
+from moekernels.parallel.optimizer import AdamWConfig, Optimizer, _boxes
 from moekernels.parallel.shard import even_range, shard
 from moekernels.parallel.tensor import in_rank_order
 from python_tests.support.distributed import run_ranks
@@ -175,9 +175,9 @@ def test_learning_rate():
     assert rates == sorted(rates, reverse=True)
 
 
-def layout_norm(rank, layout):
-    """The same full gradients, cut and shared as the layout wants: norm and updated full-tensor
-    pieces."""
+def on_layout(layout, settings):
+    """The same full gradients, cut and shared as the layout wants: (the optimiser after two steps,
+    the norm, its parameters)."""
     mesh = Mesh(layout)
     tp, e = mesh.tp, SHAPES["layers.1.w1"][0] // layout.ep
     mine = (mesh.ep_index * e, (mesh.ep_index + 1) * e)
@@ -185,7 +185,9 @@ def layout_norm(rank, layout):
         "embed.weight": shard(SHAPES["embed.weight"], {0: [even_range(40, tp.rank, tp.size)]}),
         "layers.1.w": shard(SHAPES["layers.1.w"], {1: [even_range(36, tp.rank, tp.size)]}),
         "layers.1.norm": shard(SHAPES["layers.1.norm"], reduce_over="stage", copies="stage"),
-        "layers.1.w1": shard(SHAPES["layers.1.w1"], {0: [mine]}, reduce_over="edp", copies="edp"),
+        "layers.1.w1": shard(
+            SHAPES["layers.1.w1"], {0: [mine]}, reduce_over="edp", copies="edp", apart=True
+        ),
     }
     full = model()
     # Stage p holds the parameters of its number, so that each rank's norm is a part only.
@@ -193,7 +195,7 @@ def layout_norm(rank, layout):
     shards = [
         (name, torch.nn.Parameter(infos[name].take(full[name].data)), infos[name]) for name in here
     ]
-    optimizer = Optimizer(shards, mesh, config())
+    optimizer = Optimizer(shards, mesh, settings)
     for step in (1, 2):
         optimizer.zero_grad()
         for name, p, info in shards:
@@ -201,9 +203,16 @@ def layout_norm(rank, layout):
             p.main_grad.add_(info.take(gradient(name, step)) / parts)
         optimizer.reduce()
         norm, _ = optimizer.step()
-    return norm.item(), [(name, p.data, info) for name, p, info in shards]
+    return optimizer, norm.item(), shards
 
 
+def layout_norm(rank, layout, settings):
+    """The norm, and the pieces of updated full tensors."""
+    _, norm, shards = on_layout(layout, settings)
+    return norm, [(name, p.data, info) for name, p, info in shards]
+
+
+@pytest.mark.parametrize("shard_optimizer", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize(
     "layout",
     [
@@ -216,14 +225,69 @@ def layout_norm(rank, layout):
     ],
     ids=str,
 )
-def test_every_layout_has_one_norm_and_one_update(layout):
+def test_every_layout_has_one_norm_and_one_update(layout, shard_optimizer):
     expected, norms = by_torch(config(), 2)
-    results = run_ranks(layout.world, layout_norm, layout)
+    settings = config(shard_optimizer=shard_optimizer)
+    results = run_ranks(layout.world, layout_norm, layout, settings)
     assert len({norm for norm, _ in results}) == 1, "ranks disagree on the norm"
     assert math.isclose(results[0][0], norms[1], rel_tol=1e-6)
     for _, shards in results:
         for name, p, info in shards:
             torch.testing.assert_close(p, info.take(expected[name].data), rtol=1e-5, atol=1e-6)
+
+
+def sharded_state(rank, layout, state):
+    """What each rank keeps, sharded and not, without a clip: its bits hang on the norm's."""
+    kept = []
+    for split in (False, True):
+        settings = config(clip=0.0, shard_optimizer=split, state_dtype=state)
+        optimizer, _, _ = on_layout(layout, settings)
+        spoken = [
+            (name, x.clone(), info, getattr(optimizer.mesh, info.copies).rank == 0)
+            for name, x, info in optimizer.state()
+        ]
+        kept.append((spoken, optimizer.bytes()))
+    return kept
+
+
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(dp=2), Layout(tp=2, dp=2, ep=2), Layout(tp=2, dp=2)], ids=str
+)
+def test_slices_of_all_ranks_are_the_whole_state_bit_for_bit(layout, state):
+    full = [{}, {}]
+    results = run_ranks(layout.world, sharded_state, layout, state)
+    for whole, split in results:
+        for place, (spoken, _) in zip(full, (whole, split)):
+            for name, x, info, speaks in spoken:
+                assert tuple(x.shape) == info.local_shape
+                if speaks:
+                    value = place.setdefault(name, torch.zeros(info.full_shape))
+                    seen = place.setdefault("seen " + name, torch.zeros(info.full_shape))
+                    info.put(x.float(), value)
+                    count = torch.zeros(info.full_shape)
+                    info.put(torch.ones_like(x, dtype=torch.float32), count)
+                    seen += count
+    assert full[0].keys() == full[1].keys()
+    for name, x in full[0].items():
+        assert torch.equal(x, full[1][name]), name
+        if name.startswith("seen"):
+            assert (x == 1).all(), "every element is written by one rank"
+    state_bytes = [[kept for _, kept in rank] for rank in results]
+    assert all(split < whole for whole, split in state_bytes)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 4)])
+def test_a_range_of_elements_in_boxes(shape):
+    x = torch.arange(math.prod(shape)).view(shape or (1,))
+    for begin in range(x.numel() + 1):
+        for end in range(begin, x.numel() + 1):
+            found = []
+            for at, size in _boxes(tuple(x.shape), begin, end):
+                box = x[tuple(slice(a, a + n) for a, n in zip(at, size))]
+                assert box.numel() and box.flatten().diff().eq(1).all()
+                found += box.flatten().tolist()
+            assert found == list(range(begin, end))
 
 
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)

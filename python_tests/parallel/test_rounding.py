@@ -6,13 +6,13 @@ import torch
 from moekernels.parallel.rounding import Noise, round_
 from moekernels.parallel.shard import shard
 
-CPU = torch.device("cpu")
+CPU, ALL = torch.device("cpu"), slice(0, 1 << 30)
 
 
 def bits_of(info, *, step=3, seed=1, name="w", size=1 << 18, begin=0):
     """[local shape] of the noise of one parameter in a buffer of its own."""
     out = torch.zeros(begin + torch.Size(info.local_shape).numel(), dtype=torch.int32)
-    for first, last, bits in Noise(seed, [(name, begin, info)], size, 1, CPU).chunks(step):
+    for first, last, bits in Noise(seed, [(name, begin, info)], size, 1, CPU).chunks(step, ALL):
         out[first:last] = bits
     return out[begin:].view(info.local_shape)
 
@@ -39,7 +39,7 @@ def test_parameters_in_one_buffer_draw_what_each_draws_alone():
     places = {"a": 0, "b": 48, "c": 64}
     noise = Noise(1, [(name, places[name], infos[name]) for name in infos], 20, 1, CPU)
     out = torch.zeros(88, dtype=torch.int32)
-    for begin, end, bits in noise.chunks(3):
+    for begin, end, bits in noise.chunks(3, ALL):
         out[begin:end] = bits
     for name, info in infos.items():
         got = out[places[name] :][: torch.Size(info.full_shape).numel()].view(info.full_shape)
@@ -53,12 +53,27 @@ def test_chunks_are_whole_lines(size):
     places = {"a": 0, "b": 48, "c": 272}
     noise = Noise(1, [(name, places[name], infos[name]) for name in infos], size, 16, CPU)
     out, done = torch.zeros(384, dtype=torch.int32), 0
-    for begin, end, bits in noise.chunks(3):
+    for begin, end, bits in noise.chunks(3, ALL):
         assert begin >= done and begin % 16 == end % 16 == 0
         out[begin:end], done = bits, end
     for name, info in infos.items():
         got = out[places[name] :][: torch.Size(info.full_shape).numel()].view(info.full_shape)
         assert torch.equal(got, bits_of(info, name=name))
+
+
+@pytest.mark.parametrize("size", [1, 60, 1 << 18])
+def test_a_slice_draws_what_the_whole_draws_there(size):
+    noise = Noise(1, [("a", 0, shard((7, 5))), ("b", 48, shard((9, 24)))], size, 16, CPU)
+    whole, parts = (torch.zeros(272, dtype=torch.int32) for _ in range(2))
+    for begin, end, bits in noise.chunks(3, ALL):
+        whole[begin:end] = bits
+    for own in (slice(0, 96), slice(96, 112), slice(112, 272)):
+        for begin, end, bits in noise.chunks(3, own):
+            assert own.start <= begin and end <= own.stop
+            parts[begin:end] = bits
+    for begin, shape in ((0, (7, 5)), (48, (9, 24))):
+        end = begin + shape[0] * shape[1]
+        assert torch.equal(parts[begin:end], whole[begin:end])
 
 
 def test_noise_differs_by_seed_step_name_and_place():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from moekernels.data.corpus import Corpus, CorpusStats
 from moekernels.errors import UsageError
 from moekernels.plan import microbatches as mb
 from moekernels.run import files as cfg
@@ -71,19 +74,10 @@ def test_a_tuner_measures_then_decides():
 def test_memory_bounds_the_count(gigabytes, fits):
     run = cfg.resolve("tiny", None, {("batch", "lengths"): "64:256"})
 
-    class Corpus:
-        """Lengths are all that a plan of a batch needs."""
-
-        class stats:
-            source = "nothing"
-
-        def split(self, _):
-            import numpy as np
-
-            spans = np.array([[0, 100_000]])
-            return spans, spans
-
-    counts = [mb.least(run, Corpus(), f * gigabytes * 1e9, "cpu") for f in (1.0, 1.5, 3.0)]
+    offsets = np.arange(0, 100_001, 1000)  # lengths are all that a plan of a batch needs
+    stats = CorpusStats("nothing", 1, {}, 100, 0, 100_000, 257, 1.0)
+    corpus = Corpus(Path("nowhere"), "none", stats, np.empty(0), offsets)
+    counts = [mb.least(run, corpus, f * gigabytes * 1e9, "cpu") for f in (1.0, 1.5, 3.0)]
     assert counts == sorted(counts, reverse=True)
     assert (counts[0] == 1) == fits and counts[0] <= 32
 

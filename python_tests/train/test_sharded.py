@@ -1,0 +1,58 @@
+"""`--shard-optimizer`: the same training, in less memory, and checkpoints that any layout reads."""
+
+import pytest
+import torch
+
+from moekernels.cli import main
+from python_tests.support.small_runs import argv, losses
+
+TINY = "--layers 2 --experts 4 --d-model 16 --heads 2 --vocab-size 258 --tp 1".split()
+
+
+@pytest.fixture
+def train(text, cache, capfd, tmp_path):
+    torch.set_num_threads(1)
+
+    def run(*more, out="run"):
+        code = main(argv(text, tmp_path / out, *TINY, *more))
+        said = capfd.readouterr()
+        assert code == 0, said.err
+        return losses(tmp_path / out)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_two_ranks_train_bit_for_bit_as_unsharded(train, dtype):
+    """Two terms have one order; without a clip nothing hangs on the norm's last digit."""
+    more = (
+        "--dp",
+        "2",
+        "--steps",
+        "3",
+        "--clip",
+        "0",
+        "--dtype",
+        dtype,
+        "--optimizer-state",
+        dtype,
+    )
+    assert train(*more, "--shard-optimizer") == train(*more, out="whole")
+
+
+def test_a_run_goes_on_sharded_and_whole_and_elsewhere(train):
+    more = ("--steps", "4", "--save-every", "2", "--keep", "9", "--clip", "0")
+    expected = train("--dp", "2", *more, "--shard-optimizer")
+    for out, steps in (("a", ("--dp", "2")), ("b", ("--dp", "2", "--shard-optimizer"))):
+        train("--dp", "2", *more[:0], "--steps", "2", "--clip", "0", "--shard-optimizer", out=out)
+        got = train(*steps, "--steps", "4", "--clip", "0", "--resume", out=out)
+        assert got[:2] != got[2:] and len(got) == 4
+    first = train("--dp", "2", "--ep", "2", *more, "--shard-optimizer", out="c")
+    torch.testing.assert_close(torch.tensor(first), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_experts_that_move_are_not_split(text, cache, capfd, tmp_path):
+    more = "--tp 1 --dp 4 --ep 2 --replan 2 --shard-optimizer".split()
+    assert main(argv(text, tmp_path / "run", *TINY, *more)) == 2
+    err = capfd.readouterr().err
+    assert "--replan 2 moves whole experts, whose state --shard-optimizer splits" in err
