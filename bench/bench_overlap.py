@@ -23,9 +23,10 @@ from moekernels import assembly
 from moekernels.data.batch import MicroBatch
 from moekernels.model.decoder import DecoderSpec
 from moekernels.ops import _deferred
+from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.launch import RankEnv, run_local
 from moekernels.parallel.measure import Measure, Times
-from moekernels.parallel.optimizer import AdamWConfig, Optimizer
+from moekernels.parallel.optimizer import Optimizer
 from moekernels.parallel.tensor import all_reduce
 from moekernels.run.sections import RunConfig
 

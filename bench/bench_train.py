@@ -27,8 +27,9 @@ from moekernels.data.batch import NO_LABEL, MicroBatch
 from moekernels.integrations.families import decoder_spec, load_
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
+from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.optimizer import AdamWConfig, Optimizer
+from moekernels.parallel.optimizer import Optimizer
 
 MUST = 1.25  # our tokens/s over theirs
 LR, BETAS, CLIP = 1e-3, (0.9, 0.95), 1.0

@@ -10,8 +10,9 @@ import torch
 from moekernels import assembly
 from moekernels.data import MicroBatch
 from moekernels.parallel import launch
+from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.optimizer import AdamWConfig, Optimizer
+from moekernels.parallel.optimizer import Optimizer
 from moekernels.run import files
 
 SMALL = {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 4, "head_dim": 8}

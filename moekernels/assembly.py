@@ -15,8 +15,9 @@ from moekernels.errors import UsageError
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel import nccl
+from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.optimizer import AdamWConfig, Optimizer
+from moekernels.parallel.optimizer import Optimizer
 from moekernels.parallel.shard import ShardInfo
 from moekernels.pipeline.runtime import PipelineRuntime
 from moekernels.pipeline.schedule import Schedule, build

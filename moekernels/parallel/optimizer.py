@@ -16,68 +16,24 @@ decayed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.utils.hooks import RemovableHandle
 
+from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Group, Mesh
 from moekernels.parallel.nodes import gather
 from moekernels.parallel.rounding import Noise, round_
-from moekernels.parallel.shard import ShardInfo
+from moekernels.parallel.shard import ShardInfo, boxes
 from moekernels.parallel.tensor import all_gather, all_reduce, in_rank_order, reduce_scatter
 
 CHUNK = 1 << 18  # elements whose bf16 moments are widened at a time: what fits a cache
 ALIGN = 16  # elements: every parameter begins on a 64-byte line
 FP32_MAX = torch.finfo(torch.float32).max
-
-
-@dataclass(frozen=True)
-class AdamWConfig:
-    lr: float = 1e-3
-    min_lr_ratio: float = 0.1
-    warmup: int = 0
-    steps: int = 1
-    clip: float = 0.0
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    state_dtype: torch.dtype = torch.float32
-    shard_optimizer: bool = False  # masters and moments lie on one rank each
-    seed: int = 0  # of the rounding of bf16 moments
-    lr_schedule: str = "cosine"
-    decay_steps: int = 0  # of wsd; 0: a fifth of all steps
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of step 1, 2, ...: a line up over `warmup` steps, then to the last step
-        half a cosine down ("cosine"), a line down ("linear"), level and then a line down over
-        `decay_steps` ("wsd"), or level ("constant")."""
-        if step <= self.warmup:
-            return self.lr * step / self.warmup
-        first = self.warmup
-        if self.lr_schedule == "wsd":
-            last = self.decay_steps or -(-self.steps // 5)
-            first = max(first, self.steps - last)
-        done = min(1.0, max(0, step - first) / max(1, self.steps - first))
-        if self.lr_schedule == "constant":
-            height = 1.0
-        elif self.lr_schedule == "cosine":
-            height = 0.5 * (1 + math.cos(math.pi * done))
-        else:
-            height = 1 - done
-        low = self.lr * self.min_lr_ratio
-        return low + (self.lr - low) * height
-
-    @classmethod
-    def of(cls, section: Mapping[str, Any], **more: Any) -> AdamWConfig:
-        """What of a run's [train] says it, keys that it has not at their defaults."""
-        names = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in section.items() if k in names}, **more)
 
 
 def decays(name: str, shape: tuple[int, ...]) -> bool:
@@ -267,7 +223,7 @@ class Optimizer:
                 at_experts = 1 + places[name] + self._experts_places(info)
                 rows = main_grad_of(parameter).flatten(1)
                 owned = self._owned(bucket, begin, rows.numel())
-                for (row, column), (height, width) in _boxes(tuple(rows.shape), *owned):
+                for (row, column), (height, width) in boxes(tuple(rows.shape), *owned):
                     part = rows[row : row + height, column : column + width]
                     each[at_experts[row : row + height]] += norms_of(part).square()
         return all_reduce(each, self.mesh.world).sum()
@@ -389,7 +345,7 @@ class Optimizer:
                 parameter, info = self.parameters[name]
                 low, high = self._owned(bucket, begin, parameter.numel())
                 first = begin + low - bucket.own.start
-                for at, size in _boxes(tuple(parameter.shape), low, high):
+                for at, size in boxes(tuple(parameter.shape), low, high):
                     numel = math.prod(size)
                     box = info.within(at, size, bucket.writers) if bucket.sharded else info
                     for key in ("master", "exp_avg", "exp_avg_sq"):
@@ -447,32 +403,3 @@ def _into_main_grad(parameter: Tensor) -> None:
     if parameter.grad is not None:  # None where a kernel has written to main_grad itself
         main_grad_of(parameter).add_(parameter.grad)
         parameter.grad = None
-
-
-def _boxes(
-    shape: tuple[int, ...], begin: int, end: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Elements begin ... end-1 of a tensor, in memory's order, as (origin, size) of boxes, each of
-    which lies in one piece: part of a row, whole rows, part of a row."""
-    if begin >= end:
-        return
-    if len(shape) == 1:
-        yield (begin,), (end - begin,)
-        return
-    inner, rest = math.prod(shape[1:]), (0,) * (len(shape) - 1)
-    first, last = -(-begin // inner), end // inner  # whole rows
-    if first > last:
-        first = last  # it lies within one row
-        head = [(last, begin - last * inner, end - last * inner)]
-        tail = []
-    else:
-        head = [(first - 1, begin - (first - 1) * inner, inner)] if begin < first * inner else []
-        tail = [(last, 0, end - last * inner)] if last * inner < end else []
-    for row, low, high in head:
-        for at, size in _boxes(shape[1:], low, high):
-            yield (row, *at), (1, *size)
-    if first < last:
-        yield (first, *rest), (last - first, *shape[1:])
-    for row, low, high in tail:
-        for at, size in _boxes(shape[1:], low, high):
-            yield (row, *at), (1, *size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -114,6 +115,35 @@ def shard(
         per_dim.append(spans)
     pieces = tuple(Piece(*map(tuple, zip(*spans))) for spans in product(*per_dim))
     return ShardInfo(tuple(full_shape), pieces, reduce_over, copies, apart)
+
+
+def boxes(
+    shape: tuple[int, ...], begin: int, end: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Elements begin ... end-1 of a tensor, in memory's order, as (origin, size) of boxes, each of
+    which lies in one piece: part of a row, whole rows, part of a row."""
+    if begin >= end:
+        return
+    if len(shape) == 1:
+        yield (begin,), (end - begin,)
+        return
+    inner, rest = math.prod(shape[1:]), (0,) * (len(shape) - 1)
+    first, last = -(-begin // inner), end // inner  # whole rows
+    if first > last:
+        first = last  # it lies within one row
+        head = [(last, begin - last * inner, end - last * inner)]
+        tail = []
+    else:
+        head = [(first - 1, begin - (first - 1) * inner, inner)] if begin < first * inner else []
+        tail = [(last, 0, end - last * inner)] if last * inner < end else []
+    for row, low, high in head:
+        for at, size in boxes(shape[1:], low, high):
+            yield (row, *at), (1, *size)
+    if first < last:
+        yield (first, *rest), (last - first, *shape[1:])
+    for row, low, high in tail:
+        for at, size in boxes(shape[1:], low, high):
+            yield (row, *at), (1, *size)
 
 
 def even_range(length: int, index: int, parts: int) -> tuple[int, int]:

@@ -21,8 +21,9 @@ from moekernels.model.decoder import DecoderSpec
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel import launch
+from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.optimizer import AdamWConfig, Optimizer
+from moekernels.parallel.optimizer import Optimizer
 
 MOST_RANKS = 16  # as many as the samples have experts
 

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from moekernels import files, jsonio
 from moekernels.errors import RunError, UsageError
-from moekernels.parallel.optimizer import AdamWConfig
+from moekernels.parallel.adamw import AdamWConfig
 from moekernels.run import files as cfg
 from moekernels.run.sections import SECTIONS
 from moekernels.train import manifest as manifests

@@ -13,8 +13,9 @@ from torch import Tensor
 from moekernels import assembly
 from moekernels.data.batch import MicroBatch
 from moekernels.model.layout import Layout
+from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.optimizer import AdamWConfig, Optimizer, main_grad_of
+from moekernels.parallel.optimizer import Optimizer, main_grad_of
 from moekernels.parallel.tensor import own_part
 from moekernels.run import files as cfg
 from moekernels.run.sections import LayoutSection

@@ -9,8 +9,9 @@ from torch import Tensor
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
+from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.optimizer import AdamWConfig, Optimizer
+from moekernels.parallel.optimizer import Optimizer
 from python_tests.support.layouts import micro_batches, variant
 
 CONFIG = variant(expert_d_in=24, qk_norm=True, init_std=0.1)

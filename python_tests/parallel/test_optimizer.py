@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from moekernels.model.layout import Layout
+from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.optimizer import AdamWConfig, Optimizer, _boxes
-from moekernels.parallel.shard import even_range, shard
+from moekernels.parallel.optimizer import Optimizer
+from moekernels.parallel.shard import boxes, even_range, shard
 from moekernels.parallel.tensor import in_rank_order
 from python_tests.support.distributed import run_ranks
 
@@ -278,12 +279,12 @@ def test_slices_of_all_ranks_are_the_whole_state_bit_for_bit(layout, state):
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 4)])
-def test_a_range_of_elements_in_boxes(shape):
+def test_a_range_of_elements_inboxes(shape):
     x = torch.arange(math.prod(shape)).view(shape or (1,))
     for begin in range(x.numel() + 1):
         for end in range(begin, x.numel() + 1):
             found = []
-            for at, size in _boxes(tuple(x.shape), begin, end):
+            for at, size in boxes(tuple(x.shape), begin, end):
                 box = x[tuple(slice(a, a + n) for a, n in zip(at, size))]
                 assert box.numel() and box.flatten().diff().eq(1).all()
                 found += box.flatten().tolist()

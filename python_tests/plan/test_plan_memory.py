@@ -17,10 +17,11 @@ from moekernels.model.spec import Place
 from moekernels.nn import dispatcher, home
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel import expert
+from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.exchange import Collective
 from moekernels.parallel.expert import ExchangePlan
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.optimizer import AdamWConfig, Optimizer
+from moekernels.parallel.optimizer import Optimizer
 from moekernels.plan.memory import chunk_bytes, layer_bytes, place_of, stage_memory
 from moekernels.plan.strategy import Strategy
 from moekernels.run import files as cfg

@@ -15,8 +15,9 @@ from moekernels.balance import placement, replan
 from moekernels.balance.record import Record
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
+from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.optimizer import AdamWConfig, Optimizer
+from moekernels.parallel.optimizer import Optimizer
 from moekernels.parallel.shard import shard
 from moekernels.run.folder import read_metrics
 from moekernels.run.sections import RunConfig

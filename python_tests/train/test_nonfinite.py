@@ -9,8 +9,9 @@ import torch
 from moekernels.cli import main
 from moekernels.errors import RunError
 from moekernels.model.layout import Layout
+from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.optimizer import AdamWConfig, Optimizer
+from moekernels.parallel.optimizer import Optimizer
 from moekernels.parallel.shard import shard
 from moekernels.train.loop import Trainer
 from moekernels.train.metrics import METRICS, read_metrics
