@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moekernels.errors import UsageError
-from moekernels.model.heads import HeadsSpec
+from moekernels.model.heads import HeadsSpec, result_kept, traffic
 from moekernels.model.spec import LONGEST, Part, Place, Shape, Work, key, norm_kept
 
 
@@ -72,8 +72,7 @@ def kept(spec: GroupedSpec, at: Place) -> float:
         size += at.tokens * (q + k) * at.wide
     if spec.qk_norm_wide:  # and what they were divided by, and what they are before the weights
         size += at.tokens * ((q + k) * hd * (b + (at.wide if b < at.wide else 0)) + 4 * at.wide)
-    copies = 2 if at.device == "cpu" and at.runs > 1 else 1  # each run's output, and all joined
-    return size + at.tokens * q * (copies * hd * b + at.wide)  # and its log-sum-exp
+    return size + result_kept(spec, at, hd)
 
 
 def work(spec: GroupedSpec, at: Place) -> Work:
@@ -82,7 +81,7 @@ def work(spec: GroupedSpec, at: Place) -> Work:
     return Work(
         dense=2.0 * spec.d_model * 2 * (q + k) * hd,
         pairs=1.0 * q * (hd + hd),
-        traffic=(10 * spec.d_model + (3 * q + 4 * k) * hd * tp) * at.width / tp,
+        traffic=traffic(spec, at),
     )
 
 

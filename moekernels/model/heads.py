@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moekernels.model.rotary import RotarySpec
-from moekernels.model.spec import MOST, key
+from moekernels.model.spec import MOST, Place, key
 
 
 @dataclass(frozen=True)
@@ -35,3 +35,16 @@ class HeadsSpec(RotarySpec):
     def attention_width(self) -> int:
         """Of all heads: a token's attention to another takes four FLOPs an element."""
         return self.num_heads * self.head_dim
+
+
+def result_kept(spec: HeadsSpec, at: Place, width: int) -> float:
+    """The attended values, of `width` a head, and their log-sum-exp."""
+    copies = 2 if at.device == "cpu" and at.runs > 1 else 1  # each run's output, and all joined
+    return at.tokens * (spec.num_heads / at.layout.tp) * (copies * width * at.width + at.wide)
+
+
+def traffic(spec: HeadsSpec, at: Place) -> float:
+    """Bytes of a token's queries, keys, values and results."""
+    tp = at.layout.tp
+    q, k, hd = spec.num_heads / tp, spec.kv_heads / tp, spec.head_dim
+    return (10 * spec.d_model + (3 * q + 4 * k) * hd * tp) * at.width / tp

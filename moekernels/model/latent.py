@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moekernels.errors import UsageError
-from moekernels.model.heads import HeadsSpec
+from moekernels.model.heads import HeadsSpec, result_kept, traffic
 from moekernels.model.spec import MOST, Part, Place, Shape, Work, key, norm_kept
 
 if TYPE_CHECKING:
@@ -88,17 +88,15 @@ def kept(spec: LatentSpec, at: Place) -> float:
     size += at.residual * spec.d_model * b if spec.q_rank else 0.0
     size += at.tokens * b * q * (2 * hd + wide)  # queries, keys and values
     size += at.tokens * b * (q * spec.v_dim if wide > spec.v_dim else 0.0)
-    copies = 2 if at.device == "cpu" and at.runs > 1 else 1  # each run's output, and all joined
-    return size + at.tokens * q * (copies * wide * b + at.wide)  # and its log-sum-exp
+    return size + result_kept(spec, at, wide)
 
 
 def work(spec: LatentSpec, at: Place) -> Work:
-    tp = at.layout.tp
-    q, k, hd = spec.num_heads / tp, spec.kv_heads / tp, spec.head_dim
+    heads = spec.num_heads / at.layout.tp
     return Work(
         dense=2.0 * parameters(spec, at),
-        pairs=1.0 * q * (hd + spec.v_dim),
-        traffic=(10 * spec.d_model + (3 * q + 4 * k) * hd * tp) * at.width / tp,
+        pairs=1.0 * heads * (spec.head_dim + spec.v_dim),
+        traffic=traffic(spec, at),
     )
 
 

@@ -8,6 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
+from moekernels.cli import main
 from moekernels.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,11 +19,22 @@ SMALL = (
     "--vocab-size 300 --sequences 16 --context 48 --microbatches 4 --accumulation 1 --warmup 2 "
     "--device cpu --eval-sequences 16"
 ).split()
+# Two layers, a second or less; what a test is about it adds.
+TINY = (
+    "--layers 2 --experts 8 --d-model 16 --heads 2 --head-dim 8 --expert-d-in 24 --expert-d-ff 16 "
+    "--vocab-size 300 --context 32 --accumulation 1 --device cpu --tp 1"
+).split()
 LAYOUT = ["--tp", "2", "--pp", "2"]
 
 
 def argv(text, out, *more):
     return ["train", *SMALL, "--data", str(text / "text.txt"), "--out", str(out), *more]
+
+
+def train_here(text, out, *more):
+    """A TINY run in this process (and its ranks): its exit code."""
+    torch.set_num_threads(1)  # threads of so small a run only wait for each other
+    return main(["train", *TINY, "--data", str(text / "text.txt"), "--out", str(out), *more])
 
 
 def environment(text):

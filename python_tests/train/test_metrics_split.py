@@ -2,15 +2,12 @@
 data, tensor and pipeline ranks, policy."""
 
 import pytest
-import torch
 
-from moekernels.cli import main
 from moekernels.train.metrics import read_metrics
+from python_tests.support.small_runs import train_here
 
 RUN = (
-    "train --layers 2 --experts 8 --d-model 16 --heads 2 --head-dim 8 --expert-d-in 24 "
-    "--expert-d-ff 16 --vocab-size 300 --sequences 8 --context 32 --accumulation 1 --warmup 1 "
-    "--device cpu --eval-sequences 8 --dtype fp64 --steps 2 --tp 1 --balance-coef 1"
+    "--sequences 8 --warmup 1 --eval-sequences 8 --dtype fp64 --steps 2 --balance-coef 1"
 ).split()
 SPLITS = {
     "8 micro-batches": "--microbatches 8",
@@ -22,23 +19,12 @@ SPLITS = {
 SUMS = ("loss", "z", "grad_norm", "load_max_over_mean", "dead_experts", "dropped", "tokens")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    lines = [f"line {i}: {'spam and eggs ' * (i % 5)}{i * i}" for i in range(1000)]
-    (folder / "text.txt").write_text("\n".join(lines))
-    return folder
-
-
 @pytest.fixture
-def run(text, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(text / "cache"))
-    torch.set_num_threads(1)  # threads of so small a run only wait for each other
-
+def run(text, cache):
     def one(name, *more):
         out = text / name
         if not out.exists():  # the run that all are compared with
-            assert main([*RUN, "--data", str(text / "text.txt"), "--out", str(out), *more]) == 0
+            assert train_here(text, out, *RUN, *more) == 0
         return read_metrics(out)
 
     return one

@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-from moekernels.cli import main
 from moekernels.errors import RunError
 from moekernels.model.layout import Layout
 from moekernels.parallel.adamw import AdamWConfig
@@ -17,32 +16,19 @@ from moekernels.train.loop import Trainer
 from moekernels.train.metrics import METRICS, read_metrics
 from moekernels.train.nonfinite import Guard
 from python_tests.support.distributed import run_ranks
+from python_tests.support.small_runs import train_here
 from python_tests.support.strict_json import strict
 
-RUN = (
-    "train --layers 2 --experts 8 --d-model 16 --heads 2 --head-dim 8 --expert-d-in 24 "
-    "--expert-d-ff 16 --vocab-size 300 --sequences 4 --context 32 --microbatches 2 "
-    "--accumulation 1 --warmup 4 --device cpu --eval-sequences 4 --tp 1"
-).split()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    lines = [f"line {i}: {'spam and eggs ' * (i % 5)}{i * i}" for i in range(1000)]
-    (folder / "text.txt").write_text("\n".join(lines))
-    return folder
+RUN = "--sequences 4 --microbatches 2 --warmup 4 --eval-sequences 4".split()
 
 
 @pytest.fixture
-def run(text, tmp_path, monkeypatch, capfd):
+def run(text, cache, tmp_path, capfd):
     """A run in tmp_path/run: its exit code, lines of metrics, and what it said on stderr."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(text / "cache"))
-    torch.set_num_threads(1)  # threads of so small a run only wait for each other
 
     def one(*more):
         out = tmp_path / "run"
-        code = main([*RUN, "--data", str(text / "text.txt"), "--out", str(out), *more])
+        code = train_here(text, out, *RUN, *more)
         lines = [strict(x) for x in (out / METRICS).read_text().splitlines()]
         return code, lines, capfd.readouterr()
 
