@@ -76,17 +76,28 @@ class Clock:
 class Span:
     """Records one action of a clock as a context manager."""
 
-    __slots__ = ("_action", "_clock", "_start")
+    __slots__ = ("_action", "_clock", "_mark", "_start")
 
     def __init__(self, clock: Clock, action: Action):
         self._clock, self._action = clock, action
 
     def __enter__(self) -> None:
+        self._mark = None
+        if torch.autograd._profiler_enabled():  # a millionth of a second where none runs
+            self._mark = torch.profiler.record_function(_name(self._action))
+            self._mark.__enter__()
         self._start = self._clock._now() if self._clock._record else None
 
     def __exit__(self, *_: object) -> None:
         if self._clock._record:
             self._clock._spans.append((self._action, self._start, self._clock._now()))
+        if self._mark is not None:
+            self._mark.__exit__(None, None, None)
+
+
+def _name(action: Action) -> str:
+    kind, chunk, microbatch = action
+    return f"{kind.name}{microbatch}" + (f" chunk {chunk}" if chunk else "")
 
 
 def trace_events(events: Iterable[Event], **args: Any) -> list[dict[str, Any]]:

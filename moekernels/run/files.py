@@ -224,6 +224,8 @@ def check(config: RunConfig, world: int | None = None) -> None:
     """What no single value shows; the mesh checks the layout against the model itself."""
     b, lay, t = config.batch, config.layout, config.train
     length_range(b.lengths, b.context)
+    if (steps := profiled(t.profile)) and steps.start > t.steps:
+        raise UsageError(f"--profile {t.profile} begins behind the last step, {t.steps}")
     ranks = lay.tp * lay.dp * lay.pp
     if max(ranks, lay.ep * lay.etp) > MOST:
         raise UsageError(
@@ -260,6 +262,19 @@ def check(config: RunConfig, world: int | None = None) -> None:
             f"--virtual-stages {lay.virtual_stages} needs --schedule {' or '.join(offered(True))}, "
             f"got {lay.schedule}"
         )
+
+
+def profiled(text: str) -> range:
+    """`10:12` as its steps, both included; none for empty text."""
+    if not text:
+        return range(0)
+    first, _, last = text.partition(":")
+    last = last or first
+    if not (whole(first) and whole(last) and 1 <= int(first) <= int(last)):
+        raise UsageError(
+            f"--profile must be FIRST:LAST with 1 <= FIRST <= LAST, as in 10:12, got {text!r}"
+        )
+    return range(int(first), int(last) + 1)
 
 
 def length_range(text: str, context: int) -> tuple[int, int] | None:

@@ -155,6 +155,11 @@ class TrainSection:
         high=STEPS,
     )
     keep: int = key(2, "newest checkpoints kept", low=1, high=STEPS)
+    profile: str = key(
+        "",
+        "steps that torch.profiler watches, FIRST:LAST, on all ranks, into one profile.json.gz; "
+        "empty: none",
+    )
     log: str = key(
         "none",
         "where the numbers of metrics.jsonl also go, by that library",

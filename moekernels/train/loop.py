@@ -38,6 +38,7 @@ from moekernels.train.metrics import Progress, RunFolder
 from moekernels.train.monitor import Monitor
 from moekernels.train.moves import Moves
 from moekernels.train.nonfinite import Guard
+from moekernels.train.profiling import Profiler
 from moekernels.train.report import layout_report, peak_flops
 from moekernels.train.sums import StepSums
 
@@ -103,6 +104,7 @@ class Trainer:
         self.stopping = False  # a signal reached some rank: this step is the last
         self._announce(tuning)
         self.progress = Progress(self.first_step, t.steps, quiet=not env.leader)
+        self.profiler = Profiler(t.profile, job.folder.path, self.mesh)
         self.log = Log(
             t.log if env.leader else "none",
             job.folder.path,
@@ -194,10 +196,13 @@ class Trainer:
         for step in range(self.first_step + 1, t.steps + 1):
             if self.tuner is not None:
                 self.set_microbatches(self.tuner.count(step))
+            self.profiler.begin(step)
             line, events = self.step(step)
             if self.tuner is not None:
                 self.tune(self.tuner, step, events)
             last = step == t.steps or self.stopping
+            if written := self.profiler.end(step, last):
+                self.progress.say(f"profile  {written}")
             line.update(self.moves.look(step, last))
             if step == t.steps or (t.eval_every and step % t.eval_every == 0):
                 line["eval_loss"] = self.evaluate()
