@@ -268,8 +268,8 @@ def profiled(text: str) -> range:
     """`10:12` as its steps, both included; none for empty text."""
     if not text:
         return range(0)
-    first, _, last = text.partition(":")
-    last = last or first
+    first, colon, last = text.partition(":")
+    last = last if colon else first
     if not (whole(first) and whole(last) and 1 <= int(first) <= int(last)):
         raise UsageError(
             f"--profile must be FIRST:LAST with 1 <= FIRST <= LAST, as in 10:12, got {text!r}"
