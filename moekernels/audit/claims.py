@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from moekernels.audit.document import readings
@@ -19,7 +20,9 @@ from moekernels.plan import cost
 from moekernels.plan.evaluate import Plan, Problem, evaluate, memory_of
 from moekernels.plan.search import fit
 from moekernels.plan.strategy import Strategy, ranges_text
+from moekernels.run.sections import ClaimsSection
 
+Claimed = float | list[float]  # a figure, or from the one to the other
 NEAR = 0.05  # a claim of a size holds within this part of it
 
 
@@ -50,15 +53,12 @@ UNITS = {
     "layer_ms": "ms a layer",
     "sequences_per_second": "sequences/s",
     "mfu": "MFU",
-    "checkpoint_layers": "checkpointed layers",
 }
 
 
-def text_of(name: str, value) -> str:
+def text_of(name: str, value: Claimed) -> str:
     """A value with its unit: 30 B parameters, 55-65 % MFU, 8 cards."""
-    if name == "checkpoint_layers":
-        return f"layers {value}"
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         low, high = value
         if name == "mfu":
             return f"{100 * low:.0f}-{100 * high:.0f} % MFU"
@@ -72,13 +72,13 @@ def text_of(name: str, value) -> str:
     return f"{value:.3g} {UNITS[name]}" if isinstance(value, float) else f"{value} {UNITS[name]}"
 
 
-def said(claims) -> dict[str, object]:
-    """The claims that were made, by name."""
-    return {name: value for name in UNITS if (value := getattr(claims, name, None))}
+def said(claims: ClaimsSection) -> dict[str, Claimed]:
+    """The claims of a figure that were made, by name."""
+    return {name: value for name in UNITS if (value := getattr(claims, name))}
 
 
-def check(value: float, claimed) -> bool:
-    if isinstance(claimed, (list, tuple)):
+def check(value: float, claimed: Claimed) -> bool:
+    if isinstance(claimed, list):
         return claimed[0] <= value <= claimed[1]
     return abs(value - claimed) <= NEAR * claimed
 
@@ -98,7 +98,7 @@ def _sizes(model: DecoderSpec, layout: Layout) -> dict[str, float]:
 
 def verdicts(
     problem: Problem,
-    claims,
+    claims: ClaimsSection,
     own: Plan,
     best: Plan,
     unfolded: int = 0,
@@ -123,9 +123,6 @@ def verdicts(
     }
     found = []
     for name, claimed in said(claims).items():
-        if name == "checkpoint_layers":
-            found.append(_checkpoints(problem, own.strategy, claimed))
-            continue
         holds = check(values[name], claimed)
         instead = text_of(name, _tidy(values[name]))
         if name in recommended and best.strategy != own.strategy:
@@ -136,6 +133,8 @@ def verdicts(
                 coarse = evaluate(problem, replace(own.strategy, microbatches=unfolded))
                 instead += f"; {1e3 * coarse.layer_seconds:.1f} ms at {unfolded} micro-batches"
         found.append(Verdict(name, text_of(name, claimed), "holds" if holds else "fails", instead))
+    if claims.checkpoint_layers:
+        found.append(_checkpoints(problem, own.strategy, claims.checkpoint_layers))
     return found
 
 
@@ -164,7 +163,7 @@ class Point:
     values: dict[str, float]
 
 
-def _layouts(claims, model: DecoderSpec):
+def _layouts(claims: ClaimsSection, model: DecoderSpec) -> Iterator[Layout]:
     base = claims.gpus or 8
     for world in (base << i for i in range(6)):
         for tp in sorted({1, claims.tp or 1}):
@@ -177,11 +176,10 @@ def _layouts(claims, model: DecoderSpec):
                         yield Layout(tp, stage // tp, pp, ep)
 
 
-def points(problem: Problem, claims, microbatches: set[int]) -> list[Point]:
+def points(problem: Problem, claims: ClaimsSection, microbatches: set[int]) -> list[Point]:
     """Every reading, layout, number of micro-batches and utilisation that tells claims apart."""
     lengths = problem.batch.lengths
     tokens, squares = sum(lengths), sum(n * n for n in lengths)
-    wanted = said(claims)
     found = []
     for reading in readings(problem):
         model = reading.model
@@ -203,18 +201,14 @@ def points(problem: Problem, claims, microbatches: set[int]) -> list[Point]:
                 "parameters": float(reading.parameters),
                 **_sizes(model, layout),
             }
-            if "memory_gb" in wanted:
+            if claims.memory_gb:
                 fixed["memory_gb"] = memory_of(least, s, 0, mean).total / 1e9
             per_second = len(lengths) * rate / (3 * whole)  # at full utilisation
             millis = 1e3 * layer / m / (layout.stage_ranks * problem.cluster.flops) * filled
             edges = {filled}
-            for name, scale, inverse in (
-                ("mfu", 1.0, False),
-                ("sequences_per_second", per_second, False),
-                ("layer_ms", millis, True),
-            ):
-                for edge in wanted.get(name, ()):
-                    edges.add(scale / edge if inverse else edge / scale)
+            edges |= set(claims.mfu)
+            edges |= {edge / per_second for edge in claims.sequences_per_second}
+            edges |= {millis / edge for edge in claims.layer_ms}
             for mfu in sorted(e for e in edges if 0 < e <= filled):
                 found.append(
                     Point(
@@ -229,20 +223,22 @@ def points(problem: Problem, claims, microbatches: set[int]) -> list[Point]:
     return found
 
 
-def satisfies(point: Point, name: str, claimed) -> bool:
+def satisfies(point: Point, name: str, claimed: Claimed) -> bool:
     value = point.values[name]
+    if isinstance(claimed, list):
+        if name == "sequences_per_second":
+            return value >= claimed[0] * (1 - 1e-9)
+        return claimed[0] * (1 - 1e-9) <= value <= claimed[1] * (1 + 1e-9)
     if name == "memory_gb":  # the least that training takes: no more than claimed
         return value <= claimed * (1 + NEAR)
-    if name == "sequences_per_second":
-        return value >= claimed[0] * (1 - 1e-9)
-    if isinstance(claimed, (list, tuple)):
-        return claimed[0] * (1 - 1e-9) <= value <= claimed[1] * (1 + 1e-9)
     return check(value, claimed)
 
 
-def contradictions(problem: Problem, claims, microbatches: set[int]) -> list[Contradiction]:
+def contradictions(
+    problem: Problem, claims: ClaimsSection, microbatches: set[int]
+) -> list[Contradiction]:
     """The smallest sets of claims that no point satisfies, smallest first, with their repairs."""
-    wanted = {n: v for n, v in said(claims).items() if n != "checkpoint_layers"}
+    wanted = said(claims)
     if wanted.get("ep") and wanted.get("experts_per_gpu") == problem.model.num_experts / claims.ep:
         wanted.pop("ep")  # the same claim in other words
     names = list(wanted)
@@ -278,9 +274,9 @@ def contradictions(problem: Problem, claims, microbatches: set[int]) -> list[Con
     return found
 
 
-def _nearest(points_: list[Point], name: str, claimed) -> tuple[float, float] | None:
+def _nearest(points_: list[Point], name: str, claimed: Claimed) -> tuple[float, float] | None:
     """(how far, value) of the value nearest to the claim, by ratio."""
-    bounds = claimed if isinstance(claimed, (list, tuple)) else (claimed, claimed)
+    bounds = claimed if isinstance(claimed, list) else [claimed]
     best = None
     for value in {p.values[name] for p in points_}:
         off = min(abs(math.log(value / bound)) for bound in bounds)

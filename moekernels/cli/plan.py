@@ -75,8 +75,8 @@ def plan(
         from moekernels.plan import calibrate
 
         machine = calibrate.here(calibrate.stored(), here)
-        machine = replace(machine, loads=problem.cluster.loads, **asked.link_of(run))
-        problem = replace(problem, cluster=machine)
+        machine = replace(machine, loads=problem.cluster.loads)
+        problem = replace(problem, cluster=asked.with_link(machine, run))
 
     source = [f"--config {shlex.quote(str(file))}"] if file else []
     if preset or not file:

@@ -39,7 +39,7 @@ def causal_attention(
 
         bounds = torch.tensor(packing.cu_seqlens, dtype=torch.int32, device=q.device)
         longest = max((tokens for _, tokens in packing.runs), default=0)
-        return varlen_attn(
+        return varlen_attn(  # type: ignore[return-value]  # a tuple only where it is asked for more
             q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0),
             scale=scale, enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
@@ -48,9 +48,9 @@ def causal_attention(
     for (segments, tokens), *parts in zip(
         packing.runs, q.split(sizes), k.split(sizes), v.split(sizes)
     ):
-        heads = [p.unflatten(0, (segments, tokens)).transpose(1, 2) for p in parts]
+        q1, k1, v1 = (p.unflatten(0, (segments, tokens)).transpose(1, 2) for p in parts)
         out = F.scaled_dot_product_attention(
-            *heads, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q1, k1, v1, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -59,6 +59,10 @@ def causal_attention(
 class Attention(nn.Module):
     """Column-parallel q, k, v in one product, attention over this rank's heads, row-parallel
     output."""
+
+    qkv_bias: nn.Parameter | None
+    out_bias: nn.Parameter | None
+    sinks: nn.Parameter | None
 
     def __init__(
         self,
@@ -103,7 +107,8 @@ class Attention(nn.Module):
             vector("out_bias", shard((hidden,), reduce_over=over, copies="stage"))
         if config.sinks:
             vector("sinks", shard((heads,), {0: [mine(0, heads, 1)]}))
-        self.q_norm = self.k_norm = None
+        self.q_norm: RMSNorm | WideRMSNorm | None = None
+        self.k_norm: RMSNorm | WideRMSNorm | None = None
         if config.qk_norm:  # over each head, the same weights for all: gradients are sums over tp
             self.q_norm = RMSNorm(hd, config.norm_eps, home, partial=True)
             self.k_norm = RMSNorm(hd, config.norm_eps, home, partial=True)
@@ -116,7 +121,7 @@ class Attention(nn.Module):
         x = gather_tokens(x, self.tp) if self.sequence_parallel else copy_to(x, self.tp)
         heads = F.linear(x, self.qkv, self.qkv_bias).unflatten(1, (-1, self.head_dim))
         turning = self.heads + self.kv_heads
-        if self.q_norm is None:
+        if self.q_norm is None or self.k_norm is None:
             turned, v = heads.split([turning, self.kv_heads], dim=1)
             q, k = rotate(turned, packing).split([self.heads, self.kv_heads], dim=1)
         else:

@@ -18,9 +18,11 @@ class Decoding:
     """Sequences that grow: each is fed once, its keys and values are kept."""
 
     def __init__(self, model: StageModel) -> None:
-        if not (model.first and model.last) or model.mesh.world.size > 1:
+        embedding, norm = model.embedding, model.norm
+        if embedding is None or norm is None or model.mesh.world.size > 1:
             raise ValueError("decoding: needs a model that is whole, on one rank")
         self.model, self.cache = model, Cache()
+        self.embedding, self.norm = embedding, norm
         self.lengths: list[int] = []  # fed so far
         self._radians = frequencies(model.config, model.config.head_dim)
 
@@ -33,7 +35,7 @@ class Decoding:
         bounds = [0]
         for tokens in new:
             bounds.append(bounds[-1] + len(tokens))
-        device = model.norm.weight.device
+        device = self.norm.weight.device
         positions = [torch.arange(n, n + len(t)) for n, t in zip(self.lengths, new, strict=True)]
         self.lengths = [n + len(t) for n, t in zip(self.lengths, new)]
         self.cache.cu_seqlens = bounds
@@ -46,11 +48,11 @@ class Decoding:
             pairs=config.rope_pairs,
             cache=self.cache,
         )
-        x = F.embedding(torch.cat(list(new)).to(device), model.embedding.weight)
+        x = F.embedding(torch.cat(list(new)).to(device), self.embedding.weight)
         for block in model.layers.values():
             x, *_ = block(x, packing, None)
         last = torch.tensor([end - 1 for end in bounds[1:]], device=device)
-        logits = F.linear(model.norm(x[last]), (model.head or model.embedding).weight)
+        logits = F.linear(self.norm(x[last]), model.output_table.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def keep(self, numbers: list[int]) -> None:
@@ -101,5 +103,5 @@ def generate(
             decoding.keep(places)
         live, new = [live[p] for p in places], [torch.tensor([drawn[p]]) for p in places]
         for number, token in zip(live, new):
-            found[number].append(token.item())
+            found[number].append(int(token))
     return found

@@ -43,7 +43,8 @@ PartOfExperts = Callable[[Tensor, Routed, Part], Tensor]
 
 
 class Dispatcher(Protocol):
-    """`parts`: into how many an exchange is cut; where there are several, `in_parts` runs them."""
+    """`parts`: into how many an exchange is cut; where there are several it is a
+    `PartedDispatcher`."""
 
     parts: int
 
@@ -54,6 +55,11 @@ class Dispatcher(Protocol):
 
     def combine(self, rows: Tensor, routing: Routed) -> Tensor:
         """Weighted rows [R, H] -> [T, H]."""
+
+
+class PartedDispatcher(Dispatcher, Protocol):
+    def in_parts(self, x: Tensor, ids: Tensor, weights: Tensor, experts: PartOfExperts) -> Tensor:
+        """The whole way, [T, H] -> [T, H], one part after the other."""
 
 
 class LocalDispatcher:

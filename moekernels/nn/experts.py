@@ -40,6 +40,13 @@ class Experts(nn.Module):
     linear, takes their partial results as it would take the whole.
     """
 
+    w1: nn.Parameter
+    w2: nn.Parameter
+    b1: nn.Parameter | None
+    b2: nn.Parameter | None
+    w_in: nn.Parameter
+    w_out: nn.Parameter
+
     def __init__(
         self,
         config: DecoderSpec,
@@ -134,5 +141,6 @@ def _of_part(w: nn.Parameter, part: Part | None) -> Tensor:
     if main_grad is None:
         return w[part.first : part.end]
     leaf = w.detach()[part.first : part.end].requires_grad_(w.requires_grad)
-    leaf.main_grad = main_grad[part.first : part.end]
+    own = main_grad[part.first : part.end]
+    leaf.main_grad = own  # type: ignore[attr-defined]  # torch has no such field
     return leaf

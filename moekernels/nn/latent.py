@@ -6,6 +6,8 @@ hv of a value's head, rq and rk widths of the queries' and of the keys' and valu
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,13 @@ class LatentAttention(nn.Module):
 
     The latents' gradients come from own heads: sums over tp, as are those of what made them.
     """
+
+    q_a: nn.Parameter
+    q_b: nn.Parameter
+    q: nn.Parameter
+    kv_a: nn.Parameter
+    kv_b: nn.Parameter
+    out: nn.Parameter
 
     def __init__(
         self,
@@ -59,14 +68,14 @@ class LatentAttention(nn.Module):
             return RMSNorm(width, EPS, home, partial=True)
 
         heads, hidden, hd = config.num_heads, config.d_model, config.head_dim
-        whole = {"reduce_over": "stage", "copies": "stage"}
+        whole = partial(shard, reduce_over="stage", copies="stage")
         self.q_a_norm = None
         if config.q_rank:
-            add("q_a", shard((config.q_rank, hidden), **whole))
+            add("q_a", whole((config.q_rank, hidden)))
             self.q_a_norm = norm(config.q_rank)
         add("q_b" if config.q_rank else "q",
             shard((heads * hd, config.q_rank or hidden), {0: mine(hd)}))  # fmt: skip
-        add("kv_a", shard((config.kv_rank + self.turning, hidden), **whole))
+        add("kv_a", whole((config.kv_rank + self.turning, hidden)))
         self.kv_a_norm = norm(config.kv_rank)
         made = hd - self.turning + self.v_dim
         add("kv_b", shard((heads * made, config.kv_rank), {0: mine(made)}))

@@ -7,6 +7,7 @@ Legend: T tokens, S sequences of n tokens each, hq/hk query and key-value heads,
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -31,8 +32,8 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, runs, window, scale):
         outputs, normalisers = [], []
-        for one in _split(runs, q, k, v):
-            out, lse = _attend(*one, sinks, window, scale)
+        for q1, k1, v1 in _split(runs, q, k, v):
+            out, lse = _attend(q1, k1, v1, sinks, window, scale)
             outputs.append(out)
             normalisers.append(lse)
         out = _joined(outputs).to(q.dtype)
@@ -67,7 +68,7 @@ class _Masked(torch.autograd.Function):
         return *grads, None if dsinks is None else dsinks.to(sinks.dtype), None, None, None
 
 
-def _split(runs: Runs, *tensors: Tensor):
+def _split(runs: Runs, *tensors: Tensor) -> Iterator[list[Tensor]]:
     """Each run's tensors [S, heads, n, width], in fp32 at least."""
     sizes = [segments * tokens for segments, tokens in runs]
     for (segments, tokens), *parts in zip(runs, *(x.split(sizes) for x in tensors)):
@@ -75,7 +76,7 @@ def _split(runs: Runs, *tensors: Tensor):
         yield [p.unflatten(0, (segments, tokens)).transpose(1, 2).to(wide) for p in parts]
 
 
-def _joined(parts) -> Tensor:
+def _joined(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in parts])
 
 
@@ -107,9 +108,12 @@ def _attend(
     return ((scores - lse).exp() @ v[:, :, None]).flatten(1, 2), lse
 
 
-def _plain(q, k, v, sinks, *, runs: Runs, window: int, scale: float) -> Tensor:
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *, runs: Runs, window: int, scale: float
+) -> Tensor:
     """The same, for derivatives of any kind."""
-    parts = [_attend(*one, sinks, window, scale)[0] for one in _split(runs, q, k, v)]
+    each = _split(runs, q, k, v)
+    parts = [_attend(q1, k1, v1, sinks, window, scale)[0] for q1, k1, v1 in each]
     return _joined(parts).to(q.dtype)
 
 
@@ -118,5 +122,5 @@ def attend_last(
 ) -> Tensor:
     """q [n, hq, hd] of the last n of m tokens, k [m, hk, hd], v [m, hk, hv] -> [n, hq, hv]."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    one = [x[None].transpose(1, 2).to(wide) for x in (q, k, v)]
-    return _joined([_attend(*one, sinks, window, scale)[0]]).to(q.dtype)
+    q1, k1, v1 = (x[None].transpose(1, 2).to(wide) for x in (q, k, v))
+    return _joined([_attend(q1, k1, v1, sinks, window, scale)[0]]).to(q.dtype)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from moekernels.model.decoder import DecoderSpec
-from moekernels.nn.dispatcher import Dispatcher
+from moekernels.nn.dispatcher import Dispatcher, PartedDispatcher
 from moekernels.nn.experts import Experts
 from moekernels.nn.ffn import SharedExpert
 from moekernels.nn.home import Home
@@ -70,7 +72,7 @@ class MoE(nn.Module):
         if self.slot_of is not None:
             ids = torch.where(ids < 0, ids, self.slot_of[ids.clamp_min(0)])
         if self.dispatcher.parts > 1 and kept is None:  # what is computed again is not cut
-            y = self.dispatcher.in_parts(own, ids, weights, self.experts)
+            y = cast(PartedDispatcher, self.dispatcher).in_parts(own, ids, weights, self.experts)
         else:
             rows, routing = self.dispatcher.dispatch(own, ids, weights, kept)
             y = self.dispatcher.combine(self.experts(rows, routing), routing)

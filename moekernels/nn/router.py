@@ -26,6 +26,8 @@ RouteHook = Callable[[int, Tensor, Tensor], Tensor | None]
 class Router(nn.Module):
     """logits of own tokens: by tokens under sequence parallel, else by columns and exchanged."""
 
+    selection_bias: Tensor | None
+
     def __init__(
         self,
         config: DecoderSpec,

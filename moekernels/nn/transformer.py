@@ -135,7 +135,8 @@ class StageModel(nn.Module):
                 for layer in layers
             }
         )
-        self.norm = self.head = None
+        self.norm: RMSNorm | None = None
+        self.head: VocabularyWeight | None = None
         if last:
             over = self.sequence_parallel
             self.norm = RMSNorm(config.d_model, config.norm_eps, home, partial=over)
@@ -156,8 +157,9 @@ class StageModel(nn.Module):
         whole, [T, H], on every tp rank.
         """
         mesh, config = self.mesh, self.config
-        if self.first:
+        if self.embedding is not None:
             x = embed(self.embedding, batch.tokens, mesh, sequence_parallel=self.sequence_parallel)
+        assert x is not None  # a later chunk is given what the one before it made
         valid = None if batch.valid is None else own_part(batch.valid, mesh.tp)
         packing = Packing.make(
             batch.positions,
@@ -182,15 +184,15 @@ class StageModel(nn.Module):
         auxiliary = None
         if sums and torch.is_grad_enabled():
             auxiliary = self.auxiliary(batch, *map(torch.cat, zip(*sums)))
-        if not self.last:
+        if self.norm is None:
             return inject(x, auxiliary)
-        loss = self._loss(batch, x)
+        loss = self._loss(batch, self.norm(x))
         if auxiliary is None and self.auxiliary.weighs and loss.requires_grad:
             auxiliary = torch.zeros_like(loss)  # no layers here, but others have some
         return join(loss, auxiliary, alone=self.first)
 
     @staticmethod
-    def _checkpointed(block: Block, *inputs) -> tuple[Tensor, ...]:
+    def _checkpointed(block: nn.Module, *inputs: object) -> tuple[Tensor, ...]:
         """Run a block keeping its input and what the exchange brought; backward computes the rest
         again."""
         kept = Kept()
@@ -203,11 +205,17 @@ class StageModel(nn.Module):
             context_fn=lambda: (kept.recording(), kept.replay()),
         )
 
+    @property
+    def output_table(self) -> VocabularyWeight:
+        """What the last chunk makes logits with: the head, or the embedding where they are tied."""
+        table = self.head or self.embedding
+        assert table is not None
+        return table
+
     def _loss(self, batch: Batch, x: Tensor) -> Tensor:
-        x = self.norm(x)
         if not self.sequence_parallel:
             x = copy_to(x, self.mesh.tp)
-        head = self.head or self.embedding
+        head = self.output_table
         total = cross_entropy(
             x,
             head.weight,
@@ -234,7 +242,8 @@ class StageModel(nn.Module):
     @property
     def experts_layers(self) -> list[MoE]:
         """Of the layers that have experts, in order."""
-        return [block.moe for block in self.layers.values() if block.has_experts]
+        blocks = [block for block in self.layers.values() if isinstance(block, Block)]
+        return [block.moe for block in blocks if block.has_experts]
 
     @property
     def selection_biases(self) -> list[Tensor]:

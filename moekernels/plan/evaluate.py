@@ -28,6 +28,9 @@ class Problem:
     shard_optimizer: bool = False
 
 
+Costs = dict[tuple[int, Kind], np.ndarray]  # (virtual stage, kind): seconds [m]
+
+
 @dataclass(frozen=True)
 class Slots:
     """Micro-batches by data-parallel rank: tokens and squared lengths [dp, m]."""
@@ -151,8 +154,7 @@ def memory_of(problem: Problem, s: Strategy, rank: int, tokens: int) -> StageMem
     return stage
 
 
-def flush_costs(problem: Problem, s: Strategy, sl: Slots):
-    """{(virtual stage, Kind): seconds [m]}."""
+def flush_costs(problem: Problem, s: Strategy, sl: Slots) -> Costs:
     kinds = {}
     for number, _ in alike(problem.model, range(1, problem.model.num_layers + 1)):
         layer = cost.layer_cost(problem.model, problem.cluster, s, number)
@@ -161,9 +163,9 @@ def flush_costs(problem: Problem, s: Strategy, sl: Slots):
             for part in (layer.forward, layer.backward, layer.again)
         ]
     loss = cost.loss_cost(problem.model, problem.cluster, s)(sl.tokens, sl.squares).max(0)
-    costs = {}
+    costs: Costs = {}
     for v in range(s.depth):
-        forward = backward = problem.cluster.action_overhead
+        forward = backward = np.full_like(loss, problem.cluster.action_overhead)
         for number, count, redone in s.kinds_of_layers(problem.model, v):
             ahead, back, again = kinds[number]
             forward = forward + count * ahead
@@ -173,8 +175,8 @@ def flush_costs(problem: Problem, s: Strategy, sl: Slots):
     return costs
 
 
-def play(problem: Problem, s: Strategy, sl: Slots) -> tuple[Timeline | float, dict]:
-    """The makespan of the flush on the schedule that the runtime would run."""
+def play(problem: Problem, s: Strategy, sl: Slots) -> tuple[Timeline, Costs]:
+    """The flush on the schedule that the runtime would run, and what its actions cost."""
     costs = flush_costs(problem, s, sl)
     run = simulator(s.schedule, s.layout.pp, s.microbatches, s.virtual_stages)
     run.latency = cost.message_seconds(problem.model, problem.cluster, s, float(sl.tokens.mean()))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moekernels import files
 from moekernels.errors import UsageError
@@ -44,7 +46,7 @@ def read_lengths(path: Path) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
-def read_loads(path: Path) -> object:
+def read_loads(path: Path) -> list[Any]:
     """A list of numbers, or one a layer: JSON, or what a run has left in its folder."""
     instead = "use [rows of expert 1, ...], or such a list per layer"
     try:
@@ -87,7 +89,7 @@ def loads_of(run: cfg.RunConfig) -> tuple[tuple[float, ...], ...]:
         order = sorted(range(experts), key=lambda n: f"{n:0{width}b}"[::-1])
         return (tuple((n + 1.0) ** -w.zipf for n in order),)
     given = read_loads(Path(w.loads_from)) if w.loads_from else w.loads
-    layers = given if given and isinstance(given[0], list) else [given]
+    layers: list[Any] = given if given and isinstance(given[0], list) else [given]
     where = f"workload.{named[0]}"
     for number, layer in enumerate(layers, 1):
         if not isinstance(layer, list) or len(layer) != experts:
@@ -129,7 +131,7 @@ def batch_of(run: cfg.RunConfig, lengths: tuple[int, ...] | None = None) -> Batc
 def cluster_of(run: cfg.RunConfig) -> Cluster:
     h = run.hardware
     dtype_share = {"bf16": 1.0, "fp32": 0.5, "fp64": 0.03}[run.train.dtype]  # of bf16's FLOP/s
-    return Cluster(
+    cluster = Cluster(
         gpus=h.gpus,
         gpus_per_node=h.gpus_per_node,
         flops=h.tflops * 1e12 * dtype_share,
@@ -143,20 +145,21 @@ def cluster_of(run: cfg.RunConfig) -> Cluster:
         grouped_efficiency=h.efficiency,
         imbalance=h.imbalance,
         loads=loads_of(run),
-        **link_of(run),
     )
+    return with_link(cluster, run)
 
 
-def link_of(run: cfg.RunConfig) -> dict[str, float]:
-    """What a `Cluster` is told of a link that the run sets for its exchange."""
+def with_link(cluster: Cluster, run: cfg.RunConfig) -> Cluster:
+    """The cluster with the link that the run sets for its exchange, if it sets one."""
     wanted = link.parse(run.train.link)
     if wanted is None:
-        return {}
-    return {
-        "exchange_latency": wanted.latency,
-        "exchange_rate": wanted.rate,
-        "exchange_parts": run.train.exchange_parts,
-    }
+        return cluster
+    return replace(
+        cluster,
+        exchange_latency=wanted.latency,
+        exchange_rate=wanted.rate,
+        exchange_parts=run.train.exchange_parts,
+    )
 
 
 def problem_of(run: cfg.RunConfig, lengths: tuple[int, ...] | None = None) -> Problem:
@@ -170,7 +173,7 @@ def problem_of(run: cfg.RunConfig, lengths: tuple[int, ...] | None = None) -> Pr
     )
 
 
-def space_of(flags: dict[tuple[str, str], object]) -> Space:
+def space_of(flags: dict[tuple[str, str], Any]) -> Space:
     """What flags were given fixes that part of the search."""
     given = {key: value for (section, key), value in flags.items() if section == "layout"}
     chosen = {key: given[key] for key in PINNED if key in given and given[key] != "auto"}

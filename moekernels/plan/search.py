@@ -9,7 +9,7 @@ bound is below the best. A stage checkpoints as few layers as fit: more never ma
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -23,7 +23,7 @@ from moekernels.plan.strategy import Strategy
 
 # Of the moments. Narrow ones are tried where the wide ones do not fit without recomputation, and
 # taken where that is faster; that they are a few per cent less traffic is no reason alone.
-FORMATS = ("fp32", "bf16")
+MOMENT_DTYPES = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Space:
     optimizer_state: str | None = None
     gpus: int | None = None
 
-    def allows(self, name: str, value) -> bool:
+    def allows(self, name: str, value: int | str) -> bool:
         wanted = getattr(self, name)
         return wanted is None or wanted == value
 
@@ -55,13 +55,22 @@ class Rejection:
 
 
 @dataclass
+class Seen:
+    """What a search has looked at; of a class of candidates a figure, and whether that is the bytes
+    by which it is over the memory or the seconds of its step."""
+
+    considered: int = 0
+    played: int = 0
+    classes: dict[str, tuple[float, str]] = field(default_factory=dict)
+
+
+@dataclass
 class Result:
     best: Plan
     pareto: list[Plan]
     rejected: list[Rejection]
-    considered: int = 0
-    played: int = 0
-    classes: dict[str, tuple[float, str]] = field(default_factory=dict)
+    considered: int
+    played: int
 
 
 def layouts(problem: Problem, world: int, space: Space) -> Iterator[Layout]:
@@ -174,12 +183,12 @@ def fit(problem: Problem, s: Strategy, *, everything: bool = False) -> Strategy 
 def search(problem: Problem, space: Space | None = None) -> Result:
     """The fastest plan, the Pareto list of (step, memory, cards), and why not the others."""
     space = space or Space()
-    result = Result(None, [], [])
+    seen = Seen()
     found: list[Plan] = []
     least: tuple[float, str] | None = None
     worlds = divisors(problem.cluster.gpus) if space.gpus is None else [space.gpus]
     for world in sorted(worlds, reverse=True):
-        best = _best_of(problem, world, space, result)
+        best = _best_of(problem, world, space, seen)
         if isinstance(best, Plan):
             found.append(best)
             lean = _leanest_of(problem, best)
@@ -201,44 +210,50 @@ def search(problem: Problem, space: Space | None = None) -> Result:
             f"sequences/s: the fastest plan has {fastest:.1f}; ask for no more than that, "
             "or use more cards"
         )
-    result.best = min(enough, key=RANKING[objective.best])
-    result.pareto = pareto(found, latency=objective.best == "latency")
-    result.rejected = _reasons(problem, result)
-    return result
+    chosen = min(enough, key=RANKING[objective.best])
+    return Result(
+        chosen,
+        pareto(found, latency=objective.best == "latency"),
+        _reasons(chosen, seen),
+        seen.considered,
+        seen.played,
+    )
 
 
-def _best_of(problem: Problem, world: int, space: Space, result: Result):
+def _best_of(
+    problem: Problem, world: int, space: Space, seen: Seen
+) -> Plan | tuple[float, str] | None:
     """The fastest plan on `world` cards; or (bytes over, what) of what comes nearest to fitting;
     None where no layout exists."""
-    bounded = []
+    bounded: list[tuple[float, int, Strategy]] = []
     for s in candidates(problem, world, space):
         sl = slots(problem.model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp)
         bounded.append((lower_bound(problem, s, sl), len(bounded), s))
-    result.considered += len(bounded)
+    seen.considered += len(bounded)
     bounded.sort(key=lambda entry: entry[:2])
     best: Plan | None = None
     nearest: tuple[float, str] | None = None
     for bound, _, s in bounded:
         key = f"{world}: {_class(s)}"
         if best is not None and bound >= best.step:
-            result.classes.setdefault(key, (bound, "slower"))
+            seen.classes.setdefault(key, (bound, "slower"))
             continue
-        for state in FORMATS:
+        for state in MOMENT_DTYPES:
             if not space.allows("optimizer_state", state):
                 continue
             fitted = fit(problem, replace(s, optimizer_state=state))
             if isinstance(fitted, float):
                 if nearest is None or fitted < nearest[0]:
                     nearest = (fitted, _class(s))
-                if result.classes.get(key, (0, ""))[1] != "slower":
-                    known = result.classes.get(key, (float("inf"), "memory"))[0]
-                    result.classes[key] = (min(known, fitted), "memory")
+                over, kind = seen.classes.get(key, (float("inf"), "memory"))
+                if kind != "slower":
+                    seen.classes[key] = (min(over, fitted), "memory")
                 continue
             plan = evaluate(problem, fitted)
-            result.played += 1
-            known = result.classes.get(key)
+            seen.played += 1
+            known = seen.classes.get(key)
             if known is None or known[1] == "memory" or plan.step < known[0]:
-                result.classes[key] = (plan.step, "slower")
+                seen.classes[key] = (plan.step, "slower")
             if best is None or plan.step < best.step:
                 best = plan
             if not any(fitted.checkpointed):
@@ -257,8 +272,8 @@ def _best_by(problem: Problem, worlds: list[int], space: Space) -> Plan | None:
     """The plan with the least memory or the shortest layer that is fast enough; candidates in the
     order of a bound from below, until none can be better."""
     objective, memory = problem.objective, problem.objective.best == "memory"
-    state = "bf16" if memory and space.allows("optimizer_state", "bf16") else FORMATS[0]
-    bounded = []
+    state = "bf16" if memory and space.allows("optimizer_state", "bf16") else MOMENT_DTYPES[0]
+    bounded: list[tuple[float, int, Strategy]] = []
     for world in worlds:
         for s in candidates(problem, world, space):
             s = replace(s, optimizer_state=space.optimizer_state or state)
@@ -274,7 +289,7 @@ def _best_by(problem: Problem, worlds: list[int], space: Space) -> Plan | None:
     for bound, _, s in sorted(bounded, key=lambda entry: entry[:2]):
         if best is not None and bound >= (best.memory if memory else best.layer_seconds):
             break
-        for state in FORMATS if not memory else (s.optimizer_state,):
+        for state in MOMENT_DTYPES if not memory else (s.optimizer_state,):
             if not space.allows("optimizer_state", state):
                 continue
             fitted = fit(problem, replace(s, optimizer_state=state), everything=memory)
@@ -288,7 +303,7 @@ def _best_by(problem: Problem, worlds: list[int], space: Space) -> Plan | None:
     return best
 
 
-RANKING = {
+RANKING: dict[str, Callable[[Plan], tuple[float, ...]]] = {
     "throughput": lambda p: (p.step, p.gpus, p.memory),
     "latency": lambda p: (p.layer_seconds, p.step, p.gpus),
     "cost": lambda p: (p.step * p.gpus, p.step, p.memory),
@@ -319,11 +334,11 @@ def _class(s: Strategy) -> str:
     )
 
 
-def _reasons(problem: Problem, result: Result) -> list[Rejection]:
-    best, rejected = result.best, []
+def _reasons(best: Plan, seen: Seen) -> list[Rejection]:
+    rejected: list[tuple[float, Rejection]] = []
     own = f"{best.gpus}: {_class(best.strategy)}"
     prefix = f"{best.gpus}: "
-    for key, (value, kind) in result.classes.items():
+    for key, (value, kind) in seen.classes.items():
         if key == own or not key.startswith(prefix):
             continue
         what = key.removeprefix(prefix)

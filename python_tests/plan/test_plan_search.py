@@ -11,7 +11,7 @@ from moekernels.errors import UsageError
 from moekernels.plan.evaluate import Problem, evaluate, lower_bound, slots
 from moekernels.plan.memory import stage_memory
 from moekernels.plan.problem import configured, problem_of
-from moekernels.plan.search import FORMATS, Space, candidates, fit, search
+from moekernels.plan.search import MOMENT_DTYPES, Space, candidates, fit, search
 from moekernels.run import files as cfg
 from python_tests.support.plans import problem
 
@@ -94,7 +94,7 @@ def test_parts_add_up(document):
 
 def test_the_first_format_is_kept_where_it_fits(document):
     roomy = replace(document, cluster=replace(document.cluster, memory=500e9))
-    assert search(roomy).best.strategy.optimizer_state == FORMATS[0]
+    assert search(roomy).best.strategy.optimizer_state == MOMENT_DTYPES[0]
 
 
 def test_nothing_fits_says_by_how_much(document):
