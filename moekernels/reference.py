@@ -169,6 +169,7 @@ def route(
         slots = (flat == expert).nonzero().flatten()
         if capacity is not None and len(slots) > capacity:
             if drop == "weight":  # keep the heaviest, the earlier one where weights tie
+                assert weights is not None
                 order = weights.reshape(-1)[slots].sort(descending=True, stable=True).indices
                 slots = slots[order[:capacity]].sort().values
             else:
@@ -189,8 +190,9 @@ def route(
     )
 
 
-def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
-    """x [T, H] -> rows [R, H]: rows[r] = x[token_of[r]], zero where token_of is outside [0, T)."""
+def permute(x: Tensor, token_of: Tensor, row_of: Tensor | None) -> Tensor:
+    """x [T, H] -> rows [R, H]: rows[r] = x[token_of[r]], zero where token_of is outside [0, T).
+    row_of [T, K] says the same; the kernel of the gradient reads it."""
     if x.shape[0] == 0:
         return x.new_zeros(token_of.shape[0], x.shape[1])
     used = (token_of >= 0) & (token_of < x.shape[0])
@@ -382,8 +384,9 @@ def exchange(
 def _local_order(counts: Tensor) -> Tensor:
     """counts [P, e] -> [R'] the source-major row of each row in expert-major order."""
     begins = counts.flatten().cumsum(0).sub(counts.flatten()).view_as(counts)
+    ends = begins + counts
     order = [
-        torch.arange(begins[p, e], begins[p, e] + counts[p, e])
+        torch.arange(int(begins[p, e]), int(ends[p, e]))
         for e in range(counts.shape[1])
         for p in range(counts.shape[0])
     ]

@@ -35,7 +35,7 @@ class Epilogue:
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments for `ops.experts` and `reference.activate`."""
-        given = {"activation": self.activation, "interleaved": self.interleaved}
+        given: dict[str, Any] = {"activation": self.activation, "interleaved": self.interleaved}
         if self.alpha is not None:
             given["alpha"] = self.alpha
         if self.limit is not None:
@@ -66,9 +66,10 @@ def epilogue_of(experts: nn.Module, width: int) -> Epilogue:
     """The epilogue of a module whose first product is `width` wide (2F, or F without a gate)."""
     gated = getattr(experts, "has_gate", True)
     if not gated or _has_default_gate(experts):
-        known = (_GATED if gated else _UNGATED).get(_act_name(getattr(experts, "act_fn", None)))
-        if known is not None:
-            return known
+        name = _act_name(getattr(experts, "act_fn", None))
+        known = _GATED if gated else _UNGATED
+        if name in known:
+            return known[name]
     kept = experts.__dict__.get(_KEPT_AS)
     if kept is not None and kept.holds(experts):
         return kept.epilogue
@@ -82,7 +83,8 @@ def epilogue_of(experts: nn.Module, width: int) -> Epilogue:
 
 def _has_default_gate(experts: nn.Module) -> bool:
     default = getattr(moe, "_default_apply_gate", None)
-    return type(experts)._apply_gate is default and "_apply_gate" not in experts.__dict__
+    own = getattr(type(experts), "_apply_gate", None)
+    return own is not None and own is default and "_apply_gate" not in experts.__dict__
 
 
 def _act_name(act: Any) -> str | None:
@@ -93,12 +95,15 @@ def _act_name(act: Any) -> str | None:
     return _ACT_BY_TYPE.get(type(act))
 
 
-def _function(experts: nn.Module, gated: bool) -> Any:
-    """The identity of what runs between the products."""
-    if not gated:
-        return experts.act_fn
-    bound = experts._apply_gate
-    return getattr(bound, "__func__", bound)
+def function_of(experts: nn.Module, gated: bool) -> Callable[[Tensor], Tensor]:
+    """What runs between the products."""
+    return getattr(experts, "_apply_gate" if gated else "act_fn")
+
+
+def _identity(experts: nn.Module, gated: bool) -> object:
+    """Of that: a bound method is another object each time."""
+    function = function_of(experts, gated)
+    return getattr(function, "__func__", function) if gated else function
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,8 @@ class _Found:
 
     epilogue: Epilogue
     gated: bool
-    function: Any
-    act_fn: Any
+    function: object
+    act_fn: object
     scalars: tuple[tuple[str, str, Any], ...]  # (owner, attribute, value)
 
     @classmethod
@@ -122,8 +127,7 @@ class _Found:
             # autocast, inference, checkpointing (which counts saved tensors), fake tensors.
             with ThreadPoolExecutor(1) as thread:
                 epilogue = thread.submit(_match, experts, gated, width, scalars).result()
-        function = _function(experts, gated)
-        return cls(epilogue, gated, function, act_fn, scalars)
+        return cls(epilogue, gated, _identity(experts, gated), act_fn, scalars)
 
     def __reduce__(self) -> tuple[type, tuple]:
         """Copied or pickled with its module it becomes None: functions may not pickle."""
@@ -131,7 +135,7 @@ class _Found:
 
     def holds(self, experts: nn.Module) -> bool:
         return (
-            self.function is _function(experts, self.gated)
+            self.function is _identity(experts, self.gated)
             and self.act_fn is getattr(experts, "act_fn", None)
             and all(
                 getattr(_owner(experts, owner), name, None) == value
@@ -169,21 +173,16 @@ def _match(
     experts: nn.Module, gated: bool, width: int, scalars: tuple[tuple[str, str, Any], ...]
 ) -> Epilogue:
     """The candidate that agrees with the module on random numbers, else UNFUSED."""
-    own = experts._apply_gate if gated else experts.act_fn
     h = _probe(width)
     try:
-        wanted = _value_and_grad(own, h)
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ):  # not made for a tensor like this one: it will say so itself
+        wanted = _value_and_grad(function_of(experts, gated), h)
+    except (RuntimeError, TypeError, ValueError):  # not made for such a tensor: it will say so
         return UNFUSED
     if wanted is None:
         return UNFUSED
     for candidate in _candidates(experts, gated, scalars):
         got = _value_and_grad(partial(reference.activate, **candidate.arguments()), h)
-        if all(_close(a, b) for a, b in zip(got, wanted)):
+        if got is not None and all(_close(a, b) for a, b in zip(got, wanted)):
             return candidate
     return UNFUSED
 
@@ -214,14 +213,14 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def _probe(width: int) -> Tensor:
     """[rows, width] numbers, half around 1 and half from 1e-2 to 1e4, so that every clamp shows."""
     rows = max(4, 8192 // max(width, 1))
-    how = {
-        "generator": torch.Generator("cpu").manual_seed(0),
-        "device": "cpu",
-        "dtype": torch.float32,
-    }
-    near = 2 * torch.randn(rows, width, **how)
-    far = 10 ** (6 * torch.rand(rows, width, **how) - 2) * near.sign()
-    return torch.where(torch.rand(rows, width, **how) < 0.5, far, near)
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def drawn(draw: Callable[..., Tensor]) -> Tensor:
+        return draw(rows, width, generator=generator, device="cpu", dtype=torch.float32)
+
+    near = 2 * drawn(torch.randn)
+    far = 10 ** (6 * drawn(torch.rand) - 2) * near.sign()
+    return torch.where(drawn(torch.rand) < 0.5, far, near)
 
 
 def _value_and_grad(f: Callable[[Tensor], Tensor], h: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -32,12 +32,14 @@ from moekernels.integrations._slots import Counts, Event, Fetch, Round, Slots
 from moekernels.integrations.transformers import (
     CACHE,
     NAME,
+    Parameters,
     Rows,
     parameters_of,
     weighted_rows,
 )
 from moekernels.parallel.host import available
 
+LAYER = "_moekernels_layer"  # the attribute of an experts module that numbers it, from 0
 GATES = ("gate", "router")  # what a block calls the router beside its experts
 TRACE = 1 << 16  # events that are kept for the bound and the break-even
 
@@ -107,7 +109,7 @@ class ExpertCache:
         """As `experts_forward`, with the experts that are needed in slots."""
         if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
             raise UsageError("cache: for inference alone; run the model under torch.no_grad()")
-        number = module._moekernels_layer
+        number = getattr(module, LAYER)
         layer = self.layers[number]
         layer.top_k = ids.shape[1]
         chosen = torch.where((ids >= 0) & (ids < layer.experts), ids, -1)
@@ -133,7 +135,7 @@ class ExpertCache:
         place = torch.full((layer.experts + 1,), -1, dtype=torch.int32)  # the last: of id -1
         for expert, slot in one.places.items():
             place[expert] = slot
-        kept = {"b1": None, "b2": None, **layer.kept}
+        kept = Parameters(**layer.kept)
         part = weighted_rows(module, x, place.to(ids.device)[ids], weights, kept)
         self.computing += time.perf_counter() - began
         return part
@@ -257,13 +259,14 @@ def cached(
         )
     layers = []
     for number, (name, module) in enumerate(found):
-        whole = {k: v.detach() for k, v in parameters_of(module).items() if v is not None}
+        each = parameters_of(module)._asdict()
+        whole = {k: v.detach() for k, v in each.items() if v is not None}
         experts = len(whole["w1"])
         _slots.check(slots, policy, experts)
         if number == 0:
             _check_memory(whole, slots, len(found))
         if folder is not None or whole["w1"].is_meta:
-            whole = _mapped(whole, folder and Path(folder), number)
+            whole = _mapped(whole, None if folder is None else Path(folder), number)
         place = torch.device(device) if device is not None else whole["w1"].device
         kept = {
             k: torch.zeros(slots, *v.shape[1:], dtype=v.dtype, device=place)
@@ -277,7 +280,7 @@ def cached(
             if len(parameter) == layers[number].experts:
                 shell = torch.empty_like(parameter, device="meta")
                 setattr(module, key, nn.Parameter(shell, requires_grad=False))
-        module._moekernels_layer = number
+        setattr(module, LAYER, number)
         setattr(module, CACHE, cache)
     return cache
 

@@ -15,6 +15,7 @@ Legend: T tokens, H hidden, F expert hidden, E local experts, K top-k, R routed 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 
 from moekernels import ops
 from moekernels.errors import UsageError
-from moekernels.integrations._epilogue import UNFUSED, Epilogue, epilogue_of
-from moekernels.ops.route import Routing
+from moekernels.integrations._epilogue import UNFUSED, Epilogue, epilogue_of, function_of
+from moekernels.reference import Routing
 
 try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
@@ -40,7 +41,7 @@ _KNOWN = {"experts_class", "experts_interface", "is_concatenated", "is_transpose
 _KNOWN |= {"has_bias", "has_gate", "has_post_expert_norm"}
 
 
-def _unknown_flags(decorator: object) -> tuple[tuple[str, object], ...]:
+def _unknown_flags(decorator: Callable[..., object]) -> tuple[tuple[str, object], ...]:
     """(name, default) of what a newer transformers lets a class say beside that."""
     parameters = inspect.signature(decorator).parameters
     return tuple((name, p.default) for name, p in parameters.items() if name not in _KNOWN)
@@ -78,17 +79,23 @@ def experts_forward(
 CACHE = "_moekernels_cache"  # an experts module whose weights lie elsewhere has it
 
 
-def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """w1, w2, b1, b2 of an experts module, by those names."""
+class Parameters(NamedTuple):
+    """Of an experts module, as `ops.experts` takes them."""
+
+    w1: Tensor
+    w2: Tensor
+    b1: Tensor | None = None
+    b2: Tensor | None = None
+
+
+def parameters_of(module: nn.Module) -> Parameters:
+    """The module's, whatever its class calls them."""
     # Flags that an older transformers does not set have the value that its classes imply.
-    prefix = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-    biased = getattr(module, "has_bias", False)
-    return {
-        "w1": getattr(module, prefix),
-        "w2": module.down_proj,
-        "b1": getattr(module, prefix + "_bias") if biased else None,
-        "b2": module.down_proj_bias if biased else None,
-    }
+    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    names = [first, "down_proj"]
+    if getattr(module, "has_bias", False):
+        names += [f"{name}_bias" for name in names]
+    return Parameters(*(getattr(module, name) for name in names))
 
 
 class Rows(NamedTuple):
@@ -110,18 +117,16 @@ def weighted_rows(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    parameters: dict[str, Tensor | None],
+    parameters: Parameters,
 ) -> Rows:
     """What experts with these parameters make of their tokens, as the module `self` would."""
     gated = getattr(self, "has_gate", True)
     normed = getattr(self, "has_post_expert_norm", False)
     transposed = getattr(self, "is_transposed", False)
-    dtype = _compute_dtype(hidden_states, parameters["w1"])
+    dtype = _compute_dtype(hidden_states, parameters.w1)
     x = hidden_states.to(dtype)
-    w1, w2, b1, b2 = (
-        None if parameters[key] is None else parameters[key].to(dtype)
-        for key in ("w1", "w2", "b1", "b2")
-    )
+    w1, w2 = parameters.w1.to(dtype), parameters.w2.to(dtype)
+    b1, b2 = (None if b is None else b.to(dtype) for b in (parameters.b1, parameters.b2))
     weights = top_k_weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
     routing = ops.route(top_k_index, w1.shape[0])
@@ -143,10 +148,10 @@ def weighted_rows(
         return Rows(rows, routing, None)
     rows = ops.permute(x, routing.token_of, routing.row_of)
     h = _linear(rows, w1, b1, routing.offsets, transposed)
-    a = self._apply_gate(h) if gated else self.act_fn(h)
+    a = function_of(self, gated)(h)
     rows = _linear(a.to(dtype), w2, b2, routing.offsets, transposed)
     if normed:
-        rows = self.post_expert_norm(rows).to(dtype)
+        rows = self.get_submodule("post_expert_norm")(rows).to(dtype)
     return Rows(rows, routing, weights)
 
 

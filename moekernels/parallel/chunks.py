@@ -104,8 +104,9 @@ class _Home(torch.autograd.Function):
         ctx.posted, plan = posted, posted.plan
         for part in posted.parts:
             posted.back.pop(part).wait(posted.room)
-        rows, posted.room = posted.room.rows, None
-        return ops.combine(rows, plan.row_of, plan.token_of)
+        room, posted.room = posted.room, None
+        assert room is not None  # the first part's `give` made it
+        return ops.combine(room.rows, plan.row_of, plan.token_of)
 
     @staticmethod
     def backward(ctx, dout: Tensor):

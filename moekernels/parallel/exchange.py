@@ -210,6 +210,7 @@ class Collective:
             counts = plan.came(part)
             slots, send = slots[plan.rows_of(part)], plan.place(part)[1]
             receive = counts.sum(-1).tolist()
+        assert counts is not None  # asked before anything was sent
         message = ops.pack(x, weights, slots, plan.row_of.shape[1])
         posted = tensor.post_all_to_all(message, self.group, receive, send)
         return _CollectiveOut(posted, counts, x.shape[1])
@@ -251,8 +252,9 @@ class _CollectiveBack:
             home = Home(*ops.regroup(message, count, self.width)[:2])
         if into is None:
             return home
-        rows = self.plan.rows_of(self.part)
+        rows = self.plan.rows_of(self.part or self.plan.whole)
         into.rows[rows] = home.rows
         if into.weights is not None:
+            assert home.weights is not None  # sent beside the rows
             into.weights[rows] = home.weights
         return into

@@ -151,9 +151,10 @@ def _gather(
     pending = plan.exchange.post_back(drows, dweights, plan)
     if meanwhile:
         meanwhile()
-    drows, dweights = pending.wait()
-    dx = ops.combine(drows, plan.row_of, plan.token_of)
-    return dx, by_slot(dweights, plan.row_of)
+    home = pending.wait()
+    assert home.weights is not None  # sent beside the rows
+    dx = ops.combine(home.rows, plan.row_of, plan.token_of)
+    return dx, by_slot(home.weights, plan.row_of)
 
 
 class _Dispatch(torch.autograd.Function):

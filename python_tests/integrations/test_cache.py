@@ -174,6 +174,12 @@ def test_other_ways_are_refused():
         cached(model, 2)
 
 
+def test_the_folder_of_no_name_is_the_one_we_are_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cached(model_of(), 2, folder="")
+    assert list(tmp_path.glob("layer-0000-*.bin"))
+
+
 def test_a_folder_is_not_written_over(tmp_path):
     model = model_of()
     cached(model_of(), 2, folder=tmp_path)
