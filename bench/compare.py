@@ -81,7 +81,10 @@ def hold(report: dict, folder: Path, fall: float, store: bool) -> int:
         print(f"{len(now)} ratios of {machine} stored in {path}")
         return 0
     if not path.exists():
-        raise UsageError(f"no ratios are stored for {machine} in {folder}; give --store first")
+        raise UsageError(
+            f"no ratios are stored for {machine} in {folder}; where nothing else runs, "
+            "`make bench-compare ARGS=--store` keeps those of a run"
+        )
     old = json.loads(path.read_text(encoding="utf-8"))
     before = old["ratios"]
     fallen = compared(now, before, fall)
