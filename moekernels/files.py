@@ -23,7 +23,7 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
     set, where neither can be.
     """
     path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    data = _utf8(content) if isinstance(content, str) else content
     try:
         try:
             there = os.stat(path)
@@ -96,6 +96,14 @@ def native(text: str) -> str:
 def portable(text: str) -> str:
     """The other way: a path of this process, to be written down. ValueError: it is no UTF-8."""
     return os.fsencode(text).decode("utf-8")
+
+
+def _utf8(text: str) -> bytes:
+    """Always UTF-8, also where a path in it was read under a locale that does not count in that."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8").encode("utf-8")
+    except UnicodeError:
+        return text.encode("utf-8", "backslashreplace")
 
 
 def _writable(folder: Path) -> bool:

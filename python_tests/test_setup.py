@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import tomllib
 from pathlib import Path
@@ -67,6 +68,21 @@ def test_torch_that_is_named_to_users_is_the_one_that_is_tested():
     for name in ("README.md", "setup.py"):
         named = re.findall(r"torch(==[\d.]+)", (ROOT / name).read_text(encoding="utf-8"))
         assert named and {*named} == {str(tested.specifier)}, name
+
+
+def test_what_is_held_at_the_lowest_and_newest_versions():
+    """The files of `make compat` are there, and every range has a lower bound that it installs."""
+    compat = runpy.run_path(str(ROOT / "tools" / "compat.py"))
+    for test in compat["TESTS"]:
+        assert (ROOT / "python_tests" / f"{test.replace('/', '/test_')}.py").is_file(), test
+    bounds = dict(line.split("==") for line in compat["lower_bounds"]().split())
+    ranges = {r.name for r in asked_for() if ">=" in str(r.specifier)}
+    assert {"torch", "transformers", "numpy", "tokenizers"} <= ranges & bounds.keys()
+    assert all(
+        Requirement(f"x{r.specifier}").specifier.contains(bounds[r.name])
+        for r in asked_for()
+        if r.name in bounds and ">=" in str(r.specifier)
+    )
 
 
 PYTHON = """#!/bin/sh

@@ -305,6 +305,16 @@ def help_of(section: str, key: str) -> str:
     return fields[key].metadata["help"]
 
 
+def facts(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The sections that drive a run, to be written down: texts as `files.portable` has them."""
+    sections = {name: dataclasses.asdict(getattr(config, name)) for name in FLAG_SECTIONS}
+    return {name: {key: _portable(x) for key, x in keys.items()} for name, keys in sections.items()}
+
+
+def _portable(value: Any) -> Any:
+    return files.portable(value) if isinstance(value, str) else value
+
+
 def to_toml(config: RunConfig, sections=FLAG_SECTIONS) -> str:
     """The sections as TOML that `read_toml` reads back to the same values."""
     lines = []
@@ -314,8 +324,7 @@ def to_toml(config: RunConfig, sections=FLAG_SECTIONS) -> str:
             value = getattr(getattr(config, name), f.name)
             if f.metadata.get("auto") and value == AUTO:
                 value = "auto"
-            value = files.portable(value) if isinstance(value, str) else value
-            text = jsonio.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            text = jsonio.dumps(_portable(value), ensure_ascii=False).replace("\x7f", "\\u007f")
             lines.append(f"{f.name} = {text}")
         lines.append("")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moekernels import files
 from moekernels.assembly import DTYPES
 from moekernels.data.tokenizer import Tokenizer
 from moekernels.errors import UsageError, one_line
@@ -43,6 +44,7 @@ def generate(
             raise UsageError(f"--{name} must be from {low} to {high}, got {value}")
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device {device}: use one of auto, cpu, cuda")
+    prompts = [_as_utf8(prompt) for prompt in prompts]
     found = weights.find(source)
     if found.tokenizer is None:
         raise UsageError(f"{source}: has no tokenizer.json; put the model's there")
@@ -57,6 +59,14 @@ def generate(
         print(f"{prompt}{text}\n")
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s")
     return 0
+
+
+def _as_utf8(prompt: str) -> str:
+    """A text as it was given, whatever the locale made of its bytes."""
+    try:
+        return files.portable(prompt)
+    except ValueError:
+        raise UsageError(f"--prompt {prompt!r} is not UTF-8; write it in UTF-8") from None
 
 
 def load(found: Weights, device: str) -> StageModel:

@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -386,7 +386,7 @@ class Trainer:
             self.job.folder.sync()
         self.guard.check_state(step, self.state())
         facts = {
-            "run": {name: asdict(getattr(self.run, name)) for name in cfg.FLAG_SECTIONS},
+            "run": cfg.facts(self.run),
             "data": self.loader.state_dict(),
             "updates": self.optimizer.steps_done,
             "skipped_in_a_row": self.guard.in_a_row,

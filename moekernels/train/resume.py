@@ -158,7 +158,9 @@ def compare(path: Path, facts: dict, run: cfg.RunConfig, tune: bool = False) -> 
     """
     then, notes = facts.get("run", {}), []
     for section in cfg.FLAG_SECTIONS:
-        now, before = asdict(getattr(run, section)), then.get(section, {})
+        now, before = asdict(getattr(run, section)), {}
+        for key, value in then.get(section, {}).items():
+            before[key] = files.native(value) if isinstance(value, str) else value
         changed = [key for key in now if key in before and before[key] != now[key]]
         for key in changed:
             flag = "--" + cfg.flag_of(SECTIONS[section], key)

@@ -10,7 +10,7 @@ import functools
 import secrets
 from pathlib import Path
 
-from moekernels import assembly
+from moekernels import assembly, files
 from moekernels.data.batch_plan import check
 from moekernels.errors import RunError, UsageError
 from moekernels.parallel import launch
@@ -169,7 +169,7 @@ def _corpus(
     load = functools.partial(
         load_corpus,
         vocab_size=run.model.vocab_size,
-        text_field=run.batch.text_field,
+        text_field=files.portable(run.batch.text_field),
         log=print if speaks else None,
     )
     corpus = load(sources, tokenizer=tokenizer)

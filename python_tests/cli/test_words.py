@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,27 @@ def test_words_of_the_build(name, monkeypatch):
         line = stopped.value.code
         assert line.startswith(f"moekernels: {name} must be ") and allowed in line
         assert "got '" in line and "\n" not in line and len(line) < 1700
+
+
+@pytest.mark.parametrize("name", [*BUILD, "MOEKERNELS_CUTLAS"])
+def test_words_given_to_cmake_itself(name, tmp_path):
+    """Also a variable that there is not; nothing is looked for before."""
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if cmake is None:
+        pytest.skip("no cmake")
+    known = name in BUILD
+    wanted = f"{name} must be " if known else f"{name}: no variable of this build; they are "
+    for word in BUILD[name][1] if known else ("1",):
+        if word == "ON":  # as CMake spells 1
+            continue
+        done = subprocess.run(
+            [cmake, "-S", ROOT, "-B", tmp_path / "build", f"-D{name}={word}"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 1 and wanted in " ".join(done.stderr.split()), word
+        assert "compiler" not in done.stdout
 
 
 def test_a_build_stops_before_it_begins(tmp_path):

@@ -197,6 +197,22 @@ def test_main_grad_is_left_alone_where_the_weight_is(wanted, cast):
         assert w.grad is None and apart < (1e-2 if cast else 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+def test_main_grad_of_a_backward_that_can_be_differentiated():
+    """`create_graph` changes how gradients are made, not where they go."""
+    weights, x = weights_with_main_grad(), randn(torch.float32, 6, 4, seed=9).requires_grad_()
+    found = []
+    for create_graph in (False, True):
+        run_experts(x, weights).square().sum().backward(create_graph=create_graph)
+        assert all(w.grad is None for w in weights.values())
+        found.append([w.main_grad.clone() for w in weights.values()])
+        for w in weights.values():
+            w.main_grad.zero_()
+        x.grad = None
+    for plain, differentiable in zip(*found):
+        torch.testing.assert_close(plain, differentiable)
+
+
 def test_main_grad_takes_a_gradient_penalty():
     """What a penalty's gradient adds goes where the loss's goes."""
     weights, x = weights_with_main_grad(), randn(torch.float32, 6, 4, seed=9).requires_grad_()

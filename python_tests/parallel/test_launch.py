@@ -105,12 +105,14 @@ def work(env):
     time.sleep(600)
 run_local(3, "cpu", work)
 """
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    temporary = tmp_path / ".tmp"
+    temporary.mkdir()
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
     parent = subprocess.Popen([sys.executable, "-c", program], env=env, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.iterdir())) < 3 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("[0-9]*"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
-    ranks = [int(p.name) for p in tmp_path.iterdir()]
+    ranks = [int(p.name) for p in tmp_path.glob("[0-9]*")]
     assert len(ranks) == 3 and all(alive(p) for p in ranks)
     parent.send_signal(how)
     parent.wait(120)
@@ -118,6 +120,7 @@ run_local(3, "cpu", work)
     while any(alive(p) for p in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(p) for p in ranks)
+    assert how == signal.SIGKILL or not list(temporary.iterdir()), "temporary folders go with it"
 
 
 def test_a_device_that_is_not_here(monkeypatch):

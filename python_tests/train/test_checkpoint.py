@@ -101,6 +101,7 @@ def test_a_step_waits_for_the_copy_alone(tmp_path, monkeypatch):
 
 def test_without_memory_for_a_copy_the_step_waits(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_fits", lambda size: False)
+    monkeypatch.setattr(Checkpoints, "_write", lambda *_: pytest.fail("a copy was made"))
     checkpoints = Checkpoints(tmp_path, ONE, 2)
     state = state_of(ONE, True)
     checkpoints.save(1, state, {})

@@ -156,6 +156,8 @@ def test_every_damage_is_passed_over_by_name(runs, tmp_path):
             step, right, passed = read(folder, ONE, "a" * 16)
             good = step == 1 and right and len(passed) == 1
             good = good and f"{folder / STEPS[1]}: " in passed[0] and "\n" not in passed[0]
+            if name.endswith((".safetensors: short", ".safetensors: long")):
+                good = good and " bytes of " in passed[0]  # known without reading it
             if not good:
                 wrong.append((name, step, right, passed))
         except Exception as error:  # noqa: BLE001

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moekernels.cli import main
+from moekernels.data.tokenizer import Tokenizer
 from moekernels.parallel.stop import handled
 from moekernels.train import shards
 from moekernels.train.metrics import read_metrics
@@ -101,6 +102,32 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(train, tmp_path):
     (tmp_path / "b" / step).rename(tmp_path / "run" / step)
     code, _, err = train("--steps", "3", "--resume")
     assert code == 2 and err.count("\n") == 1 and "run.json says" in err
+
+
+def test_the_tokenizer_of_the_run_is_used_under_another_release(train, tmp_path, monkeypatch):
+    """Which would learn other merges of the same text."""
+    assert train("--steps", "2")[0] == 0
+    monkeypatch.setattr("moekernels.data.corpus.library_version", lambda: "99.0")
+    monkeypatch.setattr(Tokenizer, "train", lambda *_: pytest.fail("learnt anew"))
+    code, said, _ = train("--steps", "3", "--resume")
+    assert code == 0 and "from step 2" in said and len(losses(tmp_path / "run")) == 3
+
+
+def test_sigterm_before_the_first_step(train, tmp_path, monkeypatch):
+    """While text is read, say: at once, and nothing is left."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+
+    def reading(*_, **__):
+        with tempfile.TemporaryDirectory():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
+
+    monkeypatch.setattr("moekernels.data.corpus.load_corpus", reading)
+    with handled(signal.SIG_IGN, (signal.SIGTERM,)):  # of a program without a handler for it
+        code, _, err = train("--steps", "2")
+    assert code == 143 and err == "moekernels: terminated\n"
+    assert not (tmp_path / "run").exists() and not list((tmp_path / "tmp").iterdir())
 
 
 @pytest.mark.parametrize("ranks", [(), PAIR], ids=["one rank", "two ranks"])
