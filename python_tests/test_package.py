@@ -107,6 +107,24 @@ def test_only_libraries_of_the_same_version_are_used(not_built, version, used, m
     assert found == [tree, str(site / "moekernels")][: 1 + used]
 
 
+def test_libraries_of_other_sources_are_told(not_built):
+    """As after a pull: the sources have an op that the library does not know."""
+    ops = not_built / "site" / "moekernels" / "ops"
+    (ops / "zzz.py").write_text(
+        "from moekernels.ops._library import raw\n__all__ = []\nraw._of_tomorrow.default\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-m", "moekernels", "train", "--steps", "1"],
+        cwd=not_built / "site",
+        env={**os.environ, "PYTHONPATH": str(not_built / "site")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode and found.stderr.count("\n") == 1, found.stderr
+    assert "was built from other sources than this Python's: it has no _of_tomorrow" in found.stderr
+
+
 # ---- what is shipped
 
 

@@ -85,6 +85,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"moekernels: {error}", file=sys.stderr)
         return 1
     except Exception as error:  # noqa: BLE001
+        if isinstance(error, ImportError) and error.name == "moekernels._C":  # not built, or stale
+            print(f"moekernels: {error}", file=sys.stderr)
+            return 1
         from moekernels.parallel.launch import RankFailure, say
 
         if isinstance(error, RankFailure):

@@ -24,7 +24,8 @@ if not _FOUND:
     raise ImportError(
         f"moekernels is not built: {Path(moekernels.__path__[0]) / '_C.so'} does not exist, and "
         f"moekernels {moekernels.__version__} is not installed for this Python. "
-        "Run `make build` in the source tree, or `pip install --no-build-isolation .`"
+        "Run `make build` in the source tree, or `pip install --no-build-isolation .`",
+        name="moekernels._C",
     )
 LIBRARY = _FOUND[0]
 raw = torch.ops.moekernels
