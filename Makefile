@@ -58,10 +58,14 @@ verify: build
 bench: build
 	$(BIN)/python -m moekernels bench $(ARGS)
 
-# What fell by more than 10 % against the ratios stored for this kind of machine; ARGS=--store keeps those of this run.
+# What fell by more than 10 % against the ratios stored for this kind of machine; ARGS=--store keeps these. RUNS=3: the median
+# of three runs, and what they do not agree on is not judged.
+RUNS ?= 1
 bench-compare: build
-	$(BIN)/python -m moekernels bench --benchmark-json=build/bench.json
-	$(BIN)/python bench/compare.py build/bench.json $(ARGS)
+	rm -f build/bench-*.json
+	for run in $$(seq $(RUNS)); do \
+	  $(BIN)/python -m moekernels bench --benchmark-json=build/bench-$$run.json || exit 1; done
+	$(BIN)/python bench/compare.py build/bench-*.json $(ARGS)
 
 # C++ and CUDA, by the same versions of the tools everywhere: those of requirements/.
 CPP = $$(find csrc bench python_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')

@@ -1,12 +1,13 @@
 """Holds a run's ratios against those stored for the same kind of machine.
 
-    make bench-compare                 # run the benches, then say what fell by more than 10 %
-    make bench-compare ARGS=--store    # keep the ratios of this run for this kind of machine
-    python bench/compare.py build/bench.json [--store] [--folder DIR] [--fall 0.1]
+    make bench-compare                       # run the benches, say what fell by more than 10 %
+    make bench-compare RUNS=3 ARGS=--store   # keep three runs' ratios for this kind of machine
+    python bench/compare.py RUN.json... [--store] [--folder DIR] [--fall 0.1]
 
 A ratio is how many times longer than ours another implementation took in the same run, by the best
-round of each; times themselves are never compared. Exit code 0: nothing fell; 1: something did; 2:
-nothing to compare with.
+round of each, and of several runs the median; times themselves are never compared. What the stored
+runs themselves do not agree on to within that fall is said, and not judged. Exit code 0: nothing
+fell; 1: something did; 2: nothing to compare with.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -68,31 +70,54 @@ def compared(now: dict[str, float], before: dict[str, float], fall: float) -> li
     ]
 
 
-def hold(report: dict, folder: Path, fall: float, store: bool) -> int:
-    """Compare (or store) and say what came out; the exit code."""
-    machine, now = machine_of(report), ratios_of(report)
-    if not now:
+def together(reports: list[dict]) -> tuple[str, dict[str, float], dict[str, float]]:
+    """(machine, median ratios, the spread of each, largest less smallest, over its median) of runs
+    on one kind of machine; what some of them lack is left out."""
+    machines = sorted({machine_of(report) for report in reports})
+    if len(machines) > 1:
+        raise UsageError(f"the reports are of {' and '.join(machines)}; give those of one machine")
+    runs = [ratios_of(report) for report in reports]
+    names = [name for name in runs[0] if all(name in run for run in runs)]
+    if not names:
         raise UsageError("the report holds no ratio; give one that --benchmark-json wrote")
+    each = {name: [run[name] for run in runs] for name in names}
+    medians = {name: statistics.median(values) for name, values in each.items()}
+    spread = {n: (max(values) - min(values)) / medians[n] for n, values in each.items()}
+    return machines[0], medians, spread
+
+
+def hold(reports: list[dict], folder: Path, fall: float, store: bool) -> int:
+    """Compare (or store) and say what came out; the exit code."""
+    machine, now, spread = together(reports)
+    when = reports[0]["datetime"][:10]
     path = stored_at(folder, machine)
     if store:
         path.parent.mkdir(parents=True, exist_ok=True)
-        told = {"machine": machine, "when": report["datetime"][:10], "ratios": now}
+        told = {"machine": machine, "when": when, "ratios": now, "runs": len(reports)}
+        told["spread"] = spread
         files.write(path, jsonio.dumps(told, indent=1, sort_keys=True) + "\n")
-        print(f"{len(now)} ratios of {machine} stored in {path}")
+        print(f"{len(now)} ratios of {machine} stored in {path}, of {len(reports)} runs")
+        uneven = sum(part > fall for part in spread.values())
+        if uneven:
+            print(f"{uneven} of them differ by more than {100 * fall:.0f} %: too uneven to judge")
         return 0
     if not path.exists():
         raise UsageError(
             f"no ratios are stored for {machine} in {folder}; where nothing else runs, "
-            "`make bench-compare ARGS=--store` keeps those of a run"
+            "`make bench-compare RUNS=3 ARGS=--store` keeps those of three runs"
         )
     old = json.loads(path.read_text(encoding="utf-8"))
-    before = old["ratios"]
+    uneven = {name for name, part in old.get("spread", {}).items() if part > fall}
+    before = {name: ratio for name, ratio in old["ratios"].items() if name not in uneven}
     fallen = compared(now, before, fall)
     held = len(now.keys() & before.keys())
     print(f"{held} ratios of {machine} against those of {old['when']}")
     for name in sorted(before.keys() - now.keys()):
         print(f"not in this run: {name}")
-    for name in sorted(now.keys() - before.keys()):
+    for name in sorted(now.keys() & uneven):
+        stored = f"{old['ratios'][name]:.2f}x"
+        print(f"uneven, not judged: {name} {stored} -> {now[name]:.2f}x")
+    for name in sorted(now.keys() - before.keys() - uneven):
         print(f"not stored: {name} {now[name]:.2f}x")
     for line in fallen:
         print(f"FELL  {line}")
@@ -102,16 +127,20 @@ def hold(report: dict, folder: Path, fall: float, store: bool) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("report", type=Path, help="what pytest-benchmark wrote as JSON")
+    what = "what pytest-benchmark wrote as JSON, of one run or of several"
+    parser.add_argument("reports", type=Path, nargs="+", metavar="RUN.json", help=what)
     parser.add_argument("--store", action="store_true", help="keep these ratios")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where ratios are kept")
     parser.add_argument("--fall", type=float, default=0.1, help="the part that may be lost")
     args = parser.parse_args(argv)
+    path = args.reports[0]
     try:
-        report = json.loads(args.report.read_text(encoding="utf-8"))
-        return hold(report, args.folder, args.fall, args.store)
+        reports = []
+        for path in args.reports:
+            reports.append(json.loads(path.read_text(encoding="utf-8")))
+        return hold(reports, args.folder, args.fall, args.store)
     except (UsageError, OSError, ValueError, KeyError) as error:
-        print(f"compare: {args.report}: {error}", file=sys.stderr)
+        print(f"compare: {path}: {error}", file=sys.stderr)
         return 2
 
 

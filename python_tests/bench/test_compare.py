@@ -80,6 +80,44 @@ def test_what_one_run_lacks_is_said(guard):
     assert "not in this run: gate: torch" in text and "not stored: gate: scatter 2.50x" in text
 
 
+@pytest.fixture
+def runs(tmp_path, capsys):
+    """runs(reports, *flags) -> exit code and what was printed, in a folder of its own."""
+
+    def run(reports: list[dict], *flags: str) -> tuple[int, str]:
+        paths = [tmp_path / f"run-{i}.json" for i in range(len(reports))]
+        for path, said in zip(paths, reports):
+            path.write_text(json.dumps(said))
+        folder = ("--folder", str(tmp_path / "several"))
+        code = compare.main([*map(str, paths), *folder, *flags])
+        out = capsys.readouterr()
+        return code, out.out + out.err
+
+    return run
+
+
+def test_of_several_runs_the_median_is_kept(runs):
+    stored = [report(theirs=t) for t in (4.9e-3, 5e-3, 5.1e-3)]
+    code, text = runs(stored, "--store")
+    assert code == 0 and "2 ratios" in text and "of 3 runs" in text and "uneven" not in text
+    assert runs([report(theirs=4.6e-3)])[0] == 0  # of the median, 5e-3
+    assert runs([report(theirs=4.4e-3)])[0] == 1
+    assert runs([report(theirs=t) for t in (1e-3, 4.9e-3, 5e-3)])[0] == 0
+
+
+def test_what_stored_runs_do_not_agree_on_is_not_judged(runs):
+    code, text = runs([report(theirs=4e-3), report(theirs=5e-3)], "--store")
+    assert code == 0 and "1 of them differ by more than 10 %: too uneven to judge" in text
+    code, text = runs([report(theirs=1e-3)])
+    assert code == 0 and "uneven, not judged: gate: torch 2.25x -> 0.50x" in text
+    assert runs([report(theirs=1e-3, training=1.0)])[0] == 1  # the other ratio still is
+
+
+def test_runs_of_two_machines_are_refused(runs):
+    code, text = runs([report(), report(cpu="Y 1")], "--store")
+    assert code == 2 and text.count("\n") == 1 and "give those of one machine" in text
+
+
 def test_another_kind_of_machine_has_nothing_to_compare_with(guard):
     code, text = guard(report(cpu="Y 1"))
     assert code == 2 and text.count("\n") == 1
