@@ -190,6 +190,52 @@ def test_a_producer_with_too_many_registers_is_found():
     assert producers_registers(parse(sass.replace("R39", "R40"))) == 41
 
 
+@functools.cache
+def dump() -> tuple[str, str]:
+    """A product's name and its machine code."""
+    name = next(n for n in products("StoreRows") if "bfloat16" in n)
+    return name, cuobjdump("-sass", "-fun", name, "-arch", "sm_90a")
+
+
+@pytest.mark.parametrize(
+    "held, right, wrong",
+    [
+        (test_no_kernel_of_the_products_spills, "STACK", 8),
+        (test_no_kernel_of_the_products_spills, "LOCAL", 8),
+        (test_tensor_cores_and_bulk_copies, "STSM", "STL"),
+        (test_tensor_cores_and_bulk_copies, "UTMALDG", "LDGSTS"),
+        (test_tensor_cores_and_bulk_copies, r"(HGMMA[^;]*[^0]) ;", r"\1, gsb0 ;"),
+        (test_epilogues_store_whole_vectors, "STG.E.128 ", "STG.E.64 "),
+        (test_registers_are_within_what_setmaxnreg_leaves, "CTAPOOL 0x28", "CTAPOOL 0x30"),
+        (
+            test_registers_are_within_what_setmaxnreg_leaves,
+            r"(TRY_ALLOC\S* [^;]*)0xe8",
+            r"\g<1>0xf0",
+        ),
+        (test_registers_are_within_what_setmaxnreg_leaves, "UTMALDG", "R40 UTMALDG"),
+        (test_registers_are_within_what_setmaxnreg_leaves, "STSM", "R232 STSM"),
+    ],
+)
+def test_a_word_that_is_wrong_in_the_machine_code_is_found(monkeypatch, held, right, wrong):
+    """One product alone, as it is and with a word exchanged."""
+    name, text = dump()
+    used = resources()[name]
+    kind = ["StoreRows"] if held is test_tensor_cores_and_bulk_copies else []
+    monkeypatch.setitem(globals(), "KERNELS", ("StoreRows",))
+    monkeypatch.setitem(globals(), "resources", lambda: {name: used})
+    monkeypatch.setitem(globals(), "code_of", lambda _: parse(text))
+    monkeypatch.setitem(globals(), "cuobjdump", lambda *_: text)
+    if held is not test_epilogues_store_whole_vectors:  # which asks for three of them
+        held(*kind)
+    if right in used:
+        used = {**used, right: wrong}
+    else:
+        assert re.search(right, text)
+        text = re.sub(right, wrong, text)
+    with pytest.raises(AssertionError):
+        held(*kind)
+
+
 # Instructions that an epilogue takes for 8 elements of SwiGLU, which decide how long it lasts, as
 # nothing runs beside it. A lower count replaces its number here.
 UP, DACT = 102, 175
