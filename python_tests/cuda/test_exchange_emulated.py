@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import ptx_emulator as ptx
 from moekernels import reference
 from moekernels.ops import exchange
 from moekernels.parallel.peers import PeerMemory
@@ -71,6 +72,7 @@ class Ranks:
         self.slabs = [
             exchange.Slabs(m, addresses, p, self.shape) for p, m in enumerate(self.memory)
         ]
+        self.sent = [[x + n for x in self.x] for n in range(3)]
         self.known: list = [None] * self.peers
 
     @contextmanager
@@ -194,3 +196,135 @@ def test_the_exchange_of_ranks_on_a_cpu_gives_the_same_bits():
         memory.host.take_out(numbers[p], *out)
         same(outputs[p], [rows, weights, offsets])
         assert torch.equal(ranks.known[p].came, counts)
+
+
+def record(
+    ranks: Ranks, devices: Devices, exchanges: int, slots: int = 1, home: bool = True
+) -> list[list[Tensor]]:
+    """Everything of `exchanges`, out and home without weights, before any of it runs: what each
+    brings home to each rank. The n-th sends x + n."""
+    ranks.gather(devices)
+    came_home: list[list[Tensor]] = []
+    for number in range(exchanges):
+        came_home.append([])
+        for p in range(ranks.peers):
+            slot, known, slabs = number % slots, ranks.known[p], ranks.slabs[p]
+            with devices.on(p):
+                ranks.put(p, ranks.sent[number][p], None, slot)
+                rows, _ = ranks.take(p, ranks.shape.rows, False, slot)
+                if not home:
+                    continue
+                exchange.push(rows, None, known, slabs, slot)
+                size = ranks.ids[p].numel()
+                back = exchange.take_home(rows, known, slabs, slot, size, weighted=False)
+                came_home[-1].append(back[0])
+    return came_home
+
+
+def check_home(ranks: Ranks, home: list[list[Tensor]]) -> None:
+    for number, at_ranks in enumerate(home):
+        for p, mine in enumerate(at_ranks):
+            used = int(ranks.counts[p].sum())
+            token = ranks.routings[p].slot_of[:used].long() // max(ranks.ids[p].shape[1], 1)
+            same([mine], [ranks.sent[number][p][token]])
+
+
+@pytest.mark.parametrize("how", MODES)
+@pytest.mark.parametrize("peers, slots", [(2, 1), (3, 2)])
+def test_slots_are_used_again_when_they_have_been_read(peers, slots, how):
+    ranks = Ranks(all_ids("dropped", peers, 2), 2, torch.float32, slots=slots)
+    with ranks.devices(**how) as devices:
+        home = record(ranks, devices, 3, slots)
+        devices.run()
+    check_home(ranks, home)
+
+
+def test_what_was_recorded_can_be_run_again():
+    """As a CUDA graph is: the same launches on other rows, nothing read back in between."""
+    ranks = Ranks(all_ids("ordinary", 2, 2), 2, torch.float32)
+    with ranks.devices(schedule=5) as devices:
+        home = record(ranks, devices, 2)
+        for _ in range(3):
+            for x in (x for sent in ranks.sent for x in sent):
+                x.mul_(-2)
+            devices.run(again=True)
+            check_home(ranks, home)
+
+
+def test_rows_beyond_the_bound_are_not_written_and_everybody_knows():
+    """Then the same with room ends in the same bits; no wait hangs on what was left out."""
+    ids = all_ids("one_rank", 3, 2)
+    whole = Ranks(ids, 2, torch.float32)
+    bound = whole.shape.rows - 7
+    ranks = Ranks(ids, 2, torch.float32, rows=bound)
+    guard = [m.clone() for m in ranks.memory]
+    with ranks.devices(schedule=4) as devices:
+        for _ in range(2):
+            outputs = []
+            ranks.gather(devices)
+            for p in range(3):
+                with devices.on(p):
+                    ranks.put(p, ranks.x[p], ranks.weights[p])
+                    outputs.append(ranks.take(p, bound))
+            devices.run()
+            assert [int(k.needed) for k in ranks.known] == [whole.shape.rows] * 3
+            rows, weights, _ = ranks.expected()[1]
+            same(outputs[1], [rows[:bound], weights[:bound]])
+    # Behind the rows of the slot lie those of the way back, which nobody used.
+    line = HIDDEN * 4 * ranks.shape.back
+    for before, after in zip(guard, ranks.memory):
+        assert torch.equal(before[-line:], after[-line:])
+
+
+def test_a_wait_that_lasts_says_for_what():
+    ranks = Ranks(all_ids("ordinary", 2, 2), 2, torch.float32)
+    stuck = torch.zeros(4, dtype=torch.int64)
+    slabs = ranks.slabs[0]._replace(patience=200, stuck=stuck)
+    with ranks.devices() as devices:
+        devices.emulator.know(stuck)
+        with devices.on(0):
+            exchange.gather_counts(ranks.counts[0], slabs)
+        with pytest.raises(ptx.Trap):
+            devices.run()
+    assert stuck.tolist() == [0, 4, 0, 1]  # rank 0 waits for the counts of rank 1, the first ones
+
+
+# What a text of the kernels' PTX is turned into; all are races.
+PLANTED = {
+    "relaxed_add": ("red.release.sys", "red.relaxed.sys"),
+    "add_of_the_device": ("red.release.sys", "red.release.gpu"),
+    "wait_of_the_device": ("ld.acquire.sys", "ld.acquire.gpu"),
+    "wait_without_acquiring": ("ld.acquire.sys", "ld.relaxed.sys"),
+    "relaxed_store": ("st.release.sys", "st.relaxed.sys"),
+    "lanes_not_gathered": ("bar.warp.sync", "// bar.warp.sync"),
+    "relaxed_ticket": ("atom.acq_rel.gpu", "atom.relaxed.gpu"),
+}
+
+
+@pytest.mark.parametrize("bug", [*PLANTED, "not_freed", "one_row_too_few"])
+def test_bugs_in_the_kernels_are_found(bug, monkeypatch):
+    """On at least 3 of 4 schedules: in their text, or in the words that they count by."""
+    before, after = PLANTED.get(bug, ("", ""))
+    text = emulated.source("exchange")
+    assert before in text
+    wrong, own = ptx.Module(text.replace(before, after)), emulated.module
+    monkeypatch.setattr(emulated, "module", lambda stem: wrong if stem == "exchange" else own(stem))
+    found = 0
+    ids = all_ids("ordinary", 2, 2)
+    if bug == "one_row_too_few":  # rows come one by one
+        ids = [torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)] * 2
+    for how in MODES:
+        ranks = Ranks(ids, 2, torch.float32, rows=130)
+        for memory in ranks.memory:
+            words = memory.view(torch.int32)
+            if bug == "one_row_too_few":
+                words[640 // 4 + 8 :][:3] = -1  # of the slot's expected: as if one had come
+            if bug == "not_freed":
+                words[384 // 4 + 3 :][:4] = 9  # of the slot's freed: as if read that often
+        with ranks.devices(**how) as devices:
+            record(ranks, devices, 2, home=bug != "not_freed")
+            try:
+                devices.run()
+            except ptx.GlobalRace:
+                found += 1
+    assert found >= 3

@@ -38,15 +38,17 @@ class Devices:
         finally:
             self.emulator.record = self.emulator.keep = None
 
-    def run(self) -> list[ptx.Stats]:
-        """All that was recorded; an empty record afterwards."""
-        launches, self.launches = self.launches, []
+    def run(self, *, again: bool = False) -> list[ptx.Stats]:
+        """All that was recorded; `again`: it stays, as a graph does, to be run once more."""
+        launches = self.launches
         try:
             return ptx.launch_together(
                 launches, schedule=self.schedule, lazy=self.lazy, resident=self.resident
             )
         finally:
-            self.kept.clear()
+            if not again:
+                self.launches = []
+                self.kept.clear()
 
 
 @contextmanager
