@@ -58,7 +58,7 @@ void gather_counts(const CountsArgs& args) {
   for (int64_t p = 0; p < shape.peers; ++p) wait(peers, own.ready(p), number);
   const int32_t* table = own.table(number);
   int64_t begin = 0;
-  *args.needed = 0;
+  args.needed[0] = args.needed[1] = 0;
   for (int64_t p = 0; p < shape.peers; ++p) {
     int64_t rows = 0, home = 0;
     for (int64_t x = p * shape.experts; x < (p + 1) * shape.experts; ++x) {
@@ -69,11 +69,13 @@ void gather_counts(const CountsArgs& args) {
         rows += table[s * all + x];
       }
     }
-    *args.needed = std::max(*args.needed, rows);
-    for (int64_t x = 0; x < mine + shape.experts; ++x) {
-      if (x >= mine) args.back[(x - mine) * shape.peers + p].place = home;
+    args.needed[0] = std::max(args.needed[0], rows);
+    for (int64_t x = 0; x < all; ++x) {
+      if (x >= mine && x < mine + shape.experts)
+        args.back[(x - mine) * shape.peers + p].place = home;
       home += table[p * all + x];
     }
+    args.needed[1] = std::max(args.needed[1], home);
   }
   args.out[all] = {begin, 0};
   int64_t row = 0;

@@ -41,10 +41,10 @@ __global__ void __launch_bounds__(kThreads) gather_all_counts(const CountsArgs a
     store_release(peers.of(threadIdx.x).ready(rank), number);
     wait(peers, own.ready(threadIdx.x), number);
   }
-  __shared__ unsigned long long most;
+  __shared__ unsigned long long most[2];
   if (threadIdx.x == 0) {
     *own.called() = number;
-    most = 0;
+    most[0] = most[1] = 0;
   }
   __syncthreads();
   const int32_t* table = own.table(number);
@@ -58,14 +58,15 @@ __global__ void __launch_bounds__(kThreads) gather_all_counts(const CountsArgs a
         rows += table[s * all + x];
       }
     }
-    atomicMax(&most, static_cast<unsigned long long>(rows));
+    atomicMax(&most[0], static_cast<unsigned long long>(rows));
   } else if (question == 1 && peer < shape.peers) {  // where this peer's results go home to
     int64_t row = 0;
-    for (int64_t x = 0; x < (rank + 1) * shape.experts; ++x) {
+    for (int64_t x = 0; x < all; ++x) {
       const int64_t local = x - rank * shape.experts;
-      if (local >= 0) args.back[local * shape.peers + peer].place = row;
+      if (inside(local, shape.experts)) args.back[local * shape.peers + peer].place = row;
       row += table[peer * all + x];
     }
+    atomicMax(&most[1], static_cast<unsigned long long>(row));
   } else if (question == 2 && peer == 0) {  // own rows by expert
     int64_t row = 0;
     for (int64_t x = 0; x < all; ++x) {
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) gather_all_counts(const CountsArgs a
     args.back[all] = {row, 0};
   }
   __syncthreads();
-  if (threadIdx.x == 0) *args.needed = static_cast<int64_t>(most);
+  if (threadIdx.x < 2) args.needed[threadIdx.x] = static_cast<int64_t>(most[threadIdx.x]);
 }
 
 template <class Word>

@@ -32,6 +32,29 @@ int64_t exchange_bytes(Numbers shape) {
   return Slab{nullptr, shape_from("exchange_bytes", shape)}.bytes();
 }
 
+// What a word of a slab counts, for a wait that gave up: kind, slot, expert or peer; see
+// ops/exchange.py.
+Numbers exchange_word(Numbers shape, int64_t at) {
+  const SlabShape s = shape_from("exchange_word", shape);
+  const Slab slab{nullptr, s};
+  const auto is = [&](const uint32_t* word) { return reinterpret_cast<int64_t>(word) == at; };
+  for (int64_t p = 0; p < s.peers; ++p) {
+    if (is(slab.ready(p))) return {0, 0, p};
+  }
+  for (int64_t slot = 0; slot < s.slots; ++slot) {
+    for (int64_t x = 0; x < s.experts; ++x) {
+      if (is(slab.arrived(slot, x))) return {1, slot, x};
+    }
+    if (is(slab.returned(slot))) return {2, slot, 0};
+    for (int64_t p = 0; p < s.peers; ++p) {
+      if (is(slab.freed(slot, p, false))) return {3, slot, p};
+      if (is(slab.freed(slot, p, true))) return {4, slot, p};
+    }
+  }
+  check(false, "exchange_word: byte ", at, " of a slab is no word that ranks wait for");
+  return {};
+}
+
 // The slabs of all ranks; `slab` is this rank's own.
 PeerSlabs slabs_from(const char* op, const Tensor& slab, const Numbers& addresses, int64_t rank,
                      const Numbers& shape, int64_t patience, const OptionalTensor& stuck) {
@@ -90,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> exchange_counts(const Tensor&
   Tensor offsets = empty({s.experts + 1}, ScalarType::Long, slab);
   Tensor out = empty({all + 1, 2}, ScalarType::Long, slab);
   Tensor back = empty({all + 1, 2}, ScalarType::Long, slab);
-  Tensor needed = empty({1}, ScalarType::Long, slab);
+  Tensor needed = empty({2}, ScalarType::Long, slab);
   args.counts = counts.const_data_ptr<int64_t>();
   args.came = came.mutable_data_ptr<int64_t>();
   args.offsets = offsets.mutable_data_ptr<int64_t>();
@@ -173,6 +196,7 @@ std::tuple<Tensor, Tensor> exchange_receive(const Tensor& like, const Tensor& of
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def("_exchange_bytes(int[] shape) -> int");
+  m.def("_exchange_word(int[] shape, int at) -> int[]");
   m.def(
       "_exchange_counts(Tensor counts, Tensor(a!) slab, int[] addresses, int rank, int[] shape, "
       "int patience, Tensor? stuck) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -188,6 +212,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(MOEKERNELS_OPS, CompositeExplicitAutograd, library) {
   library.impl("_exchange_bytes", TORCH_BOX(&exchange_bytes));
+  library.impl("_exchange_word", TORCH_BOX(&exchange_word));
 }
 
 MOEKERNELS_IMPL(m) {

@@ -32,6 +32,7 @@ from moekernels.ops._op import wide
 __all__: list[str] = []
 
 _bytes = raw._exchange_bytes.default
+_word = raw._exchange_word.default
 _counts = raw._exchange_counts.default
 _send = raw._exchange_send.default
 _receive = raw._exchange_receive.default
@@ -67,7 +68,7 @@ class Counts(NamedTuple):
 
     came [P, e]: rows from each peer for each local expert; offsets [e+1]: where each local expert's
     begin; out, back [P*e+1, 2]: runs of own rows and of those that came, and their places;
-    needed [1]: the most rows that come to any rank. All int64.
+    needed [2]: the most rows that come to any rank, and that any rank sends. All int64.
     """
 
     came: Tensor
@@ -81,7 +82,7 @@ class Counts(NamedTuple):
 def _(counts, slab, addresses, rank, shape, patience, stuck):
     peers, experts = shape[:2]
     runs = (peers * experts + 1, 2)
-    sizes = ((peers, experts), (experts + 1,), runs, runs, (1,))
+    sizes = ((peers, experts), (experts + 1,), runs, runs, (2,))
     return tuple(counts.new_empty(size, dtype=torch.int64) for size in sizes)
 
 
@@ -114,6 +115,24 @@ def _(
 def bytes_of(shape: Shape) -> int:
     """Of a slab; it must be zero when the first rank calls."""
     return _bytes(list(shape))
+
+
+def describe_wait(slabs: Slabs) -> str:
+    """Of a wait that gave up and has left its mark in `stuck`: who waits for what."""
+    if slabs.stuck is None:
+        return ""
+    rank, at, value, wanted = slabs.stuck.tolist()
+    if wanted == value:
+        return ""
+    kind, slot, index = _word(list(slabs.shape), at)
+    what = (
+        f"the counts of peer {index}",
+        f"rows of its expert {index}, in slot {slot}",
+        f"its results, in slot {slot}",
+        f"peer {index} to take the rows that it has in slot {slot}",
+        f"peer {index} to take the results that it has in slot {slot}",
+    )[kind]
+    return f"rank {rank} of the exchange waits for {what}: the counter is {value}, not {wanted}"
 
 
 def gather_counts(counts: Tensor, slabs: Slabs) -> Counts:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moekernels import ops
 from moekernels.ops import _deferred, _derivatives
-from moekernels.parallel import tensor
+from moekernels.parallel import device_exchange, tensor
 from moekernels.parallel.exchange import Collective, Exchange, Home, Part, Shared
 from moekernels.parallel.mesh import Group
 
@@ -129,6 +129,8 @@ class ExchangePlan:
 
 
 def exchange_of(group: Group) -> Exchange:
+    if group.device_memory is not None:
+        return device_exchange.over(group.device_memory, group.rank, group.size)
     return Collective(group) if group.memory is None else Shared(group.memory)
 
 

@@ -27,6 +27,7 @@ from moekernels.parallel import nccl
 from moekernels.parallel.nccl import Row
 from moekernels.parallel.nodes import Nodes, gather, node_name
 from moekernels.parallel.peers import PeerMemory, share
+from moekernels.parallel.symmetric import SymmetricMemory, why_not_symmetric
 
 GROUPS = ("world", "stage", "tp", "dp", "pp", "exchange", "edp", "expert_copies")
 
@@ -42,6 +43,7 @@ class Group:
     ranks: tuple[int, ...]
     memory: PeerMemory | None = None
     options: Any = None  # of its process group, for another of the same ranks
+    device_memory: SymmetricMemory | None = None  # where their GPUs share memory, for rows
 
 
 class Mesh:
@@ -100,7 +102,11 @@ class Mesh:
         self.alone = ""
         if layout.world > 1:
             several = list(dict.fromkeys(ranks for _, ranks in self._made if len(ranks) > 1))
-            shared, self.alone = share(several, rank, self.nodes, exchange_mode, self.device)
+            on_gpus = self.device.type == "cuda" and exchange_mode != "collective"
+            if on_gpus:
+                self.alone = why_not_symmetric(self.device, rank, self.nodes, exchange_mode)
+            else:
+                shared, self.alone = share(several, rank, self.nodes, exchange_mode, self.device)
             if exchange_mode == "shared" and not self.nodes.together(self.exchange.ranks):
                 raise UsageError(
                     f"--exchange shared: ranks {list(self.exchange.ranks)} exchange rows and are "
@@ -110,6 +116,9 @@ class Mesh:
         for name in GROUPS:
             group = getattr(self, name)
             setattr(self, name, replace(group, memory=shared.get(group.ranks)))
+        if layout.world > 1 and on_gpus and not self.alone and self.exchange.size > 1:
+            memory = SymmetricMemory(self.exchange.process_group, self.device)
+            self.exchange = replace(self.exchange, device_memory=memory)
 
     def _place(self) -> None:
         """This rank's indices and groups. Every rank walks through every group in the same order,

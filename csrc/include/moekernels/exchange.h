@@ -120,7 +120,7 @@ struct CountsArgs {
   int64_t* offsets;       // [e+1] where each local expert's rows begin
   Run* out;               // [P*e+1] own rows by expert; the last begins behind all
   Run* back;              // [e*P+1] rows that came, by local expert, then by peer
-  int64_t* needed;        // [1] the most rows that come to any rank
+  int64_t* needed;        // [2] the most rows that come to any rank, and that any sends
 };
 
 struct SendArgs {

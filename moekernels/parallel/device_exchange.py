@@ -1,0 +1,195 @@
+"""The exchange of rows between GPUs of one node: kernels put them straight to their place in memory
+that the peers share (`ops/exchange.py`), behind the same `post` and `wait` as the other exchanges.
+
+Counts are read back from the device once a plan, which sizes what comes exactly; nothing else is.
+Slabs grow where a plan needs more, on all ranks at once, as all know the same counts. The kernels
+are proven in the emulator, over virtual ranks; none of this has run on a GPU.
+
+Legend: T tokens, H hidden, K top-k, e local experts, R own rows, R' rows that come, P peers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from moekernels.errors import UsageError
+from moekernels.ops import exchange as kernels
+from moekernels.parallel.exchange import Arrived, Home, Part, PendingBack, PendingOut, wide
+from moekernels.parallel.peers import PeerLost
+
+if TYPE_CHECKING:
+    from moekernels.parallel.expert import ExchangePlan
+
+SLOTS = 4  # exchanges of one direction that may be posted and not yet waited for
+PATIENCE = 600_000_000_000  # nanoseconds, as the other exchanges wait
+
+
+class Memory(Protocol):
+    def allocate(self, nbytes: int) -> tuple[Tensor, list[int]]:
+        """This rank's slab of zeros, and the addresses of all; by all ranks together."""
+
+
+class _Known(NamedTuple):
+    counts: kernels.Counts
+    incoming: int  # the most rows that come to any rank
+    outgoing: int  # and that any sends
+
+
+class _Slots:
+    """The slots of one slab, out and back apart, in turn."""
+
+    def __init__(self, slabs: kernels.Slabs) -> None:
+        self.slabs, self.posted, self.open = slabs, [0, 0], [0, 0]
+
+    def fits(self, known: _Known, experts: int, row_bytes: int) -> bool:
+        shape = self.slabs.shape
+        rows = known.incoming <= shape.rows and known.outgoing <= shape.back
+        return rows and shape.experts == experts and row_bytes <= shape.row_bytes
+
+    def post(self, back: bool) -> int:
+        if self.open[back] == self.slabs.shape.slots:
+            raise RuntimeError(
+                f"{self.open[back] + 1} exchanges are posted before one is waited for; "
+                f"{self.slabs.shape.slots} may be"
+            )
+        slot = self.posted[back] % self.slabs.shape.slots
+        self.posted[back] += 1
+        self.open[back] += 1
+        return slot
+
+
+class DeviceExchange:
+    """Of one group; all of its ranks post and wait in the same order, on one stream each."""
+
+    def __init__(self, memory: Memory, rank: int, size: int) -> None:
+        if size > 16:
+            raise UsageError(f"--exchange shared: {size} GPUs exchange rows, at most 16 can")
+        self.memory, self.rank, self.size = memory, rank, size
+        self._control: dict[int, kernels.Slabs] = {}  # by e: slabs without rows, for the counts
+        self._slots: _Slots | None = None
+        self._known = WeakIdKeyDictionary()  # a plan's counts -> what the kernels need of them
+
+    def _make(self, shape: kernels.Shape) -> kernels.Slabs:
+        slab, addresses = self.memory.allocate(kernels.bytes_of(shape))
+        stuck = torch.zeros(4, dtype=torch.int64, pin_memory=slab.is_cuda)
+        return kernels.Slabs(slab, addresses, self.rank, shape, PATIENCE, stuck)
+
+    def counts(self, outgoing: Tensor) -> tuple[Tensor, Tensor | None]:
+        experts = outgoing.shape[1]
+        if experts not in self._control:
+            self._control[experts] = self._make(kernels.Shape(self.size, experts, 1, 0, 0, 0))
+        counts = kernels.gather_counts(outgoing.reshape(-1), self._control[experts])
+        flat = [outgoing.reshape(-1), counts.came.reshape(-1), counts.needed]
+        try:
+            read = torch.cat(flat).cpu()
+        except RuntimeError as error:  # a wait that has lasted traps, and this is where it is told
+            raise self._lost() or error from error
+        own, come, needed = read.split([outgoing.numel(), outgoing.numel(), 2])
+        come = come.view_as(outgoing)
+        self._known[come] = _Known(counts, *needed.tolist())
+        return own.view_as(outgoing), come
+
+    def _lost(self) -> PeerLost | None:
+        slabs = [*self._control.values(), *([self._slots.slabs] if self._slots else [])]
+        said = next((text for s in slabs if (text := kernels.describe_wait(s))), "")
+        return PeerLost(f"Timed out waiting: {said}") if said else None
+
+    def _open(self, plan: ExchangePlan, rows: Tensor, back: bool) -> tuple[_Slots, int, _Known]:
+        known, row_bytes = self._known[plan.counts], rows.shape[1] * rows.element_size()
+        if self._slots is None or not self._slots.fits(known, plan.local_experts, row_bytes):
+            before = self._slots.slabs.shape if self._slots else (0,) * 6
+            more = [n + n // 4 for n in (known.incoming, known.outgoing)]  # grows rarely
+            sizes = [max(a, b) for a, b in zip((*more, row_bytes), before[3:])]
+            shape = kernels.Shape(self.size, plan.local_experts, SLOTS, *sizes)
+            self._slots = _Slots(self._make(shape))
+        return self._slots, self._slots.post(back), known
+
+    def post_out(
+        self, x: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part | None = None
+    ) -> PendingOut:
+        _refuse_parts(plan, part)
+        slots, slot, known = self._open(plan, x, False)
+        x, weights = _ready(x, weights)
+        top_k = max(plan.row_of.shape[1], 1)
+        kernels.put(x, weights, plan.slot_of, top_k, known.counts, slots.slabs, slot)
+        return _DeviceOut(slots, slot, known, plan, x[:0], weights is not None)
+
+    def post_back(
+        self, rows: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part | None = None
+    ) -> PendingBack:
+        _refuse_parts(plan, part)
+        slots, slot, known = self._open(plan, rows, True)
+        rows, weights = _ready(rows, weights)
+        kernels.push(rows, weights, known.counts, slots.slabs, slot)
+        return _DeviceBack(slots, slot, known, plan, rows[:0], weights is not None)
+
+
+_made: WeakKeyDictionary[Memory, DeviceExchange] = WeakKeyDictionary()
+
+
+def over(memory: Memory, rank: int, size: int) -> DeviceExchange:
+    """The one exchange through a memory."""
+    if memory not in _made:
+        _made[memory] = DeviceExchange(memory, rank, size)
+    return _made[memory]
+
+
+def _refuse_parts(plan: ExchangePlan, part: Part | None) -> None:
+    if part is not None and part != plan.whole:
+        raise UsageError("--exchange shared on GPUs knows no --exchange-parts; give 1")
+
+
+def _ready(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if weights is not None:
+        weights = weights.to(wide(rows.dtype)).contiguous()
+    return rows.contiguous(), weights
+
+
+class _Pending(NamedTuple):
+    slots: _Slots
+    slot: int
+    known: _Known
+    plan: ExchangePlan
+    like: Tensor  # [0, H]
+    weighted: bool
+
+
+class _DeviceOut(_Pending):
+    def wait(self) -> Arrived:
+        assert self.plan.receive is not None
+        self.slots.open[False] -= 1
+        rows, weights = kernels.take(
+            self.like,
+            self.known.counts,
+            self.slots.slabs,
+            self.slot,
+            sum(self.plan.receive),
+            weighted=self.weighted,
+        )
+        return Arrived(rows, weights, self.known.counts.offsets)
+
+
+class _DeviceBack(_Pending):
+    def wait(self, into: Home | None = None) -> Home:
+        self.slots.open[True] -= 1
+        home = Home(
+            *kernels.take_home(
+                self.like,
+                self.known.counts,
+                self.slots.slabs,
+                self.slot,
+                sum(self.plan.send),
+                weighted=self.weighted,
+            )
+        )
+        if into is None:
+            return home
+        into.rows.copy_(home.rows)
+        if into.weights is not None:
+            into.weights.copy_(home.weights)
+        return into

@@ -1,0 +1,155 @@
+"""The exchange through slabs, as ranks of GPUs would make it, here by threads over the CPU's
+kernels: a layer's dispatch and combine, forward and backward, with the collective's bits."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+import torch
+from torch import Tensor
+
+from moekernels.errors import UsageError
+from moekernels.model.layout import Layout
+from moekernels.ops import exchange as kernels
+from moekernels.parallel import device_exchange, expert, symmetric
+from moekernels.parallel.exchange import Part
+from moekernels.parallel.mesh import Group, Mesh
+from moekernels.parallel.nodes import Nodes
+from moekernels.parallel.peers import PeerMemory
+from python_tests.support.spec import randn, random_ids, wide
+
+HIDDEN, EXPERTS, TOP_K = 6, 2, 2
+
+
+class Threads:
+    """Memory that threads share; `slabs` counts how often it was asked for."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier, self.addresses, self.slabs = Barrier(size, timeout=60), [0] * size, 0
+
+    def of(self, rank: int) -> ThreadMemory:
+        return ThreadMemory(self, rank)
+
+
+class ThreadMemory:
+    def __init__(self, threads: Threads, rank: int) -> None:
+        self.threads, self.rank = threads, rank
+
+    def allocate(self, nbytes: int) -> tuple[Tensor, list[int]]:
+        room = torch.zeros(nbytes + 128, dtype=torch.uint8)
+        slab = room[(first := -room.data_ptr() % 128) : first + nbytes]
+        self.threads.addresses[self.rank] = slab.data_ptr()
+        self.threads.barrier.wait()
+        addresses = list(self.threads.addresses)
+        self.threads.slabs += self.rank == 0
+        self.threads.barrier.wait()
+        return slab, addresses
+
+
+def in_threads(size: int, function, *args) -> list:
+    with ThreadPoolExecutor(size) as pool:
+        return [f.result(60) for f in [pool.submit(function, r, *args) for r in range(size)]]
+
+
+def group_of(threads: Threads, rank: int, size: int) -> Group:
+    return Group(None, rank, size, tuple(range(size)), device_memory=threads.of(rank))
+
+
+def inputs(rank: int, dtype: torch.dtype, size: int, call: int) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = (3 + 5 * rank) * (call + 1) if rank != 1 else call
+    ids = random_ids(tokens, size * EXPERTS, TOP_K, seed=rank + 10 * call)
+    ids[::3, 0] = -1
+    x = randn(dtype, tokens, HIDDEN, seed=rank + call)
+    return x, ids, randn(wide(dtype), tokens, TOP_K, seed=rank + 7)
+
+
+def layers(rank: int, groups: list[Group], dtype: torch.dtype) -> list[list[Tensor]]:
+    """Of calls that grow: what each brings, forward and backward."""
+    group, results = groups[rank], []
+    for call in range(3):
+        x, ids, weights = inputs(rank, dtype, group.size, call)
+        x.requires_grad_(), weights.requires_grad_()
+        plan = expert.ExchangePlan.make(ids, EXPERTS, group, layer=call)
+        rows, row_weights, offsets = expert.dispatch(x, weights, plan)
+        y = rows * (row_weights + rank)[:, None].to(dtype)
+        out = expert.combine(y, plan)
+        out.backward(torch.ones_like(out))
+        grads = [x.grad, weights.grad]
+        results.append([rows, row_weights, offsets, out, *grads, plan.came(plan.whole)])
+    return results
+
+
+def over_the_cpu(size: int) -> list[Group]:
+    """The same ranks with the memory that ranks on a CPU share."""
+    memories = [PeerMemory(range(size), rank, space=1 << 24) for rank in range(size)]
+    for memory in memories:
+        memory.connect([os.getpid()] * size, [m.host.fd for m in memories])
+    return [Group(None, r, size, tuple(range(size)), m) for r, m in enumerate(memories)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_layers_have_the_bits_of_the_exchange_on_a_cpu(size, dtype):
+    threads = Threads(size)
+    groups = [group_of(threads, rank, size) for rank in range(size)]
+    found = in_threads(size, layers, groups, dtype)
+    expected = in_threads(size, layers, over_the_cpu(size), dtype)
+    for mine, theirs in zip(found, expected):
+        for a, b in zip(mine, theirs):
+            assert all(map(torch.equal, a, b))
+    assert threads.slabs <= 4  # one for the counts, then at most one a call that outgrew it
+
+
+def post_many(rank: int, threads: Threads, dtype: torch.dtype) -> str:
+    x, ids, weights = inputs(rank, dtype, 2, 1)
+    plan = expert.ExchangePlan.make(ids, EXPERTS, group_of(threads, rank, 2))
+    with pytest.raises(UsageError, match="knows no --exchange-parts; give 1"):
+        plan.exchange.post_out(x, weights, plan, Part(0, 1))
+    pending = [plan.exchange.post_out(x + n, None, plan) for n in range(device_exchange.SLOTS)]
+    try:
+        plan.exchange.post_out(x, None, plan)
+    except RuntimeError as error:
+        rows = [p.wait().rows for p in pending]
+        assert all(torch.equal(rows[n], rows[0] + n) for n in range(1, len(rows)))
+        return str(error)
+    return ""
+
+
+def test_as_many_may_be_on_their_way_as_there_are_slots():
+    x = in_threads(2, post_many, Threads(2), torch.float64)
+    assert x == ["5 exchanges are posted before one is waited for; 4 may be"] * 2
+
+
+def test_a_wait_that_gives_up_names_what_it_waits_for():
+    shape = kernels.Shape(2, 3, 2, 8, 8, 16)
+    slab, addresses = Threads(1).of(0).allocate(kernels.bytes_of(shape))
+    slabs = kernels.Slabs(slab, [*addresses, *addresses], 0, shape, patience=1000)
+    with pytest.raises(RuntimeError, match="rank 0 waits for the word at byte 4 of its slab to"):
+        kernels.gather_counts(torch.zeros(6, dtype=torch.int64), slabs)
+    words = {}
+    for at in range(0, 2048, 4):
+        stuck = torch.tensor([0, at, 5, 9])
+        try:
+            words[at] = kernels.describe_wait(slabs._replace(stuck=stuck))
+        except RuntimeError as error:
+            assert (
+                str(error) == f"exchange_word: byte {at} of a slab is no word that ranks wait for"
+            )
+    assert len(words) == 2 + 2 * (3 + 1 + 4)
+    assert "waits for rows of its expert 2, in slot 1: the counter is 5, not 9" in "\n".join(
+        words.values()
+    )
+
+
+def test_gpus_share_only_where_they_are_asked_to_and_can(monkeypatch):
+    gpu, nodes = torch.device("cuda", 0), Nodes.named(["a"])
+    assert "by the collective unless" in symmetric.why_not_symmetric(gpu, 0, nodes, "auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UsageError, match="does not see its node's other GPUs; give --exchange co"):
+        symmetric.why_not_symmetric(gpu, 0, nodes, "shared")
+    assert Mesh(Layout(), exchange_mode="auto").exchange.device_memory is None
+    with pytest.raises(UsageError, match="17 GPUs exchange rows, at most 16 can"):
+        device_exchange.DeviceExchange(Threads(1).of(0), 0, 17)
