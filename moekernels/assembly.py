@@ -68,6 +68,14 @@ def build_mesh(run: cfg.RunConfig, device: torch.device) -> Mesh:
         rows = nccl.rows_of(run.nccl)
     mesh = Mesh(layout_of(run), device=device, exchange_mode=t.exchange, nccl_rows=rows)
     memory = mesh.exchange.memory
+    if mesh.exchange.device_memory is not None:
+        if wanted:
+            raise UsageError(f"--link {t.link} is one of ranks on a CPU; GPUs have their own")
+        if t.exchange_parts > 1:
+            raise UsageError(
+                f"--exchange-parts {t.exchange_parts}: GPUs that share memory exchange all rows "
+                "at once; give 1, or --exchange collective"
+            )
     if wanted and mesh.exchange.size > 1:
         if memory is None:
             why = mesh.alone or "ranks that exchange rows are of several machines"

@@ -141,7 +141,7 @@ def over(memory: Memory, rank: int, size: int) -> DeviceExchange:
 
 def _refuse_parts(plan: ExchangePlan, part: Part | None) -> None:
     if part is not None and part != plan.whole:
-        raise UsageError("--exchange shared on GPUs knows no --exchange-parts; give 1")
+        raise ValueError(f"{part} of {plan.whole}: GPUs exchange the rows of all experts at once")
 
 
 def _ready(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -190,6 +190,6 @@ class _DeviceBack(_Pending):
         if into is None:
             return home
         into.rows.copy_(home.rows)
-        if into.weights is not None:
+        if into.weights is not None and home.weights is not None:
             into.weights.copy_(home.weights)
         return into

@@ -19,7 +19,8 @@ from moekernels.parallel.nodes import Nodes, gather
 class SymmetricMemory:
     """Gives slabs to the ranks of a process group, each on its own GPU."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        assert group is not None  # of more than one rank
         self.group, self.device = group, device
 
     def allocate(self, nbytes: int) -> tuple[Tensor, list[int]]:

@@ -14,6 +14,8 @@ from torch import Tensor
 import ptx_emulator as ptx
 from moekernels import reference
 from moekernels.ops import exchange
+from moekernels.parallel.expert import ExchangePlan
+from moekernels.parallel.mesh import Group
 from moekernels.parallel.peers import PeerMemory
 from python_tests.support import emulated
 from python_tests.support.devices import Devices, emulated_devices
@@ -179,24 +181,18 @@ def test_the_exchange_of_ranks_on_a_cpu_gives_the_same_bits():
                 ranks.put(p, ranks.x[p], ranks.weights[p])
                 outputs.append(arrived(ranks, p, 40))
         devices.run()
-    peers = [PeerMemory(range(3), p, space=1 << 24) for p in range(3)]
-    for memory in peers:
-        memory.connect([os.getpid()] * 3, [m.host.fd for m in peers])
-    numbers = []
-    for p, memory in enumerate(peers):
-        slot_of, counts = ranks.routings[p].slot_of, ranks.counts[p]
-        x, weights = ranks.x[p], ranks.weights[p]
-        sizes = (weights.numel(), weights.shape[1], HIDDEN * 4, 4)
-        pointers = [t.data_ptr() for t in (x, weights, slot_of)]
-        numbers.append(memory.host.post_out(*pointers, *sizes, counts.data_ptr(), 2, 0, 2))
-    for p, memory in enumerate(peers):
-        counts = torch.empty(3, 2, dtype=torch.int64)
-        rows = torch.empty(memory.host.arrive(numbers[p], counts.data_ptr()), HIDDEN)
-        weights, offsets = torch.empty(len(rows)), torch.empty(3, dtype=torch.int64)
-        out = [t.data_ptr() for t in (rows, weights, offsets)]
-        memory.host.take_out(numbers[p], *out)
-        same(outputs[p], [rows, weights, offsets])
-        assert torch.equal(ranks.known[p].came, counts)
+    memories = [PeerMemory(range(3), p, space=1 << 24) for p in range(3)]
+    for memory in memories:
+        memory.connect([os.getpid()] * 3, [m.host.fd for m in memories])
+    groups = [Group(None, p, 3, (0, 1, 2), memory) for p, memory in enumerate(memories)]
+    plans = [ExchangePlan.make(ids, 2, group) for ids, group in zip(ranks.ids, groups)]
+    posted = [
+        plan.exchange.post_out(x, weights, plan)
+        for plan, x, weights in zip(plans, ranks.x, ranks.weights)
+    ]
+    for p, pending in enumerate(posted):
+        same(outputs[p], pending.wait())
+        assert torch.equal(ranks.known[p].came, plans[p].came(plans[p].whole))
 
 
 def record(

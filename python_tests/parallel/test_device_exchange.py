@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Barrier
 
 import pytest
 import torch
 from torch import Tensor
 
+from moekernels import assembly
 from moekernels.errors import UsageError
 from moekernels.model.layout import Layout
 from moekernels.ops import exchange as kernels
@@ -19,6 +21,7 @@ from moekernels.parallel.exchange import Part
 from moekernels.parallel.mesh import Group, Mesh
 from moekernels.parallel.nodes import Nodes
 from moekernels.parallel.peers import PeerMemory
+from moekernels.run.files import RunConfig
 from python_tests.support.spec import randn, random_ids, wide
 
 HIDDEN, EXPERTS, TOP_K = 6, 2, 2
@@ -106,7 +109,7 @@ def test_layers_have_the_bits_of_the_exchange_on_a_cpu(size, dtype):
 def post_many(rank: int, threads: Threads, dtype: torch.dtype) -> str:
     x, ids, weights = inputs(rank, dtype, 2, 1)
     plan = expert.ExchangePlan.make(ids, EXPERTS, group_of(threads, rank, 2))
-    with pytest.raises(UsageError, match="knows no --exchange-parts; give 1"):
+    with pytest.raises(ValueError, match="GPUs exchange the rows of all experts at once"):
         plan.exchange.post_out(x, weights, plan, Part(0, 1))
     pending = [plan.exchange.post_out(x + n, None, plan) for n in range(device_exchange.SLOTS)]
     try:
@@ -142,6 +145,21 @@ def test_a_wait_that_gives_up_names_what_it_waits_for():
     assert "waits for rows of its expert 2, in slot 1: the counter is 5, not 9" in "\n".join(
         words.values()
     )
+
+
+def test_what_a_run_asks_of_gpus_that_share(monkeypatch):
+    mesh = Mesh(Layout())
+    group = Group(None, 0, 2, (0, 1), device_memory=Threads(2).of(0))
+    monkeypatch.setattr(mesh, "exchange", group)
+    monkeypatch.setattr(assembly, "Mesh", lambda *_, **__: mesh)
+    train = RunConfig().train
+    for change, words in (
+        ({"link": "1us,1GB/s"}, "--link 1us,1GB/s is one of ranks on a CPU"),
+        ({"exchange_parts": 2}, "--exchange-parts 2: GPUs that share memory exchange all rows at"),
+    ):
+        run = replace(RunConfig(), train=replace(train, **change))
+        with pytest.raises(UsageError, match=words):
+            assembly.build_mesh(run, torch.device("cpu"))
 
 
 def test_gpus_share_only_where_they_are_asked_to_and_can(monkeypatch):
