@@ -191,29 +191,40 @@ void up(const ExpertsUpArgs& args, int64_t worker, int64_t workers) {
   });
 }
 
+// Rows through w2, summed over F, or else over H: f(expert, block, C of it, [rows, columns]) while
+// the block is hot.
+template <class S, class F>
+void through_w2(const ExpertsArgs& of, const void* rows, bool over_ffn, int64_t worker,
+                int64_t workers, const F& f) {
+  const Engine& engine = engine_for(of.dtype);
+  Workspace& workspace = Workspace::mine();
+  workspace.reset();
+  const int64_t n = over_ffn ? of.hidden : of.ffn, k = over_ffn ? of.ffn : of.hidden;
+  const auto extent = [&](int64_t e) {
+    return Extent{.m = of.offsets[e + 1] - of.offsets[e], .n = n, .k = k};
+  };
+  for_blocks(engine, of.experts, kColumns, over_ffn == of.transposed, worker, workers, extent,
+             [&](int64_t e, const Block& block) {
+    S* c = static_cast<S*>(workspace.block(engine, block.rows() * block.columns()));
+    workspace.multiply(engine, {.a = rows_of(of, rows, of.offsets[e], k, false),
+                                .b = weights_of(of, of.w2, e, of.hidden, of.ffn, over_ffn),
+                                .block = block,
+                                .depth = k,
+                                .c = c,
+                                .ldc = block.columns()});
+    f(e, block, c);
+  });
+}
+
 template <class T>
 void down(const ExpertsDownArgs& args, int64_t worker, int64_t workers) {
   using S = Wide<T>;
   const ExpertsArgs& of = args.of;
-  const Engine& engine = engine_for(of.dtype);
-  Workspace& workspace = Workspace::mine();
-  workspace.reset();
-  const auto extent = [&](int64_t e) {
-    return Extent{.m = of.offsets[e + 1] - of.offsets[e], .n = of.hidden, .k = of.ffn};
-  };
-  for_blocks(engine, of.experts, kColumns, of.transposed, worker, workers, extent,
-             [&](int64_t e, const Block& block) {
-    const int64_t first = of.offsets[e], rows = block.m1 - block.m0, columns = block.n1 - block.n0;
-    S* c = static_cast<S*>(workspace.block(engine, rows * columns));
-    workspace.multiply(engine, {.a = rows_of(of, args.a, first, of.ffn, false),
-                                .b = weights_of(of, of.w2, e, of.hidden, of.ffn, true),
-                                .block = block,
-                                .depth = of.ffn,
-                                .c = c,
-                                .ldc = columns});
+  through_w2<S>(of, args.a, true, worker, workers, [&](int64_t e, const Block& block, const S* c) {
+    const int64_t columns = block.columns();
     const T* bias = of.b2 ? row_at<T>(of.b2, e, of.hidden) + block.n0 : nullptr;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = first + block.m0 + r;
+    for (int64_t r = 0; r < block.rows(); ++r) {
+      const int64_t row = of.offsets[e] + block.m0 + r;
       T* y = row_at<T>(args.y, row, of.hidden) + block.n0;
       const bool used = is_used(of, row);
       const S weight = of.weights ? static_cast<const S*>(of.weights)[row] : S(1);
@@ -253,34 +264,19 @@ void dact(const ExpertsDActArgs& args, int64_t worker, int64_t workers) {
   using S = Wide<T>;
   const ExpertsArgs& of = args.of;
   const HLayout layout(of);
-  const Engine& engine = engine_for(of.dtype);
-  Workspace& workspace = Workspace::mine();
-  workspace.reset();
   const int64_t parts = experts_dweights_parts(of.ffn);
-  const auto extent = [&](int64_t e) {
-    return Extent{.m = of.offsets[e + 1] - of.offsets[e], .n = of.ffn, .k = of.hidden};
-  };
-  for_blocks(engine, of.experts, kColumns, !of.transposed, worker, workers, extent,
-             [&](int64_t e, const Block& block) {
-    const int64_t first = of.offsets[e], rows = block.m1 - block.m0, columns = block.n1 - block.n0;
-    S* c = static_cast<S*>(workspace.block(engine, rows * columns));
-    workspace.multiply(engine, {.a = rows_of(of, args.dy, first, of.hidden, false),
-                                .b = weights_of(of, of.w2, e, of.hidden, of.ffn, false),
-                                .block = block,
-                                .depth = of.hidden,
-                                .c = c,
-                                .ldc = columns});
+  through_w2<S>(of, args.dy, false, worker, workers, [&](int64_t e, const Block& block, S* c) {
     with_activation(of.activation, [&](auto kind) {
       Halves<S> in{}, out{};
       for (int64_t j = block.n0; j < block.n1; j += kDWeightsColumns) {
         const int64_t count = std::min(block.n1 - j, kDWeightsColumns);
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t row = first + block.m0 + r;
+        for (int64_t r = 0; r < block.rows(); ++r) {
+          const int64_t row = of.offsets[e] + block.m0 + r;
           const T* h = row_at<T>(args.h, row, layout.width()) + layout.at(j);
           T* dh = row_at<T>(args.dh, row, layout.width()) + layout.at(j);
           const S weight = of.weights ? static_cast<const S*>(of.weights)[row] : S(1);
           T* weighted_a = args.weighted_a ? row_at<T>(args.weighted_a, row, of.ffn) + j : nullptr;
-          const S* da = c + r * columns + j - block.n0;
+          const S* da = c + r * block.columns() + j - block.n0;
           const auto backward = [&](const auto* gate, const auto* up, auto* dgate, auto* dup) {
             return activation_backward<decltype(kind)::value, T>(of, da, weight, gate, up, dgate,
                                                                  dup, weighted_a, count);
