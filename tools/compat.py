@@ -26,7 +26,7 @@ TESTS = (
     "integrations/transformers_gates integrations/transformers_inputs "
     "nn/nn_against_transformers nn/nn_layers data/data_corpus data/data_loader "
     "parallel/optimizer parallel/parallel_expert pipeline/pipeline_runtime "
-    "train/checkpoint train/train"
+    "train/checkpoint train/folder train/train"
 ).split()
 # The lower ISA levels run the contract again, which says nothing of versions.
 LEFT_OUT = "not isa_level"

@@ -16,7 +16,7 @@ from python_tests.support.layouts import TINY, variant
 
 pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 from moekernels.cli import main
 from moekernels.data.batch import MicroBatch
@@ -41,6 +41,8 @@ FAMILIES = (
     "DeepseekV2",
     "GptOss",
 )
+# Releases without this field compute with 7.0, and a run with another limit is refused.
+CLAMPED = {"activation_limit": 0.5} if hasattr(GptOssConfig(), "swiglu_limit") else {}
 EVEN = {"Olmoe": {"num_experts": 8}, "Mixtral": {"num_local_experts": 6}}  # by two ranks
 TOKENS = torch.tensor([[5, 9, 33, 7, 50, 4, 11]])
 
@@ -100,6 +102,8 @@ def test_another_dtype_is_what_transformers_would_write(folders, family, tmp_pat
     assert folder.read(out).dtype == "bfloat16"  # and it is taken back
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
+    if family == "DeepseekV2" and not model._keep_in_fp32_modules_strict:
+        pytest.skip("this transformers rounds DeepSeek-V2's router, which stays in fp32 here")
     model.save_pretrained(tmp_path / "theirs")
     name = "model.safetensors"
     assert (out / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
@@ -153,7 +157,7 @@ def test_the_list_of_tensors_is_that_of_the_modules(spec):
           "dense_layers": 1, "dense_d_ff": 20}, "deepseek_v3"),
         ({"qkv_bias": True, "out_bias": True, "sinks": True, "window": 5, "window_period": 2,
           "router_bias": True, "expert_bias": True, "activation": "swiglu_oai",
-          "score": "softmax_topk", "activation_limit": 0.5, "rope_scaling": "llama3",
+          "score": "softmax_topk", **CLAMPED, "rope_scaling": "llama3",
           "rope_context": 24, "rope_fast": 4.0, "rope_factor": 8.0}, "gpt_oss"),
         ({"qk_norm": True, "rotary_dim": 2, "score": "sigmoid", "bias_update_rate": 0.1,
           "shared_d_ff": 12, "dense_layers": 1, "dense_d_ff": 20, "group_score": "sum2"},
