@@ -24,5 +24,6 @@ from .launch import (  # noqa: F401
     number_bytes,
     nvcc,
 )
+from .machine import Event  # noqa: F401
 from .memory import Uninitialized  # noqa: F401
 from .tensor_map import TensorMap  # noqa: F401

@@ -53,6 +53,7 @@ class BulkStore:
     ins: Instruction
     late: bool = False
     values: np.ndarray | None = None  # what it has read, once its source may be written again
+    adds: bool = False  # to the f32 that is there
 
 
 class Copies(Waits):
@@ -124,6 +125,7 @@ class Copies(Waits):
             ids = np.full(len(cells), load.thread_id)
             races.begin_write(cells, ids, load.ins, load.actor)
         self.loads.append(load)
+        machine.note("load", load.block, load.thread_id, load.mbarrier, load.nbytes)
         if not self.lazy and machine.scheduler.random is None:
             self.deliver()
 
@@ -158,6 +160,8 @@ class Copies(Waits):
             cells, _ = races.cells(store.shared, store.chunk)
             row = self.machine.warp[[store.thread_id]]
             store.epoch = races.async_read(cells, row, [store.thread_id], store.ins)
+        block = int(self.machine.block_of[store.thread_id])
+        self.machine.note("store", block, store.thread_id, 0, store.target.size * store.chunk)
         store.late = self.lazy or self.machine.scheduler.delays()
         if not store.late:
             self._write_out(store)
@@ -165,8 +169,12 @@ class Copies(Waits):
 
     def _write_out(self, store: BulkStore) -> None:
         values = self._read_source(store) if store.values is None else store.values
-        data = self.machine.memory.globals.data
-        data.reshape(-1, store.chunk)[store.target // store.chunk] = values
+        target = self.machine.memory.globals.data.reshape(-1, store.chunk)
+        at = store.target // store.chunk
+        if store.adds:
+            there = np.ascontiguousarray(target[at])
+            values = (there.view(np.float32) + values.view(np.float32)).view(np.uint8)
+        target[at] = values
 
     def _read_source(self, store: BulkStore) -> np.ndarray:
         shared = self.machine.memory.shared.reshape(-1, store.chunk)

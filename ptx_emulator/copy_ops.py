@@ -13,7 +13,7 @@ from .tensor_map import swizzle
 @instruction("cp")
 def _bind_copy(machine: Machine, ins: Instruction):
     mods = ins.mods
-    if mods[:2] == ("async", "bulk"):
+    if "async" in mods[:2] and "bulk" in mods[1:3]:
         return bind_bulk(machine, ins)
     if mods[0] != "async":
         raise Unsupported(f"`{ins.text}`")
@@ -208,9 +208,20 @@ def _targets(machine: Machine, ins: Instruction, thread_id: int, masks, i: int) 
     return [first + rank for rank in range(machine.cluster) if mask >> rank & 1]
 
 
-def _bind_tensor_store(machine: Machine, ins: Instruction):
-    if "reduce" in ins.mods:
+def _reduction(ins: Instruction) -> bool:
+    """Whether a store adds to what is there, in f32; other reductions are not modelled.
+
+    It counts as a read and a plain write of its thread: two of one place that nothing orders are a
+    race, as the sum's last bits would depend on their order."""
+    if "reduce" not in ins.mods:
+        return False
+    if "add" not in ins.mods:
         raise Unsupported(f"`{ins.text}`")
+    return True
+
+
+def _bind_tensor_store(machine: Machine, ins: Instruction):
+    adds = _reduction(ins)
     tiles = _tile(machine, ins.operands[0], ins)
     source = machine.address(ins.operands[1], ins)
 
@@ -218,13 +229,18 @@ def _bind_tensor_store(machine: Machine, ins: Instruction):
         places = source(lanes).tolist()
         for i, (tile, coordinates) in enumerate(tiles(lanes)):
             thread_id = int(lanes.ids[i])
+            if adds and tile.item != 4:
+                raise Unsupported(f"`{ins.text}` of items of {tile.item} bytes")
             chunk, offsets, inside = tile.cut(coordinates)
             shared = _tile_in_shared(machine, tile, chunk, places[i], thread_id, ins, False)
             offsets = offsets[inside]
             if len(offsets):
                 many = Lanes.repeated(thread_id, len(offsets))
-                machine.memory.locate("global", offsets + GLOBAL_BASE, chunk, many, ins, True)
-            machine.copies.begin_store(BulkStore(thread_id, chunk, shared[inside], offsets, 0, ins))
+                for write in (False, True) if adds else (True,):
+                    machine.memory.locate("global", offsets + GLOBAL_BASE, chunk, many, ins, write)
+            machine.copies.begin_store(
+                BulkStore(thread_id, chunk, shared[inside], offsets, 0, ins, adds=adds)
+            )
 
     return step
 
@@ -270,6 +286,8 @@ def _bind_flat_load(machine: Machine, ins: Instruction):
 
 def _bind_flat_store(machine: Machine, ins: Instruction):
     copies = _flat(machine, ins, ins.operands[1], ins.operands[0])
+    if "reduce" in ins.mods:
+        raise Unsupported(f"`{ins.text}`")
 
     def step(lanes):
         for thread_id, shared, offsets in copies(lanes, False):

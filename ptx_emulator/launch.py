@@ -18,7 +18,7 @@ from .clusters import ClusterBarriers
 from .copies import Copies
 from .errors import OutOfBounds, PtxError
 from .global_races import GlobalRaces, GlobalShadow
-from .machine import GLOBAL_BASE, Machine
+from .machine import GLOBAL_BASE, Event, Machine
 from .mbarriers import MBarriers
 from .memory import GlobalMemory, Memory, Uninitialized
 from .parse import parse
@@ -134,6 +134,7 @@ class Module:
         profile: bool = False,
         max_steps: int = 3_000_000,
         cluster: int = 1,
+        events: list[Event] | None = None,
     ) -> Stats:
         """Run a kernel; arrays among `args` are written in place.
 
@@ -145,6 +146,8 @@ class Module:
         races: False switches off the tracking of races and of unwritten shared memory.
         profile: count bank conflicts and sectors, in `Stats.traffic`.
         cluster: blocks of a cluster, along x, unless the kernel says it.
+        events: takes every load, warpgroup product, arrival and wait at an mbarrier, and bulk store
+            of the launch, in the order in which they happen here.
         max_steps: how long groups may run on without waiting before NoProgress is raised.
         """
         if not isinstance(kernel, Kernel):
@@ -155,6 +158,7 @@ class Module:
         addresses = memory.add(launch.arrays())
         memory.seal()
         launch.bind(addresses)
+        launch.events = events
         with np.errstate(all="ignore"):
             launch.traffic = Traffic() if profile else None
             return launch.run(schedule, lazy, races, max_steps)
@@ -215,6 +219,7 @@ class Prepared:
         self.symbols: dict[str, int] = {}
         self.maps: dict[int, TensorMap] = {}
         self.traffic: Traffic | None = None
+        self.events: list[Event] | None = None
         threads = int(np.prod(self.block))
         if not 0 < threads <= min(kernel.max_threads or 1024, 1024):
             limit = kernel.max_threads or 1024
@@ -332,6 +337,7 @@ class Prepared:
         machine.barriers = BlockBarriers(machine)
         machine.cluster_barriers = ClusterBarriers(machine)
         machine.mbarriers = MBarriers(machine)
+        machine.events = self.events
         machine.copies = Copies(machine, self.maps, lazy)
         machine.products = WarpgroupProducts(machine, lazy)
         scheduler.waits = [

@@ -1,6 +1,7 @@
 """A batch of blocks: registers as arrays of one element a thread, and operands bound to them."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,20 @@ PARAM_BASE = 0x03_0000_0000
 GLOBAL_BASE = 0x70_0000_0000
 
 Step = Callable[["Lanes"], None]
+
+
+class Event(NamedTuple):
+    """What a warp did that takes time elsewhere. kind: load (`at`: its mbarrier; `size`: bytes),
+    product (`size`: columns of 64 rows and 16 numbers of K, of 16 bits), arrive and wait (`at`: the
+    mbarrier), store (`size`: bytes). block: whose memory it is, of the grid."""
+
+    kind: str
+    block: int
+    warp: int
+    at: int
+    size: int
+
+
 BINDERS: dict[str, Callable[["Machine", Instruction], Step]] = {}
 # Operations that may make their lanes wait: their step returns the lanes that go on, or None.
 BLOCKING: set[str] = set()
@@ -108,9 +123,16 @@ class Machine:
         self.alive = np.ones(self.size, np.bool_)
         self.now = 0  # counts executed steps; the time of events in this launch
         self.clock_base = 0
+        self.events: list[Event] | None = None
         self._registers: dict[str, np.ndarray] = {}
         self._constants: dict[tuple, np.ndarray] = {}
         self._special: dict[str, np.ndarray] = {}
+
+    def note(self, kind: str, block: int, thread_id: int, at: int = 0, size: int = 0) -> None:
+        """Remember an event for whoever asked for them."""
+        if self.events is not None:
+            warp = int(self.warp_in_block[thread_id])
+            self.events.append(Event(kind, int(self.blocks[block]), warp, int(at), int(size)))
 
     # ---- identities, for messages
     def describe_thread(self, thread_id: int) -> str:

@@ -68,6 +68,7 @@ class MBarriers(Waits):
         state = self.find(block, address, ids[0], ins)
         phase = state.phase
         state.bytes += expect
+        self.machine.note("arrive", block, int(ids[0]), address, expect)
         if count > state.pending:
             self.machine.fail(
                 MBarrierError,
@@ -267,6 +268,7 @@ def _bind_wait(machine: Machine, ins: Instruction):
             state = barriers.find(block, where, int(lanes.ids[members[0]]), ins)
             over = (wanted[members] & 1) != state.phase
             ids = lanes.ids[members]
+            machine.note("wait", block, int(ids[0]), where)
             if over.any():
                 barriers.acquire(block, where, state, ids[over])
                 target[ids[over]] = True

@@ -256,6 +256,8 @@ def _bind_product(machine: Machine, ins: Instruction):
                     value = np.where(adds, target[at] + value, value)
                 target[at] = value
 
+        block = int(machine.block_of[lanes.ids[0]])
+        machine.note("product", block, int(lanes.ids[0]), 0, columns)
         machine.products.issue(first_row, _Product(lanes, compute, registers, epoch, ins))
 
     return act

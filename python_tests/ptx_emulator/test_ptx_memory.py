@@ -255,7 +255,11 @@ def test_read_only_arrays_keep_their_values():
         ("add.cc.u32 %r1, %r0, %r0;", "add.cc"),
         ("mov.u32 %r1, %laneids;", "%laneids"),
         ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%fd1},{%fd2},{%fd3},{%fd4};", "m8n8k4"),
-        ("cp.reduce.async.bulk.tensor.2d.add [%rd0, {%r1, %r1}], [%r0];", "cp.reduce"),
+        ("cp.reduce.async.bulk.tensor.2d.min [%rd0, {%r1, %r1}], [%r0];", "cp.reduce"),
+        (
+            "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%rd0], [%r0], %r1;",
+            "cp.reduce",
+        ),
     ],
 )
 def test_what_is_not_modelled_says_so(statement, words):

@@ -161,6 +161,58 @@ def test_planted_store_bugs(sm90, schedule, lazy, name, error):
         sm90.launch(name, 1, 128, [*maps, 64], SHARED, schedule=schedule, lazy=lazy)
 
 
+def test_events_tell_what_takes_time(sm90):
+    """Loads and the store by their bytes, products by their columns, of each block of the grid."""
+    maps = [ptx.TensorMap(x, (64, 64)) for x in (bf16(192, 64), bf16(192, 64), bf16(64, 64))]
+    events = []
+    sm90.launch("transposed_gemm", 2, 128, [*maps, 192], SHARED, races=False, events=events)
+    for block in range(2):
+        of = [e for e in events if e.block == block]
+        sizes = {kind: [e.size for e in of if e.kind == kind] for kind in ("load", "product")}
+        assert sizes == {"load": [8192] * 2 * 3, "product": [64] * 4 * 3}
+        assert sum(e.size for e in of if e.kind == "store") == 8192
+        arrived = {e.at for e in of if e.kind == "arrive"}
+        assert (
+            arrived
+            == {e.at for e in of if e.kind == "wait"}
+            == {e.at for e in of if e.kind == "load"}
+        )
+
+
+# ---- bulk reductions
+@pytest.fixture(scope="module")
+def sums():
+    return ptx.load(KERNELS / "bulk_sums.cu", arch="90a")
+
+
+@pytest.mark.parametrize("schedule, lazy", MODES)
+def test_bulk_reductions_add_tiles(sums, schedule, lazy):
+    """Onto what is there; rows past the array are left out."""
+    begin = np.arange(20 * 32, dtype=np.float32).reshape(20, 32)
+    total, first = begin.copy(), np.array([0, 16], np.int32)
+    maps = ptx.TensorMap(total, (8, 32))
+    sums.launch("add_tiles", 2, 32, [maps, first], schedule=schedule, lazy=lazy)
+    tile = np.arange(1, 8 * 32 + 1, dtype=np.float32).reshape(8, 32)
+    begin[:8] += tile
+    begin[16:] += tile[:4] + 1000
+    np.testing.assert_array_equal(total, begin)
+
+
+def test_bulk_reductions_of_one_place_in_no_order_are_a_race(sums):
+    for schedule, lazy in MODES:
+        maps = ptx.TensorMap(np.zeros((16, 32), np.float32), (8, 32))
+        with pytest.raises(ptx.GlobalRace):
+            sums.launch(
+                "add_tiles", 2, 32, [maps, np.array([0, 4], np.int32)], schedule=schedule, lazy=lazy
+            )
+
+
+def test_bulk_reductions_of_other_types_are_refused(sums):
+    maps = ptx.TensorMap(np.zeros((16, 64), np.uint16), (8, 64))
+    with pytest.raises(ptx.Unsupported, match="items of 2 bytes"):
+        sums.launch("add_tiles", 1, 32, [maps, np.zeros(1, np.int32)])
+
+
 # ---- tensor maps
 def test_swizzles_and_edges():
     """A tile lands at the addresses of the CUDA guide's swizzle, zeros beyond the edges."""
