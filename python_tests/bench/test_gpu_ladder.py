@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=emulated.why_not() or "")
 
 if emulated.why_not() is None:
-    from ladder import climb, diagnose, kit, probe_rungs, product_rungs, whole_rungs
+    from ladder import climb, diagnose, exchange_rungs, kit, probe_rungs, product_rungs, whole_rungs
     from ladder.kit import RUNGS, Kit, RungFailed
 
     climb.load_rungs(True)
@@ -257,6 +257,10 @@ def misplaced(ids, experts, alignment):
     return routing._replace(token_of=routing.token_of.flip(0))
 
 
+def backwards(x, *others):
+    exchange_rungs.kernels.put(x.flip(0), *others)
+
+
 @pytest.mark.parametrize(
     "name, planted, words",
     [
@@ -264,6 +268,7 @@ def misplaced(ids, experts, alignment):
         ("headline", lambda: {"layer": wavering(0, 1)}, "dx is wrong at 1 of"),
         ("capture", lambda: {"capture": lambda kit, fn: (fn(), lambda: None)}, "replayed result 0"),
         ("simt", lambda: {"route": misplaced}, "route's token_of has other bits"),
+        ("exchange", lambda: {"put": backwards}, "rows that came to rank 0 has other bits"),
     ],
 )
 def test_planted_above_the_products(name, planted, words):
@@ -356,7 +361,7 @@ def test_rungs_need_rungs_that_come_before():
     order = sorted(RUNGS.values(), key=lambda r: r.number)
     for i, rung in enumerate(order):
         assert set(rung.needs) <= {r.name for r in order[:i]}, rung.name
-    assert {r.number for r in order} == set(range(1, 15))
+    assert {r.number for r in order} == set(range(1, 16))
 
 
 def test_what_is_wrong_is_said_where():
