@@ -76,7 +76,11 @@ def begin() -> None:
         return
     _begun.clear()  # of backwards that failed: whatever they were to add to is no gradient
     _begun[task] = Queue()
-    torch.autograd.Variable._execution_engine.queue_callback(lambda: run(task))
+
+    def end() -> None:
+        run(task)
+
+    torch.autograd.Variable._execution_engine.queue_callback(end)
 
 
 def run(task: int | None = None) -> int:

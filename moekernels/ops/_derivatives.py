@@ -16,12 +16,16 @@ from torch.autograd import forward_ad
 _functorch = torch._C._functorch
 
 
+def constant_in_graphs(fn: Callable[[], bool]) -> Callable[[], bool]:
+    """What `torch.compiler.assume_constant_result` does, without its import of the whole
+    compiler."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the compiler's mark
+    return fn
+
+
+@constant_in_graphs  # a compiler guards on torch.func's transforms by itself
 def in_functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
-
-
-# A compiler guards on torch.func's transforms by itself, so none need stay in its graph.
-in_functorch._dynamo_marked_constant = True
 
 
 def transformed() -> bool:
@@ -118,7 +122,7 @@ def vjp(
         if roots:
             found = torch.autograd.grad(
                 [y for y, _ in roots],
-                [own[i] for i in wanted],
+                [t for i in wanted if (t := own[i]) is not None],
                 [g for _, g in roots],
                 create_graph=create_graph,
                 allow_unused=True,

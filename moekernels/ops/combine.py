@@ -47,7 +47,7 @@ class _WeightedCombine(torch.autograd.Function):
         return _combine(rows, row_of, weights, token_of)
 
     @staticmethod
-    def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None, Tensor]:
+    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
         rows, row_of, token_of, weights = ctx.saved_tensors
         if _derivatives.needs_plain():
             drows, dweights = _derivatives.vjp(

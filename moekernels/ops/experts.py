@@ -105,7 +105,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         *tensors, row_of, h = ctx.saved_tensors
-        ffn = Ffn(*tensors, *ctx.style, tf32(tensors[0]))
+        ffn = Ffn._make((*tensors, *ctx.style, tf32(tensors[0])))
         need, main_grads = Learnt(*ctx.needs_input_grad[:6]), _NONE
         if ctx.main_grads is not None:
             main_grads = Learnt(*_main_grad.reached(ctx, ctx.main_grads, _learnt_of(ffn)))
@@ -156,7 +156,8 @@ def _plain_backward(ctx, ffn: Ffn, row_of: Tensor | None, need: Learnt, dy: Tens
     others = {n: v for n, v in ffn._asdict().items() if n not in (*names, "tf32")}
 
     def plain(*inputs: Tensor | None) -> Tensor:
-        return reference.experts(**dict(zip(names, inputs)), **others, row_of=row_of)
+        learnt: dict[str, Any] = dict(zip(names, inputs))
+        return reference.experts(**learnt, **others, row_of=row_of)
 
     def alias(i: int, t: Tensor) -> Tensor:
         main_grad = None if ctx.main_grads is None else ctx.main_grads[i]
@@ -239,12 +240,13 @@ def experts(
     if row_of is not None:
         require_tensor(row_of)
     main_grads = [main_grad_of(p) for p in (w1, w2, b1, b2)]
-    x, w1, w2, b1, b2 = autocast(x.device, x, w1, w2, b1, b2)
+    x, w1, w2 = autocast(x.device, x, w1, w2)
+    if b1 is not None or b2 is not None:
+        b1, b2 = autocast(x.device, b1, b2)
     if weights is not None and weights.dtype != torch.float64 and x.dtype != torch.float64:
         weights = weights.float()
-    x, weights, w1, w2, b1, b2 = (
-        t if t is None else t.contiguous() for t in (x, weights, w1, w2, b1, b2)
-    )
+    x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
+    weights, b1, b2 = (t if t is None else t.contiguous() for t in (weights, b1, b2))
     inputs = (x, weights, w1, w2, b1, b2)
     style = (activation, alpha, limit, interleaved, transposed)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):

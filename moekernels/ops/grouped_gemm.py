@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from moekernels.ops._op import op
 
 __all__ = ["grouped_gemm", "grouped_gemm_dgrad", "grouped_gemm_wgrad"]
 
+T = TypeVar("T", Tensor, Tensor | None)
 _grouped_gemm = raw._grouped_gemm.default
 _wgrad = raw._grouped_gemm_wgrad.default
 
@@ -35,12 +37,9 @@ def _(main_grad, rows, drows, offsets, transposed, token_of, tokens, gather, tf3
     return None
 
 
+@_derivatives.constant_in_graphs
 def _matmul_may_round() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-# What `torch.compiler.assume_constant_result` does, without its import of the whole compiler.
-_matmul_may_round._dynamo_marked_constant = True
 
 
 def tf32(x: Tensor) -> bool:
@@ -68,7 +67,7 @@ def wgrad_or_accumulate(
     return None
 
 
-def autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(device: torch.device, *tensors: T) -> tuple[T, ...]:
     """The tensors in the dtype that autocast asks matrix products on `device` to run in;
     untouched without autocast."""
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
@@ -111,7 +110,7 @@ class _Wgrad(torch.autograd.Function):
     def forward(ctx, rows, drows, offsets, transposed: bool) -> Tensor:
         ctx.save_for_backward(rows, drows, offsets)
         ctx.transposed = transposed
-        return wgrad_or_accumulate(None, rows, drows, offsets, transposed)
+        return _wgrad(rows, drows, offsets, transposed, None, 0, False, tf32(rows))
 
     @staticmethod
     def backward(ctx, ddw: Tensor):
@@ -211,4 +210,4 @@ def grouped_gemm_wgrad(
         return out
     if torch.is_grad_enabled() and (rows.requires_grad or drows.requires_grad):
         return _Wgrad.apply(rows, drows, offsets, transposed)
-    return wgrad_or_accumulate(None, rows, drows, offsets, transposed)
+    return _wgrad(rows, drows, offsets, transposed, None, 0, False, tf32(rows))
