@@ -76,7 +76,7 @@ class _CrossEntropy(torch.autograd.Function):
             logits = (part @ weight.T).to(wide)
             loss, missed, factor = _exponentials_(logits, label, group)
             total += torch.where(counted, loss, 0).sum()
-            if not needs_grad:
+            if dx is None:
                 continue
             # softmax minus one at the label, zero where the token has no loss
             p = logits.mul_((factor * counted)[:, None])
@@ -90,7 +90,7 @@ class _CrossEntropy(torch.autograd.Function):
                 dweight.addmm_(p.T, part)
             else:
                 dweight += p.T @ part
-        if needs_grad:
+        if dx is not None:
             # Every rank has its columns' part of dx: the sum belongs to hidden's backward.
             dx = reduce_scatter(dx, group) if split else dx
             ctx.save_for_backward(dx, dweight)

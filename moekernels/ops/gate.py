@@ -80,15 +80,16 @@ class _Gate(torch.autograd.Function):
         logits, ids, segments = ctx.saved_tensors
         grads = (dweights, dscore_sum, dz_sum)
         if _derivatives.needs_plain():
+            score, renormalize, scale = ctx.weighing
             (dlogits,) = _derivatives.vjp(
-                lambda logits: reference.gate_sums(logits, ids, *ctx.weighing, segments),
+                lambda x: reference.gate_sums(x, ids, score, renormalize, scale, segments),
                 (logits,),
                 (True,),
                 grads,
             )
         else:
-            grads = [None if g is None else g.contiguous() for g in grads]
-            dlogits = _gate_backward(logits, ids, *grads, *ctx.weighing, segments)
+            whole = [None if g is None else g.contiguous() for g in grads]
+            dlogits = _gate_backward(logits, ids, *whole, *ctx.weighing, segments)
         return dlogits, None, None, None
 
 
