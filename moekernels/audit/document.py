@@ -10,7 +10,7 @@ from moekernels.model.decoder import DecoderSpec
 from moekernels.model.experts import ACTIVATIONS, one_expert
 from moekernels.model.layout import Layout
 from moekernels.plan import cost
-from moekernels.plan.evaluate import Plan, Problem, evaluate, memory_of, slots
+from moekernels.plan.evaluate import Plan, Problem, batch_sizes, evaluate, memory_of
 from moekernels.plan.search import fit
 from moekernels.plan.strategy import Strategy, ranges_text
 
@@ -192,7 +192,9 @@ class Format:
 
 
 def formats(problem: Problem, s: Strategy) -> list[Format]:
-    largest = slots(problem.model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp).largest
+    largest = batch_sizes(
+        problem.model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp
+    ).largest
     stages = [memory_of(problem, s, r, largest) for r in range(s.layout.pp)]
     heaviest = max(sum(stage.parameters.values()) for stage in stages)
     room = problem.cluster.memory - problem.cluster.reserve

@@ -110,12 +110,14 @@ def plan_batch(
         raise UsageError(_too_large(lengths, microbatches, align, policy, max_tokens, max(rows)))
     costs = [sum(map(cost, sizes)) for sizes in segments]
 
-    slots = _slots(costs, microbatches, dp, by_cost=policy == "packed")
+    rounds = _rounds(costs, microbatches, dp, by_cost=policy == "packed")
     if policy != "padded":
-        slots = order_slots(slots, [max(costs[g] for g in slot) for slot in slots], makespan)
+        rounds = order_rounds(
+            rounds, [max(costs[g] for g in round_) for round_ in rounds], makespan
+        )
 
     def deal(values: list[T]) -> list[list[T]]:
-        return [[values[slot[d]] for slot in slots] for d in range(dp)]
+        return [[values[round_[d]] for round_ in rounds] for d in range(dp)]
 
     return BatchPlan(groups=deal(groups), rows=deal(rows), costs=deal(costs), pad_to=deal(pads))
 
@@ -248,19 +250,19 @@ def _karmarkar_karp(costs: Sequence[float], parts: int) -> Groups:
 # --- order
 
 
-def _slots(costs: list[float], microbatches: int, dp: int, by_cost: bool) -> list[list[int]]:
+def _rounds(costs: list[float], microbatches: int, dp: int, by_cost: bool) -> list[list[int]]:
     """[microbatches][dp] groups: the dp groups that run at the same time on different ranks."""
     order = list(range(len(costs)))
     if by_cost:
         order.sort(key=lambda g: (-costs[g], g))
-    slots = [order[m * dp : (m + 1) * dp] for m in range(microbatches)]
-    if by_cost:  # every other slot reversed, so that no rank gets the heaviest of each
-        slots = [slot[::-1] if m % 2 else slot for m, slot in enumerate(slots)]
-    return slots
+    rounds = [order[m * dp : (m + 1) * dp] for m in range(microbatches)]
+    if by_cost:  # every other round reversed, so that no rank gets the heaviest of each
+        rounds = [round_[::-1] if m % 2 else round_ for m, round_ in enumerate(rounds)]
+    return rounds
 
 
-def order_slots(
-    slots: list[T],
+def order_rounds(
+    rounds: list[T],
     costs: Sequence[float],
     makespan: Callable[[list[float]], float] | None,
     tries: int = 400,
@@ -269,17 +271,17 @@ def order_slots(
 
     It ends within 0.1 % of a flush of equal costs: there no order is worth looking for.
     """
-    rising = sorted(range(len(slots)), key=lambda m: (costs[m], m))
+    rising = sorted(range(len(rounds)), key=lambda m: (costs[m], m))
     order = rising[0::2] + rising[1::2][::-1]
     if makespan is None or costs[rising[0]] == costs[rising[-1]]:
-        return [slots[m] for m in order]
+        return [rounds[m] for m in order]
 
     def time(candidate: list[int]) -> float:
         return makespan([costs[m] for m in candidate])
 
     enough = 1.001 * makespan([sum(costs) / len(costs)] * len(costs))
     best = time(order)
-    draws = random_bits(0, len(slots), 2 * tries) % len(slots)
+    draws = random_bits(0, len(rounds), 2 * tries) % len(rounds)
     for i, j in zip(draws[0::2].tolist(), draws[1::2].tolist()):
         if best <= enough:
             break
@@ -290,4 +292,4 @@ def order_slots(
             best = now
         else:
             order[i], order[j] = order[j], order[i]
-    return [slots[m] for m in order]
+    return [rounds[m] for m in order]

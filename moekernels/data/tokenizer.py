@@ -65,9 +65,8 @@ class Tokenizer:
         self.end_of_text = _end_of_text(model, beside)
         # As it was written: another release may write the same tokenizer in other words.
         self._json = model.to_str() if text is None else text
-        self._model.encode_special_tokens = (
-            True  # a text that spells END_OF_TEXT does not end there
-        )
+        # A text that spells END_OF_TEXT does not end there.
+        self._model.encode_special_tokens = True
 
     @property
     def vocab_size(self) -> int:

@@ -22,9 +22,8 @@ class Packing:
 
     cos: Tensor  # [T, 1, rd/2] fp32 at least
     sin: Tensor
-    runs: list[
-        tuple[int, int]
-    ]  # (segments, tokens of each): neighbours of equal length go through together
+    # (segments, tokens of each): neighbours of equal length go through together
+    runs: list[tuple[int, int]]
     cu_seqlens: list[int]
     pairs: bool = False  # (i, i + 1) turn together, not (i, i + rd/2)
     cache: Cache | None = None  # of a model that generates

@@ -19,9 +19,8 @@ from collections.abc import Iterable
 
 from .schedule import Action, Kind, Message, Schedule, batches
 
-SENDS_IN_FLIGHT = (
-    2  # per direction: the runtime waits for a send when this many newer ones have been posted
-)
+# Per direction: the runtime waits for a send when this many newer ones have been posted.
+SENDS_IN_FLIGHT = 2
 
 
 class ScheduleError(ValueError):

@@ -190,9 +190,8 @@ class _Step:
         self.clock = clock
         self.rank = runtime.group.rank
         self.losses: dict[int, Tensor] = {}
-        self._made: dict[
-            Message, Tensor
-        ] = {}  # waits for its send, or for the next chunk of this rank
+        # What waits for its send, or for the next chunk of this rank.
+        self._made: dict[Message, Tensor] = {}
         self._awaited: dict[Message, tuple[Tensor, dist.Work | _Receive]] = {}
         self._sent: dict[bool, deque[tuple[Action, Tensor, dist.Work]]] = {
             True: deque(),

@@ -22,7 +22,7 @@ from moekernels.errors import UsageError
 from moekernels.model.decoder import chunk_parameters
 from moekernels.pipeline.schedule import Kind
 from moekernels.plan.cost import layer_cost, loss_cost, update_bytes
-from moekernels.plan.evaluate import Problem, evaluate, flush_costs, slots
+from moekernels.plan.evaluate import Problem, batch_sizes, evaluate, flush_costs
 from moekernels.plan.measure import Sample, cores, measure, numbers_of_ranks, samples
 from moekernels.plan.memory import place_of
 from moekernels.plan.strategy import Batch, Cluster, Strategy
@@ -148,9 +148,8 @@ def constants_of(ranks: int, dtype: str, seconds: float) -> dict:
 def calibrate(dtype: str = "fp32", seconds: float = SECONDS) -> dict:
     """Measure, fit and store; the constants and their error band."""
     by_ranks = {}
-    for number in reversed(
-        numbers_of_ranks()
-    ):  # ranks are forked, best before this process has threads
+    # The most ranks first: they are forked, best before this process has threads.
+    for number in reversed(numbers_of_ranks()):
         by_ranks[str(number)] = constants_of(number, dtype, seconds)
     off = [o for one in by_ranks.values() for o in one.pop("off")]
     found = {
@@ -228,7 +227,7 @@ def against(folder: Path, found: dict) -> dict:
         run.train.dtype,
     )
     plan = evaluate(problem, s)
-    sl = slots(model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp)
+    sl = batch_sizes(model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp)
     costs = flush_costs(problem, s, sl)
     measured = defaultdict(list)
     for e in events:

@@ -32,7 +32,7 @@ Costs = dict[tuple[int, Kind], np.ndarray]  # (virtual stage, kind): seconds [m]
 
 
 @dataclass(frozen=True)
-class Slots:
+class BatchSizes:
     """Micro-batches by data-parallel rank: tokens and squared lengths [dp, m]."""
 
     tokens: np.ndarray
@@ -53,8 +53,10 @@ class Slots:
 
 
 @lru_cache(maxsize=4096)
-def slots(model: DecoderSpec, batch: Batch, dp: int, microbatches: int, align: int) -> Slots:
-    return _slots(batch, _plan(model, batch, dp, microbatches), align)
+def batch_sizes(
+    model: DecoderSpec, batch: Batch, dp: int, microbatches: int, align: int
+) -> BatchSizes:
+    return _sizes_of(batch, _plan(model, batch, dp, microbatches), align)
 
 
 @lru_cache(maxsize=1024)
@@ -64,7 +66,7 @@ def _plan(model: DecoderSpec, batch: Batch, dp: int, microbatches: int) -> Batch
     )
 
 
-def _slots(batch: Batch, plan: BatchPlan, align: int) -> Slots:
+def _sizes_of(batch: Batch, plan: BatchPlan, align: int) -> BatchSizes:
     tokens, squares = np.array(plan.rows, dtype=float), []
     for groups, pads in zip(plan.groups, plan.pad_to):
         squares.append(
@@ -73,7 +75,7 @@ def _slots(batch: Batch, plan: BatchPlan, align: int) -> Slots:
                 for group, pad in zip(groups, pads)
             ]
         )
-    return Slots(-(-tokens // align) * align, np.array(squares))
+    return BatchSizes(-(-tokens // align) * align, np.array(squares))
 
 
 def sequence_cost(model: DecoderSpec) -> Cost:
@@ -154,7 +156,7 @@ def memory_of(problem: Problem, s: Strategy, rank: int, tokens: int) -> StageMem
     return stage
 
 
-def flush_costs(problem: Problem, s: Strategy, sl: Slots) -> Costs:
+def flush_costs(problem: Problem, s: Strategy, sl: BatchSizes) -> Costs:
     kinds = {}
     for number, _ in alike(problem.model, range(1, problem.model.num_layers + 1)):
         layer = cost.layer_cost(problem.model, problem.cluster, s, number)
@@ -175,7 +177,7 @@ def flush_costs(problem: Problem, s: Strategy, sl: Slots) -> Costs:
     return costs
 
 
-def play(problem: Problem, s: Strategy, sl: Slots) -> tuple[Timeline, Costs]:
+def play(problem: Problem, s: Strategy, sl: BatchSizes) -> tuple[Timeline, Costs]:
     """The flush on the schedule that the runtime would run, and what its actions cost."""
     costs = flush_costs(problem, s, sl)
     run = simulator(s.schedule, s.layout.pp, s.microbatches, s.virtual_stages)
@@ -184,7 +186,7 @@ def play(problem: Problem, s: Strategy, sl: Slots) -> tuple[Timeline, Costs]:
     return run.run(lambda stage, microbatch, kind: lists[stage, kind][microbatch]), costs
 
 
-def lower_bound(problem: Problem, s: Strategy, sl: Slots) -> float:
+def lower_bound(problem: Problem, s: Strategy, sl: BatchSizes) -> float:
     """A flush of `s` takes no less, whatever is checkpointed: a stage's own work, behind and
     before the shortest micro-batch of the stages in front of it."""
     tokens, squares = sl.sums
@@ -224,7 +226,7 @@ def timeline(problem: Problem, s: Strategy) -> Timeline:
 
 def _evaluate(problem: Problem, s: Strategy, exact_order: bool) -> tuple[Plan, Timeline]:
     model, c, layout = problem.model, problem.cluster, s.layout
-    sl = slots(model, problem.batch, layout.dp, s.microbatches, layout.tp)
+    sl = batch_sizes(model, problem.batch, layout.dp, s.microbatches, layout.tp)
     if exact_order:
         run = simulator(s.schedule, layout.pp, s.microbatches, s.virtual_stages)
         ordered = plan_batch(
@@ -236,7 +238,7 @@ def _evaluate(problem: Problem, s: Strategy, exact_order: bool) -> tuple[Plan, T
             cost=sequence_cost(model),
             makespan=lambda costs: run.makespan(costs, [2.0 * x for x in costs]),
         )
-        sl = _slots(problem.batch, ordered, layout.tp)
+        sl = _sizes_of(problem.batch, ordered, layout.tp)
     played, costs = play(problem, s, sl)
     layer = cost.layer_cost(model, c, s)
 

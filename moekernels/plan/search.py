@@ -18,7 +18,7 @@ from moekernels.model.dispatch import WAYS
 from moekernels.model.layout import Layout, divisors
 from moekernels.pipeline.schedule import offered
 from moekernels.plan import cost
-from moekernels.plan.evaluate import Plan, Problem, evaluate, lower_bound, memory_of, slots
+from moekernels.plan.evaluate import Plan, Problem, batch_sizes, evaluate, lower_bound, memory_of
 from moekernels.plan.strategy import Strategy
 
 # Of the moments. Narrow ones are tried where the wide ones do not fit without recomputation, and
@@ -148,7 +148,9 @@ def fit(problem: Problem, s: Strategy, *, everything: bool = False) -> Strategy 
     """`s` with as few checkpointed layers as its stages need, or the bytes by which it is over."""
     c = problem.cluster
     room = c.memory - c.reserve
-    largest = slots(problem.model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp).largest
+    largest = batch_sizes(
+        problem.model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp
+    ).largest
     chosen = list(s.layers) if everything else [0] * s.depth
     over = 0.0
     for rank in range(s.layout.pp):
@@ -227,7 +229,7 @@ def _best_of(
     None where no layout exists."""
     bounded: list[tuple[float, int, Strategy]] = []
     for s in candidates(problem, world, space):
-        sl = slots(problem.model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp)
+        sl = batch_sizes(problem.model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp)
         bounded.append((lower_bound(problem, s, sl), len(bounded), s))
     seen.considered += len(bounded)
     bounded.sort(key=lambda entry: entry[:2])
@@ -277,7 +279,7 @@ def _best_by(problem: Problem, worlds: list[int], space: Space) -> Plan | None:
     for world in worlds:
         for s in candidates(problem, world, space):
             s = replace(s, optimizer_state=space.optimizer_state or state)
-            sl = slots(problem.model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp)
+            sl = batch_sizes(problem.model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp)
             if memory:
                 s = replace(s, checkpointed=s.layers)
                 bound = memory_of(problem, s, 0, sl.largest).total

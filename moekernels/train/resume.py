@@ -137,6 +137,7 @@ MODEL_MAY_CHANGE = (
     "embedding_std",
     "recompute_experts",
 )
+# Of [train]: what no number of the run depends on.
 NO_MATTER = (
     "eval_every",
     "eval_sequences",
@@ -146,7 +147,7 @@ NO_MATTER = (
     "exchange_parts",
     "link",
     "replan",
-)  # of [train]: no number hangs on
+)
 TOLD_APART = {"batch": ("microbatches", "accumulation"), "train": ("steps", *NO_MATTER)}
 
 

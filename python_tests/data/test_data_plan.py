@@ -12,7 +12,7 @@ from moekernels.data.batch_plan import (
     Cost,
     greedy,
     karmarkar_karp,
-    order_slots,
+    order_rounds,
     plan_batch,
 )
 from moekernels.errors import UsageError
@@ -134,8 +134,8 @@ def test_data_parallel_ranks_run_alike_micro_batches_at_the_same_time():
     lengths = [rng.randint(128, 10240) for _ in range(512)]
     plan = plan_batch(lengths, 8, dp=4, cost=COST)
     for m in range(8):
-        slot = [plan.costs[d][m] for d in range(4)]
-        assert max(slot) <= 1.001 * min(slot)
+        round_ = [plan.costs[d][m] for d in range(4)]
+        assert max(round_) <= 1.001 * min(round_)
     totals = [sum(rank) for rank in plan.costs]
     assert max(totals) <= 1.001 * min(totals)
 
@@ -267,9 +267,9 @@ def test_order_is_found_on_the_simulation_where_costs_differ():
         costs = plan_batch(lengths, 32, cost=COST).costs[0]
         assert max(costs) > 1.3 * min(costs)
         rng.shuffle(costs)
-        slots = list(range(32))
-        ordered = [order_slots(slots, costs, time) for time in (None, flush_time, flush_time)]
-        assert ordered[1] == ordered[2] and sorted(ordered[1]) == slots
+        rounds = list(range(32))
+        ordered = [order_rounds(rounds, costs, time) for time in (None, flush_time, flush_time)]
+        assert ordered[1] == ordered[2] and sorted(ordered[1]) == rounds
         random_order += flush_time(costs)
         middle += flush_time([costs[m] for m in ordered[0]])
         climbed += flush_time([costs[m] for m in ordered[1]])
@@ -294,5 +294,5 @@ def test_the_projects_simulator_sees_the_same_flush():
 
 def test_equal_costs_are_not_simulated():
     calls = []
-    order_slots([[0], [1]], [1.0, 1.0], lambda costs: calls.append(costs) or 1.0)
+    order_rounds([[0], [1]], [1.0, 1.0], lambda costs: calls.append(costs) or 1.0)
     assert not calls

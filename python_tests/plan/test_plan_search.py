@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from moekernels.errors import UsageError
-from moekernels.plan.evaluate import Problem, evaluate, lower_bound, slots
+from moekernels.plan.evaluate import Problem, batch_sizes, evaluate, lower_bound
 from moekernels.plan.memory import stage_memory
 from moekernels.plan.problem import configured, problem_of
 from moekernels.plan.search import MOMENT_DTYPES, Space, candidates, fit, search
@@ -43,7 +43,7 @@ def test_search_is_exhaustive(memory, schedule):
 
 def test_bounds_are_bounds(document):
     for s in itertools.islice(candidates(document, 8, Space()), 0, None, 23):
-        sl = slots(document.model, document.batch, s.layout.dp, s.microbatches, s.layout.tp)
+        sl = batch_sizes(document.model, document.batch, s.layout.dp, s.microbatches, s.layout.tp)
         assert lower_bound(document, s, sl) <= evaluate(document, s).flush * (1 + 1e-12)
 
 
