@@ -14,7 +14,7 @@ import torch
 
 # name: (T, H, E, K)
 SHAPES = {
-    "tiny": (256, 64, 64, 2),  # what the default training run calls thousands of times a step
+    "tiny": (256, 64, 64, 2),  # what the default training run calls thousands of times per step
     "spec": (2048, 1024, 64, 2),
     "olmoe": (1024, 2048, 64, 8),
     "many": (4096, 1024, 256, 8),

@@ -22,7 +22,7 @@ def main() -> list[Plan]:
         layout = best.strategy.layout
         print(
             f"{gpus:3} cards  tp {layout.tp} dp {layout.dp} pp {layout.pp} ep {layout.ep}  "
-            f"{best.sequences_per_second:5.1f} sequences/s  {best.memory / 1e9:.0f} GB a card"
+            f"{best.sequences_per_second:5.1f} sequences/s  {best.memory / 1e9:.0f} GB per card"
         )
         plans.append(best)
     return plans

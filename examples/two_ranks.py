@@ -44,7 +44,7 @@ def main(steps: int = 30) -> list[float]:
     flags |= {("layout", "tp"): 2, ("layout", "ep"): 2}
     run = files.resolve("tiny", None, flags)
     losses = launch.run_local(2, "cpu", train, run, steps)
-    print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f} nats a token in {steps} steps")
+    print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f} nats per token in {steps} steps")
     return losses
 
 

@@ -36,7 +36,7 @@ class PlaceError(UsageError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on though the program is sound: what, where, and what may do.
+    """A run that cannot go on though the program is sound: what, where, and what may help.
 
     The command line prints it as one line and exits with code 1.
     """

@@ -14,7 +14,7 @@ from moekernels.plan.evaluate import Plan, Problem, batch_sizes, evaluate, memor
 from moekernels.plan.search import fit
 from moekernels.plan.strategy import Strategy, ranges_text
 
-# bytes a parameter, what they are, and whether `moekernels train` has it
+# bytes per parameter, what they are, and whether `moekernels train` has it
 FORMATS = (
     (18, "bf16 weight, fp32 gradient, master and moments", True),
     (16, "bf16 gradient", False),

@@ -122,7 +122,7 @@ def page(report: Report) -> str:
     sections = [
         ("Memory by stage", bars(memory, "GB", report.problem.cluster.memory / 1e9)),
         ("Step by part", bars([("step", {k: v for k, v in best.parts.items() if v > 0})], "s")),
-        ("Step and memory", scatter(pareto, "seconds a step", "GB a card")),
+        ("Step and memory", scatter(pareto, "seconds per step", "GB per card")),
         ("The flush as planned", gantt(report)),
     ]
     plots = "".join(f"<h2>{title}</h2>{plot}" for title, plot in sections)

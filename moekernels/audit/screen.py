@@ -154,7 +154,7 @@ def _digest(report: Report, console: Console) -> None:
             )  # fmt: skip
         console.print(table)
     states = ", ".join(f"{f.state / GB:.1f} at {f.bytes_per_parameter}" for f in report.formats)
-    console.print(f"[bold]state[/] GB a card by bytes a parameter: {states}")
+    console.print(f"[bold]state[/] GB per card by bytes per parameter: {states}")
     if report.recomputes:
         sets = "; ".join(
             f"{r.name}{'' if r.name == r.layers else f' {r.layers}'}: {r.step:.2f} s, "
@@ -168,16 +168,16 @@ def _summary(p: Plan, band: float) -> str:
     """`band`: how far off a prediction may be, as calibrated."""
     about = f" ± {100 * band:.0f} %" if band else ""
     return (
-        f"{p.step:.3g} s{about} a step, {p.sequences_per_second:.1f} sequences/s, "
+        f"{p.step:.3g} s{about} per step, {p.sequences_per_second:.1f} sequences/s, "
         f"{p.tokens_per_second / 1e3:.0f} k tokens/s, MFU {100 * p.mfu:.1f} %, "
-        f"HFU {100 * p.hfu:.1f} %, {1e3 * p.layer_seconds:.1f} ms a layer, "
+        f"HFU {100 * p.hfu:.1f} %, {1e3 * p.layer_seconds:.1f} ms per layer, "
         f"idle {100 * p.bubble:.0f} %, {p.memory / GB:.1f} GB"
     )
 
 
 def _details(report: Report, console: Console) -> None:
     table = _table(
-        "Pareto: step, memory, cards", "cards", "s a step", "GB", "sequences/s", "MFU", "strategy"
+        "Pareto: step, memory, cards", "cards", "s per step", "GB", "sequences/s", "MFU", "strategy"
     )
     table.columns[5].justify = "left"
     for p in report.result.pareto:
@@ -200,8 +200,8 @@ def _details(report: Report, console: Console) -> None:
         console.print(table)
     if report.layouts:
         table = _table(
-            "readings of the layout", "", "cards", "dense", "experts", "experts a card",
-            "modules a card", "sequences/s", "GB", "agrees with",
+            "readings of the layout", "", "cards", "dense", "experts", "experts per card",
+            "modules per card", "sequences/s", "GB", "agrees with",
         )  # fmt: skip
         for named in report.layouts:
             layout, plan = named.layout, named.plan
@@ -216,7 +216,7 @@ def _details(report: Report, console: Console) -> None:
             )  # fmt: skip
         console.print(table)
     table = _table(
-        "training state by format", "bytes a parameter", "GB a card", "GB left", "what", "train"
+        "training state by format", "bytes per parameter", "GB per card", "GB left", "what", "train"
     )
     for f in report.formats:
         table.add_row(
@@ -225,7 +225,9 @@ def _details(report: Report, console: Console) -> None:
         )  # fmt: skip
     console.print(table)
     if report.recomputes:
-        table = _table("layers computed again", "set", "layers", "s a step", "GB by stage", "fits")
+        table = _table(
+            "layers computed again", "set", "layers", "s per step", "GB by stage", "fits"
+        )
         for again in report.recomputes:
             table.add_row(
                 again.name, again.layers, f"{again.step:.2f}",

@@ -42,7 +42,7 @@ def solve(
 
     loads [E] rows of each expert; node_of [P] each rank's node, numbered from 0; coactivation
     [E, E] tokens that chose both, the diagonal the tokens that chose one, or None: nodes do not
-    matter. Nodes are counted by pairs, exact for two choices a token. slot_of [E]: a placement to
+    matter. Nodes are counted by pairs, exact for two choices per token. slot_of [E]: a placement to
     improve by few moves; None: from scratch.
     """
     experts, ranks = len(loads), len(node_of)

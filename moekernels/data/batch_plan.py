@@ -150,7 +150,7 @@ def _too_large(
         fault = f"a micro-batch of {most} tokens ({policy})"
         remedy = f"more micro-batches than {microbatches}, fewer sequences than {len(lengths)}"
     return (
-        f"batch: {fault} exceeds the limit of {max_tokens} a micro-batch; use {remedy}, "
+        f"batch: {fault} exceeds the limit of {max_tokens} per micro-batch; use {remedy}, "
         f"or a limit of at least {most}"
     )
 

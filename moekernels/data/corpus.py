@@ -44,7 +44,7 @@ class CorpusStats:
     characters: int
     tokens: int  # the end of each text included
     vocab_size: int  # what the tokenizer reached, at most what was asked for
-    unigram_entropy: float  # nats a token: the loss of a model that knows the frequencies only
+    unigram_entropy: float  # nats per token: the loss of a model that knows the frequencies only
 
 
 @dataclass(frozen=True)

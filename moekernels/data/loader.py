@@ -127,7 +127,7 @@ class BatchLoader:
 
     def __post_init__(self) -> None:
         if self.sequences < 1:
-            raise UsageError(f"batch: {self.sequences} sequences a step; use at least 1")
+            raise UsageError(f"batch: {self.sequences} sequences per step; use at least 1")
         if (self.context is None) == (self.lengths is None):
             raise UsageError("batch: use either a context or a range of lengths")
         own = self.corpus.evaluation

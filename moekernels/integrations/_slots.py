@@ -126,7 +126,7 @@ class Event(NamedTuple):
 
 
 def replay(trace: Iterable[Event], size: int, policy: str) -> Counts:
-    """What a cache of `size` slots a layer counts on a recorded trace."""
+    """What a cache of `size` slots per layer counts on a recorded trace."""
     layers: dict[int, Slots] = {}
     for event in trace:
         slots = layers.setdefault(event.layer, Slots(size, policy))

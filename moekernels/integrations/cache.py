@@ -12,7 +12,7 @@ a model whose experts do not fit where they are computed, or not in memory at al
 For inference alone. Outputs have the bits of the resident model: a row's result does not hang on
 where its expert lies, and a token's rows are added in the order of its choices. While a layer and
 the attention behind it compute, the experts that the next layer's router would choose for this
-layer's input are fetched. Legend: T tokens, K top-k, E experts, H hidden, S slots a layer.
+layer's input are fetched. Legend: T tokens, K top-k, E experts, H hidden, S slots per layer.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class ExpertCache:
         self.fetched += size
 
     def break_even(self) -> int | None:
-        """The fewest slots a layer with which fetching would have taken no longer than computing
+        """The fewest slots per layer with which fetching would have taken no longer than computing
         did, by a replay of the trace at the rate that was measured; None where no number has."""
         if not self.fetched:
             return 1
@@ -211,7 +211,7 @@ class ExpertCache:
         resident = sum(layer.expert_bytes * layer.slots.size for layer in self.layers) / 1e6
         whole = sum(x.nbytes for layer in self.layers for x in layer.whole.values()) / 1e6
         rows = [
-            f"slots      {size} a layer by {self.policy}, {resident:,.1f} of {whole:,.1f} MB",
+            f"slots      {size} per layer by {self.policy}, {resident:,.1f} of {whole:,.1f} MB",
             f"hits       {100 * counts.hits / asked:.1f} % of {asked} experts asked for",
             f"ahead      {counts.ahead} fetched, {self.late} passes met them late, "
             f"{counts.useless} useless" + ("" if self.prefetch else " (off)"),

@@ -91,7 +91,7 @@ class Auxiliary(nn.Module):
     def forward(
         self, batch: Batch, score_sum: Tensor, counts: Tensor, z_sum: Tensor
     ) -> Tensor | None:
-        """score_sum, counts [L*S, E] and z_sum [L*S] of own tokens, S segments a layer -> the
+        """score_sum, counts [L*S, E] and z_sum [L*S] of own tokens, S segments per layer -> the
         chunk's auxiliary losses, a scalar for `inject` or `join`; None where they have no part in
         the loss."""
         layers = len(self.loads)

@@ -156,7 +156,7 @@ SCHEDULES = {
 
 
 def offered(several: bool) -> list[str]:
-    """Names of the schedules worth running, with several virtual stages a rank or with one."""
+    """Names of the schedules worth running, with several virtual stages per rank or with one."""
     return [n for n, kind in SCHEDULES.items() if kind.offered and kind.several == several]
 
 
@@ -175,14 +175,14 @@ def in_flight_limits(
 
 
 def check_virtual_stages(name: str, virtual_stages: int) -> None:
-    """UsageError where a schedule cannot have so many virtual stages a rank."""
+    """UsageError where a schedule cannot have so many virtual stages per rank."""
     if name not in SCHEDULES:
         raise UsageError(f"unknown schedule {name!r}: one of {', '.join(SCHEDULES)}")
     several = SCHEDULES[name].several
     others = [n for n, kind in SCHEDULES.items() if kind.several != several and kind.offered]
     if several and virtual_stages < 2:
         raise UsageError(
-            f"schedule {name} needs at least 2 virtual stages a rank, got {virtual_stages}: "
+            f"schedule {name} needs at least 2 virtual stages per rank, got {virtual_stages}: "
             f"use schedule {' or '.join(others)}, or 2 virtual stages"
         )
     if not several and virtual_stages > 1:

@@ -1,8 +1,8 @@
 """The roofline's constants, measured on the machine at hand, and predictions held to a run.
 
 A model's chunk is run forward and backward at several sizes. Its time is a sum of unknown constants
-(seconds a FLOP of dense and of grouped products, seconds a byte, seconds a layer), each times a
-count that `cost` yields, so they come out of one least-squares fit; what is left is the error band.
+(seconds per FLOP of dense and of grouped products, per byte, per layer), each times a count that
+`cost` yields, so they come out of one least-squares fit; what is left is the error band.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moekernels.plan.memory import place_of
 from moekernels.plan.strategy import Batch, Cluster, Strategy
 
 CONSTANTS = (
-    "dense",  # seconds a FLOP of the projections and the head
+    "dense",  # seconds per FLOP of the projections and the head
     "attention",  # a FLOP of attention itself
     "grouped",  # a FLOP of the experts' products
     "weights",  # a FLOP of one more row of each expert: what its weights cost beside its rows
@@ -139,7 +139,7 @@ def constants_of(ranks: int, dtype: str, seconds: float) -> dict:
     update, steps = fit(np.array(sizes), np.array(updates))
     return {
         **dict(zip(CONSTANTS, found.tolist())),
-        "update": float(update),  # seconds a byte of the optimiser
+        "update": float(update),  # seconds per byte of the optimiser
         "steps": float(steps),  # a step, whatever its parameters
         "off": np.abs(counted @ found / measured - 1.0).tolist(),
     }

@@ -235,7 +235,7 @@ class ObjectiveSection:
 
     best: str = key(
         "throughput",
-        "shortest step; shortest layer; most sequences/s a card; fewest cards; least memory a card",
+        "shortest step, layer; most sequences/s per card; fewest cards; least memory per card",
         choices=("throughput", "latency", "cost", "gpus", "memory"),
     )
     at_least: float = key(0.0, "sequences/s that it must reach", low=0)

@@ -33,7 +33,7 @@ from moekernels.train import manifest as manifests
 from moekernels.train import shards
 from moekernels.train.manifest import Box, Damaged, Manifest, Saved
 
-FILE_BYTES = 1 << 30  # several files a rank are hashed at once, when written and when read
+FILE_BYTES = 1 << 30  # several files per rank are hashed at once, when written and when read
 POLL_SECONDS = 0.02
 ROOM = 0.5  # of the free memory, that the copies of a machine's ranks may take
 

@@ -361,7 +361,7 @@ class Trainer:
         return 6 * active + 12 * m.num_layers * m.attention_width * attended
 
     def evaluate(self) -> float:
-        """Loss of the held-out sequences, in nats a token."""
+        """Loss of the held-out sequences, in nats per token."""
         if self.held_out is None:
             count = -(-self.run.train.eval_sequences // self.run.batch.sequences)
             self.held_out = [

@@ -64,12 +64,12 @@ class Guard:
             raise RunError(
                 f"step {step} is not applied: {self.why} (loss {line['loss']:.6g}, gradient's "
                 f"norm {line['grad_norm']:.6g});{others} the checkpoints before it are as they "
-                f"were; a lower --lr, a longer --warmup or a smaller --clip may do, {more}"
+                f"were; use a lower --lr, a longer --warmup or a smaller --clip; {more}"
             )
         if not math.isfinite(held_out := line.get("eval_loss", 0.0)):
             raise RunError(
                 f"the held-out loss after step {step} is {held_out}, {self._where(True)}; nothing "
-                f"of this step is saved; a lower --lr or a longer --warmup may do"
+                f"of this step is saved; use a lower --lr or a longer --warmup"
             )
         return f"step {step} skipped: {self.why}" if self.why else ""
 
@@ -80,7 +80,7 @@ class Guard:
         if bad:
             raise RunError(
                 f"the state after step {step} is not finite, first in {bad}; it is not saved, the "
-                f"checkpoints before it are as they were; a lower --lr may do"
+                f"checkpoints before it are as they were; use a lower --lr"
             )
 
     def _where(self, in_forward: bool) -> str:

@@ -72,7 +72,7 @@ def plot_loss(path: Path, lines: list[dict], unigram_entropy: float | None = Non
         axes.plot(*zip(*held), "o-", color="#d29922", label="held out", clip_on=False)
     if unigram_entropy is not None:
         axes.axhline(unigram_entropy, color="#8b949e", linestyle="--", label="unigram entropy")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=path.absolute().parent.name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=path.absolute().parent.name)
     axes.title.set_parse_math(False)  # a folder may have any name
     if len(lines) > 1:
         steps = [0, *(x["step"] for x in lines)]

@@ -89,10 +89,10 @@ def layout_report(
     lines = [
         f"model    {count(m.parameters_count())} parameters, "
         f"{count(m.parameters_count(active=True))} "
-        f"active a token; {m.moe_layers} layers x {m.num_experts} experts = {modules} expert "
+        f"active per token; {m.moe_layers} layers x {m.num_experts} experts = {modules} expert "
         f"modules",
         layout.describe(),
-        f"modules  {modules}{copies}{parts} / {layout.world} ranks = {each} a rank (checked)",
+        f"modules  {modules}{copies}{parts} / {layout.world} ranks = {each} per rank (checked)",
         f"data     {loader.describe()}",
         f"batch    {b.sequences} sequences, about {loader.global_tokens(1)} tokens, in "
         f"{b.microbatches} micro-batches x "
@@ -138,7 +138,7 @@ def _topology(run: cfg.RunConfig, mesh: Mesh, tokens: int) -> list[str]:
 
 
 def _exchange_over_network(run: cfg.RunConfig, mesh: Mesh, tokens: int) -> str:
-    """Its bytes a rank and step, if experts are chosen evenly, and seconds at [hardware]'s rate."""
+    """Bytes per rank and step, if experts are chosen evenly, and seconds at [hardware]'s rate."""
     m, layout = run.model, mesh.layout
     apart = [
         sum(mesh.nodes.of[a] != mesh.nodes.of[b] for a in ranks for b in ranks) / len(ranks) ** 2
@@ -150,7 +150,7 @@ def _exchange_over_network(run: cfg.RunConfig, mesh: Mesh, tokens: int) -> str:
     size = 4 * rows * layers * m.d_model * width  # there and back, forward and backward
     rate = run.hardware.network_gbps * 1e9
     return (
-        f"         EP {layout.ep} over the network: about {size / 1e9:.3g} GB a rank and step, "
+        f"         EP {layout.ep} over the network: about {size / 1e9:.3g} GB per rank and step, "
         f"{size / rate:.3g} s at {run.hardware.network_gbps:g} GB/s; an ep*etp that divides "
         f"{min(mesh.nodes.of.count(n) for n in mesh.nodes.of)} ranks stays inside a node"
     )
@@ -224,7 +224,7 @@ def _experts(lines: list[dict], last: dict) -> list[tuple[str, str]]:
         text += f", {sum(x['move_seconds'] for x in moves):.2f} s"
         if any(x["predicted_gain"] for x in moves):
             gained = [x["realised_gain"] for x in lines if "realised_gain" in x]
-            text += f"; {sum(x['predicted_gain'] for x in moves):.3f} s a step predicted"
+            text += f"; {sum(x['predicted_gain'] for x in moves):.3f} s per step predicted"
             text += f", {sum(gained):.3f} s realised" if gained else ""
         rows.append(("experts moved", text))
     return rows

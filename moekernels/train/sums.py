@@ -18,7 +18,7 @@ class StepSums:
     idle, cores and the five of the exchange are shares: a rank's part is divided by the ranks.
     """
 
-    loss: float | Tensor  # nats a token
+    loss: float | Tensor  # nats per token
     balance: float | Tensor  # the load-balancing loss, summed over layers
     z: float | Tensor  # the router's z-loss, summed over layers
     idle: float  # of the flush, in which a stage computed nothing

@@ -94,9 +94,9 @@ def test_contradictions_are_minimal_and_true(problem, run):
     found = judge.contradictions(problem, run.claims, {8, 32})
     sets = [set(c.claims) for c in found]
     assert {"8 cards", "800-1200 sequences/s"} in sets
-    assert {"8 cards", "PP4", "8 experts a card"} in sets
-    assert {"30 B parameters", "8 cards", "45 GB a card"} in sets
-    assert {"15-20 ms a layer", "800-1200 sequences/s"} in sets
+    assert {"8 cards", "PP4", "8 experts per card"} in sets
+    assert {"30 B parameters", "8 cards", "45 GB per card"} in sets
+    assert {"15-20 ms per layer", "800-1200 sequences/s"} in sets
     assert not any(a < b for a in sets for b in sets)
     wanted = judge.said(run.claims)
     by_text = {judge.text_of(n, v): n for n, v in wanted.items()}

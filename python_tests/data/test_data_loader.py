@@ -179,7 +179,7 @@ def test_resume_with_other_data_is_refused(corpus):
             {"context": None, "lengths": (9, 8)},
             "batch: lengths 9:8; use low:high with 1 <= low <= high",
         ),
-        ({"sequences": 0}, "batch: 0 sequences a step; use at least 1"),
+        ({"sequences": 0}, "batch: 0 sequences per step; use at least 1"),
         (
             {"sequences": 3},
             "batch: 3 sequences cannot fill 4 micro-batches; use at least 4 sequences, or at most "
@@ -187,7 +187,7 @@ def test_resume_with_other_data_is_refused(corpus):
         ),
         (
             {"max_tokens": 20},
-            "batch: a sequence of 64 tokens exceeds the limit of 20 a micro-batch; use sequences "
+            "batch: a sequence of 64 tokens exceeds the limit of 20 per micro-batch; use sequences "
             "of at most 20, or a limit of at least ",
         ),
     ],

@@ -175,13 +175,13 @@ def test_padded_keeps_the_given_order_and_buckets_sort():
         (
             [5, 99],
             {"microbatches": 2, "align": 4, "max_tokens": 50},
-            "batch: a sequence of 100 tokens exceeds the limit of 50 a micro-batch; "
+            "batch: a sequence of 100 tokens exceeds the limit of 50 per micro-batch; "
             "use sequences of at most 48, or a limit of at least 100",
         ),
         (
             [40, 40, 40],
             {"microbatches": 2, "max_tokens": 50},
-            "batch: a micro-batch of 80 tokens (packed) exceeds the limit of 50 a micro-batch; "
+            "batch: a micro-batch of 80 tokens (packed) exceeds the limit of 50 per micro-batch; "
             "use more micro-batches than 2, fewer sequences than 3, or a limit of at least 80",
         ),
     ],

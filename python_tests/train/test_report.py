@@ -38,6 +38,6 @@ def test_an_exchange_over_the_network_says_what_it_costs():
     first, second = topology(Layout(dp=4, ep=4), Nodes((0, 0, 1, 1)))
     assert first.endswith("inside a node: nothing; across: experts' exchange")
     # 2000 tokens a rank, two choices each, half of them to the other node; 4 layers, 4 times 4 kB.
-    assert "EP 4 over the network: about 0.128 GB a rank and step, 0.0128 s at 10 GB/s" in second
+    assert "EP 4 over the network: about 0.128 GB per rank and step, 0.0128 s at 10 GB/s" in second
     assert second.endswith("an ep*etp that divides 2 ranks stays inside a node")
     assert float(second.split("about ")[1].split()[0]) == pytest.approx(2000 * 4 * 4 * 4000 / 1e9)

@@ -138,7 +138,7 @@ def test_the_layout_comes_first_and_a_table_last(whole):
     out = whole[1]
     first, last = out.index("dense    4 ranks = tp 2 x dp 1 x pp 2"), out.index("unigram entropy")
     assert "experts  4 ranks = etp 1 x ep 2 x edp 1 x pp 2" in out
-    assert "32 / 4 ranks = 8 a rank (checked)" in out
+    assert "32 / 4 ranks = 8 per rank (checked)" in out
     assert first < out.index("step 1/8") < last
 
 
