@@ -60,7 +60,7 @@ class Place:
     on it.
 
     runs: groups of neighbouring equal segments, which attention on the CPU takes one by one.
-    imbalance: rows of the busiest rank over the mean.
+    imbalance: rows of the busiest rank over the mean. parts: that an exchange is cut into.
     """
 
     layout: Layout = Layout()
@@ -71,6 +71,7 @@ class Place:
     imbalance: float = 1.0
     device: str = "cuda"
     runs: int = 1
+    parts: int = 1
 
     @property
     def width(self) -> int:

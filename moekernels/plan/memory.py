@@ -26,13 +26,15 @@ from moekernels.plan.strategy import STATE_BYTES, Strategy
 class LayerBytes:
     """Of one layer and one micro-batch: kept from forward to backward by part, kept of it when the
     layer is checkpointed, and the most that its backward, its forward and, where it is
-    checkpointed, its second forward within the backward hold besides."""
+    checkpointed, its second forward within the backward hold besides. cut: what both hold in
+    addition where the exchange is cut, which one that is checkpointed is not."""
 
     kept: dict[str, float]
     checkpointed: float
     working: float
     forward: float
     again: float
+    cut: float = 0.0
 
     @property
     def total(self) -> float:
@@ -41,16 +43,22 @@ class LayerBytes:
     def besides(self, checkpointed: bool) -> float:
         """Beyond what is kept of all layers, the most at any moment."""
         if not checkpointed:
-            return max(self.working, self.forward)
+            return max(self.working, self.forward) + self.cut
         again = self.total - self.checkpointed
         return max(self.working + again, self.forward, self.again + again)
 
 
 def place_of(
-    s: Strategy, tokens: float, *, imbalance: float = 1.0, device: str = "cuda", runs: int = 1
+    s: Strategy,
+    tokens: float,
+    *,
+    imbalance: float = 1.0,
+    device: str = "cuda",
+    runs: int = 1,
+    parts: int = 1,
 ) -> Place:
     return Place(
-        s.layout, tokens, s.dtype, s.dispatcher, s.sequence_parallel, imbalance, device, runs
+        s.layout, tokens, s.dtype, s.dispatcher, s.sequence_parallel, imbalance, device, runs, parts
     )
 
 
@@ -65,7 +73,10 @@ def layer_bytes(model: DecoderSpec, at: Place, layer: int = 0) -> LayerBytes:
     kept["routing"] = way.routing(model, at)
     working = experts.working(model, at) + residual
     peaks = way.peaks(model, at, working, kept["experts"], model.lifted)
-    return LayerBytes(kept, residual + way.keeps(model, at), *peaks)
+    cut = 0.0  # room for all rows that come home, from the first part's on
+    if way.defers and min(at.parts, model.num_experts // at.layout.ep) > 1:
+        cut = way.rows(model, at) * model.d_model * at.width
+    return LayerBytes(kept, residual + way.keeps(model, at), *peaks, cut)
 
 
 @lru_cache(maxsize=4096)
@@ -182,11 +193,12 @@ def stage_memory(
     *,
     imbalance: float = 1.0,
     device: str = "cuda",
+    parts: int = 1,
 ) -> StageMemory:
     """Memory of a rank of pipeline stage `rank` when the largest micro-batches have `tokens`."""
     stages = s.layout.pp
     virtual = range(rank, s.depth, stages)
-    at = place_of(s, tokens, imbalance=imbalance, device=device)
+    at = place_of(s, tokens, imbalance=imbalance, device=device, parts=parts)
     parameters = rank_parameters(model, s, rank)
     total = sum(parameters.values())
     weight, gradient, master, moments = STATE_BYTES[s.dtype, s.optimizer_state]

@@ -86,7 +86,11 @@ def least(run: cfg.RunConfig, corpus, memory: float, device: str) -> int:
         s = configured(tried)
         rows = assembly.build_loader(tried, corpus).plan(1).rows
         tokens = max(max(rank) for rank in rows)
-        stages = [stage_memory(model, s, r, tokens, device=device) for r in range(s.layout.pp)]
+        parts = tried.train.exchange_parts
+        stages = [
+            stage_memory(model, s, r, tokens, device=device, parts=parts)
+            for r in range(s.layout.pp)
+        ]
         return max(stage.total for stage in stages) <= ROOM * memory
 
     low, high = 0, most(run)  # low does not fit, high is the best there is

@@ -150,16 +150,12 @@ def cluster_of(run: cfg.RunConfig) -> Cluster:
 
 
 def with_link(cluster: Cluster, run: cfg.RunConfig) -> Cluster:
-    """The cluster with the link that the run sets for its exchange, if it sets one."""
+    """The cluster with what the run says of its exchange: parts, and a link if it sets one."""
+    cluster = replace(cluster, exchange_parts=run.train.exchange_parts)
     wanted = link.parse(run.train.link)
     if wanted is None:
         return cluster
-    return replace(
-        cluster,
-        exchange_latency=wanted.latency,
-        exchange_rate=wanted.rate,
-        exchange_parts=run.train.exchange_parts,
-    )
+    return replace(cluster, exchange_latency=wanted.latency, exchange_rate=wanted.rate)
 
 
 def problem_of(run: cfg.RunConfig, lengths: tuple[int, ...] | None = None) -> Problem:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch.distributed as dist
 
 from moekernels.model.layout import Layout
+from moekernels.parallel.exchange import Collective
+from moekernels.parallel.mesh import Mesh
 from moekernels.plan.cost import layer_cost
 from moekernels.plan.overlap import exposed
 from moekernels.plan.problem import problem_of
 from moekernels.plan.strategy import Strategy
 from moekernels.run import files as cfg
+from python_tests.support.activations import counted, measure, small
 
 
 def test_in_one_piece_both_ways_are_waited_for() -> None:
@@ -28,8 +32,8 @@ def test_parts_expose_the_first_there_and_the_last_home(parts: int) -> None:
     assert exposed(parts, 3.0, 10.0, 10.0) == pytest.approx(3.0 / parts)
 
 
-def test_of_four_exchanges_four_parts_hide_what_is_measured() -> None:
-    """`bench/bench_overlap.py` found 0.82 by stamps where the link took 0.3 of the step."""
+def test_of_four_exchanges_four_parts_hide_what_the_stamps_of_such_a_run_say() -> None:
+    """`parallel/test_measure.py` plays the same, part by part, and asks both clock and stamps."""
     hidden = 1 - (exposed(4, 1.0, 5.0) + exposed(4, 1.0, 5.0, 5.0)) / 4
     assert hidden == pytest.approx(0.8125)
 
@@ -55,3 +59,31 @@ def test_the_plan_takes_the_run_s_link() -> None:
     model = problem.model
     sent = 2.0 * model.top_k * 2 * model.d_model / 2  # bf16 rows there and back, half of them
     assert one[0].per_token - none[0].per_token == pytest.approx(sent / 1e6, rel=0.2)
+
+
+@pytest.fixture
+def three_peers(monkeypatch):
+    """A mesh whose peers exist in name only, and hold rows as this rank does."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    monkeypatch.setattr(Collective, "counts", lambda self, outgoing: (outgoing, outgoing))
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    yield Mesh(Layout(dp=4, ep=4))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("d_in", [64, 128])
+@pytest.mark.parametrize("checkpoint", [0, 1])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_parts_hold_room_for_all_rows_that_come_home(
+    parts, d_in, checkpoint, recompute, three_peers
+):
+    """Within 2 % of what there is; a layer that is computed again is not cut."""
+    model = small(d_in, num_experts=32, recompute_experts=recompute)
+    layers = range(1, 1 + checkpoint)
+    kept, peak = measure(model, three_peers, 1, False, False, "fp32", 1024, layers, parts=parts)
+    s = Strategy(three_peers.layout, (1,), (checkpoint,), 1, dtype="fp32")
+    said_kept, said_peak = counted(model, s, 1024, False, False, parts=parts)
+    assert said_kept == pytest.approx(kept, rel=5e-3)
+    assert said_peak == pytest.approx(peak, rel=2e-2)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from moekernels.data.batch import MicroBatch
-from moekernels.model.decoder import DecoderSpec, chunk_parameters
+from moekernels.model.decoder import chunk_parameters
 from moekernels.model.layout import Layout
 from moekernels.model.spec import Place
 from moekernels.nn import dispatcher, home
@@ -22,13 +19,12 @@ from moekernels.parallel.exchange import Collective
 from moekernels.parallel.expert import ExchangePlan
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.optimizer import Optimizer
-from moekernels.plan.memory import chunk_bytes, layer_bytes, place_of, stage_memory
+from moekernels.plan.memory import layer_bytes, place_of, stage_memory
 from moekernels.plan.strategy import Strategy
 from moekernels.run import files as cfg
+from python_tests.support.activations import DTYPES, counted, measure, small, total
 from python_tests.support.spec import all_specs, nbytes
 
-CPU = torch.device("cpu")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = [
     Layout(tp=2, pp=4, ep=2),  # R1
     Layout(tp=2, dp=4, ep=8),  # R2
@@ -38,21 +34,6 @@ LAYOUTS = [
     Layout(tp=1, dp=2, pp=2, ep=1, etp=2),
     Layout(),
 ]
-
-
-def small(d_in: int = 64, **options) -> DecoderSpec:
-    options = {"num_kv_heads": 4, "num_experts": 8, "qk_norm": False, **options}
-    return DecoderSpec(
-        vocab_size=515,
-        d_model=64,
-        num_layers=4,
-        num_heads=4,
-        head_dim=16,
-        top_k=2,
-        expert_d_in=d_in,
-        expert_d_ff=128,
-        **options,
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -102,15 +83,6 @@ def fake_world():
     yield start
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def pack(tokens: int, segments: int = 4) -> MicroBatch:
-    one = torch.zeros(tokens // segments, dtype=torch.int64)
-    return MicroBatch.pack([(one, one)] * segments, loss_scale=1 / tokens)
-
-
-def total(tracker: MemTracker, kind: str) -> int:
-    return tracker.get_tracker_snapshot(kind)[CPU]["Total"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -188,45 +160,6 @@ def test_state_of_64_ranks(stage, etp, moments, sharded, bare, fake_world):
     # Norms within attention count as the rest of it where that is split.
     assert abs(counted.state - optimizer.bytes()) <= (1024 if sharded else 0)
     assert held == optimizer.bytes() + counts
-
-
-def measure(model, mesh, layers, first, last, dtype, tokens, checkpoint, dispatcher="all_to_all"):
-    """(kept after forward, peak of forward and backward) above parameters and gradients."""
-    batch = pack(tokens)
-    chunk = StageModel(
-        model, mesh, range(1, layers + 1), first, last,
-        dtype=DTYPES[dtype], checkpoint_layers=checkpoint, dispatcher=dispatcher,
-    )  # fmt: skip
-    for p in chunk.parameters():
-        p.main_grad = torch.zeros_like(p, dtype=torch.float32)
-        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # as the optimiser
-    own = tokens // mesh.tp.size
-    x = None if first else torch.zeros(own, model.d_model, dtype=DTYPES[dtype])
-    tracker = MemTracker()
-    known = [batch.tokens, batch.labels, batch.positions]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tracker.track_external(chunk, *known, *[p.main_grad for p in chunk.parameters()])
-        with tracker:
-            before = total(tracker, "current")
-            if x is not None:
-                x = x.clone().requires_grad_()
-            y = chunk(batch, x)
-            edge, grad = torch.autograd.graph.get_gradient_edge(y), torch.ones_like(y)
-            del y
-            kept = total(tracker, "current") - before - grad.numel() * grad.element_size()
-            torch.autograd.backward([edge], [grad])
-    return kept, total(tracker, "peak") - before
-
-
-def counted(model, s, tokens, first, last, device="cpu"):
-    beside, loss, besides = chunk_bytes(model, place_of(s, tokens), first, last)
-    kept, most = beside + loss, besides
-    for layer, count, again in s.kinds_of_layers(model, 0):
-        one = layer_bytes(model, place_of(s, tokens, device=device), layer)
-        kept += again * one.checkpointed + (count - again) * one.total
-        most = max(most, one.besides(again > 0) - loss)
-    return kept, kept + most
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
