@@ -242,7 +242,7 @@ def test_what_was_recorded_can_be_run_again():
     ranks = Ranks(all_ids("ordinary", 2, 2), 2, torch.float32)
     with ranks.devices(schedule=5) as devices:
         home = record(ranks, devices, 2)
-        for _ in range(3):
+        for _ in range(2):
             for x in (x for sent in ranks.sent for x in sent):
                 x.mul_(-2)
             devices.run(again=True)
@@ -314,6 +314,8 @@ def test_bugs_in_the_kernels_are_found(bug, monkeypatch):
     if bug == "one_row_too_few":  # rows come one by one
         ids = [torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)] * 2
     for how in MODES:
+        if found == 3:
+            break
         ranks = Ranks(ids, 2, torch.float32, rows=130)
         for memory in ranks.memory:
             words = memory.view(torch.int32)

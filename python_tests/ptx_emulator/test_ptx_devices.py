@@ -102,6 +102,8 @@ def test_planted_bugs_are_found(bug):
     words, bulk = BUGS[bug]
     found = 0
     for how in MODES:
+        if found == 3:
+            break
         try:
             exchange(3 if bug == "one_too_few" else 2, bug, bulk, **how)
         except ptx.PtxError as error:
