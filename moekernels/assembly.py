@@ -161,8 +161,7 @@ def checkpointed(run: cfg.RunConfig) -> set[int]:
 
 
 def build_chunks(run: cfg.RunConfig, mesh: Mesh) -> list[StageModel]:
-    """The chunks of this rank, in order; with every parameter as any other layout would begin
-    with."""
+    """The chunks of this rank, in order; with the parameters that any other layout begins with."""
     lay, ranges = run.layout, layer_ranges(run)
     return [
         StageModel(

@@ -109,8 +109,7 @@ class Mixture:
         return sum(map(len, self.pools))
 
     def draw(self, first: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """(starts, lengths) of sequences first ... first+count-1; pools that are through begin
-        again."""
+        """(starts, lengths) of sequences first ... first+count-1; a pool at its end begins anew."""
         blocks = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
         turns = np.concatenate([_turns(self.counts, seed, block) for block in blocks])
         skipped = first - blocks[0] * BLOCK

@@ -82,8 +82,7 @@ class LocalDispatcher:
 
 
 class AllToAllDispatcher:
-    """Each row goes to the rank that holds its expert; under ETP to all ranks that hold a shard of
-    it."""
+    """Each row goes to the rank that holds its expert; under ETP to all that hold a shard of it."""
 
     def __init__(self, mesh: Mesh, num_experts: int, layer: int = 0, parts: int = 1) -> None:
         self.group, self.layer = mesh.exchange, layer

@@ -79,8 +79,7 @@ class Block(nn.Module):
         segments: Tensor | None = None,
         kept: Kept | None = None,
     ) -> tuple[Tensor, ...]:
-        """x [T/tp, H] -> the same shape, and the layer's sums as `MoE` returns them, if it has
-        experts."""
+        """x [T/tp, H] -> the same shape, and, if it has experts, the sums of `MoE`."""
         x = x + self.attention(self.attention_norm(x), packing)
         if not self.has_experts:
             return (x + self.ffn(self.ffn_norm(x)),)
@@ -193,8 +192,7 @@ class StageModel(nn.Module):
 
     @staticmethod
     def _checkpointed(block: nn.Module, *inputs: object) -> tuple[Tensor, ...]:
-        """Run a block keeping its input and what the exchange brought; backward computes the rest
-        again."""
+        """Run a block; its input and what the exchange brought are kept, the rest is recomputed."""
         kept = Kept()
         return checkpoint(
             block,

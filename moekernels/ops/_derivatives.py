@@ -17,8 +17,7 @@ _functorch = torch._C._functorch
 
 
 def constant_in_graphs(fn: Callable[[], bool]) -> Callable[[], bool]:
-    """What `torch.compiler.assume_constant_result` does, without its import of the whole
-    compiler."""
+    """`torch.compiler.assume_constant_result` without its import of the whole compiler."""
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the compiler's mark
     return fn
 

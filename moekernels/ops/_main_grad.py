@@ -81,8 +81,7 @@ class Collect(torch.autograd.Function):
 
 
 def add(main_grad: Tensor | None, dw: Tensor | None) -> Tensor | None:
-    """dw after it was added to `main_grad`, which leaves none, or as it is where there is no
-    such."""
+    """dw after it was added to `main_grad`, which leaves none, or as it is without."""
     if main_grad is None or dw is None:
         return dw
     main_grad.add_(dw.detach())

@@ -246,8 +246,7 @@ class _CollectiveBack:
         if message.shape[1] == self.width:
             home = Home(message, None)
         else:
-            # As one source with one expert, regroup keeps the order and takes rows and weights
-            # apart.
+            # As one source with one expert, regroup keeps the order and parts rows and weights.
             count = torch.tensor([[message.shape[0]]])
             home = Home(*ops.regroup(message, count, self.width)[:2])
         if into is None:

@@ -288,8 +288,7 @@ def _join(
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the one that started it is gone, however that
-    ended."""
+    """Have the kernel kill this process when the one that started it is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before we asked
