@@ -29,7 +29,7 @@ def program(command, **env):
     script = f'moekernels() {{ {sys.executable} -m moekernels "$@"; }}\n{command}'
     settings = {**os.environ, "PYTHONPATH": str(ROOT), **env}
     settings = {key: value for key, value in settings.items() if value is not None}
-    return subprocess.run(["bash", "-c", script], capture_output=True, env=settings, timeout=120)
+    return subprocess.run(["bash", "-c", script], capture_output=True, env=settings, timeout=300)
 
 
 # --- files
