@@ -14,13 +14,15 @@ from moekernels.balance.replan import Rule
 from moekernels.errors import UsageError
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
+from moekernels.ops import _deferred
 from moekernels.parallel import nccl
 from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.optimizer import Optimizer
 from moekernels.parallel.shard import ShardInfo
+from moekernels.pipeline.build import build
 from moekernels.pipeline.runtime import PipelineRuntime
-from moekernels.pipeline.schedule import Schedule, build
+from moekernels.pipeline.schedule import Schedule
 from moekernels.pipeline.simulate import Simulator
 from moekernels.run import files as cfg
 from moekernels.run import link
@@ -205,6 +207,7 @@ def build_runtime(run: cfg.RunConfig, mesh: Mesh, chunks: list[StageModel]) -> P
         lambda batch: (batch.rows // split, run.model.d_model),
         DTYPES[run.train.dtype],
         mesh.device,
+        put_off=_deferred.owed,
     )
 
 

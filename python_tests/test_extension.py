@@ -180,7 +180,7 @@ def test_an_op_is_six_files_and_its_cases(tree):
 USE_SCHEDULE = """
 from moekernels.cli.parser import build_parser
 from moekernels.pipeline.check import check
-from moekernels.pipeline.schedule import SCHEDULES, build, offered
+from moekernels.pipeline.build import SCHEDULES, build, offered
 from moekernels.run import files as cfg
 from moekernels.verify.command import verify_layout
 from moekernels.verify.variants import Variant, variants_of
@@ -196,7 +196,7 @@ assert verify_layout({"pp": 2}, [Variant("eager", steps=1)], "fp64", "cpu") == 0
 
 def test_a_schedule_is_one_file(tree):
     entry = '    "eager": ScheduleKind(lambda rank, stages, groups, virtual: stages - rank),\n'
-    tree.insert("moekernels/pipeline/schedule.py", '    "interleaved": ScheduleKind(', entry)
+    tree.insert("moekernels/pipeline/build.py", '    "interleaved": ScheduleKind(', entry)
     assert tree.files <= 2
     assert "eager, 8 experts" in tree.run(USE_SCHEDULE)
 

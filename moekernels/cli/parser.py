@@ -6,7 +6,7 @@ from moekernels import __version__
 from moekernels.cli import commands
 from moekernels.cli.commands import PLAN_FLAGS
 from moekernels.cli.flags import Parser, add_config_flags, default_text, number, path, word
-from moekernels.pipeline.schedule import SCHEDULES
+from moekernels.pipeline.build import SCHEDULES
 from moekernels.run import files as cfg
 
 DEGREE_DEFAULTS = {

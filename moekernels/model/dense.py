@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from moekernels.errors import UsageError
 from moekernels.model.experts import ExpertsSpec
-from moekernels.model.ffn import ffn_kept, ffn_parameters, ffn_shapes, ffn_work
-from moekernels.model.spec import WIDEST, Part, Place, Shape, Work, key, norm_kept
+from moekernels.model.ffn import ffn_kept, ffn_owed, ffn_parameters, ffn_shapes, ffn_work
+from moekernels.model.spec import WIDEST, Owed, Part, Place, Shape, Work, key, norm_kept
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,12 @@ def kept(spec: DenseSpec, at: Place) -> float:
     return norm_kept(spec, at) + ffn_kept(spec, at, spec.dense_d_ff)
 
 
+def owed(spec: DenseSpec, at: Place) -> Owed:
+    return ffn_owed(spec, at, spec.dense_d_ff)
+
+
 def work(spec: DenseSpec, at: Place) -> Work:
     return ffn_work(spec, at, spec.dense_d_ff)
 
 
-PART = Part(parameters, kept, work, shapes)
+PART = Part(parameters, kept, work, shapes, owed=owed)

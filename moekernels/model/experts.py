@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from moekernels.model.dispatch import routed_rows, way_of
 from moekernels.model.router import RouterSpec
-from moekernels.model.spec import WIDEST, Part, Place, Shape, Work, key
+from moekernels.model.spec import WIDEST, Owed, Part, Place, Shape, Work, key
 
 # Activation -> whether it multiplies an up-projection by a gate (three matrices, not two).
 ACTIVATIONS = {
@@ -112,6 +112,17 @@ def kept(spec: ExpertsSpec, at: Place) -> float:
     return size + 2 * rows * spec.d_in * b  # the lifted rows, and the results to be lowered
 
 
+def owed(spec: ExpertsSpec, at: Place) -> Owed:
+    way, f, b = way_of(at), spec.expert_d_ff / at.layout.etp, at.width
+    rows = way.rows(spec, at)
+    results = rows * (spec.up_rows * f + f + spec.d_in) * b
+    if not spec.lifted:
+        return Owed(way.arriving(spec, at), results)
+    lift = rows * spec.d_model * b if way.view else way.arriving(spec, at)
+    lifted = rows * spec.d_in * b
+    return Owed(lift + 2 * lifted, results + lifted + rows * spec.d_model * b)
+
+
 def working(spec: ExpertsSpec, at: Place) -> float:
     """Held by the backward besides: gradients of the output, of h, and the weighted activations or
     the gradient of the input; the rows to be lowered are gone by then. Where weights' gradients
@@ -139,4 +150,6 @@ def work(spec: ExpertsSpec, at: Place) -> Work:
     )
 
 
-PART = Part(parameters, kept, work, shapes, copies=lambda layout: (layout.edp, layout.exchange))
+PART = Part(
+    parameters, kept, work, shapes, copies=lambda layout: (layout.edp, layout.exchange), owed=owed
+)

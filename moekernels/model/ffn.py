@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from moekernels.model.experts import ExpertsSpec
-from moekernels.model.spec import Place, Shape, Work
+from moekernels.model.spec import Owed, Place, Shape, Work
 
 
 def ffn_shapes(spec: ExpertsSpec, d_ff: int) -> dict[str, Shape]:
@@ -27,6 +27,11 @@ def ffn_working(spec: ExpertsSpec, at: Place, d_ff: int) -> float:
     f = d_ff / at.layout.tp
     inner = spec.d_model + spec.up_rows * f + max(f, spec.d_model)
     return at.tokens * at.width * inner
+
+
+def ffn_owed(spec: ExpertsSpec, at: Place, d_ff: int) -> Owed:
+    f, tokens = d_ff / at.layout.tp, at.tokens * at.width
+    return Owed(tokens * spec.d_model, tokens * (spec.up_rows * f + f + spec.d_model))
 
 
 def ffn_work(spec: ExpertsSpec, at: Place, d_ff: int) -> Work:

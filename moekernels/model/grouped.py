@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from moekernels.errors import UsageError
 from moekernels.model.heads import HeadsSpec, result_kept, traffic
-from moekernels.model.spec import LONGEST, Part, Place, Shape, Work, key, norm_kept
+from moekernels.model.spec import LONGEST, Owed, Part, Place, Shape, Work, key, norm_kept
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,13 @@ def kept(spec: GroupedSpec, at: Place) -> float:
     return size + result_kept(spec, at, hd)
 
 
+def owed(spec: GroupedSpec, at: Place) -> Owed:
+    b, tp, hd = at.width, at.layout.tp, spec.head_dim
+    q, k = spec.num_heads / tp, spec.kv_heads / tp
+    inputs, results = spec.d_model + q * hd, (q + 2 * k) * hd + spec.d_model
+    return Owed(at.tokens * b * inputs, at.tokens * b * results)
+
+
 def work(spec: GroupedSpec, at: Place) -> Work:
     tp = at.layout.tp
     q, k, hd = spec.num_heads / tp, spec.kv_heads / tp, spec.head_dim
@@ -85,4 +92,4 @@ def work(spec: GroupedSpec, at: Place) -> Work:
     )
 
 
-PART = Part(parameters, kept, work, shapes, check=check)
+PART = Part(parameters, kept, work, shapes, check=check, owed=owed)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from moekernels.errors import UsageError
 from moekernels.model.heads import HeadsSpec, result_kept, traffic
-from moekernels.model.spec import MOST, Part, Place, Shape, Work, key, norm_kept
+from moekernels.model.spec import MOST, Owed, Part, Place, Shape, Work, key, norm_kept
 
 if TYPE_CHECKING:
     from moekernels.model.attention import AttentionSpec
@@ -91,6 +91,17 @@ def kept(spec: LatentSpec, at: Place) -> float:
     return size + result_kept(spec, at, wide)
 
 
+def owed(spec: LatentSpec, at: Place) -> Owed:
+    b, q, hidden = at.width, spec.num_heads / at.layout.tp, spec.d_model
+    latents = spec.q_rank + spec.kv_rank + spec.rotary_dim
+    made = at.residual if spec.q_rank else at.tokens  # tokens whose latents are made here
+    heads = q * (2 * spec.head_dim - spec.rotary_dim + spec.v_dim)  # of queries, and keys, values
+    return Owed(
+        (made * hidden + at.tokens * (latents + q * spec.v_dim)) * b,
+        (made * latents + at.tokens * (heads + hidden)) * b,
+    )
+
+
 def work(spec: LatentSpec, at: Place) -> Work:
     heads = spec.num_heads / at.layout.tp
     return Work(
@@ -107,6 +118,7 @@ PART = Part(
     shapes,
     asked=lambda spec: spec.kv_rank > 0,
     check=check,
+    owed=owed,
     example={
         "kv_rank": 12,
         "q_rank": 8,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moekernels.model.spec import MOST, Part, Place, Shape, Width, Work, key, norm_kept
+from moekernels.model.spec import MOST, Owed, Part, Place, Shape, Width, Work, key, norm_kept
 
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 SCOPES = ("microbatch", "sequence")
@@ -68,6 +68,12 @@ def kept(spec: RouterSpec, at: Place) -> float:
     return size
 
 
+def owed(spec: RouterSpec, at: Place) -> Owed:
+    split = 1 if at.sequence_parallel else at.layout.tp
+    gradient = at.residual * spec.num_experts / split * at.wide
+    return Owed(at.residual * spec.d_model * at.wide, gradient)
+
+
 def work(spec: RouterSpec, at: Place) -> Work:
     tp = at.layout.tp
     return Work(
@@ -76,4 +82,6 @@ def work(spec: RouterSpec, at: Place) -> Work:
     )
 
 
-PART = Part(parameters, kept, work, shapes, copies=lambda layout: (layout.stage_ranks, 1))
+PART = Part(
+    parameters, kept, work, shapes, copies=lambda layout: (layout.stage_ranks, 1), owed=owed
+)

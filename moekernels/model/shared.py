@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from moekernels.errors import UsageError
 from moekernels.model.experts import ExpertsSpec
-from moekernels.model.ffn import ffn_kept, ffn_parameters, ffn_shapes, ffn_work
-from moekernels.model.spec import WIDEST, Part, Place, Shape, Work, key
+from moekernels.model.ffn import ffn_kept, ffn_owed, ffn_parameters, ffn_shapes, ffn_work
+from moekernels.model.spec import WIDEST, Owed, Part, Place, Shape, Work, key
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ def kept(spec: SharedSpec, at: Place) -> float:
     return size
 
 
+def owed(spec: SharedSpec, at: Place) -> Owed:
+    """Its input may be the router's or the experts' own; the gate's is."""
+    gate = Owed(0.0, at.residual * at.width) if spec.shared_gate else Owed()
+    return ffn_owed(spec, at, spec.shared_d_ff) + gate
+
+
 def work(spec: SharedSpec, at: Place) -> Work:
     return ffn_work(spec, at, spec.shared_d_ff)
 
@@ -57,5 +63,6 @@ PART = Part(
     shapes,
     asked=lambda spec: spec.shared_d_ff > 0,
     check=check,
+    owed=owed,
     example={"shared_d_ff": 16, "shared_gate": True},
 )

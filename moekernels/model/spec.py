@@ -111,6 +111,18 @@ class Work:
     traffic: float = 0.0  # bytes that pass through memory beside the products
 
 
+@dataclass(frozen=True)
+class Owed:
+    """Bytes that a backward leaves behind where the weights' gradients are put off: inputs of their
+    products, which the forward pass keeps too, and gradients of the results."""
+
+    inputs: float = 0.0
+    gradients: float = 0.0
+
+    def __add__(self, other: Owed) -> Owed:
+        return Owed(self.inputs + other.inputs, self.gradients + other.gradients)
+
+
 Shape = tuple[int, ...]
 
 
@@ -122,6 +134,7 @@ class Part:
     asked: whether the specification wants it, by fields of the part's own. check: raises a
     UsageError. shapes: the full shape of each parameter, by name. parameters, kept, work: of a
     rank, see `moekernels.model`. copies: (ranks that share the gradient, how far apart they lie).
+    owed: what its backward leaves to the weights' gradients; nothing where it puts none off.
     example: fields of a small model that has it, which `verify` runs.
     """
 
@@ -132,6 +145,7 @@ class Part:
     asked: Callable[[Any], bool] = lambda spec: True
     check: Callable[[Any], None] = lambda spec: None
     copies: Callable[[Layout], tuple[int, int]] = lambda layout: (layout.dp, layout.tp)
+    owed: Callable[[Any, Place], Owed] = lambda spec, at: Owed()
     example: Mapping[str, Any] = field(default_factory=dict)
 
 

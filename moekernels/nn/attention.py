@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.home import Home
+from moekernels.nn.linear import linear
 from moekernels.nn.masked import masked_attention
 from moekernels.nn.norm import RMSNorm, WideRMSNorm
 from moekernels.nn.rotary import Packing, rotate
@@ -119,7 +120,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """x [T/tp, H] under sequence parallel, else [T, H] -> the same shape."""
         x = gather_tokens(x, self.tp) if self.sequence_parallel else copy_to(x, self.tp)
-        heads = F.linear(x, self.qkv, self.qkv_bias).unflatten(1, (-1, self.head_dim))
+        heads = linear(x, self.qkv, self.qkv_bias).unflatten(1, (-1, self.head_dim))
         turning = self.heads + self.kv_heads
         if self.q_norm is None or self.k_norm is None:
             turned, v = heads.split([turning, self.kv_heads], dim=1)
@@ -131,6 +132,6 @@ class Attention(nn.Module):
             y = packing.cache.attend(self.layer, q, k, v, self.sinks, self.window, self.scale)
         else:
             y = causal_attention(q, k, v, packing, self.scale, window=self.window, sinks=self.sinks)
-        y = F.linear(y.flatten(1), self.out)
+        y = linear(y.flatten(1), self.out)
         y = scatter_tokens(y, self.tp) if self.sequence_parallel else reduce_from(y, self.tp)
         return y if self.out_bias is None else y + self.out_bias

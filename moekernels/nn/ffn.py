@@ -9,6 +9,7 @@ from moekernels import ops
 from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.experts import epilogue
 from moekernels.nn.home import Home
+from moekernels.nn.linear import linear
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import shard
 from moekernels.parallel.tensor import copy_to, gather_tokens, reduce_from, scatter_tokens
@@ -76,4 +77,4 @@ class SharedExpert(FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        return y if self.gate is None else y * torch.sigmoid(x @ self.gate.T)
+        return y if self.gate is None else y * torch.sigmoid(linear(x, self.gate))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.attention import causal_attention
 from moekernels.nn.home import Home
+from moekernels.nn.linear import linear
 from moekernels.nn.norm import RMSNorm
 from moekernels.nn.rotary import Packing, rotate
 from moekernels.parallel.mesh import Mesh
@@ -91,11 +92,11 @@ class LatentAttention(nn.Module):
             x = gather_tokens(x, self.tp) if self.sequence_parallel else copy_to(x, self.tp)
             latents = self._latents(x)
         queries, kv, turned = latents.split([q_rank, kv_rank, self.turning], dim=1)
-        q = F.linear(queries, self.q_b) if q_rank else F.linear(x, self.q)
+        q = linear(queries, self.q_b) if q_rank else linear(x, self.q)
         q = q.unflatten(1, (-1, self.head_dim))
         still = self.head_dim - self.turning
         q = torch.cat([q[..., :still], rotate(q[..., still:], packing)], dim=-1)
-        made = F.linear(kv, self.kv_b).unflatten(1, (q.shape[1], -1))
+        made = linear(kv, self.kv_b).unflatten(1, (q.shape[1], -1))
         k, v = made.split([still, self.v_dim], dim=-1)
         turned = rotate(turned[:, None], packing).expand(-1, q.shape[1], -1)
         k = torch.cat([k, turned], dim=-1)
@@ -105,13 +106,13 @@ class LatentAttention(nn.Module):
             wide = max(self.head_dim, self.v_dim)
             q, k, v = (F.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
             y = causal_attention(q, k, v, packing, self.scale)[..., : self.v_dim]
-        y = F.linear(y.flatten(1), self.out)
+        y = linear(y.flatten(1), self.out)
         return scatter_tokens(y, self.tp) if self.sequence_parallel else reduce_from(y, self.tp)
 
     def _latents(self, x: Tensor) -> Tensor:
         """[T, H] -> [T, rq + rk + rd], normed but for what turns."""
-        kv, turned = F.linear(x, self.kv_a).split([self.ranks[1], self.turning], dim=1)
+        kv, turned = linear(x, self.kv_a).split([self.ranks[1], self.turning], dim=1)
         parts = [self.kv_a_norm(kv), turned]
         if self.q_a_norm is not None:
-            parts.insert(0, self.q_a_norm(F.linear(x, self.q_a)))
+            parts.insert(0, self.q_a_norm(linear(x, self.q_a)))
         return torch.cat(parts, dim=1)

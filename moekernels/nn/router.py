@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekernels import ops, reference
@@ -14,6 +13,7 @@ from moekernels.errors import UsageError
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.tensors import SELECTION_BIAS
 from moekernels.nn.home import Home
+from moekernels.nn.linear import linear
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import shard
 from moekernels.parallel.tensor import copy_to, swap_columns
@@ -71,10 +71,9 @@ class Router(nn.Module):
         """x [T/tp, H], or [T, H] replicated where the gate goes by columns -> [T/tp, E] in fp32 at
         least."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = self.weight.to(wide), None if self.bias is None else self.bias.to(wide)
         if not self.by_columns:
-            return F.linear(x.to(wide), weight, bias)
-        return swap_columns(F.linear(copy_to(x, self.tp).to(wide), weight, bias), self.tp)
+            return linear(x.to(wide), self.weight, self.bias)
+        return swap_columns(linear(copy_to(x, self.tp).to(wide), self.weight, self.bias), self.tp)
 
     def gate(
         self,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -31,6 +31,7 @@ class Queue:
     def put(self, work: Work) -> None:
         self._work.append(work)
 
+    @torch.no_grad()
     def run(self, most: int | None = None) -> int:
         """Run the oldest `most` (None: all), in order; how many ran."""
         done = 0
@@ -42,6 +43,11 @@ class Queue:
 
 _driven: list[Queue] = []  # of `deferred`, the innermost last
 _begun: dict[int, Queue] = {}  # of a backward that runs, by autograd's number of it
+
+
+def owed() -> AbstractContextManager[Queue]:
+    """`deferred` to a queue of its own."""
+    return deferred(Queue())
 
 
 @contextmanager

@@ -16,11 +16,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
+from itertools import product
 
 from .schedule import Action, Kind, Message, Schedule, batches
 
 # Per direction: the runtime waits for a send when this many newer ones have been posted.
 SENDS_IN_FLIGHT = 2
+
+
+BEHIND = {Kind.B: Kind.F, Kind.I: Kind.F, Kind.W: Kind.I}  # what a computation stands behind
 
 
 class ScheduleError(ValueError):
@@ -42,10 +46,32 @@ def check(schedule: Schedule) -> None:
 
 
 def peak_in_flight(schedule: Schedule) -> list[int]:
-    """Per rank: the most (chunk, microbatch) pairs whose F has begun and whose B has not ended."""
-    return [
-        _peak(schedule.actions[rank], {Kind.F: 1}, {Kind.B: 1}) for rank in range(schedule.stages)
-    ]
+    """Per rank: the most (chunk, microbatch) pairs whose F has begun and whose B, or I, has not
+    ended."""
+    down = {Kind.B: 1, Kind.I: 1}
+    return [_peak(actions, {Kind.F: 1}, down) for actions in schedule.actions]
+
+
+def peak_owed(schedule: Schedule) -> list[int]:
+    """Per rank: the most (chunk, microbatch) pairs whose I has begun and whose W has not ended."""
+    return [_peak(actions, {Kind.I: 1}, {Kind.W: 1}) for actions in schedule.actions]
+
+
+def peak_held(schedule: Schedule) -> list[set[tuple[int, int]]]:
+    """Per rank: what it holds when a backward begins, the most of it: pairs as of `held_limits`."""
+    held: list[set[tuple[int, int]]] = []
+    for actions in schedule.actions:
+        kept = owed = 0
+        found = set()
+        for action in actions:
+            if action.kind.frees:
+                found.add((kept, owed))
+            kept += (action.kind is Kind.F) - action.kind.frees
+            owed += (action.kind is Kind.I) - (action.kind is Kind.W)
+        held.append(
+            {(n, o) for n, o in found if not any(a >= n and b >= o for a, b in found - {(n, o)})}
+        )
+    return held
 
 
 def _peak(actions: Iterable[Action], up: dict[Kind, int], down: dict[Kind, int]) -> int:
@@ -58,27 +84,35 @@ def _peak(actions: Iterable[Action], up: dict[Kind, int], down: dict[Kind, int])
 
 
 def _check_computations(schedule: Schedule, rank: int) -> None:
-    kinds = (Kind.F, Kind.B) if schedule.has_backward else (Kind.F,)
-    wanted = {
-        Action(kind, chunk, microbatch)
-        for kind in kinds
-        for chunk in range(schedule.virtual_stages)
-        for microbatch in range(schedule.microbatches)
-    }
+    """Each once: F and, behind it, B or else I and W; gradients in the order of microbatches."""
     counts = Counter(schedule.computations(rank))
+    split = {action[1:] for action in counts if action.kind in (Kind.I, Kind.W)}
+    wanted = set()
+    for where in product(range(schedule.virtual_stages), range(schedule.microbatches)):
+        backward = (Kind.I, Kind.W) if where in split else (Kind.B,)
+        kinds = (Kind.F, *backward) if schedule.has_backward else (Kind.F,)
+        wanted |= {Action(kind, *where) for kind in kinds}
     for action in sorted(wanted | counts.keys()):
         times = int(action in wanted)
         if counts[action] != times:
             raise ScheduleError(
                 f"stage {rank}: {action} stands {counts[action]} times, not {times}"
             )
-    done: set[tuple[int, int]] = set()
+    done: set[Action] = set()
+    latest: dict[tuple[Kind, int], Action] = {}
     for action in schedule.computations(rank):
-        where = (action.chunk, action.microbatch)
-        if action.kind is Kind.F:
-            done.add(where)
-        elif where not in done:
-            raise ScheduleError(f"stage {rank}: {action} stands before its F")
+        first = BEHIND.get(action.kind)
+        if first and action._replace(kind=first) not in done:
+            raise ScheduleError(f"stage {rank}: {action} stands before its {first}")
+        done.add(action)
+        # B adds to all gradients, I and W to some each: sums have the same bits in any schedule
+        for part in (Kind.I, Kind.W):
+            if action.kind not in (Kind.B, part):
+                continue
+            before = latest.get((part, action.chunk), action)
+            if before.microbatch > action.microbatch:
+                raise ScheduleError(f"stage {rank}: {action} stands behind {before}")
+            latest[part, action.chunk] = action
 
 
 def _check_communications(schedule: Schedule, rank: int) -> None:
@@ -124,6 +158,9 @@ def _check_memory(schedule: Schedule, rank: int) -> None:
     peak, limit = peak_in_flight(schedule)[rank], schedule.in_flight_limit[rank]
     if peak > limit:
         raise ScheduleError(f"stage {rank}: {peak} microbatches in flight, the limit is {limit}")
+    owed, limit = peak_owed(schedule)[rank], schedule.owed_limit[rank]
+    if owed > limit:
+        raise ScheduleError(f"stage {rank}: {owed} microbatches owe their W, the limit is {limit}")
     consumers = {
         action: 1 for action in schedule.computations(rank) if schedule.needs(rank, action)
     }

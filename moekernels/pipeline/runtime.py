@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .build import build
 from .check import SENDS_IN_FLIGHT
-from .schedule import Action, Kind, Message, Schedule, batches, build
-from .stage import Chunk, Stage
+from .schedule import Action, Kind, Message, Schedule, batches
+from .stage import Chunk, PutOff, Stage
 from .trace import Clock, Event
 
 ORDERED_BACKENDS = ("nccl",)  # those that run the communications of a group one after the other
@@ -83,7 +84,8 @@ class PipelineRuntime:
     made the batch has scaled it (by one over the tokens of the step), so shares are added and
     backward starts from 1.
 
-    `shapes(batch)` gives (rows, H) of the messages between chunks, of type `dtype`.
+    `shapes(batch)` gives (rows, H) of the messages between chunks, of type `dtype`. `put_off` says
+    how the chunks put gradients of weights off from I to W.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class PipelineRuntime:
         shapes: Callable[[Any], tuple[int, int]],
         dtype: torch.dtype,
         device: torch.device | str,
+        put_off: PutOff | None = None,
     ):
         if (schedule.stages, schedule.virtual_stages) != (group.size, len(chunks)):
             raise ValueError(
@@ -105,7 +108,7 @@ class PipelineRuntime:
         self.shapes = shapes
         self.dtype = dtype
         self.device = torch.device(device)
-        self._stage = Stage(chunks)
+        self._stage = Stage(chunks, put_off)
         self._channels = self._open_channels()
 
     def step(
@@ -206,6 +209,10 @@ class _Step:
             with self.clock.time(action):
                 if kind is Kind.B:
                     result = stage.backward(chunk, microbatch, given)
+                elif kind is Kind.I:
+                    result = stage.backward_input(chunk, microbatch, given)
+                elif kind is Kind.W:
+                    result = stage.backward_weight(chunk, microbatch)
                 elif self.schedule.has_backward:
                     result = stage.forward(chunk, microbatch, batch, given)
                 else:

@@ -1,12 +1,14 @@
 """Pipeline schedules as pure data: for every rank, the list of actions that it performs, in order.
 
-A schedule knows no tensor and no process. `runtime` executes it, `simulate` times it, `check`
-proves it legal.
+A schedule knows no tensor and no process. `build` makes it, `runtime` executes it, `simulate` times
+it, `check` proves it legal.
 
 A rank holds `virtual_stages` chunks of the model; chunk c on rank r is virtual stage c * stages +
 r. An action names its chunk and microbatch:
 
     F, B             forward and backward of a chunk
+    I, W             a backward in two: the gradient of the input, which leaves, and those of the
+                     weights, which nothing waits for
     SEND_F, RECV_F   the activations that leave chunk c, or that it needs
     SEND_B, RECV_B   the gradient of its input, which leaves it, or of its output, which it needs
 
@@ -18,20 +20,17 @@ backend that posts several communications at once, and `check` says what their o
 
 from __future__ import annotations
 
-import bisect
-import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
-
-from moekernels.errors import UsageError
 
 
 class Kind(enum.StrEnum):
     F = "F"
     B = "B"
+    I = "I"  # noqa: E741
+    W = "W"
     SEND_F = "SEND_F"
     RECV_F = "RECV_F"
     SEND_B = "SEND_B"
@@ -39,7 +38,12 @@ class Kind(enum.StrEnum):
 
     @property
     def computes(self) -> bool:
-        return self is Kind.F or self is Kind.B
+        return self in (Kind.F, Kind.B, Kind.I, Kind.W)
+
+    @property
+    def frees(self) -> bool:
+        """Whether it lets go of what the forward pass has kept."""
+        return self is Kind.B or self is Kind.I
 
     @property
     def sends(self) -> bool:
@@ -48,6 +52,10 @@ class Kind(enum.StrEnum):
     @property
     def forward(self) -> bool:
         return self is Kind.F or self is Kind.SEND_F or self is Kind.RECV_F
+
+
+# Of a forward pass, where nothing better is known.
+RELATIVE_COST = {Kind.F: 1, Kind.B: 2, Kind.I: 1, Kind.W: 1}
 
 
 class Action(NamedTuple):
@@ -71,8 +79,10 @@ class Message(NamedTuple):
 class Schedule:
     """`actions[rank]`, in order.
 
-    `in_flight_limit[rank]` bounds the (chunk, microbatch) pairs between their F and B (their
-    activations are kept), `receive_limit` the receive buffers of a rank, both directions together.
+    `in_flight_limit[rank]` bounds the (chunk, microbatch) pairs between their F and B, or I (their
+    activations are kept), `owed_limit[rank]` those between their I and W (what the weights'
+    gradients are made of is kept), `receive_limit` the receive buffers of a rank, both directions
+    together.
     """
 
     name: str
@@ -81,6 +91,7 @@ class Schedule:
     virtual_stages: int
     actions: tuple[tuple[Action, ...], ...]
     in_flight_limit: tuple[int, ...]
+    owed_limit: tuple[int, ...]
     receive_limit: int
 
     @property
@@ -96,14 +107,18 @@ class Schedule:
         return chunk * self.stages + rank
 
     def needs(self, rank: int, action: Action) -> Message | None:
-        """What a computation waits for; None for the first virtual stage's F, the last's B."""
+        """What a computation waits for; None: the first virtual stage's F, the last's B, a W."""
+        if action.kind is Kind.W:
+            return None
         stage = self.virtual_stage(rank, action.chunk)
         border = stage - 1 if action.kind.forward else stage
         inside = 0 <= border < self.depth - 1
         return Message(action.kind.forward, border, action.microbatch) if inside else None
 
     def makes(self, rank: int, action: Action) -> Message | None:
-        """What a computation sends on; None for the last virtual stage's F, the first's B."""
+        """What a computation sends on; None: the last virtual stage's F, the first's B, a W."""
+        if action.kind is Kind.W:
+            return None
         stage = self.virtual_stage(rank, action.chunk)
         border = stage if action.kind.forward else stage - 1
         inside = 0 <= border < self.depth - 1
@@ -134,103 +149,6 @@ class Schedule:
         return (action for action in self.actions[rank] if action.kind.computes)
 
 
-@dataclass(frozen=True)
-class ScheduleKind:
-    """What a schedule's name stands for. warmup(rank, stages, groups, virtual_stages): forward
-    passes that a rank does before it alternates. several: whether a rank holds several virtual
-    stages, or one. offered: worth running; the planner searches it and `verify --all` proves it."""
-
-    warmup: Callable[[int, int, list[int], int], int]
-    several: bool = False
-    offered: bool = True
-
-
-SCHEDULES = {
-    "gpipe": ScheduleKind(lambda rank, stages, groups, virtual: sum(groups), offered=False),
-    "1f1b": ScheduleKind(lambda rank, stages, groups, virtual: stages - 1 - rank),
-    "interleaved": ScheduleKind(
-        lambda rank, stages, groups, virtual: 2 * (stages - 1 - rank) + (virtual - 1) * max(groups),
-        several=True,
-    ),
-}
-
-
-def offered(several: bool) -> list[str]:
-    """Names of the schedules worth running, with several virtual stages per rank or with one."""
-    return [n for n, kind in SCHEDULES.items() if kind.offered and kind.several == several]
-
-
-@lru_cache(maxsize=512)  # a planner asks for the same again and again
-def in_flight_limits(
-    name: str, stages: int, microbatches: int, virtual_stages: int
-) -> tuple[int, ...]:
-    """Per rank, the (chunk, microbatch) pairs whose activations are kept at most."""
-    total, groups = microbatches * virtual_stages, _groups(stages, microbatches)
-    if name == "forward":
-        return (total,) * stages
-    warmup = SCHEDULES[name].warmup
-    return tuple(
-        min(warmup(rank, stages, groups, virtual_stages) + 1, total) for rank in range(stages)
-    )
-
-
-def check_virtual_stages(name: str, virtual_stages: int) -> None:
-    """UsageError where a schedule cannot have so many virtual stages per rank."""
-    if name not in SCHEDULES:
-        raise UsageError(f"unknown schedule {name!r}: one of {', '.join(SCHEDULES)}")
-    several = SCHEDULES[name].several
-    others = [n for n, kind in SCHEDULES.items() if kind.several != several and kind.offered]
-    if several and virtual_stages < 2:
-        raise UsageError(
-            f"schedule {name} needs at least 2 virtual stages per rank, got {virtual_stages}: "
-            f"use schedule {' or '.join(others)}, or 2 virtual stages"
-        )
-    if not several and virtual_stages > 1:
-        raise UsageError(
-            f"schedule {name} has one virtual stage a rank, got {virtual_stages}: "
-            f"use schedule {' or '.join(others)}, or 1 virtual stage"
-        )
-
-
-def build(name: str, stages: int, microbatches: int, virtual_stages: int = 1) -> Schedule:
-    """A schedule by name: one of `SCHEDULES`, or `forward` for evaluation.
-
-    Any number of microbatches will do, also fewer than stages and, for `interleaved`, no multiple
-    of them.
-    """
-    for what, value in (
-        ("pipeline stages", stages),
-        ("microbatches", microbatches),
-        ("virtual stages", virtual_stages),
-    ):
-        if value < 1:
-            raise UsageError(f"{what} must be at least 1, got {value}")
-    if name != "forward":
-        check_virtual_stages(name, virtual_stages)
-
-    total = microbatches * virtual_stages
-    groups = _groups(stages, microbatches)
-    forward = _forward_order(groups, virtual_stages)
-    orders = []
-    for rank in range(stages):
-        if name == "forward":
-            orders.append([Action(Kind.F, c, m) for c, m in forward])
-            continue
-        ahead = min(SCHEDULES[name].warmup(rank, stages, groups, virtual_stages), total)
-        backward = [(virtual_stages - 1 - c, m) for c, m in forward]
-        orders.append(_one_forward_one_backward(forward, backward, ahead))
-    # One buffer in use and one ahead. With virtual stages, what comes round to the first rank for
-    # its next chunk may come before that starts: at most a group, however many microbatches.
-    receive_limit = 2 if virtual_stages == 1 else 2 + max(groups)
-    limits = in_flight_limits(name, stages, microbatches, virtual_stages)
-    bare = Schedule(name, stages, microbatches, virtual_stages, (), limits, receive_limit)
-    made = _production_order(bare, orders)
-    actions = tuple(
-        _with_communication(bare, rank, order, made) for rank, order in enumerate(orders)
-    )
-    return dataclasses.replace(bare, actions=actions)
-
-
 def batches(actions: Iterable[Action]) -> Iterator[Action | list[Action]]:
     """The computations and, between them, the batches of communications.
 
@@ -256,108 +174,3 @@ def batches(actions: Iterable[Action]) -> Iterator[Action | list[Action]]:
         else:
             waiting.append([action])
     yield from flush()
-
-
-def _groups(stages: int, microbatches: int) -> list[int]:
-    """Microbatches that go through a chunk together: as even as possible, and at least `stages`.
-
-    A last group shorter than the pipeline, which a plain division would leave, stalls it, and from
-    three virtual stages on it deadlocks. Even groups reach the bubble of (stages - 1) /
-    virtual_stages microbatches with any number.
-    """
-    groups = max(1, microbatches // stages)
-    return [microbatches // groups + (i < microbatches % groups) for i in range(groups)]
-
-
-def _forward_order(groups: list[int], virtual_stages: int) -> list[tuple[int, int]]:
-    """(chunk, microbatch) of the forward passes, in the order that all ranks share."""
-    order, first = [], 0
-    for size in groups:
-        for chunk in range(virtual_stages):
-            order += [(chunk, microbatch) for microbatch in range(first, first + size)]
-        first += size
-    return order
-
-
-def _one_forward_one_backward(
-    forward: list[tuple[int, int]], backward: list[tuple[int, int]], ahead: int
-) -> list[Action]:
-    """`ahead` forward passes, then forward and backward in turn, then the backward ones left."""
-    order = [Action(Kind.F, c, m) for c, m in forward[:ahead]]
-    for i, (chunk, microbatch) in enumerate(backward):
-        if ahead + i < len(forward):
-            order.append(Action(Kind.F, *forward[ahead + i]))
-        order.append(Action(Kind.B, chunk, microbatch))
-    return order
-
-
-def _production_order(
-    schedule: Schedule, orders: list[list[Action]]
-) -> dict[Message, tuple[int, int]]:
-    """For each message when it is made, if F takes 1, B takes 2 and messages travel in no time.
-
-    The second number orders those of one moment: what a rank receives before what it sends.
-    """
-    made: dict[Message, tuple[int, int]] = {}
-    clock = [0] * schedule.stages
-    position = [0] * schedule.stages
-    moved = True
-    while moved:
-        moved = False
-        for rank, order in enumerate(orders):
-            while position[rank] < len(order):
-                action = order[position[rank]]
-                need = schedule.needs(rank, action)
-                if need and need not in made:
-                    break
-                start = max(clock[rank], made[need][0] if need else 0)
-                clock[rank] = start + (1 if action.kind.forward else 2)
-                message = schedule.makes(rank, action)
-                if message:
-                    made[message] = clock[rank], message.border * (1 if message.forward else -1)
-                position[rank] += 1
-                moved = True
-    return made
-
-
-def _with_communication(
-    schedule: Schedule, rank: int, order: list[Action], made: dict[Message, tuple[int, int]]
-) -> tuple[Action, ...]:
-    """Sends go right behind the computation, receives one computation ahead of need.
-
-    A receive must not block its channel, though, which runs its batches one after the other. So
-    every channel follows the order in which the messages are made: a receive moves behind the sends
-    of earlier messages, on which its own may depend, and in front of those of later ones. At the
-    same place they are one batch, which is as good.
-    """
-    if schedule.stages == 1:  # what a chunk needs is there already
-        return tuple(order)
-    # [i]: what stands in front of computation i
-    sends: list[list[Action]] = [[] for _ in range(len(order) + 1)]
-    receives: list[list[Action]] = [[] for _ in range(len(order) + 1)]
-    places: dict[bool, list[int]] = {True: [], False: []}
-    times: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-    for i, action in enumerate(order):
-        output = schedule.makes(rank, action)
-        if output:
-            forward = action.kind.forward
-            kind = Kind.SEND_F if forward else Kind.SEND_B
-            sends[i + 1].append(action._replace(kind=kind))
-            places[forward].append(i + 1)
-            times[forward].append(made[output])
-    for i, action in enumerate(order):
-        need = schedule.needs(rank, action)
-        if need:
-            forward = action.kind.forward
-            kind = Kind.RECV_F if forward else Kind.RECV_B
-            later = bisect.bisect_right(times[forward], made[need])
-            place = max(0, i - 1)
-            if later < len(places[forward]):
-                place = min(place, places[forward][later])
-            if later > 0:
-                place = max(place, places[forward][later - 1])
-            receives[place].append(action._replace(kind=kind))
-    actions: list[Action] = []
-    for i in range(len(order) + 1):
-        actions += sends[i] + receives[i] + order[i : i + 1]
-    return tuple(actions)

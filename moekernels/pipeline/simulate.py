@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .build import build
 from .check import peak_in_flight
-from .schedule import Action, Kind, Message, Schedule
+from .schedule import RELATIVE_COST, Action, Kind, Message, Schedule
 from .trace import Event
 
 Costs = Callable[[int, int, Kind], float]
-"""(virtual stage, microbatch, Kind.F or Kind.B) -> seconds."""
+"""(virtual stage, microbatch, Kind.F, B, I or W) -> seconds."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Simulator:
     def __init__(self, schedule: Schedule, latency: float = 0.0):
         self.schedule = schedule
         self.latency = latency if schedule.stages > 1 else 0.0
+        self._peak = peak_in_flight(schedule)
         self._compile()
 
     def _compile(self) -> None:
@@ -49,9 +51,7 @@ class Simulator:
         stands for time 0.
         """
         schedule = self.schedule
-        nobody = 2 * schedule.depth * schedule.microbatches
-        if not schedule.has_backward:
-            nobody //= 2
+        nobody = sum(a.kind.computes for actions in schedule.actions for a in actions)
         made: dict[Message, int] = {}
         last = [nobody] * schedule.stages
         position = [0] * schedule.stages
@@ -88,27 +88,26 @@ class Simulator:
                 "check(schedule) says why"
             )
         self._last = last
-        # index into forward + backward, the concatenated costs per microbatch
-        self._cost_index = [
-            action.microbatch + (0 if action.kind.forward else schedule.microbatches)
-            for _, action in self._order
+        self._where = [
+            (schedule.virtual_stage(rank, a.chunk), a.microbatch, a.kind) for rank, a in self._order
         ]
+        # index into the concatenated costs per microbatch of F, B, and of I and W, half a B each
+        m = schedule.microbatches
+        place = {Kind.F: 0, Kind.B: m, Kind.I: 2 * m, Kind.W: 2 * m}
+        self._cost_index = [action.microbatch + place[action.kind] for _, action in self._order]
 
     def makespan(self, forward: Sequence[float], backward: Sequence[float] = ()) -> float:
         """Seconds of the step where microbatch i takes `forward[i]` and `backward[i]` on every
-        virtual stage.
+        virtual stage; I and W half of the latter each.
         """
-        costs = [*forward, *backward]
+        costs = [*forward, *backward, *[x / 2 for x in backward]]
         ends = self._ends([costs[i] for i in self._cost_index])
         return max(ends[i] for i in self._last)
 
     def run(self, costs: Costs) -> Timeline:
         """The whole timeline under any costs."""
         schedule = self.schedule
-        durations = [
-            costs(schedule.virtual_stage(rank, action.chunk), action.microbatch, action.kind)
-            for rank, action in self._order
-        ]
+        durations = [costs(*where) for where in self._where]
         ends = self._ends(durations)
         events = [
             Event(rank, *action, ends[i] - durations[i], ends[i])
@@ -119,7 +118,7 @@ class Simulator:
         for (rank, _), duration in zip(self._order, durations):
             busy[rank] += duration
         bubble = [1.0 - b / makespan if makespan > 0 else 0.0 for b in busy]
-        return Timeline(events, makespan, busy, bubble, peak_in_flight(schedule))
+        return Timeline(events, makespan, busy, bubble, list(self._peak))
 
     def _ends(self, durations: list[float]) -> list[float]:
         ends = [0.0] * (len(durations) + 1)
@@ -135,6 +134,15 @@ class Simulator:
             ends[i] = (arrival if arrival > start else start) + duration
             i += 1
         return ends
+
+
+def idle_microbatches(name: str, stages: int, virtual_stages: int) -> float:
+    """By how many microbatches a flush of many is longer than its own, all of them alike."""
+    count = 4 * stages
+    alone = Simulator(build(name, stages, count, virtual_stages))
+    one = virtual_stages * (RELATIVE_COST[Kind.F] + RELATIVE_COST[Kind.B])
+    forward, backward = (RELATIVE_COST[kind] * 1.0 for kind in (Kind.F, Kind.B))
+    return alone.makespan([forward] * count, [backward] * count) / one - count
 
 
 def makespan(

@@ -5,7 +5,8 @@ of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ the loss (a scalar).
 """
 
 
+class Owed(Protocol):
+    def run(self) -> object: ...
+
+
+PutOff = Callable[[], AbstractContextManager[Owed]]
+"""Within it a backward puts gradients of weights off; `run` of what it gives computes them."""
+
+
 class Stage:
     """The chunks of one rank and their saved state.
 
@@ -24,9 +33,12 @@ class Stage:
     sent: backward starts from its gradient edge, which does not hold the data.
     """
 
-    def __init__(self, chunks: Sequence[Chunk]):
+    def __init__(self, chunks: Sequence[Chunk], put_off: PutOff | None = None):
+        """Without `put_off` an I computes all gradients, and nothing is left to W."""
         self.chunks = chunks
+        self._put_off = put_off
         self._saved: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
+        self._owed: dict[tuple[int, int], Owed | None] = {}
 
     @property
     def in_flight(self) -> int:
@@ -56,6 +68,21 @@ class Stage:
             return None
         return torch.zeros_like(x) if x.grad is None else x.grad
 
+    def backward_input(self, chunk: int, microbatch: int, grad: Tensor | None) -> Tensor | None:
+        """`backward` without the gradients of weights that can be put off: those stay owed."""
+        with nullcontext() if self._put_off is None else self._put_off() as owed:
+            result = self.backward(chunk, microbatch, grad)
+        self._owed[chunk, microbatch] = owed
+        return result
+
+    def backward_weight(self, chunk: int, microbatch: int) -> Tensor | None:
+        """The gradients that `backward_input` has put off; nothing leaves."""
+        owed = self._owed.pop((chunk, microbatch))
+        if owed is not None:
+            owed.run()
+        return None
+
     def clear(self) -> None:
         """Forget the microbatches of a step that failed."""
         self._saved.clear()
+        self._owed.clear()

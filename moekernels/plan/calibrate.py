@@ -95,9 +95,9 @@ def counts(sample: Sample, dtype: str) -> dict[str, list[float]]:
         rows = layer_cost(model, replace(c, grouped_half_rows=0.0), s)
         loss = loss_cost(model, c, s)(*size) if sample.last else 0.0
         for way, row in found.items():
-            cost = layer.total(getattr(layer, way))(*size)
+            cost = getattr(layer.total, way)(*size)
             if constant == "weights":
-                cost -= rows.total(getattr(rows, way))(*size)
+                cost -= getattr(rows.total, way)(*size)
             cost = model.num_layers * cost + c.action_overhead
             row.append(cost + (loss if way == "forward" else 0.0))
     return found

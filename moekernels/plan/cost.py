@@ -8,7 +8,8 @@ is then affine in m. Collectives cost `latency` a hop and bytes over bandwidth.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from moekernels.model.decoder import DecoderSpec, copies, layer_parts
 from moekernels.model.dispatch import routed_rows, way_of
@@ -42,17 +43,31 @@ class Affine:
         return self.fixed + self.per_token * tokens + self.per_square * squares
 
 
+class LayerTotal(NamedTuple):
+    """Of a `LayerCost`, the sum over all parts."""
+
+    forward: Affine
+    backward: Affine
+    again: Affine
+    through: Affine
+    weights: Affine
+
+
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer's forward, backward and recomputation, by part."""
+    """One layer's forward, backward and recomputation, by part; and the backward in two: what it
+    takes without the weights' gradients, and these."""
 
     forward: dict[str, Affine]
     backward: dict[str, Affine]
     again: dict[str, Affine]
+    through: dict[str, Affine]
+    weights: dict[str, Affine]
 
-    @staticmethod
-    def total(parts: dict[str, Affine]) -> Affine:
-        return sum(parts.values(), Affine())
+    @cached_property  # a planner asks for the same again and again
+    def total(self) -> LayerTotal:
+        ways = (self.forward, self.backward, self.again, self.through, self.weights)
+        return LayerTotal(*(sum(parts.values(), Affine()) for parts in ways))
 
 
 def forward_flops(model: DecoderSpec, tokens: float, squares: float) -> float:
@@ -105,7 +120,7 @@ def _layer_cost(model: DecoderSpec, c: Cluster, at: Place, layer: int) -> LayerC
     if layer > model.dense_layers:
         exchange = _collective(c, layout.exchange, 1, *way_of(at).traffic(model, at))
         exchange = exchange * (1.0 - c.overlap)
-    there, home = _over_link(model, c, at, layer, experts)
+    there, home, bare = _over_link(model, c, at, layer, experts)
 
     forward = {
         "attention": attention,
@@ -115,34 +130,47 @@ def _layer_cost(model: DecoderSpec, c: Cluster, at: Place, layer: int) -> LayerC
         "expert exchange": exchange + there,
         "overhead": Affine(c.overhead),
     }
-    backward = {
-        "attention": attention * 2.0 + Affine(0.0, 0.0, attention.per_square * 0.5),
-        "experts": experts * 2.0,
+    squares = Affine(0.0, 0.0, attention.per_square)
+    weights = {"attention": attention + squares * -1.0, "experts": experts}
+    through = {
+        "attention": attention + squares * 1.5,
+        "experts": experts,
         "memory-bound": elementwise * 2.0,
         "tensor exchange": shuffle,
-        "expert exchange": exchange + home,
+        "expert exchange": exchange + bare,
         "overhead": Affine(c.backward_overhead),
+    }
+    backward = {
+        **through,
+        "attention": attention * 2.0 + squares * 0.5,
+        "experts": experts * 2.0,
+        "expert exchange": exchange + home,
     }
     # What the exchange brought is kept; the results' way back is made again.
     again = {**forward, "expert exchange": exchange * 0.5 + there * 0.5}
-    return LayerCost(forward, backward, again)
+    return LayerCost(forward, backward, again, through, weights)
 
 
 def _over_link(
     model: DecoderSpec, c: Cluster, at: Place, layer: int, experts: Affine
-) -> tuple[Affine, Affine]:
-    """What forward and backward wait for a set link: rows of a part travel under the computation
-    of others, the last of a backward's under the weights' gradients, half of its products."""
+) -> tuple[Affine, Affine, Affine]:
+    """What forward, backward and a backward without the weights' gradients wait for a set link:
+    rows of a part travel under the computation of others, the last of a backward's under the
+    weights' gradients, half of its products."""
     if not c.exchange_rate or layer <= model.dense_layers or at.layout.exchange == 1:
-        return Affine(), Affine()
+        return Affine(), Affine(), Affine()
     way = way_of(at)
     flight = way.traffic(model, at)[0] / 2 / c.exchange_rate
     compute, latency = experts.per_token, Affine(2 * c.exchange_latency)
-    if not way.defers:  # the all-gather form: waited for both ways
-        return latency + Affine(0.0, 2 * flight), latency + Affine(0.0, 2 * flight)
-    forward = exposed(c.exchange_parts, flight, compute)
-    backward = exposed(c.exchange_parts, flight, compute, compute)
-    return latency + Affine(0.0, forward), latency + Affine(0.0, backward)
+    if not way.defers:  # the all-gather form: waited for
+        waits = [2 * flight] * 3
+    else:
+        waits = [
+            exposed(c.exchange_parts, flight, compute, afterwards)
+            for afterwards in (0.0, compute, 0.0)
+        ]
+    forward, backward, bare = (latency + Affine(0.0, wait) for wait in waits)
+    return forward, backward, bare
 
 
 def _collective(c: Cluster, ranks: int, stride: int, bytes_per_token: float, calls: int) -> Affine:

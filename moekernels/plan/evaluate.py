@@ -9,6 +9,7 @@ import numpy as np
 
 from moekernels.data.batch_plan import BatchPlan, Cost, plan_batch
 from moekernels.model.decoder import DecoderSpec, alike
+from moekernels.pipeline.build import splits
 from moekernels.pipeline.schedule import Kind
 from moekernels.pipeline.simulate import Simulator, Timeline
 from moekernels.plan import cost
@@ -50,6 +51,10 @@ class BatchSizes:
     @cached_property
     def least(self) -> tuple[float, float]:
         return float(self.tokens.min()), float(self.squares.min())
+
+    @cached_property
+    def most(self) -> tuple[float, float]:
+        return float(self.tokens.max()), float(self.squares.max())
 
 
 @lru_cache(maxsize=4096)
@@ -158,23 +163,30 @@ def memory_of(problem: Problem, s: Strategy, rank: int, tokens: int) -> StageMem
 
 
 def flush_costs(problem: Problem, s: Strategy, sl: BatchSizes) -> Costs:
+    """{(virtual stage, Kind): seconds [m]} of what the schedule's ranks compute."""
+    split = splits(s.schedule)
     kinds = {}
     for number, _ in alike(problem.model, range(1, problem.model.num_layers + 1)):
         layer = cost.layer_cost(problem.model, problem.cluster, s, number)
+        whole = layer.total
+        back = whole.through if split else whole.backward
         kinds[number] = [
-            layer.total(part)(sl.tokens, sl.squares).max(0)
-            for part in (layer.forward, layer.backward, layer.again)
+            part(sl.tokens, sl.squares).max(0)
+            for part in (whole.forward, back, whole.again, whole.weights)
         ]
     loss = cost.loss_cost(problem.model, problem.cluster, s)(sl.tokens, sl.squares).max(0)
     costs: Costs = {}
     for v in range(s.depth):
-        forward = backward = np.full_like(loss, problem.cluster.action_overhead)
+        forward = backward = weights = np.full_like(loss, problem.cluster.action_overhead)
         for number, count, redone in s.kinds_of_layers(problem.model, v):
-            ahead, back, again = kinds[number]
+            ahead, back, again, apart = kinds[number]
             forward = forward + count * ahead
             backward = backward + count * back + redone * again
+            weights = weights + count * apart
         costs[v, Kind.F] = forward + (loss if v == s.depth - 1 else 0.0)
-        costs[v, Kind.B] = backward
+        costs[v, Kind.I if split else Kind.B] = backward
+        if split:
+            costs[v, Kind.W] = weights
     return costs
 
 
@@ -189,28 +201,44 @@ def play(problem: Problem, s: Strategy, sl: BatchSizes) -> tuple[Timeline, Costs
 
 def lower_bound(problem: Problem, s: Strategy, sl: BatchSizes) -> float:
     """A flush of `s` takes no less, whatever is checkpointed: a stage's own work, behind and
-    before the shortest micro-batch of the stages in front of it."""
+    before the shortest micro-batch of the stages in front of it.
+
+    Where weights' gradients are put off only its forward pass is in front for certain. But behind
+    its first F a stage waits for the stages that follow to take that micro-batch forward and back,
+    and has no more to do meanwhile than the F that 1F1B has it do ahead.
+    """
     tokens, squares = sl.sums
-    m = s.microbatches
+    m, split = s.microbatches, splits(s.schedule)
 
     def whole(a: cost.Affine) -> float:
         return a.fixed * m + a.per_token * tokens + a.per_square * squares
 
-    model, both, shortest = problem.model, {}, {}
-    for number, _ in alike(model, range(1, model.num_layers + 1)):
-        layer = cost.layer_cost(model, problem.cluster, s, number)
-        pair = layer.total(layer.forward) + layer.total(layer.backward)
-        both[number], shortest[number] = whole(pair), pair(*sl.least)
-    loss = whole(cost.loss_cost(problem.model, problem.cluster, s))
+    # Of each layer, in order.
+    both: list[float] = []
+    shortest: list[float] = []
+    there_and_back: list[float] = []
+    longest: list[float] = []
+    model = problem.model
+    for number, count in alike(model, range(1, model.num_layers + 1)):
+        layer = cost.layer_cost(model, problem.cluster, s, number).total
+        both += [whole(layer.forward + layer.backward)] * count
+        ahead = layer.forward if split else layer.forward + layer.backward
+        shortest += [ahead(*sl.least)] * count
+        if split:
+            there_and_back += [(layer.forward + layer.through)(*sl.least)] * count
+            longest += [layer.forward(*sl.most)] * count
+    loss = cost.loss_cost(problem.model, problem.cluster, s)
     ranges, stages = s.layer_ranges, s.layout.pp
     best = 0.0
     for rank in range(stages):
-        own = loss if rank == stages - 1 else 0.0
+        own = whole(loss) if rank == stages - 1 else 0.0
         for layers in ranges[rank::stages]:
-            for n, count in alike(model, layers):
-                own += count * both[n]
-        for n, count in alike(model, range(1, ranges[rank].start)):
-            own += count * shortest[n]
+            own += sum(both[layers.start - 1 : layers.stop - 1])
+        mine = slice(ranges[rank].start - 1, ranges[rank].stop - 1)
+        own += sum(shortest[: mine.start])
+        if split and s.virtual_stages == 1 and rank < stages - 1:
+            waits = loss(*sl.least) + sum(there_and_back[mine.stop :])
+            own += max(0.0, waits - (stages - 1 - rank) * sum(longest[mine]))
         best = max(best, own)
     return best
 
@@ -246,12 +274,17 @@ def _evaluate(problem: Problem, s: Strategy, exact_order: bool) -> tuple[Plan, T
     # The busiest rank's time by part; what remains of the makespan is idle.
     rank = int(np.argmax(played.busy))
     parts: dict[str, float] = {}
+    split = splits(s.schedule)
     for v in range(rank, s.depth, layout.pp):
-        parts["overhead"] = parts.get("overhead", 0.0) + 2 * s.microbatches * c.action_overhead
+        actions = (2 + split) * s.microbatches
+        parts["overhead"] = parts.get("overhead", 0.0) + actions * c.action_overhead
         for number, count, again in s.kinds_of_layers(model, v):
             one = cost.layer_cost(model, c, s, number)
             for name in one.forward:
-                time = count * (one.forward[name] + one.backward[name])(sl.tokens, sl.squares)
+                back = one.backward[name]
+                if split:
+                    back = one.through[name] + one.weights.get(name, cost.Affine())
+                time = count * (one.forward[name] + back)(sl.tokens, sl.squares)
                 parts[name] = parts.get(name, 0.0) + float(time.mean(0).sum())
                 redone = again * one.again[name](sl.tokens, sl.squares)
                 mean = float(redone.mean(0).sum())
@@ -277,7 +310,7 @@ def _evaluate(problem: Problem, s: Strategy, exact_order: bool) -> tuple[Plan, T
         strategy=s,
         flush=played.makespan,
         parts=parts,
-        layer_seconds=float(layer.total(layer.forward)(sl.tokens, sl.squares).mean()),
+        layer_seconds=float(layer.total.forward(sl.tokens, sl.squares).mean()),
         mean_tokens=mean,
         largest_tokens=sl.largest,
         bubble=float(np.mean(played.bubble)),

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from moekernels.model import experts, vocabulary
 from moekernels.model.decoder import DecoderSpec, chunk_parameters, copies, layer_parts
 from moekernels.model.dispatch import way_of
 from moekernels.model.ffn import ffn_working
-from moekernels.model.spec import Place
+from moekernels.model.spec import Owed, Place
+from moekernels.pipeline.build import build, held_limits, splits
 from moekernels.pipeline.check import SENDS_IN_FLIGHT
-from moekernels.pipeline.schedule import Schedule, build, in_flight_limits
+from moekernels.pipeline.schedule import Schedule
 from moekernels.plan.strategy import STATE_BYTES, Strategy
 
 # --- activations
@@ -27,13 +29,15 @@ class LayerBytes:
     """Of one layer and one micro-batch: kept from forward to backward by part, kept of it when the
     layer is checkpointed, and the most that its backward, its forward and, where it is
     checkpointed, its second forward within the backward hold besides. cut: what both hold in
-    addition where the exchange is cut, which one that is checkpointed is not."""
+    addition where the exchange is cut, which one that is checkpointed is not. owed: what a backward
+    leaves where the weights' gradients are put off."""
 
     kept: dict[str, float]
     checkpointed: float
     working: float
     forward: float
     again: float
+    owed: Owed
     cut: float = 0.0
 
     @property
@@ -46,6 +50,15 @@ class LayerBytes:
             return max(self.working, self.forward) + self.cut
         again = self.total - self.checkpointed
         return max(self.working + again, self.forward, self.again + again)
+
+    def beyond_owed(self, checkpointed: bool) -> float:
+        """The most that a backward holds that puts the weights' gradients off, beyond what it
+        leaves of this layer."""
+        owed = self.owed.inputs + self.owed.gradients
+        cut = 0.0 if checkpointed else self.cut
+        working = self.working + cut + max(0.0, self.total - owed)
+        again = self.again + self.total - self.checkpointed - owed
+        return max(working, again) if checkpointed else working
 
 
 def place_of(
@@ -65,18 +78,20 @@ def place_of(
 @lru_cache(maxsize=4096)  # the stages of a plan share it
 def layer_bytes(model: DecoderSpec, at: Place, layer: int = 0) -> LayerBytes:
     """The activations of layer number `layer` (0: the last) for a micro-batch on one rank."""
-    parts = layer_parts(model, layer or model.num_layers)
+    parts = list(layer_parts(model, layer or model.num_layers))
     kept = {name: part.kept(model, at) for name, part in parts}
+    owed = sum((part.owed(model, at) for _, part in parts), Owed())
     way, residual = way_of(at), at.residual * model.d_model * at.width
     if "experts" not in kept:
-        return LayerBytes(kept, residual, ffn_working(model, at, model.dense_d_ff), 0.0, 0.0)
+        working = ffn_working(model, at, model.dense_d_ff)
+        return LayerBytes(kept, residual, working, 0.0, 0.0, owed)
     kept["routing"] = way.routing(model, at)
     working = experts.working(model, at) + residual
     peaks = way.peaks(model, at, working, kept["experts"], model.lifted)
     cut = 0.0  # room for all rows that come home, from the first part's on
     if way.defers and min(at.parts, model.num_experts // at.layout.ep) > 1:
         cut = way.rows(model, at) * model.d_model * at.width
-    return LayerBytes(kept, residual + way.keeps(model, at), *peaks, cut)
+    return LayerBytes(kept, residual + way.keeps(model, at), *peaks, owed, cut)
 
 
 @lru_cache(maxsize=4096)
@@ -133,6 +148,17 @@ def cached_schedule(name: str, stages: int, microbatches: int, virtual_stages: i
     return build(name, stages, microbatches, virtual_stages)
 
 
+class ChunkBytes(NamedTuple):
+    """Of a chunk and one micro-batch. kept: until its backward, working: the most that is held
+    besides at any moment, owed: left by a backward that puts the weights' gradients off, split:
+    as working, where backward does so."""
+
+    kept: float
+    working: float
+    owed: float
+    split: float
+
+
 @lru_cache(maxsize=1 << 14)  # ranks and strategies share most of their chunks
 def chunk_activations(
     model: DecoderSpec,
@@ -140,17 +166,19 @@ def chunk_activations(
     layers: tuple[tuple[int, int, int], ...],
     first: bool,
     last: bool,
-) -> tuple[float, float]:
-    """Of a chunk with `layers` (as `Strategy.kinds_of_layers`) and one micro-batch: (kept until its
-    backward, the most that is held besides at any moment)."""
+) -> ChunkBytes:
+    """Of a chunk with `layers` (as `Strategy.kinds_of_layers`) and one micro-batch."""
     beside, loss, working = chunk_bytes(model, at, first, last)
-    kept = beside + loss
+    kept, owed, beyond = beside + loss, 0.0, 0.0
     for layer, count, again in layers:
         one = layer_bytes(model, at, layer)
         kept += (count - again) * one.total + again * one.checkpointed
+        owed += count * (one.owed.inputs + one.owed.gradients)
+        beyond = max(beyond, one.beyond_owed(again > 0))
         # What the loss keeps is gone by the time a layer works.
         working = max(working, one.besides(again > 0) - loss)
-    return kept, working
+    # Layer by layer what is kept becomes what is owed: the most is held in the last of them.
+    return ChunkBytes(kept, working, owed, max(working, beside + owed + beyond - kept))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -185,6 +213,14 @@ def owned_parameters(
     return owned
 
 
+def _in_turn(pairs: int, chunks: list[float]) -> float:
+    """The most that (chunk, microbatch) pairs hold: they go round the rank's chunks in turn."""
+    if len(chunks) == 1:
+        return pairs * chunks[0]
+    share, rest = divmod(pairs, len(chunks))
+    return share * sum(chunks) + sum(sorted(chunks, reverse=True)[:rest])
+
+
 def stage_memory(
     model: DecoderSpec,
     s: Strategy,
@@ -207,12 +243,15 @@ def stage_memory(
         chunk_activations(model, at, s.kinds_of_layers(model, v), v == 0, v == s.depth - 1)
         for v in virtual
     ]
-    working = max(besides for _, besides in held)
-    # The pairs in flight go round the rank's chunks in turn; the heaviest come first.
-    pairs = in_flight_limits(s.schedule, stages, s.microbatches, s.virtual_stages)[rank]
-    chunks = sorted((kept for kept, _ in held), reverse=True)
-    share, rest = divmod(pairs, len(chunks))
-    activations = share * sum(chunks) + sum(chunks[:rest])
+    pairs = held_limits(s.schedule, stages, s.microbatches, s.virtual_stages)[rank]
+    kept = [chunk.kept for chunk in held]
+    if splits(s.schedule):
+        owed = [chunk.owed for chunk in held]
+        activations = max(_in_turn(n, kept) + _in_turn(later, owed) for n, later in pairs)
+        working = max([chunk.split for chunk in held])
+    else:
+        activations = _in_turn(pairs[0][0], kept)
+        working = max([chunk.working for chunk in held])
     message = at.residual * model.d_model * at.width
     messages = (2 + 2 * SENDS_IN_FLIGHT) * message if stages > 1 else 0.0
     return StageMemory(

@@ -1,9 +1,10 @@
 """`--microbatches auto`: how many micro-batches a flush has, from what the first steps take.
 
 One of m micro-batches costs a pipeline stage alpha + W/m seconds: alpha however small it is, W for
-the step's tokens. A flush of m over p stages of v chunks fills and drains for (p-1)/v of them, so
+the step's tokens. A flush of m fills and drains for `idle` of them besides, whatever m is: p-1 over
+p stages, (p-1)/v where they have v chunks each, less where weights' gradients fill what is idle. So
 
-    T(m) = (m + (p-1)/v) (alpha + W/m),    least at    m* = sqrt((p-1)/v W/alpha)
+    T(m) = (m + idle) (alpha + W/m),    least at    m* = sqrt(idle W/alpha)
 
 Two settings are run for some steps each. The global batch is the same whatever m is: nothing is
 lost to measuring.
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from moekernels import assembly
 from moekernels.errors import UsageError
 from moekernels.parallel.mesh import Mesh
+from moekernels.pipeline.simulate import idle_microbatches
 from moekernels.run import files as cfg
 
 WARM, TIMED = 1, 2  # steps of a setting: those that are not counted, and those that are
@@ -36,21 +38,17 @@ def fit(few: tuple[int, float], many: tuple[int, float]) -> tuple[float, float]:
     return max(0.0, fast - work / b), work
 
 
-def optimum(alpha: float, work: float, stages: int, virtual_stages: int = 1) -> float:
+def optimum(alpha: float, work: float, idle: float) -> float:
     """m*, of the fit alone."""
-    idle = (stages - 1) / virtual_stages
     return math.sqrt(idle * work / alpha) if alpha > 0 else (math.inf if idle * work > 0 else 1.0)
 
 
-def choose(
-    alpha: float, work: float, stages: int, virtual_stages: int, least: int, most: int
-) -> int:
+def choose(alpha: float, work: float, idle: float, least: int, most: int) -> int:
     """The whole number from `least` to `most` with the shortest flush."""
-    best = optimum(alpha, work, stages, virtual_stages)
+    best = optimum(alpha, work, idle)
     if best >= most:
         return most
     near = {min(max(n, least), most) for n in (math.floor(best), math.ceil(best))}
-    idle = (stages - 1) / virtual_stages
     return min(sorted(near), key=lambda m: (m + idle) * (alpha + work / m))
 
 
@@ -131,8 +129,7 @@ class Tuner:
     least: int
     most: int
     tried: tuple[int, int]
-    stages: int
-    virtual_stages: int
+    idle: float
     done: int = 0
     seconds: dict[int, list[float]] = field(default_factory=dict)  # of a stage, a token
     tokens: list[int] = field(default_factory=list)
@@ -153,12 +150,11 @@ class Tuner:
         tokens = sum(self.tokens) / len(self.tokens)
         few, many = ((m, min(self.seconds[m]) * tokens / m) for m in self.tried)
         alpha, work = fit(few, many)
-        shape = (self.stages, self.virtual_stages)
-        chosen = choose(alpha, work, *shape, self.least, self.most)
+        chosen = choose(alpha, work, self.idle, self.least, self.most)
         return chosen, (
             f"auto     a stage takes {1e3 * few[1]:.1f} ms for one of {few[0]} micro-batches, "
             f"{1e3 * many[1]:.1f} ms for one of {many[0]}: alpha {1e3 * alpha:.2f} ms, "
-            f"W {1e3 * work:.1f} ms, m* = {optimum(alpha, work, *shape):.1f}; "
+            f"W {1e3 * work:.1f} ms, m* = {optimum(alpha, work, self.idle):.1f}; "
             f"of {self.least} to {self.most}: {chosen}"
         )
 
@@ -181,4 +177,5 @@ def begin(run: cfg.RunConfig, corpus, mesh: Mesh, done: int) -> tuple[Tuner | No
         f"auto     {tried[0]}, then {tried[1]} micro-batches for {STEPS // 2} steps each, then "
         f"the best of {low} to {high}"
     )
-    return Tuner(low, high, tried, lay.pp, lay.virtual_stages, done), tried[0], text
+    idle = idle_microbatches(lay.schedule, lay.pp, lay.virtual_stages)
+    return Tuner(low, high, tried, idle, done), tried[0], text

@@ -16,7 +16,7 @@ from functools import lru_cache
 from moekernels.errors import UsageError
 from moekernels.model.dispatch import WAYS
 from moekernels.model.layout import Layout, divisors
-from moekernels.pipeline.schedule import offered
+from moekernels.pipeline.build import offered
 from moekernels.plan import cost
 from moekernels.plan.evaluate import Plan, Problem, batch_sizes, evaluate, lower_bound, memory_of
 from moekernels.plan.strategy import Strategy
@@ -129,6 +129,8 @@ def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]
             counts = [space.microbatches] if space.microbatches <= most else []
         for virtual in [1, 2, 4] if layout.pp > 1 else [1]:
             names = [n for n in offered(virtual > 1) if space.allows("schedule", n)]
+            if layout.pp == 1:
+                names = names[:1]  # nobody waits, whatever the order
             if layout.pp * virtual > model.num_layers:
                 continue
             for layers in splits(model.num_layers, layout.pp * virtual, heavy):
@@ -285,7 +287,7 @@ def _best_by(problem: Problem, worlds: list[int], space: Space) -> Plan | None:
                 bound = memory_of(problem, s, 0, sl.largest).total
             else:
                 layer = cost.layer_cost(problem.model, problem.cluster, s)
-                bound = float(layer.total(layer.forward)(sl.tokens, sl.squares).mean())
+                bound = float(layer.total.forward(sl.tokens, sl.squares).mean())
             bounded.append((bound, len(bounded), s))
     best: Plan | None = None
     for bound, _, s in sorted(bounded, key=lambda entry: entry[:2]):

@@ -22,7 +22,7 @@ from moekernels import files, jsonio
 from moekernels.errors import UsageError
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.spec import AUTO, MOST
-from moekernels.pipeline.schedule import SCHEDULES, offered
+from moekernels.pipeline.build import SCHEDULES, offered
 from moekernels.run import link
 from moekernels.run.sections import FLAG_SECTIONS, SECTIONS, LayoutSection, RunConfig
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.dispatch import WAYS
 from moekernels.model.spec import LONGEST, MOST, STEPS, key
-from moekernels.pipeline.schedule import SCHEDULES
+from moekernels.pipeline.build import SCHEDULES
 
 LR_SCHEDULES = ("cosine", "linear", "wsd", "constant")
 

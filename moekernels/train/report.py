@@ -13,6 +13,7 @@ from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.nodes import gather
 from moekernels.parallel.optimizer import Optimizer
+from moekernels.pipeline.schedule import RELATIVE_COST
 from moekernels.pipeline.simulate import Simulator
 from moekernels.run import files as cfg
 
@@ -81,11 +82,7 @@ def layout_report(
     schedule = assembly.build_schedule(run)
     plan = loader.plan(1)
     costs = [max(stage[i] for stage in plan.costs) for i in range(schedule.microbatches)]
-    bubble = (
-        Simulator(schedule)
-        .run(lambda _, i, kind: costs[i] * (1 if kind.forward else assembly.BACKWARD_COST))
-        .bubble
-    )
+    bubble = Simulator(schedule).run(lambda _, i, kind: costs[i] * (RELATIVE_COST[kind])).bubble
     lines = [
         f"model    {count(m.parameters_count())} parameters, "
         f"{count(m.parameters_count(active=True))} "

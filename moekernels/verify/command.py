@@ -11,7 +11,7 @@ from moekernels.model.router import SCOPES
 from moekernels.parallel import launch, launcher
 from moekernels.parallel.nodes import gather
 from moekernels.parallel.peers import MODES
-from moekernels.pipeline.schedule import SCHEDULES
+from moekernels.pipeline.build import SCHEDULES
 from moekernels.plan import room
 from moekernels.run import files as cfg
 from moekernels.run.sections import SECTIONS

@@ -12,7 +12,7 @@ from moekernels.model.attention import ATTENTIONS
 from moekernels.model.beside import BESIDE
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.dispatch import WAYS
-from moekernels.pipeline.schedule import SCHEDULES, offered
+from moekernels.pipeline.build import SCHEDULES, offered
 from moekernels.run import files as cfg
 from moekernels.run.sections import LayoutSection
 

@@ -16,7 +16,7 @@ from moekernels.data.batch_plan import (
     plan_batch,
 )
 from moekernels.errors import UsageError
-from moekernels.pipeline.schedule import build
+from moekernels.pipeline.build import build
 from moekernels.pipeline.simulate import Simulator
 
 COST = Cost.of_transformer(942_000_000, num_layers=16, attention_width=1024)

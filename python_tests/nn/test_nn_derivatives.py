@@ -16,6 +16,7 @@ from moekernels import ops
 from moekernels.model.layout import Layout
 from moekernels.model.rotary import RotarySpec, frequencies
 from moekernels.nn.home import Home
+from moekernels.nn.linear import linear
 from moekernels.nn.loss import cross_entropy
 from moekernels.nn.masked import masked_attention
 from moekernels.nn.norm import RMSNorm
@@ -42,6 +43,11 @@ def masked(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
     return masked_attention(q, k, v, sinks, [(1, 3), (1, 4)], 3, 0.5)
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    weight.main_grad = torch.zeros_like(weight)
+    return linear(x, weight, bias)
+
+
 @pytest.mark.parametrize(
     "fn, shapes",
     [
@@ -49,8 +55,9 @@ def masked(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
         (lambda x: rotate(x, PACKING), [(5, 2, 8)]),
         (lambda x: rotate(x, PAIRS), [(5, 2, 10)]),  # of which the last two stay
         (masked, [(7, 4, 4), (7, 2, 4), (7, 2, 3), (4,)]),
+        (product, [(5, 4), (3, 4), (3,)]),
     ],
-    ids=["norm", "rotate", "rotate pairs", "masked"],
+    ids=["norm", "rotate", "rotate pairs", "masked", "product"],
 )
 def test_layers_in_every_mode(fn, shapes) -> None:
     values = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
@@ -58,6 +65,15 @@ def test_layers_in_every_mode(fn, shapes) -> None:
     assert torch.autograd.gradgradcheck(fn, values, fast_mode=True)
     hessian = torch.func.hessian(lambda x: fn(x, *values[1:]).square().sum())(values[0])
     assert torch.isfinite(hessian).all() and hessian.any()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_product_adds_to_the_main_gradient_alone(create_graph) -> None:
+    x, weight = torch.randn(5, 4), torch.randn(3, 4, requires_grad=True)
+    weight.main_grad = torch.ones_like(weight)
+    linear(x, weight).square().sum().backward(create_graph=create_graph)
+    assert weight.grad is None
+    torch.testing.assert_close(weight.main_grad, 1 + 2 * (x @ weight.detach().T).T @ x)
 
 
 def test_cross_entropy_is_differentiated_once() -> None:
@@ -209,7 +225,7 @@ def test_every_autograd_function_is_held_here_or_beside() -> None:
     """A new autograd.Function belongs into one of these tests."""
     root = Path(ops.__file__).parents[1]
     held = {p.stem for p in (root / "ops").glob("*.py")}
-    held |= {"norm", "masked", "rotary", "auxiliary", "loss", "expert", "tensor"}
+    held |= {"norm", "linear", "masked", "rotary", "auxiliary", "loss", "expert", "tensor"}
     held.add("chunks")  # refuses, in parallel/test_chunks.py
     with_functions = {
         path.stem for path in root.rglob("*.py") if "(torch.autograd.Function)" in path.read_text()

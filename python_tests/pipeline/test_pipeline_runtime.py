@@ -12,8 +12,9 @@ import torch.distributed as dist
 import moekernels.pipeline.runtime as runtime_module
 from moekernels.parallel.nodes import Nodes, gather, node_name
 from moekernels.parallel.peers import share
+from moekernels.pipeline.build import build
 from moekernels.pipeline.runtime import PipelineRuntime
-from moekernels.pipeline.schedule import Action, Kind, build
+from moekernels.pipeline.schedule import Action, Kind
 from moekernels.pipeline.trace import Clock
 from python_tests.support.distributed import RankError, RankPool, run_ranks
 
@@ -142,7 +143,13 @@ CASES = [
     (name, stages, count, virtual_stages)
     for stages in (1, 2, 3, 4)
     for count in (1, 3, 4, 9)
-    for name, virtual_stages in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3))
+    for name, virtual_stages in (
+        ("gpipe", 1),
+        ("1f1b", 1),
+        ("zb", 1),
+        ("interleaved", 2),
+        ("interleaved", 3),
+    )
 ]
 
 

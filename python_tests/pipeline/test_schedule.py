@@ -1,6 +1,7 @@
 """Schedules are legal whatever their size, and what is illegal is noticed."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moekernels.errors import UsageError
-from moekernels.pipeline.check import ScheduleError, check, peak_in_flight
-from moekernels.pipeline.schedule import Action, Kind, batches, build
+from moekernels.pipeline.build import build, held_limits
+from moekernels.pipeline.check import ScheduleError, check, peak_held, peak_in_flight, peak_owed
+from moekernels.pipeline.schedule import Action, Kind, batches
 
-NAMES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("forward", 1)]
+NAMES = [
+    ("gpipe", 1),
+    ("1f1b", 1),
+    ("interleaved", 2),
+    ("interleaved", 3),
+    ("zb", 1),
+    ("forward", 1),
+]
 KINDS = [*NAMES, ("forward", 3)]
 
 
@@ -29,6 +38,7 @@ def test_legal(name, virtual_stages, stages):
 def test_legal_at_any_size(stages, microbatches, virtual_stages):
     check(build("interleaved", stages, microbatches, virtual_stages))
     check(build("1f1b", stages, microbatches))
+    check(build("zb", stages, microbatches))
 
 
 @pytest.mark.parametrize("stages, microbatches", [(1, 5), (2, 2), (4, 3), (4, 8), (8, 32)])
@@ -36,6 +46,28 @@ def test_1f1b_keeps_at_most_stages_minus_rank_microbatches(stages, microbatches)
     peaks = peak_in_flight(build("1f1b", stages, microbatches))
     assert peaks == [min(stages - rank, microbatches) for rank in range(stages)]
     assert peak_in_flight(build("gpipe", stages, microbatches)) == [microbatches] * stages
+
+
+def test_zb_is_1f1b_that_puts_weights_off():
+    """The same order of F and B, I in the place of B, and W in the order of the microbatches."""
+    for stages, microbatches in itertools.product(range(2, 9), range(1, 41)):
+        whole, split = (build(name, stages, microbatches) for name in ("1f1b", "zb"))
+        if microbatches % 8 in (0, 1, 7) or microbatches < 4:  # its two models take the time
+            check(split)
+        assert peak_in_flight(split) == peak_in_flight(whole)
+        assert peak_owed(split) == [min(rank + 1, microbatches) for rank in range(stages)]
+        for one in (whole, split):
+            limits = held_limits(one.name, stages, microbatches, 1)
+            assert peak_held(one) == [set(pairs) for pairs in limits]
+        for rank in range(stages):
+            order = list(split.computations(rank))
+            weights = [a.microbatch for a in order if a.kind is Kind.W]
+            assert weights == list(range(microbatches))
+            rest = [(a.kind, a.microbatch) for a in order if a.kind is not Kind.W]
+            assert rest == [
+                (Kind.I if a.kind is Kind.B else a.kind, a.microbatch)
+                for a in whole.computations(rank)
+            ]
 
 
 def test_interleaved_keeps_a_bounded_number_whatever_the_microbatches():
@@ -121,7 +153,7 @@ def test_batches_hold_one_direction_and_at_most_a_send_and_a_receive():
         (("1f1b", 4, 0), "microbatches must be at least 1, got 0"),
         (("interleaved", 4, 8, -1), "virtual stages must be at least 1, got -1"),
         (("1f1b", 4, 8, 2), "use schedule interleaved, or 1 virtual stage"),
-        (("interleaved", 4, 8), "use schedule 1f1b, or 2 virtual stages"),
+        (("interleaved", 4, 8), "use schedule 1f1b or zb, or 2 virtual stages"),
     ],
 )
 def test_what_cannot_be_built(arguments, message):
@@ -189,6 +221,36 @@ def _faults():
     swapped = [f[0], f[3], f[2], f[5], f[1], f[4]]
     yield "which receives", _edit(gpipe, 1, lambda a: swapped + a[6:])
     yield "actions for 2", dataclasses.replace(legal, actions=legal.actions[:2])
+    split = build("zb", 3, 4)
+    yield (
+        "I of chunk 0, microbatch 0 stands before its F",
+        _edit(split, 2, _move(Action(Kind.I, 0, 0), 0)),
+    )
+    yield (
+        "W of chunk 0, microbatch 0 stands before its I",
+        _edit(split, 2, _move(Action(Kind.W, 0, 0), 0)),
+    )
+    yield "W of chunk 0, microbatch 3 stands 0 times", _edit(split, 2, lambda a: a[:-1])
+    yield (
+        "W of chunk 0, microbatch 2 stands behind W of chunk 0, microbatch 3",
+        _edit(split, 2, lambda a: [*a[:-2], a[-1], a[-2]]),
+    )
+    yield (
+        "B of chunk 0, microbatch 0 stands behind I of chunk 0, microbatch 1",
+        _edit(
+            dataclasses.replace(build("zb", 1, 2), in_flight_limit=(2,)),
+            0,
+            lambda a: [*[x for x in a if x.microbatch or x.kind is Kind.F], Action(Kind.B, 0, 0)],
+        ),
+    )
+    yield (
+        "B of chunk 0, microbatch 1 stands 1 times, not 0",
+        _edit(split, 0, lambda a: [*a, Action(Kind.B, 0, 1)]),
+    )
+    yield (
+        "3 microbatches owe their W, the limit is 2",
+        dataclasses.replace(split, owed_limit=(1, 2, 2)),
+    )
     local = build("interleaved", 1, 1, 2)
     yield "stands before what it needs", _edit(local, 0, _move(Action(Kind.F, 0, 0), 1))
     yield "there is no other stage", _edit(local, 0, lambda a: [*a, Action(Kind.SEND_F, 0, 0)])

@@ -5,8 +5,9 @@ import random
 
 import pytest
 
+from moekernels.pipeline.build import build
 from moekernels.pipeline.check import peak_in_flight
-from moekernels.pipeline.schedule import Kind, build
+from moekernels.pipeline.schedule import Kind
 from moekernels.pipeline.simulate import Simulator, makespan
 from moekernels.pipeline.trace import Event, trace_events, write_trace
 from python_tests.support.counting import at_most_calls
@@ -24,6 +25,24 @@ def test_bubble_of_equal_costs(name, stages, microbatches):
     assert timeline.makespan == 3 * (microbatches + stages - 1)
     expected = (stages - 1) / (microbatches + stages - 1)
     assert timeline.bubble == pytest.approx([expected] * stages, abs=1e-15)
+
+
+@pytest.mark.parametrize("costs", [(1, 1, 1), (1, 2, 1), (10, 13, 8), (2, 3, 2), (3, 3, 0)])
+@pytest.mark.parametrize("stages", range(2, 9))
+def test_idle_of_zb(stages, costs):
+    """Behind its own work a rank idles for (p - 1)(F + I - W), where W is the shortest; with fewer
+    microbatches than stages W cannot fill what it would."""
+    forward, through, weights = costs
+    price = dict(zip((Kind.F, Kind.I, Kind.W), costs))
+    for microbatches in range(1, 41):
+        split = Simulator(build("zb", stages, microbatches))
+        found = split.run(lambda stage, microbatch, kind: price[kind])
+        idle = found.makespan - microbatches * sum(costs)
+        missing = max(0, stages - microbatches) * weights
+        assert idle == (stages - 1) * (forward + through - weights) + missing
+        assert found.busy == [microbatches * sum(costs)] * stages
+        if costs == (1, 1, 1):  # a makespan halves what a backward takes
+            assert split.makespan([1.0] * microbatches, [2.0] * microbatches) == found.makespan
 
 
 @pytest.mark.parametrize("virtual_stages", [2, 3, 4])
@@ -81,7 +100,9 @@ def event_loop(schedule, costs, latency):
     return ends
 
 
-@pytest.mark.parametrize("name, virtual_stages", [("gpipe", 1), ("1f1b", 1), ("interleaved", 2)])
+@pytest.mark.parametrize(
+    "name, virtual_stages", [("gpipe", 1), ("1f1b", 1), ("zb", 1), ("interleaved", 2)]
+)
 @pytest.mark.parametrize("stages, microbatches", [(1, 3), (2, 5), (4, 3), (4, 11)])
 @pytest.mark.parametrize("latency", [0.0, 0.25])
 def test_random_costs(name, stages, microbatches, virtual_stages, latency):

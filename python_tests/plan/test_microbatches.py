@@ -10,12 +10,13 @@ import pytest
 
 from moekernels.data.corpus import Corpus, CorpusStats
 from moekernels.errors import UsageError
+from moekernels.pipeline.simulate import idle_microbatches
 from moekernels.plan import microbatches as mb
 from moekernels.run import files as cfg
 
 
-def flush(alpha, work, stages, virtual, m):
-    return (m + (stages - 1) / virtual) * (alpha + work / m)
+def flush(alpha, work, idle, m):
+    return (m + idle) * (alpha + work / m)
 
 
 @pytest.mark.parametrize("alpha, work", [(2e-3, 0.3), (1e-4, 0.5), (5e-2, 0.1)])
@@ -32,17 +33,31 @@ def test_noise_gives_no_negative_cost():
 
 def test_the_document():
     """The rule itself: p = 4, W = 320 ms, alpha = 0.94 ms."""
-    assert mb.optimum(0.94e-3, 0.32, 4) == pytest.approx((3 * 0.32 / 0.94e-3) ** 0.5)
+    assert mb.optimum(0.94e-3, 0.32, 3) == pytest.approx((3 * 0.32 / 0.94e-3) ** 0.5)
 
 
-@pytest.mark.parametrize("stages, virtual", [(1, 1), (2, 1), (4, 1), (4, 2), (8, 4)])
-def test_no_count_is_better_than_the_chosen(stages, virtual):
+@pytest.mark.parametrize(
+    "name, stages, virtual, idle",
+    [
+        ("1f1b", 1, 1, 0),
+        ("1f1b", 4, 1, 3),
+        ("interleaved", 4, 2, 3 / 2),
+        ("interleaved", 8, 4, 7 / 4),
+        ("zb", 4, 1, 1),  # W takes a third
+    ],
+)
+def test_what_a_schedule_idles_for(name, stages, virtual, idle):
+    assert idle_microbatches(name, stages, virtual) == pytest.approx(idle)
+
+
+@pytest.mark.parametrize("idle", [0.0, 1.0, 3.0, 1.5, 7 / 4])
+def test_no_count_is_better_than_the_chosen(idle):
     for alpha, work in itertools.product([0.0, 1e-4, 3e-3, 0.2], [0.0, 1e-3, 0.3, 5.0]):
         for least, most in ((1, 64), (5, 9), (7, 7), (20, 128)):
-            chosen = mb.choose(alpha, work, stages, virtual, least, most)
+            chosen = mb.choose(alpha, work, idle, least, most)
             assert least <= chosen <= most
-            best = min(flush(alpha, work, stages, virtual, m) for m in range(least, most + 1))
-            assert flush(alpha, work, stages, virtual, chosen) <= best * (1 + 1e-12)
+            best = min(flush(alpha, work, idle, m) for m in range(least, most + 1))
+            assert flush(alpha, work, idle, chosen) <= best * (1 + 1e-12)
 
 
 def test_two_settings_that_differ_and_fit():
@@ -59,7 +74,7 @@ def test_two_settings_that_differ_and_fit():
 def test_a_tuner_measures_then_decides():
     """Steps of unequal tokens; the first step of a setting, ten times slower, is not counted."""
     alpha, work, mean = 1.5e-3, 0.24, 1100
-    tuner = mb.Tuner(1, 64, (4, 16), 4, 1, done=7)
+    tuner = mb.Tuner(1, 64, (4, 16), 3.0, done=7)
     for place, tokens in enumerate((900, 1000, 1200, 5000, 1200, 1000)):
         m = tuner.count(8 + place)
         assert m == (4 if place < 3 else 16)

@@ -42,8 +42,8 @@ def took(sample: Sample) -> Took:
     loss = loss_cost(model, c, s)(*size) if sample.last else 0.0
     held = chunk_parameters(model, place_of(s, 0.0), s.layer_range(0), False, sample.last)
     return Took(
-        model.num_layers * layer.total(layer.forward)(*size) + c.action_overhead + loss,
-        model.num_layers * layer.total(layer.backward)(*size) + c.action_overhead,
+        model.num_layers * layer.total.forward(*size) + c.action_overhead + loss,
+        model.num_layers * layer.total.backward(*size) + c.action_overhead,
         UPDATE["update"] * sum(held.values()) * update_bytes(s) + UPDATE["steps"],
     )
 

@@ -1,0 +1,197 @@
+"""Schedules by name: what each stands for, and the order in which a rank computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from moekernels.errors import UsageError
+
+from .messages import production_order, with_communication
+from .schedule import Action, Kind, Schedule
+
+
+@dataclass(frozen=True)
+class ScheduleKind:
+    """What a schedule's name stands for. warmup(rank, stages, groups, virtual_stages): forward
+    passes that a rank does before it alternates. several: whether a rank holds several virtual
+    stages, or one. offered: worth running; the planner searches it and `verify --all` proves it.
+    owed(rank): where backward is I and W, how many W a rank puts off; None: backward is one."""
+
+    warmup: Callable[[int, int, list[int], int], int]
+    several: bool = False
+    offered: bool = True
+    owed: Callable[[int], int] | None = None
+
+
+SCHEDULES = {
+    "gpipe": ScheduleKind(lambda rank, stages, groups, virtual: sum(groups), offered=False),
+    "1f1b": ScheduleKind(lambda rank, stages, groups, virtual: stages - 1 - rank),
+    "interleaved": ScheduleKind(
+        lambda rank, stages, groups, virtual: 2 * (stages - 1 - rank) + (virtual - 1) * max(groups),
+        several=True,
+    ),
+    # ZB-H1: a rank puts off as many W as ranks before it, and has them when gradients run dry
+    "zb": ScheduleKind(lambda rank, stages, *_: stages - 1 - rank, owed=lambda rank: rank),
+}
+
+
+def splits(name: str) -> bool:
+    """Whether a schedule's backward is I and W."""
+    return name != "forward" and SCHEDULES[name].owed is not None
+
+
+def offered(several: bool) -> list[str]:
+    """Names of the schedules worth running, with several virtual stages per rank or with one."""
+    return [n for n, kind in SCHEDULES.items() if kind.offered and kind.several == several]
+
+
+@lru_cache(maxsize=512)  # a planner asks for the same again and again
+def in_flight_limits(
+    name: str, stages: int, microbatches: int, virtual_stages: int
+) -> tuple[int, ...]:
+    """Per rank, the (chunk, microbatch) pairs whose activations are kept at most."""
+    total, groups = microbatches * virtual_stages, _groups(stages, microbatches)
+    if name == "forward":
+        return (total,) * stages
+    warmup = SCHEDULES[name].warmup
+    return tuple(
+        min(warmup(rank, stages, groups, virtual_stages) + 1, total) for rank in range(stages)
+    )
+
+
+@lru_cache(maxsize=512)
+def held_limits(
+    name: str, stages: int, microbatches: int, virtual_stages: int
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Per rank, what it holds at most when a backward begins: pairs of (those whose activations are
+    kept, those that owe their W), none of which is within another."""
+    kept = in_flight_limits(name, stages, microbatches, virtual_stages)
+    if not splits(name):
+        return tuple(((most, 0),) for most in kept)
+    held = []
+    for most, owed in zip(kept, owed_limits(name, stages, microbatches, virtual_stages)):
+        pairs = [(min(most, microbatches - k), k) for k in range(owed)]
+        held.append(tuple(a for a, b in zip(pairs, [*pairs[1:], (0, 0)]) if a[0] > b[0]))
+    return tuple(held)
+
+
+@lru_cache(maxsize=512)
+def owed_limits(name: str, stages: int, microbatches: int, virtual_stages: int) -> tuple[int, ...]:
+    """Per rank, the (chunk, microbatch) pairs between their I and W at most."""
+    owed = None if name == "forward" else SCHEDULES[name].owed
+    if owed is None:
+        return (0,) * stages
+    return tuple(min(owed(rank) + 1, microbatches * virtual_stages) for rank in range(stages))
+
+
+def check_virtual_stages(name: str, virtual_stages: int) -> None:
+    """UsageError where a schedule cannot have so many virtual stages per rank."""
+    if name not in SCHEDULES:
+        raise UsageError(f"unknown schedule {name!r}: one of {', '.join(SCHEDULES)}")
+    several = SCHEDULES[name].several
+    others = [n for n, kind in SCHEDULES.items() if kind.several != several and kind.offered]
+    if several and virtual_stages < 2:
+        raise UsageError(
+            f"schedule {name} needs at least 2 virtual stages per rank, got {virtual_stages}: "
+            f"use schedule {' or '.join(others)}, or 2 virtual stages"
+        )
+    if not several and virtual_stages > 1:
+        raise UsageError(
+            f"schedule {name} has one virtual stage a rank, got {virtual_stages}: "
+            f"use schedule {' or '.join(others)}, or 1 virtual stage"
+        )
+
+
+def build(name: str, stages: int, microbatches: int, virtual_stages: int = 1) -> Schedule:
+    """A schedule by name: one of `SCHEDULES`, or `forward` for evaluation.
+
+    Any number of microbatches will do, also fewer than stages and, for `interleaved`, no multiple
+    of them.
+    """
+    for what, value in (
+        ("pipeline stages", stages),
+        ("microbatches", microbatches),
+        ("virtual stages", virtual_stages),
+    ):
+        if value < 1:
+            raise UsageError(f"{what} must be at least 1, got {value}")
+    if name != "forward":
+        check_virtual_stages(name, virtual_stages)
+
+    total = microbatches * virtual_stages
+    groups = _groups(stages, microbatches)
+    forward = _forward_order(groups, virtual_stages)
+    orders = []
+    for rank in range(stages):
+        if name == "forward":
+            orders.append([Action(Kind.F, c, m) for c, m in forward])
+            continue
+        ahead = min(SCHEDULES[name].warmup(rank, stages, groups, virtual_stages), total)
+        backward = [(virtual_stages - 1 - c, m) for c, m in forward]
+        order = _one_forward_one_backward(forward, backward, ahead)
+        owed = SCHEDULES[name].owed
+        orders.append(_split(order, owed(rank)) if owed else order)
+    # One buffer in use and one ahead. With virtual stages, what comes round to the first rank for
+    # its next chunk may come before that starts: at most a group, however many microbatches.
+    receive_limit = 2 if virtual_stages == 1 else 2 + max(groups)
+    limits = in_flight_limits(name, stages, microbatches, virtual_stages)
+    put_off = owed_limits(name, stages, microbatches, virtual_stages)
+    bare = Schedule(name, stages, microbatches, virtual_stages, (), limits, put_off, receive_limit)
+    made = production_order(bare, orders)
+    actions = tuple(
+        with_communication(bare, rank, order, made) for rank, order in enumerate(orders)
+    )
+    return dataclasses.replace(bare, actions=actions)
+
+
+def _groups(stages: int, microbatches: int) -> list[int]:
+    """Microbatches that go through a chunk together: as even as possible, and at least `stages`.
+
+    A last group shorter than the pipeline, which a plain division would leave, stalls it, and from
+    three virtual stages on it deadlocks. Even groups reach the bubble of (stages - 1) /
+    virtual_stages microbatches with any number.
+    """
+    groups = max(1, microbatches // stages)
+    return [microbatches // groups + (i < microbatches % groups) for i in range(groups)]
+
+
+def _forward_order(groups: list[int], virtual_stages: int) -> list[tuple[int, int]]:
+    """(chunk, microbatch) of the forward passes, in the order that all ranks share."""
+    order, first = [], 0
+    for size in groups:
+        for chunk in range(virtual_stages):
+            order += [(chunk, microbatch) for microbatch in range(first, first + size)]
+        first += size
+    return order
+
+
+def _one_forward_one_backward(
+    forward: list[tuple[int, int]], backward: list[tuple[int, int]], ahead: int
+) -> list[Action]:
+    """`ahead` forward passes, then forward and backward in turn, then the backward ones left."""
+    order = [Action(Kind.F, c, m) for c, m in forward[:ahead]]
+    for i, (chunk, microbatch) in enumerate(backward):
+        if ahead + i < len(forward):
+            order.append(Action(Kind.F, *forward[ahead + i]))
+        order.append(Action(Kind.B, chunk, microbatch))
+    return order
+
+
+def _split(order: list[Action], most: int) -> list[Action]:
+    """Each B as I, with the W of all but the latest `most` behind it, oldest first; these at the
+    end."""
+    split: list[Action] = []
+    owed: deque[Action] = deque()
+    for action in order:
+        if action.kind is not Kind.B:
+            split.append(action)
+            continue
+        split.append(action._replace(kind=Kind.I))
+        owed.append(action._replace(kind=Kind.W))
+        if len(owed) > most:
+            split.append(owed.popleft())
+    return [*split, *owed]

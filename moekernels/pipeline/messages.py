@@ -1,0 +1,80 @@
+"""Where a schedule's sends and receives stand between its computations."""
+
+from __future__ import annotations
+
+import bisect
+
+from .schedule import RELATIVE_COST, Action, Kind, Message, Schedule
+
+
+def production_order(
+    schedule: Schedule, orders: list[list[Action]]
+) -> dict[Message, tuple[int, int]]:
+    """For each message when it is made, if F takes 1, B takes 2 (I and W one each) and messages
+    travel in no time.
+
+    The second number orders those of one moment: what a rank receives before what it sends.
+    """
+    made: dict[Message, tuple[int, int]] = {}
+    clock = [0] * schedule.stages
+    position = [0] * schedule.stages
+    moved = True
+    while moved:
+        moved = False
+        for rank, order in enumerate(orders):
+            while position[rank] < len(order):
+                action = order[position[rank]]
+                need = schedule.needs(rank, action)
+                if need and need not in made:
+                    break
+                start = max(clock[rank], made[need][0] if need else 0)
+                clock[rank] = start + RELATIVE_COST[action.kind]
+                message = schedule.makes(rank, action)
+                if message:
+                    made[message] = clock[rank], message.border * (1 if message.forward else -1)
+                position[rank] += 1
+                moved = True
+    return made
+
+
+def with_communication(
+    schedule: Schedule, rank: int, order: list[Action], made: dict[Message, tuple[int, int]]
+) -> tuple[Action, ...]:
+    """Sends go right behind the computation, receives one computation ahead of need.
+
+    A receive must not block its channel, though, which runs its batches one after the other. So
+    every channel follows the order in which the messages are made: a receive moves behind the sends
+    of earlier messages, on which its own may depend, and in front of those of later ones. At the
+    same place they are one batch, which is as good.
+    """
+    if schedule.stages == 1:  # what a chunk needs is there already
+        return tuple(order)
+    # [i]: what stands in front of computation i
+    sends: list[list[Action]] = [[] for _ in range(len(order) + 1)]
+    receives: list[list[Action]] = [[] for _ in range(len(order) + 1)]
+    places: dict[bool, list[int]] = {True: [], False: []}
+    times: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+    for i, action in enumerate(order):
+        output = schedule.makes(rank, action)
+        if output:
+            forward = action.kind.forward
+            kind = Kind.SEND_F if forward else Kind.SEND_B
+            sends[i + 1].append(action._replace(kind=kind))
+            places[forward].append(i + 1)
+            times[forward].append(made[output])
+    for i, action in enumerate(order):
+        need = schedule.needs(rank, action)
+        if need:
+            forward = action.kind.forward
+            kind = Kind.RECV_F if forward else Kind.RECV_B
+            later = bisect.bisect_right(times[forward], made[need])
+            place = max(0, i - 1)
+            if later < len(places[forward]):
+                place = min(place, places[forward][later])
+            if later > 0:
+                place = max(place, places[forward][later - 1])
+            receives[place].append(action._replace(kind=kind))
+    actions: list[Action] = []
+    for i in range(len(order) + 1):
+        actions += sends[i] + receives[i] + order[i : i + 1]
+    return tuple(actions)
