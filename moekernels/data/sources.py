@@ -90,7 +90,7 @@ def _pair(path: Path) -> list[Path]:
     half = path.suffix.lower() in (".idx", ".bin")
     stem = path.with_suffix("") if half else path
     pair = [Path(f"{stem}.idx"), Path(f"{stem}.bin")]
-    found = (half or not path.exists()) and all(map(os.path.isfile, pair))
+    found = (half or not os.path.exists(path)) and all(map(os.path.isfile, pair))
     return pair if found else [path]
 
 
@@ -159,6 +159,16 @@ def fingerprint(files: list[TextFile]) -> str:
             refuse_if_named(file, error if isinstance(error, Unfit) else unreadable(error))
         digest.update(os.fsencode(file.name) + b"\0%d" % file.named + content.digest())
     return digest.hexdigest()
+
+
+def check_named(source: str | Sequence[str]) -> None:
+    """UsageError where a named file is none that can be read, before anything else is."""
+    for file in list_files(source):
+        if file.named and not is_packed(file.path):
+            try:
+                open_file(file).close()
+            except Unfit as fault:
+                refuse_if_named(file, fault)
 
 
 def refuse_if_named(file: TextFile, fault: Unfit) -> None:

@@ -6,6 +6,7 @@ of a two-dimensional one are documents. An .idx says where documents lie in the 
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ def is_tokenised(path: Path) -> bool:
 
 def _is_half(path: Path) -> bool:
     """Whether it is a .bin that an .idx speaks of."""
-    return path.suffix.lower() == ".bin" and path.with_suffix(".idx").exists()
+    return path.suffix.lower() == ".bin" and os.path.exists(path.with_suffix(".idx"))
 
 
 def survey(files: list[TextFile], end_of_text: int) -> Tokenised:

@@ -156,6 +156,7 @@ def _corpus(
     cut into the batches that are asked for, or is another than the checkpoint's."""
     from moekernels.data import mixture
     from moekernels.data.corpus import load_corpus
+    from moekernels.data.sources import check_named
     from moekernels.data.tokenizer import find_tokenizer
 
     kept = folder.path / TOKENIZER
@@ -172,6 +173,8 @@ def _corpus(
         text_field=files.portable(run.batch.text_field),
         log=print if speaks else None,
     )
+    if others:
+        check_named([one.name for one in others])
     corpus = load(sources, tokenizer=tokenizer)
     if others:  # in the same tokens
         evaluation = load(others, tokenizer=corpus.folder / "tokenizer.json")

@@ -115,7 +115,7 @@ def test_planning_for_this_machine(capsys):
     assert 0 < data["recommended"]["mfu"] < 1
     assert main(["plan", "--preset", "tiny", "--here", "2"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "90 % of them within 8 %" in out and "s ± 8 % a step" in out
+    assert "90 % of them within 8 %" in out and "s ± 8 % per step" in out
 
 
 def test_a_run_beside_the_prediction(tmp_path, capsys):
