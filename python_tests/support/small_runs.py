@@ -67,6 +67,15 @@ def wait_for_steps(out, steps, process, seconds=300):
     assert len(read_metrics(out)) >= steps
 
 
+def wait_for_checkpoint(out, process, seconds=300):
+    """Until one is whole: the run goes on while it is written, several steps on a busy machine."""
+    deadline = time.monotonic() + seconds
+    while not list((out / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    assert list((out / "checkpoints").glob("step-*"))
+
+
 def torchrun(*flags):
     """The command line up to moekernels' own arguments."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

@@ -22,6 +22,7 @@ from python_tests.support.small_runs import (
     run_command,
     start,
     torchrun,
+    wait_for_checkpoint,
     wait_for_steps,
 )
 
@@ -147,6 +148,7 @@ def test_killed_at_any_moment_and_resumed_has_the_same_losses(text, whole, tmp_p
     expected, out = losses(whole[0]), tmp_path / "killed"
     process = start(text, out, *whole[2])
     wait_for_steps(out, 4, process)
+    wait_for_checkpoint(out, process)
     process.kill()
     process.communicate()
     process = start(text, out, *whole[2], "--resume")

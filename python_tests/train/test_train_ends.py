@@ -17,7 +17,14 @@ from moekernels.data.tokenizer import Tokenizer
 from moekernels.parallel.stop import handled
 from moekernels.train import shards
 from moekernels.train.metrics import read_metrics
-from python_tests.support.small_runs import argv, environment, losses, torchrun, wait_for_steps
+from python_tests.support.small_runs import (
+    argv,
+    environment,
+    losses,
+    torchrun,
+    wait_for_checkpoint,
+    wait_for_steps,
+)
 
 TINY = "--layers 2 --experts 4 --d-model 16 --heads 2 --vocab-size 258 --tp 1".split()
 PAIR = ("--pp", "2")  # two local ranks
@@ -222,6 +229,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(train, text, tmp_path):
     command = [*torchrun("--max-restarts", "2"), *argv(text, out, *TINY, *more)]
     process = subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True)
     wait_for_steps(out, 4, process)
+    wait_for_checkpoint(out, process)
     before = children(process.pid)
     os.kill(before[1], signal.SIGKILL)
     deadline = time.monotonic() + 300
