@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moekernels.balance.replan import Rule
 from moekernels.errors import UsageError
+from moekernels.model.experts import whole_share
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
 from moekernels.ops import _deferred
@@ -39,7 +40,7 @@ BACKWARD_COST = 2.0  # of a forward pass, for the order of micro-batches
 def layout_of(run: cfg.RunConfig) -> Layout:
     """The layout, or UsageError where anything of the model does not divide by it."""
     lay, m = run.layout, run.model
-    layout = Layout(lay.tp, lay.dp, lay.pp, lay.ep, lay.etp)
+    layout = _degrees(run)
     layout.validate(num_heads=m.num_heads, num_kv_heads=m.kv_heads)
     layout.validate(
         num_experts=m.num_experts,
@@ -86,6 +87,11 @@ def build_mesh(run: cfg.RunConfig, device: torch.device) -> Mesh:
     return mesh
 
 
+def _degrees(run: cfg.RunConfig) -> Layout:
+    lay = run.layout
+    return Layout(lay.tp, lay.dp, lay.pp, lay.ep, lay.etp)
+
+
 def replan_rule(run: cfg.RunConfig) -> Rule:
     """How a run moves experts; UsageError where it cannot."""
     rule = Rule.parse(run.train.replan)
@@ -94,8 +100,9 @@ def replan_rule(run: cfg.RunConfig) -> Rule:
             f"--replan {run.train.replan}: with ep 1 a rank holds all experts of a layer and none "
             f"can move; give --ep, or leave it out"
         )
-    layout = run.layout
-    copies = layout.tp * layout.dp // (layout.ep * layout.etp)
+    layout = _degrees(run)
+    # What each etp shard holds whole is summed, and so split, over those, too.
+    copies = layout.edp * (layout.etp if whole_share(run.model, layout.etp) else 1)
     if rule.every and run.train.shard_optimizer and copies > 1:
         raise UsageError(
             f"--replan {run.train.replan} moves whole experts, whose state --shard-optimizer "

@@ -51,8 +51,10 @@ def test_a_run_goes_on_sharded_and_whole_and_elsewhere(train):
     torch.testing.assert_close(torch.tensor(first), torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
-def test_experts_that_move_are_not_split(text, cache, capfd, tmp_path):
-    more = "--tp 1 --dp 4 --ep 2 --replan 2 --shard-optimizer".split()
+@pytest.mark.parametrize("degrees", ["--tp 1 --dp 4 --ep 2", "--tp 2 --dp 2 --ep 2 --etp 2"])
+def test_experts_that_move_are_not_split(text, cache, capfd, tmp_path, degrees):
+    """Nor those of one copy whose lifts lie whole on each etp shard."""
+    more = [*degrees.split(), "--replan", "2", "--shard-optimizer"]
     assert main(argv(text, tmp_path / "run", *TINY, *more)) == 2
     err = capfd.readouterr().err
     assert "--replan 2 moves whole experts, whose state --shard-optimizer splits" in err
