@@ -125,7 +125,7 @@ def load_corpus(
     several = [Source(one) if isinstance(one, str) else one for one in named]
     weighted = tuple(one for one in several if one.weight is not None)
     name = ", ".join(one.name for one in several)
-    files = list_files([one.name for one in several] if len(several) > 1 else several[0].name)
+    files = list_files([one.name for one in several])
     text: list[object] = [_FORMAT, text_field, fingerprint(files)]
     if weighted:  # which file is whose decides the order
         text.append(
