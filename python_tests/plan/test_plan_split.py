@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.distributed._tools.mem_tracker import MemTracker
 
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
@@ -18,7 +16,7 @@ from moekernels.plan.evaluate import batch_sizes, flush_costs, lower_bound, play
 from moekernels.plan.memory import chunk_activations, layer_bytes, place_of, stage_memory
 from moekernels.plan.search import Space, search
 from moekernels.plan.strategy import Strategy
-from python_tests.support.activations import DTYPES, pack, small, total
+from python_tests.support.activations import DTYPES, pack, small, total, tracking
 from python_tests.support.plans import problem
 
 
@@ -30,26 +28,19 @@ def _measure(model, layers, dtype, tokens, checkpoint):
         model, Mesh(Layout()), range(1, layers + 1), True, False,
         dtype=DTYPES[dtype], checkpoint_layers=checkpoint,
     )  # fmt: skip
-    for p in chunk.parameters():
-        p.main_grad = torch.zeros_like(p, dtype=torch.float32)
-        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    tracker, queue = MemTracker(), _deferred.Queue()
-    known = [batch.tokens, batch.labels, batch.positions]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tracker.track_external(chunk, *known, *[p.main_grad for p in chunk.parameters()])
-        with tracker:
-            before = total(tracker, "current")
-            y = chunk(batch, None)
-            edge, grad = torch.autograd.graph.get_gradient_edge(y), torch.ones_like(y)
-            del y
-            with _deferred.deferred(queue):
-                torch.autograd.backward([edge], [grad])
-            del edge
-            owed = total(tracker, "current") - before - grad.nbytes
-            peak = total(tracker, "peak") - before
-            queue.run()
-            left = total(tracker, "current") - before - grad.nbytes
+    queue = _deferred.Queue()
+    with tracking(chunk, batch) as tracker:
+        before = total(tracker, "current")
+        y = chunk(batch, None)
+        edge, grad = torch.autograd.graph.get_gradient_edge(y), torch.ones_like(y)
+        del y
+        with _deferred.deferred(queue):
+            torch.autograd.backward([edge], [grad])
+        del edge
+        owed = total(tracker, "current") - before - grad.nbytes
+        peak = total(tracker, "peak") - before
+        queue.run()
+        left = total(tracker, "current") - before - grad.nbytes
     assert len(queue) == 0
     return owed - left, peak - left
 

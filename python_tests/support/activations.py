@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -40,6 +42,21 @@ def total(tracker: MemTracker, kind: str) -> int:
     return tracker.get_tracker_snapshot(kind)[CPU]["Total"]
 
 
+@contextlib.contextmanager
+def tracking(chunk: StageModel, batch: MicroBatch) -> Iterator[MemTracker]:
+    """What runs within is seen by a tracker that knows the batch, parameters and gradients."""
+    for p in chunk.parameters():
+        p.main_grad = torch.zeros_like(p, dtype=torch.float32)
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # as the optimiser
+    tracker = MemTracker()
+    known = [batch.tokens, batch.labels, batch.positions]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tracker.track_external(chunk, *known, *[p.main_grad for p in chunk.parameters()])
+        with tracker:
+            yield tracker
+
+
 def measure(
     model, mesh, layers, first, last, dtype, tokens, checkpoint, dispatcher="all_to_all", parts=1
 ):
@@ -50,25 +67,17 @@ def measure(
         dtype=DTYPES[dtype], checkpoint_layers=checkpoint, dispatcher=dispatcher,
         exchange_parts=parts,
     )  # fmt: skip
-    for p in chunk.parameters():
-        p.main_grad = torch.zeros_like(p, dtype=torch.float32)
-        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # as the optimiser
     own = tokens // mesh.tp.size
     x = None if first else torch.zeros(own, model.d_model, dtype=DTYPES[dtype])
-    tracker = MemTracker()
-    known = [batch.tokens, batch.labels, batch.positions]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tracker.track_external(chunk, *known, *[p.main_grad for p in chunk.parameters()])
-        with tracker:
-            before = total(tracker, "current")
-            if x is not None:
-                x = x.clone().requires_grad_()
-            y = chunk(batch, x)
-            edge, grad = torch.autograd.graph.get_gradient_edge(y), torch.ones_like(y)
-            del y
-            kept = total(tracker, "current") - before - grad.numel() * grad.element_size()
-            torch.autograd.backward([edge], [grad])
+    with tracking(chunk, batch) as tracker:
+        before = total(tracker, "current")
+        if x is not None:
+            x = x.clone().requires_grad_()
+        y = chunk(batch, x)
+        edge, grad = torch.autograd.graph.get_gradient_edge(y), torch.ones_like(y)
+        del y
+        kept = total(tracker, "current") - before - grad.numel() * grad.element_size()
+        torch.autograd.backward([edge], [grad])
     return kept, total(tracker, "peak") - before
 
 
