@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cuda/detail/ptx_sm90.cuh"
+#include "cuda/sm90/ptx.cuh"
 
 using namespace moekernels::cuda::sm90;
 

@@ -47,7 +47,7 @@ void negate(const NegateArgs& args, int64_t begin, int64_t end) {
 """
 CUDA = """#include "moekernels/negate.h"
 
-#include "detail/launch.cuh"
+#include "common/launch.cuh"
 
 namespace moekernels::cuda {
 namespace {

@@ -59,7 +59,7 @@ def _slabs(kit: Kit, shape: kernels.Shape) -> list[kernels.Slabs]:
     return [kernels.Slabs(m, addresses, p, shape, patience) for p, m in enumerate(memory)]
 
 
-@rung(15, "simt", look="csrc/cuda/exchange.cu, detail/flags.cuh; streams that do not run together")
+@rung(15, "simt", look="csrc/cuda/exchange.cu, common/flags.cuh; streams that do not run together")
 def exchange(kit: Kit) -> dict:
     """Rows out and home between ranks of one card, twice over one slot, to the bit."""
     tokens, hidden = (4096, 2048) if kit.hardware else (5, 16)

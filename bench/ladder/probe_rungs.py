@@ -74,7 +74,7 @@ def _kernels(kit: Kit) -> dict[str, dict]:
 
 
 # ---- 2: mbarriers
-@rung(2, "driver", look="init_barrier, arrive, wait in ptx_sm90.cuh: count and parity", probe=True)
+@rung(2, "driver", look="init_barrier, arrive, wait in sm90/ptx.cuh: count and parity", probe=True)
 def mbarrier(kit: Kit) -> dict:
     """A fresh barrier's phase 1 is over and its phase 0 is not; 40 rounds, both parities."""
     rounds = 40
@@ -201,7 +201,7 @@ def _hold_product(kit: Kit, name: str) -> None:
     require(not off.any(), f"{name}: random operands give other sums, {where(off)}")
 
 
-@rung(4, "driver", look="operand() in ptx_sm90.cuh: stride 1024, step 32, swizzle", probe=True)
+@rung(4, "driver", look="operand() in sm90/ptx.cuh: stride 1024, step 32, swizzle", probe=True)
 def wgmma_k_major(kit: Kit) -> dict:
     """m64n256k16, both operands along K, as a stage holds them: which element meets which."""
     _hold_product(kit, "wgmma_bf16_n256_kk")
@@ -216,14 +216,14 @@ def wgmma_mn_major(kit: Kit) -> dict:
     return {"layouts": 3}
 
 
-@rung(4, "wgmma_k_major", look="multiply() of ptx_sm90.cuh with 64 accumulators", probe=True)
+@rung(4, "wgmma_k_major", look="multiply() of sm90/ptx.cuh with 64 accumulators", probe=True)
 def wgmma_n128(kit: Kit) -> dict:
     """m64n128k16."""
     _hold_product(kit, "wgmma_bf16_n128_kk")
     return {"shape": "m64n128k16"}
 
 
-@rung(4, "wgmma_k_major", look="the type in multiply() of ptx_sm90.cuh", probe=True)
+@rung(4, "wgmma_k_major", look="the type in multiply() of sm90/ptx.cuh", probe=True)
 def wgmma_f16(kit: Kit) -> dict:
     """fp16 operands: other bits than bf16's."""
     _hold_product(kit, "wgmma_f16_n256_kk")
@@ -231,7 +231,7 @@ def wgmma_f16(kit: Kit) -> dict:
 
 
 # ---- 5: the ring
-@rung(5, "tma_2d", look="Ring and release in product_sm90.cuh: phases, 8 arrivals", probe=True)
+@rung(5, "tma_2d", look="Ring and release in sm90/product.cuh: phases, 8 arrivals", probe=True)
 def ring(kit: Kit) -> dict:
     """Four stages through 1, 4, 5 and 40 steps: every stage's bytes at its turn."""
     stages, taken = 4, (1, 4, 5, 40)

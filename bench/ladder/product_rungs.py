@@ -56,7 +56,7 @@ def _rows(kit: Kit, inputs: dict, what: str) -> Tensor:
 ROWS_NEED = ("ring", "wgmma_k_major", "wgmma_n128", "tma_3d", "setmaxnreg", "attributes")
 
 
-@rung(7, *ROWS_NEED, look="stage_rows and StoreRows in rows_sm90.cuh, fragments of multiply()")
+@rung(7, *ROWS_NEED, look="stage_rows and StoreRows in sm90/rows.cuh, fragments of multiply()")
 def rows_one_tile(kit: Kit) -> dict:
     """One whole tile of 128 x 128, then of 128 x 256: five steps and one."""
     for out, width in ((128, 320), (256, 64)):
@@ -180,7 +180,7 @@ def _hold_experts(kit: Kit, inputs: dict, wanted: set[str], backward: bool, what
 @rung(
     9,
     "rows_many_tiles",
-    look="StoreUp in experts_sm90.cuh: gate beside up, the activation",
+    look="StoreUp in sm90/experts.cuh: gate beside up, the activation",
     limit=30,
 )
 def up(kit: Kit) -> dict:
@@ -214,7 +214,7 @@ def dact(kit: Kit) -> dict:
 
 
 # ---- 11: limits
-@rung(11, "rows_ragged", look="run_sm90.cuh: what reaches tensor_map, shared memory, alignment")
+@rung(11, "rows_ragged", look="sm90/run.cuh: what reaches tensor_map, shared memory, alignment")
 def limits(kit: Kit) -> dict:
     """No experts, one, as many as leave four stages (366) and no more (367), more than threads;
     no rows; a bias that begins at an odd element."""

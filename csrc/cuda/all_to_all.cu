@@ -2,9 +2,9 @@
 // weight's size allows, and words are as wide as that.
 #include "moekernels/all_to_all.h"
 
-#include "detail/launch.cuh"
-#include "detail/move.cuh"
-#include "detail/scan.cuh"
+#include "common/launch.cuh"
+#include "common/move.cuh"
+#include "common/scan.cuh"
 
 namespace moekernels::cuda {
 namespace {

@@ -1,9 +1,9 @@
 // Bound by memory: every row is read once, a token's sum stays in registers, in the order of k.
 #include "moekernels/combine.h"
 
-#include "detail/launch.cuh"
-#include "detail/vec.cuh"
-#include "detail/warp.cuh"
+#include "common/launch.cuh"
+#include "common/vec.cuh"
+#include "common/warp.cuh"
 
 namespace moekernels::cuda {
 namespace {

@@ -4,9 +4,9 @@
 
 #include <algorithm>
 
-#include "detail/flags.cuh"
-#include "detail/launch.cuh"
-#include "detail/move.cuh"
+#include "common/flags.cuh"
+#include "common/launch.cuh"
+#include "common/move.cuh"
 
 namespace moekernels::cuda {
 namespace {

@@ -2,10 +2,10 @@
 // shared memory. The wgmma kernels for sm_90a are in experts_sm90.cu.
 #include "moekernels/experts.h"
 
-#include "detail/activation.cuh"
-#include "detail/gemm_launch.cuh"
-#include "detail/gemm_mma.cuh"
-#include "detail/tiles.cuh"
+#include "common/activation.cuh"
+#include "common/tiles.cuh"
+#include "mma/gemm.cuh"
+#include "mma/launch.cuh"
 
 namespace moekernels::cuda {
 namespace {

@@ -1,10 +1,10 @@
 // The experts' products on sm_90a, their nonlinearities in the epilogues.
 #include "moekernels/experts.h"
 
-#include "detail/experts_sm90.cuh"
-#include "detail/product_sm90.cuh"
-#include "detail/run_sm90.cuh"
-#include "detail/sm90.cuh"
+#include "sm90/entry.cuh"
+#include "sm90/experts.cuh"
+#include "sm90/product.cuh"
+#include "sm90/run.cuh"
 
 namespace moekernels::cuda::sm90 {
 namespace {

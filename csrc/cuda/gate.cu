@@ -5,8 +5,8 @@
 
 #include <type_traits>
 
-#include "detail/gate.cuh"
-#include "detail/launch.cuh"
+#include "common/launch.cuh"
+#include "gate.cuh"
 
 namespace moekernels::cuda {
 namespace {

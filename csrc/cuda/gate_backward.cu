@@ -2,8 +2,8 @@
 // logits.
 #include <type_traits>
 
-#include "detail/gate.cuh"
-#include "detail/launch.cuh"
+#include "common/launch.cuh"
+#include "gate.cuh"
 
 namespace moekernels::cuda {
 namespace {

@@ -3,9 +3,9 @@
 // grouped_gemm_sm90.cu.
 #include "moekernels/grouped_gemm.h"
 
-#include "detail/gemm_launch.cuh"
-#include "detail/gemm_mma.cuh"
-#include "detail/tiles.cuh"
+#include "common/tiles.cuh"
+#include "mma/gemm.cuh"
+#include "mma/launch.cuh"
 
 namespace moekernels::cuda {
 namespace {

@@ -1,9 +1,9 @@
 // grouped_gemm, its dgrad and its wgrad on sm_90a.
 #include "moekernels/grouped_gemm.h"
 
-#include "detail/product_sm90.cuh"
-#include "detail/run_sm90.cuh"
-#include "detail/sm90.cuh"
+#include "sm90/entry.cuh"
+#include "sm90/product.cuh"
+#include "sm90/run.cuh"
 
 namespace moekernels::cuda::sm90 {
 namespace {

@@ -1,8 +1,8 @@
 // Only moves bytes: a warp moves a piece of a row, all its loads under way before the first store.
 #include "moekernels/permute.h"
 
-#include "detail/launch.cuh"
-#include "detail/move.cuh"
+#include "common/launch.cuh"
+#include "common/move.cuh"
 
 namespace moekernels::cuda {
 namespace {

@@ -3,9 +3,9 @@
 // in order.
 #include "moekernels/route.h"
 
-#include "detail/launch.cuh"
-#include "detail/scan.cuh"
-#include "detail/warp.cuh"
+#include "common/launch.cuh"
+#include "common/scan.cuh"
+#include "common/warp.cuh"
 
 namespace moekernels::cuda {
 namespace {

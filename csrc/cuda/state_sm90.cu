@@ -1,5 +1,5 @@
 // The settings of the sm_90a products, and the host's side of the watchdog and the trace.
-#include "detail/state_sm90.cuh"
+#include "sm90/state.cuh"
 
 #include <cstdio>
 #include <cstdlib>
@@ -7,7 +7,7 @@
 #include <mutex>
 #include <string>
 
-#include "detail/launch.cuh"
+#include "common/launch.cuh"
 
 namespace moekernels::cuda::sm90 {
 namespace {

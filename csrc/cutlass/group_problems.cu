@@ -1,6 +1,6 @@
 #include "group_problems.h"
 
-#include "detail/launch.cuh"
+#include "common/launch.cuh"
 #include "moekernels/gemm_tiles.h"
 
 namespace moekernels::cuda {

@@ -12,8 +12,8 @@
 
 #include <string>
 
-#include "detail/gemm_launch.cuh"
 #include "group_problems.h"
+#include "mma/launch.cuh"
 
 namespace moekernels::cuda {
 

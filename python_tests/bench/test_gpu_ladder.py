@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -100,36 +99,36 @@ def test_more_registers_than_a_launch_has():
 
 # ---- planted in the products
 INSTANCE = """
-#include "detail/product_sm90.cuh"
-#include "detail/{header}"
+#include "sm90/product.cuh"
+#include "{header}"
 namespace moekernels::cuda::sm90 {{
 const void* planted() {{ return reinterpret_cast<const void*>(product<{kind}, {flags}>); }}
 }}
 """
-ROWS = ("rows_sm90.cuh", "StoreRows<__nv_bfloat16, 256>", "false, false", "grouped_gemm_sm90")
-ALONG_N = ("rows_sm90.cuh", "StoreRows<__nv_bfloat16, 256>", "false, true", "grouped_gemm_sm90")
-ROWS128 = ("rows_sm90.cuh", "StoreRows<__nv_bfloat16, 128>", "false, false", "grouped_gemm_sm90")
+ROWS = ("sm90/rows.cuh", "StoreRows<__nv_bfloat16, 256>", "false, false", "grouped_gemm_sm90")
+ALONG_N = ("sm90/rows.cuh", "StoreRows<__nv_bfloat16, 256>", "false, true", "grouped_gemm_sm90")
+ROWS128 = ("sm90/rows.cuh", "StoreRows<__nv_bfloat16, 128>", "false, false", "grouped_gemm_sm90")
 ADD = (
-    "rows_sm90.cuh",
+    "sm90/rows.cuh",
     "StoreGradient<__nv_bfloat16, 256, true>",
     "true, true",
     "grouped_gemm_sm90",
 )
 SET = (
-    "rows_sm90.cuh",
+    "sm90/rows.cuh",
     "StoreGradient<__nv_bfloat16, 256, false>",
     "true, true",
     "grouped_gemm_sm90",
 )
-UP = ("experts_sm90.cuh", "StoreUp<__nv_bfloat16>", "false, false", "experts_sm90")
-DACT = ("experts_sm90.cuh", "StoreDAct<__nv_bfloat16>", "false, true", "experts_sm90")
+UP = ("sm90/experts.cuh", "StoreUp<__nv_bfloat16>", "false, false", "experts_sm90")
+DACT = ("sm90/experts.cuh", "StoreDAct<__nv_bfloat16>", "false, true", "experts_sm90")
 
 
 def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wrong: str) -> None:
     """One product of the library compiled again with a line exchanged, in the library's place."""
     header, kind, flags, stem = product
-    shutil.copytree(ROOT / "csrc" / "cuda" / "detail", folder / "detail")
-    planted.plant(folder / "detail", file, (right, wrong))
+    planted.copy_headers(ROOT, folder)
+    planted.plant(folder, file, (right, wrong))
     source = folder / "planted.cu"
     source.write_text(INSTANCE.format(header=header, kind=kind, flags=flags))
     buggy = ptx.Module(
@@ -137,7 +136,7 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
             source,
             emulated.ARCH,
             defines=['MOEKERNELS_CUDA_ARCHS="PTX"'],
-            include=[ROOT / "csrc" / "include"],
+            include=[ROOT / "csrc" / "include", folder],
             lines=False,
         )
     )
@@ -163,7 +162,7 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
         (
             "rows_one_tile",
             ROWS128,
-            "rows_sm90.cuh",
+            "sm90/rows.cuh",
             "staged_at(lane % 16, 2 * i + lane / 16)",
             "staged_at(lane % 16, 2 * i + 1 - lane / 16)",
             "128 columns, K 320 is wrong",
@@ -171,7 +170,7 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
         (
             "rows_ragged",
             ROWS,
-            "product_sm90.cuh",
+            "sm90/product.cuh",
             "tile.row_end = kOverRows ? INT32_MAX : static_cast<int32_t>(rows.end);",
             "tile.row_end = kOverRows ? INT32_MAX : static_cast<int32_t>(rows.end) - 1;",
             "ragged rows",
@@ -179,7 +178,7 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
         (
             "rows_transposed",
             ALONG_N,
-            "product_sm90.cuh",
+            "sm90/product.cuh",
             "kStepB = (kOverRows || kAlongN ? 16 * kLine : 32) >> 4;",
             "kStepB = (kOverRows ? 16 * kLine : 32) >> 4;",
             "w along N is wrong",
@@ -187,7 +186,7 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
         (
             "rows_many_tiles",
             ROWS,
-            "product_sm90.cuh",
+            "sm90/product.cuh",
             "uint64_t rows_in = kOverRows && steps > 0 ? counting(0) : 0;",
             "ring = {args.stages}; uint64_t rows_in = kOverRows && steps > 0 ? counting(0) : 0;",
             "many tiles a block is wrong|wait",
@@ -195,7 +194,7 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
         (
             "wgrad",
             ADD,
-            "rows_sm90.cuh",
+            "sm90/rows.cuh",
             "= {sum[j][half].x + part[0],",
             "= {part[0],",
             r"fp32 \+= is wrong.*column % 8 in \{0, 2, 4, 6\}",
@@ -203,7 +202,7 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
         (
             "wgrad_tail",
             SET,
-            "product_sm90.cuh",
+            "sm90/product.cuh",
             "if (!(rows_in >> row & 1)) {",
             "if (!(rows_in >> row & 1) && row > 62) {",
             "dw is wrong",
@@ -211,7 +210,7 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
         (
             "up",
             UP,
-            "experts_sm90.cuh",
+            "sm90/experts.cuh",
             "const float* c = d + column_of(kPart, block) / 2 + half * 2;",
             "const float* c = d + column_of(1 - kPart, block) / 2 + half * 2;",
             "swiglu: y is wrong",
@@ -219,13 +218,13 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
         (
             "dact",
             DACT,
-            "experts_sm90.cuh",
+            "sm90/experts.cuh",
             "const float* c = d + (kPart * 8 + block) * 4 + half * 2;",
             "const float* c = d + (kPart * 8 + 7 - block) * 4 + half * 2;",
             "swiglu: d.* is wrong",
         ),
         # The end of the walk is wrong too, so that the first number of experts shows it.
-        ("limits", ROWS, "product_sm90.cuh", "    before += total;\n", "", r"E \d+ is wrong"),
+        ("limits", ROWS, "sm90/product.cuh", "    before += total;\n", "", r"E \d+ is wrong"),
     ],
     ids=lambda v: v if isinstance(v, str) and v in NAMES else "",
 )

@@ -99,7 +99,7 @@ BUGS = [
     Bug(
         "missing_syncthreads",
         "tsan",
-        "detail/scan.cuh",
+        "common/scan.cuh",
         "if (lane == 31) scratch[warp] = sum;\n  __syncthreads();",
         "if (lane == 31) scratch[warp] = sum;",
         "data race",
@@ -131,7 +131,7 @@ BUGS = [
     Bug(
         "shared_out_of_bounds",
         "asan",
-        "detail/scan.cuh",
+        "common/scan.cuh",
         "scratch[warp] = sum",
         "scratch[warp + 1] = sum",
         "global-buffer-overflow",
@@ -163,7 +163,7 @@ BUGS = [
     Bug(
         "misaligned_vector",
         "asan",
-        "detail/move.cuh",
+        "common/move.cuh",
         "if (bits % 16 == 0) return f(uint4{});",
         "if (bits % 8 == 0) return f(uint4{});",
         "misaligned address",
@@ -274,7 +274,7 @@ def test_planted_bug_is_caught(contract, build, tmp_path, bug):
     text = (cuda / bug.file).read_text()
     assert text.count(bug.right) == 1, f"{bug.file} no longer holds what {bug.name} changes"
     (cuda / bug.file).write_text(text.replace(bug.right, bug.wrong))
-    users = {"detail/scan.cuh": "all_to_all", "detail/move.cuh": "permute"}
+    users = {"common/scan.cuh": "all_to_all", "common/move.cuh": "permute"}
     changed = users.get(bug.file, Path(bug.file).stem)
     rc, text = drive(build(bug.sanitizer, cuda, changed))
     assert rc != 0, f"{bug.name} was not caught"

@@ -20,7 +20,7 @@
 #include "moekernels/experts.h"
 #include "moekernels/gate.h"
 #ifdef WITH_CUDA
-#include "detail/activation.cuh"
+#include "common/activation.cuh"
 #endif
 
 using namespace moekernels;

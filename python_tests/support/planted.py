@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-PRODUCT = "product_sm90.cuh"
+PRODUCT = "sm90/product.cuh"
 BUGS = {
     "freed_early": (
         ("wait_products<1>();", "release(ring.stage);\n      wait_products<1>();"),
@@ -38,6 +38,11 @@ def plant(headers: Path, file: str, *exchanged: tuple[str, str]) -> None:
 
 def headers_with(bug: str, root: Path, folder: Path) -> Path:
     """A copy of csrc/cuda's headers whose product has this bug; "none": as it is."""
-    shutil.copytree(root / "csrc" / "cuda" / "detail", folder / "detail")
-    plant(folder / "detail", PRODUCT, *BUGS.get(bug, ()))
+    copy_headers(root, folder)
+    plant(folder, PRODUCT, *BUGS.get(bug, ()))
     return folder
+
+
+def copy_headers(root: Path, folder: Path) -> None:
+    sources = shutil.ignore_patterns("*.cu")
+    shutil.copytree(root / "csrc" / "cuda", folder, ignore=sources, dirs_exist_ok=True)

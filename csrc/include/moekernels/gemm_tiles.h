@@ -37,7 +37,7 @@ MOEKERNELS_BOTH inline int64_t row_tiles_bound(int64_t rows, int64_t experts, in
   return (rows + groups * (tile - 1)) / tile;
 }
 
-// Tile number `index` in the order of the groups. Kernels find it with a warp (detail/tiles.cuh);
+// Tile number `index` in the order of the groups. Kernels find it with a warp (common/tiles.cuh);
 // this is its meaning.
 MOEKERNELS_BOTH inline RowTile row_tile(const int64_t* offsets, int64_t experts, int64_t rows,
                                         int64_t tile, int64_t index) {

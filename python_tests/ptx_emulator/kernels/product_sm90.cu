@@ -1,8 +1,8 @@
-// One row product and one gradient of csrc/cuda/detail/product_sm90.cuh, as the library has them;
+// One row product and one gradient of csrc/cuda/sm90/product.cuh, as the library has them;
 // tests compile it over headers with a planted bug, for the emulator to find, or as the watchdog
 // and trace builds have them.
-#include "detail/product_sm90.cuh"
-#include "detail/rows_sm90.cuh"
+#include "sm90/product.cuh"
+#include "sm90/rows.cuh"
 
 namespace moekernels::cuda::sm90 {
 using Rows = StoreRows<__nv_bfloat16, 128>;

@@ -7,11 +7,11 @@
 // is chosen for L2 (moekernels/tile_order.h).
 #pragma once
 
-#include "launch.cuh"
+#include "common/launch.cuh"
+#include "common/scan.cuh"
 #include "moekernels/tile_order.h"
-#include "probe_sm90.cuh"
-#include "ptx_sm90.cuh"
-#include "scan.cuh"
+#include "probe.cuh"
+#include "ptx.cuh"
 
 namespace moekernels::cuda::sm90 {
 

@@ -6,7 +6,7 @@
 
 #include <initializer_list>
 
-#include "launch.cuh"
+#include "common/launch.cuh"
 
 namespace moekernels::cuda::sm90 {
 

@@ -4,9 +4,9 @@
 #include <algorithm>
 
 #include "moekernels/gemm_order.h"
-#include "product_sm90.cuh"
-#include "rows_sm90.cuh"
-#include "state_sm90.cuh"
+#include "product.cuh"
+#include "rows.cuh"
+#include "state.cuh"
 #include "tensor_map.cuh"
 
 namespace moekernels::cuda::sm90 {

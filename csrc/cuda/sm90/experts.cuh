@@ -5,7 +5,7 @@
 
 #include "moekernels/activation.h"
 #include "moekernels/gemm_tiles.h"
-#include "rows_sm90.cuh"
+#include "rows.cuh"
 
 namespace moekernels::cuda::sm90 {
 

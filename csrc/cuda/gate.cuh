@@ -2,11 +2,11 @@
 // scores, weights.
 #pragma once
 
-#include "activation.cuh"
+#include "common/activation.cuh"
+#include "common/team.cuh"
+#include "common/vec.cuh"
 #include "moekernels/gate.h"
 #include "moekernels/score.h"
-#include "team.cuh"
-#include "vec.cuh"
 
 namespace moekernels::cuda {
 

@@ -3,10 +3,10 @@
 // left in shared memory as fp32, so that epilogues are short loops over whole vectors of a row.
 #pragma once
 
+#include "common/vec.cuh"
+#include "common/warp.cuh"
 #include "mma.cuh"
 #include "moekernels/gemm_tiles.h"
-#include "vec.cuh"
-#include "warp.cuh"
 
 namespace moekernels::cuda {
 

@@ -3,9 +3,9 @@
 // lane and whole lines a warp.
 #pragma once
 
-#include "ptx_sm90.cuh"
-#include "vec.cuh"
-#include "warp.cuh"
+#include "common/vec.cuh"
+#include "common/warp.cuh"
+#include "ptx.cuh"
 
 namespace moekernels::cuda::sm90 {
 

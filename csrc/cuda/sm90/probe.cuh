@@ -4,7 +4,7 @@
 #pragma once
 
 #include "moekernels/sm90.h"
-#include "ptx_sm90.cuh"
+#include "ptx.cuh"
 
 #ifndef MOEKERNELS_WATCHDOG
 #define MOEKERNELS_WATCHDOG 0

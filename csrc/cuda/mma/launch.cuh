@@ -1,10 +1,10 @@
 // From arguments to the kernel that the choice table names.
 #pragma once
 
-#include "launch.cuh"
+#include "common/launch.cuh"
+#include "common/vec.cuh"
 #include "moekernels/gemm_choice.h"
-#include "sm90.cuh"
-#include "vec.cuh"
+#include "sm90/entry.cuh"
 
 namespace moekernels::cuda {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "moekernels/sm90.h"
-#include "probe_sm90.cuh"
+#include "probe.cuh"
 
 namespace moekernels::cuda::sm90 {
 
