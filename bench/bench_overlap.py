@@ -1,11 +1,12 @@
 """What of an exchange is hidden, by the clock on the wall and by stamps.
 
-Two ranks, each with a core of its own, run the same flush in four ways, turn by turn: (a) every
+Two ranks, each with a core of its own, run the same flush in five ways, turn by turn: (a) every
 exchange waited for at once, (b) overlapped: weight gradients under the way home, rows of some
 experts on their way while others compute, (c) without the link, which leaves a copy through memory,
-(d) in parts without the link. The link is set so that exchanges take `--share` of (a). Hidden is
-(a - b) / (a - c); the figure of the stamps, which a run's metrics have, should agree within 0.05 on
-a quiet machine. It cannot see what cutting costs, d - c: smaller products, more calls.
+(d) in parts without the link, (e) in pairs (`--schedule overlap`). The link is set so that
+exchanges take `--share` of (a). Hidden is (a - b) / (a - c), in pairs (a - e) / (a - c); the figure
+of the stamps, which a run's metrics have, should agree within 0.05 on a quiet machine. It cannot
+see what cutting costs, d - c: smaller products, more calls.
 
     python bench/bench_overlap.py --parts 4 --rounds 9
 """
@@ -28,18 +29,19 @@ from moekernels.parallel.launch import RankEnv, run_local
 from moekernels.parallel.measure import Measure, Times
 from moekernels.parallel.optimizer import Optimizer
 from moekernels.parallel.tensor import all_reduce
+from moekernels.pipeline.build import build
 from moekernels.run.sections import RunConfig
 
 LATENCY = 20e-6
-MODES = ("waited", "overlapped", "local", "cut")
-WHOLE, LINKED = ("waited", "local"), ("waited", "overlapped")
+MODES = ("waited", "overlapped", "local", "cut", "paired")
+WHOLE, LINKED = ("waited", "local"), ("waited", "overlapped", "paired")
 
 
 def configure(args: argparse.Namespace) -> RunConfig:
     run = RunConfig()
     run.layout.dp = run.layout.ep = 2
     run.train.exchange, run.train.exchange_parts = "shared", args.parts
-    run.batch.microbatches, run.batch.accumulation = 2, 1
+    run.batch.microbatches, run.batch.accumulation = args.microbatches, 1
     run.model = DecoderSpec(
         vocab_size=512,
         d_model=args.width,
@@ -66,16 +68,19 @@ class Side:
         generator = torch.Generator().manual_seed(env.rank)
         text = torch.randint(0, 512, (tokens + 1,), generator=generator)
         pieces = [(text[i : i + 128], text[i + 1 : i + 129]) for i in range(0, tokens, 128)]
-        self.batches = [MicroBatch.pack(pieces, loss_scale=1 / tokens) for _ in range(2)]
+        self.batches = [MicroBatch.pack(pieces, loss_scale=1 / tokens)] * run.batch.microbatches
         self.exchanges = Measure(self.mesh.exchange)
         self.ways = [block.moe.dispatcher for c in self.chunks for block in c.layers.values()]
         self.parts = self.ways[0].parts
         self.begin, self.rate = _deferred.begin, 0.0
+        count = run.batch.microbatches
+        self.schedules = {name: build(name, 1, count) for name in ("1f1b", "overlap")}
 
     def flush(self, mode: str) -> tuple[float, Times, torch.Tensor]:
         """Seconds, the exchange's times, and the gradients' sum."""
         for way in self.ways:
-            way.parts = 1 if mode in WHOLE else self.parts
+            way.parts = 1 if mode in (*WHOLE, "paired") else self.parts
+        self.runtime.schedule = self.schedules["overlap" if mode == "paired" else "1f1b"]
         _deferred.begin = (lambda: None) if mode in WHOLE else self.begin
         memory = self.mesh.exchange.memory
         if mode not in LINKED or not self.rate:
@@ -100,33 +105,38 @@ def work(env: RankEnv, args: argparse.Namespace) -> int:
     side = Side(env, configure(args), args.tokens)
     for mode in MODES:
         side.flush(mode)
-    plain = statistics.median(side.flush("waited")[0] for _ in range(3))
+    plain = min(side.flush("waited")[0] for _ in range(5))  # least: others may have the core
     stamps = side.exchanges.stamps
     asked = args.share / (1 - args.share) * plain - LATENCY * len(stamps)
     rate = torch.tensor([sum(s.size for s in stamps) / max(asked, 1e-6)], dtype=torch.float64)
     side.rate = all_reduce(rate, side.mesh.world).item() / 2
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    times, grads = [], {}
+    times: dict[str, list[Times]] = {mode: [] for mode in MODES}
+    grads = {}
     for turn in range(args.rounds):
-        for mode in MODES[turn % 4 :] + MODES[: turn % 4]:
+        for mode in MODES[turn % len(MODES) :] + MODES[: turn % len(MODES)]:
             took, sums, grads[mode] = side.flush(mode)
             seconds[mode].append(took)
-            if mode == "overlapped":
-                times.append(sums)
-    same = torch.equal(grads["waited"], grads["overlapped"])
+            times[mode].append(sums)
+    same = all(torch.equal(grads["waited"], grads[mode]) for mode in LINKED)
     if env.leader:
-        flight, hidden = (sum(getattr(t, name) for t in times) for name in ("flight", "hidden"))
         print(f"{side.rate / 1e6:.0f} MB/s, {len(stamps)} exchanges a flush")
         for name, of in (("median", statistics.median), ("least", min)):
-            a, b, c, d = (of(seconds[mode]) for mode in MODES)
+            a, b, c, d, e = (of(seconds[mode]) for mode in MODES)
             took = ", ".join(f"{mode} {1e3 * of(seconds[mode]):.0f} ms" for mode in MODES)
             share, gain = (a - c) / a, (a - b) / (a - c)
             print(
                 f"  {name}: {took}; exchange {share:.2f} of the waited, hidden {gain:.2f}, "
-                f"{gain + (d - c) / (a - c):.2f} but for what cutting costs"
+                f"{gain + (d - c) / (a - c):.2f} but for what cutting costs, "
+                f"{(a - e) / (a - c):.2f} in pairs"
             )
-        each = 1e3 * flight / 2 / len(times)
-        print(f"  hidden by stamps {hidden / flight:.2f} of {each:.0f} ms a flush")
+        for mode in LINKED:
+            shares = [t.hidden / t.flight for t in times[mode]]
+            flight = 1e3 * statistics.median(t.flight for t in times[mode]) / 2
+            print(
+                f"  {mode}: hidden by stamps {statistics.median(shares):.2f} "
+                f"({min(shares):.2f} to {max(shares):.2f}) of {flight:.0f} ms a flush"
+            )
         print(f"  gradients {'have the same bits' if same else 'DIFFER'}")
     return int(not same)
 
@@ -139,6 +149,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch and rank")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--microbatches", type=int, default=8)
     return run_local(2, "cpu", work, parser.parse_args())
 
 

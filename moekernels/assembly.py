@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moekernels.balance.replan import Rule
 from moekernels.errors import UsageError
+from moekernels.model import dispatch
 from moekernels.model.experts import whole_share
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
@@ -21,7 +22,8 @@ from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.optimizer import Optimizer
 from moekernels.parallel.shard import ShardInfo
-from moekernels.pipeline.build import build
+from moekernels.parallel.turns import take_turns
+from moekernels.pipeline.build import SCHEDULES, build
 from moekernels.pipeline.runtime import PipelineRuntime
 from moekernels.pipeline.schedule import Schedule
 from moekernels.pipeline.simulate import Simulator
@@ -58,7 +60,30 @@ def layout_of(run: cfg.RunConfig) -> Layout:
     nccl.rows_of(run.nccl)
     build_schedule(run)
     replan_rule(run)
+    _check_pairs(run, layout)
     return layout
+
+
+def _check_pairs(run: cfg.RunConfig, layout: Layout) -> None:
+    """UsageError where a schedule of pairs has no exchange that it could hide."""
+    lay, name = run.layout, run.layout.schedule
+    if not SCHEDULES[name].pairs:
+        return
+    if layout.exchange == 1:
+        raise UsageError(
+            f"--schedule {name} hides the exchange of rows, and with ep 1 x etp 1 there is none; "
+            f"give --ep, or --schedule 1f1b"
+        )
+    if dispatch.choose(lay.dispatcher, run.model, lay.ep) != "all_to_all":
+        raise UsageError(
+            f"--schedule {name} hides rows that are posted and waited for, and the all-gather form "
+            f"gathers at once; give --dispatcher all_to_all, or --schedule 1f1b"
+        )
+    if run.train.exchange_parts > 1:
+        raise UsageError(
+            f"--exchange-parts {run.train.exchange_parts} cuts what --schedule {name} hides whole; "
+            f"give one of the two"
+        )
 
 
 def build_mesh(run: cfg.RunConfig, device: torch.device) -> Mesh:
@@ -215,6 +240,7 @@ def build_runtime(run: cfg.RunConfig, mesh: Mesh, chunks: list[StageModel]) -> P
         DTYPES[run.train.dtype],
         mesh.device,
         put_off=_deferred.owed,
+        turns=take_turns,
     )
 
 

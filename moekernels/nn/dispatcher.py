@@ -44,9 +44,10 @@ PartOfExperts = Callable[[Tensor, Routed, Part], Tensor]
 
 class Dispatcher(Protocol):
     """`parts`: into how many an exchange is cut; where there are several it is a
-    `PartedDispatcher`."""
+    `PartedDispatcher`. `posts`: whether rows are posted and then waited for."""
 
     parts: int
+    posts: bool
 
     def dispatch(
         self, x: Tensor, ids: Tensor, weights: Tensor, kept: expert.Kept | None = None
@@ -66,6 +67,7 @@ class LocalDispatcher:
     """All experts are here: nothing moves, the rows are a view of x."""
 
     parts = 1
+    posts = False
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -83,6 +85,8 @@ class LocalDispatcher:
 
 class AllToAllDispatcher:
     """Each row goes to the rank that holds its expert; under ETP to all that hold a shard of it."""
+
+    posts = True
 
     def __init__(self, mesh: Mesh, num_experts: int, layer: int = 0, parts: int = 1) -> None:
         self.group, self.layer = mesh.exchange, layer
@@ -133,6 +137,7 @@ class AllGatherDispatcher:
     exceeds ep."""
 
     parts = 1
+    posts = False
 
     def __init__(self, mesh: Mesh, num_experts: int, layer: int = 0, parts: int = 1) -> None:
         self.group = mesh.exchange

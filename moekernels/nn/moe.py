@@ -45,6 +45,11 @@ class MoE(nn.Module):
         self.watch: Watch | None = None  # of steps that are looked at
         self.tp, self.replicated = mesh.tp, not home.sequence_parallel
 
+    @property
+    def posts(self) -> bool:
+        """Whether rows are posted, all at once, and then waited for."""
+        return self.dispatcher.posts and self.dispatcher.parts == 1
+
     def place(self, slot_of: Tensor) -> None:
         """Experts lie by slot_of [E] int64 from now on, as `balance.placement` has it: slot s is
         place s % e of the expert-parallel rank s // e. Moves no weights."""

@@ -238,6 +238,12 @@ class StageModel(nn.Module):
             moe.place(slots)
 
     @property
+    def exchanged_layers(self) -> list[int]:
+        """Numbers of the layers whose rows are posted and waited for at once, in order."""
+        blocks = ((int(number), block) for number, block in self.layers.items())
+        return [n for n, b in blocks if isinstance(b, Block) and b.has_experts and b.moe.posts]
+
+    @property
     def experts_layers(self) -> list[MoE]:
         """Of the layers that have experts, in order."""
         blocks = [block for block in self.layers.values() if isinstance(block, Block)]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moekernels import ops
 from moekernels.ops import _deferred, _derivatives
-from moekernels.parallel import device_exchange, tensor
+from moekernels.parallel import device_exchange, tensor, turns
 from moekernels.parallel.exchange import Collective, Exchange, Home, Part, Shared
 from moekernels.parallel.mesh import Group
 
@@ -139,7 +139,12 @@ def _scatter(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, their weights and offsets of the local experts: what `dispatch` computes."""
 
-    return _kept(kept, lambda: plan.exchange.post_out(x, weights, plan).wait())
+    def exchange() -> tuple:
+        pending = plan.exchange.post_out(x, weights, plan)
+        turns.border("dispatch", plan.layer, forward=True)
+        return pending.wait()
+
+    return _kept(kept, exchange)
 
 
 def _gather(
@@ -152,7 +157,9 @@ def _gather(
     runs while they are on their way."""
     pending = plan.exchange.post_back(drows, dweights, plan)
     if meanwhile:
+        turns.border("weights", plan.layer, forward=False)
         meanwhile()
+    turns.border("dispatch's gradient", plan.layer, forward=False)
     home = pending.wait()
     assert home.weights is not None  # sent beside the rows
     dx = ops.combine(home.rows, plan.row_of, plan.token_of)
@@ -194,13 +201,17 @@ class _DispatchBack(torch.autograd.Function):
 
 def _bring(rows: Tensor, plan: ExchangePlan) -> Tensor:
     """Rows of the local experts -> each token's sum: what `combine` computes."""
-    rows, _ = plan.exchange.post_back(rows, None, plan).wait()
+    pending = plan.exchange.post_back(rows, None, plan)
+    turns.border("combine", plan.layer, forward=True)
+    rows, _ = pending.wait()
     return ops.combine(rows, plan.row_of, plan.token_of)
 
 
 def _spread(dout: Tensor, plan: ExchangePlan) -> Tensor:
     """Its transpose."""
-    return plan.exchange.post_out(dout, None, plan).wait().rows
+    pending = plan.exchange.post_out(dout, None, plan)
+    turns.border("combine's gradient", plan.layer, forward=False)
+    return pending.wait().rows
 
 
 class _Combine(torch.autograd.Function):

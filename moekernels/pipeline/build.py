@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from moekernels.errors import UsageError
 
-from .messages import production_order, with_communication
+from .messages import Entry, production_order, with_communication
 from .schedule import Action, Kind, Schedule
 
 
@@ -25,6 +25,7 @@ class ScheduleKind:
     several: bool = False
     offered: bool = True
     owed: Callable[[int], int] | None = None
+    pairs: bool = False  # a forward and the backward behind it run together, piece by piece
 
 
 SCHEDULES = {
@@ -36,6 +37,10 @@ SCHEDULES = {
     ),
     # ZB-H1: a rank puts off as many W as ranks before it, and has them when gradients run dry
     "zb": ScheduleKind(lambda rank, stages, *_: stages - 1 - rank, owed=lambda rank: rank),
+    # twice 1F1B's, and one: what a rank needs comes while it computes the pair before
+    "overlap": ScheduleKind(
+        lambda rank, stages, *_: 2 * (stages - 1 - rank) + 1, offered=False, pairs=True
+    ),
 }
 
 
@@ -125,19 +130,25 @@ def build(name: str, stages: int, microbatches: int, virtual_stages: int = 1) ->
     total = microbatches * virtual_stages
     groups = _groups(stages, microbatches)
     forward = _forward_order(groups, virtual_stages)
-    orders = []
+    orders: list[list[Entry]] = []
+    paired = []
     for rank in range(stages):
         if name == "forward":
-            orders.append([Action(Kind.F, c, m) for c, m in forward])
+            orders.append([(Action(Kind.F, c, m),) for c, m in forward])
             continue
         ahead = min(SCHEDULES[name].warmup(rank, stages, groups, virtual_stages), total)
         backward = [(virtual_stages - 1 - c, m) for c, m in forward]
         order = _one_forward_one_backward(forward, backward, ahead)
         owed = SCHEDULES[name].owed
-        orders.append(_split(order, owed(rank)) if owed else order)
+        order = _split(order, owed(rank)) if owed else order
+        entries = _pairs(order, ahead if SCHEDULES[name].pairs else len(order))
+        paired.append(frozenset(entry[0] for entry in entries if len(entry) > 1))
+        orders.append(entries)
     # One buffer in use and one ahead. With virtual stages, what comes round to the first rank for
     # its next chunk may come before that starts: at most a group, however many microbatches.
     receive_limit = 2 if virtual_stages == 1 else 2 + max(groups)
+    if any(paired):
+        receive_limit *= 2  # a pair needs two
     limits = in_flight_limits(name, stages, microbatches, virtual_stages)
     put_off = owed_limits(name, stages, microbatches, virtual_stages)
     bare = Schedule(name, stages, microbatches, virtual_stages, (), limits, put_off, receive_limit)
@@ -145,7 +156,7 @@ def build(name: str, stages: int, microbatches: int, virtual_stages: int = 1) ->
     actions = tuple(
         with_communication(bare, rank, order, made) for rank, order in enumerate(orders)
     )
-    return dataclasses.replace(bare, actions=actions)
+    return dataclasses.replace(bare, actions=actions, paired=tuple(paired) if any(paired) else ())
 
 
 def _groups(stages: int, microbatches: int) -> list[int]:
@@ -179,6 +190,16 @@ def _one_forward_one_backward(
             order.append(Action(Kind.F, *forward[ahead + i]))
         order.append(Action(Kind.B, chunk, microbatch))
     return order
+
+
+def _pairs(order: list[Action], ahead: int) -> list[Entry]:
+    """Each forward behind the first `ahead` ones, and the backward that follows it, as one."""
+    entries: list[Entry] = [(action,) for action in order[:ahead]]
+    rest = deque(order[ahead:])
+    while rest:
+        action = rest.popleft()
+        entries.append((action, rest.popleft()) if action.kind is Kind.F else (action,))
+    return entries
 
 
 def _split(order: list[Action], most: int) -> list[Action]:

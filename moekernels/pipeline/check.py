@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import product
 
+from .interleave import OPEN_EXCHANGES, interleave, open_exchanges, passes
 from .schedule import Action, Kind, Message, Schedule, batches
 
 # Per direction: the runtime waits for a send when this many newer ones have been posted.
@@ -39,6 +41,7 @@ def check(schedule: Schedule) -> None:
         _check_computations(schedule, rank)
         _check_communications(schedule, rank)
         _check_memory(schedule, rank)
+        _check_pairs(schedule, rank)
     if schedule.stages > 1:
         _check_message_order(schedule)
         _check_hosts(schedule)
@@ -174,6 +177,29 @@ def _check_memory(schedule: Schedule, rank: int) -> None:
         now -= schedule.stages > 1 and consumers.get(action, 0)
 
 
+def _check_pairs(schedule: Schedule, rank: int) -> None:
+    """The two of a pair stand side by side and need nothing of each other; the pieces of both keep
+    their order, and few exchanges are open at once."""
+    pairs = list(schedule.pairs(rank))
+    if schedule.paired and len(pairs) < len(schedule.paired[rank]):
+        raise ScheduleError(f"stage {rank}: a pair's forward stands last or not at all")
+    for forward, backward in pairs:
+        if forward.kind is not Kind.F or backward.kind is not Kind.B:
+            raise ScheduleError(f"stage {rank}: {forward} and {backward} are no pair")
+        if forward.microbatch == backward.microbatch:
+            raise ScheduleError(f"stage {rank}: {backward} of a pair needs its {forward.kind}")
+    if pairs and _most_open() > OPEN_EXCHANGES:
+        raise ScheduleError(
+            f"stage {rank}: {_most_open()} exchanges are open at once, at most {OPEN_EXCHANGES}"
+        )
+
+
+@lru_cache(maxsize=1)
+def _most_open() -> int:
+    """Exchanges of a pair, of few layers; more do not meet more."""
+    return max(open_exchanges(interleave(*passes(range(layers)))) for layers in range(1, 4))
+
+
 def _check_message_order(schedule: Schedule) -> None:
     """Between two ranks, messages of one direction are received in the order of their sends."""
     sent: dict[tuple[int, int, bool], list[Message]] = defaultdict(list)
@@ -244,7 +270,8 @@ def _check_streams(schedule: Schedule) -> None:
         sends: dict[bool, deque[Message]] = {True: deque(), False: deque()}
         over: set[Message] = set()  # old sends that the host has had the stream wait for
         for entry in batches(actions):
-            if isinstance(entry, Action):
+            if not isinstance(entry, list):
+                assert isinstance(entry, Action)  # pairs were not asked for
                 need = schedule.needs(rank, entry)
                 rank_gates.append((entry, over | {need} if need else over))
                 over = set()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterator
 
 from .schedule import RELATIVE_COST, Action, Kind, Message, Schedule
 
+# What a rank computes at a time, with no message between: one action, or two that are a pair.
+Entry = tuple[Action, ...]
+
 
 def production_order(
-    schedule: Schedule, orders: list[list[Action]]
+    schedule: Schedule, orders: list[list[Entry]]
 ) -> dict[Message, tuple[int, int]]:
     """For each message when it is made, if F takes 1, B takes 2 (I and W one each) and messages
     travel in no time.
@@ -23,22 +27,23 @@ def production_order(
         moved = False
         for rank, order in enumerate(orders):
             while position[rank] < len(order):
-                action = order[position[rank]]
-                need = schedule.needs(rank, action)
-                if need and need not in made:
+                entry = order[position[rank]]
+                needs = [need for action in entry if (need := schedule.needs(rank, action))]
+                if any(need not in made for need in needs):
                     break
-                start = max(clock[rank], made[need][0] if need else 0)
-                clock[rank] = start + RELATIVE_COST[action.kind]
-                message = schedule.makes(rank, action)
-                if message:
-                    made[message] = clock[rank], message.border * (1 if message.forward else -1)
+                clock[rank] = max([clock[rank], *(made[need][0] for need in needs)])
+                clock[rank] += sum(RELATIVE_COST[action.kind] for action in entry)
+                for action in entry:
+                    message = schedule.makes(rank, action)
+                    if message:
+                        made[message] = clock[rank], message.border * (1 if message.forward else -1)
                 position[rank] += 1
                 moved = True
     return made
 
 
 def with_communication(
-    schedule: Schedule, rank: int, order: list[Action], made: dict[Message, tuple[int, int]]
+    schedule: Schedule, rank: int, order: list[Entry], made: dict[Message, tuple[int, int]]
 ) -> tuple[Action, ...]:
     """Sends go right behind the computation, receives one computation ahead of need.
 
@@ -48,13 +53,13 @@ def with_communication(
     same place they are one batch, which is as good.
     """
     if schedule.stages == 1:  # what a chunk needs is there already
-        return tuple(order)
-    # [i]: what stands in front of computation i
+        return tuple(action for entry in order for action in entry)
+    # [i]: what stands in front of entry i
     sends: list[list[Action]] = [[] for _ in range(len(order) + 1)]
     receives: list[list[Action]] = [[] for _ in range(len(order) + 1)]
     places: dict[bool, list[int]] = {True: [], False: []}
     times: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-    for i, action in enumerate(order):
+    for i, action in _numbered(order):
         output = schedule.makes(rank, action)
         if output:
             forward = action.kind.forward
@@ -62,7 +67,7 @@ def with_communication(
             sends[i + 1].append(action._replace(kind=kind))
             places[forward].append(i + 1)
             times[forward].append(made[output])
-    for i, action in enumerate(order):
+    for i, action in _numbered(order):
         need = schedule.needs(rank, action)
         if need:
             forward = action.kind.forward
@@ -76,5 +81,10 @@ def with_communication(
             receives[place].append(action._replace(kind=kind))
     actions: list[Action] = []
     for i in range(len(order) + 1):
-        actions += sends[i] + receives[i] + order[i : i + 1]
+        actions += sends[i] + receives[i]
+        actions += order[i] if i < len(order) else ()
     return tuple(actions)
+
+
+def _numbered(order: list[Entry]) -> Iterator[tuple[int, Action]]:
+    return ((i, action) for i, entry in enumerate(order) for action in entry)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from .build import build
 from .check import SENDS_IN_FLIGHT
-from .schedule import Action, Kind, Message, Schedule, batches
+from .interleave import Piece, interleave
+from .schedule import Action, Kind, Message, Pair, Schedule, batches
 from .stage import Chunk, PutOff, Stage
 from .trace import Clock, Event
 
@@ -67,6 +69,19 @@ class _Receive:
         self._memory.receive(out, peer, lane, self._number, tag)
 
 
+class TakeTurns(Protocol):
+    """Run a forward and a backward in the order of their pieces, each within what `observe` gives
+    of whether it is the forward's."""
+
+    def __call__(
+        self,
+        order: Sequence[Piece],
+        forward: Callable[[], Tensor | None],
+        backward: Callable[[], Tensor | None],
+        observe: Callable[[bool], AbstractContextManager[object]],
+    ) -> tuple[Tensor | None, Tensor | None]: ...
+
+
 class StepResult(NamedTuple):
     """`losses`: one detached scalar a microbatch on the last stage, empty elsewhere. `events`: what
     ran when, here.
@@ -85,7 +100,8 @@ class PipelineRuntime:
     backward starts from 1.
 
     `shapes(batch)` gives (rows, H) of the messages between chunks, of type `dtype`. `put_off` says
-    how the chunks put gradients of weights off from I to W.
+    how the chunks put gradients of weights off from I to W, `turns` how a forward and a backward
+    run piece by piece, of chunks that have `pieces`; other pairs run one after the other.
     """
 
     def __init__(
@@ -97,6 +113,7 @@ class PipelineRuntime:
         dtype: torch.dtype,
         device: torch.device | str,
         put_off: PutOff | None = None,
+        turns: TakeTurns | None = None,
     ):
         if (schedule.stages, schedule.virtual_stages) != (group.size, len(chunks)):
             raise ValueError(
@@ -109,6 +126,7 @@ class PipelineRuntime:
         self.dtype = dtype
         self.device = torch.device(device)
         self._stage = Stage(chunks, put_off)
+        self._turns = turns
         self._channels = self._open_channels()
 
     def step(
@@ -143,9 +161,13 @@ class PipelineRuntime:
         clock = Clock(self.device, origin, record)
         step = _Step(self, schedule, microbatches, clock)
         try:
-            for entry in batches(schedule.actions[self.group.rank]):
+            rank = self.group.rank
+            paired = schedule.paired[rank] if schedule.paired else ()
+            for entry in batches(schedule.actions[rank], paired):
                 if isinstance(entry, Action):
                     step.compute(entry)
+                elif isinstance(entry, Pair):
+                    step.compute_pair(entry)
                 else:
                     step.communicate(entry)
             step.finish()
@@ -203,28 +225,63 @@ class _Step:
 
     def compute(self, action: Action) -> None:
         given = self._take(action)
+        with self._noted(action), self.clock.time(action):
+            result = self._pass(action, given)
+        self._keep(action, result)
+
+    def compute_pair(self, pair: Pair) -> None:
+        """What both need is here before either begins, and both are over before anything is
+        sent."""
+        ours, other = (self.runtime._stage.pieces(action.chunk) for action in pair)
+        if self.runtime._turns is None or ours is None or other is None:
+            for action in pair:
+                self.compute(action)
+            return
+        order = interleave(ours[0], other[1])
+        given = {action: self._take(action) for action in pair}
+
+        def run(action: Action) -> Tensor | None:
+            with self._noted(action):
+                return self._pass(action, given.pop(action))
+
+        results = self.runtime._turns(
+            order,
+            functools.partial(run, pair.forward),
+            functools.partial(run, pair.backward),
+            lambda forward: self.clock.time(pair.forward if forward else pair.backward),
+        )
+        for action, result in zip(pair, results):
+            self._keep(action, result)
+
+    def _pass(self, action: Action, given: Tensor | None) -> Tensor | None:
         stage, (kind, chunk, microbatch) = self.runtime._stage, action
+        if kind is Kind.B:
+            return stage.backward(chunk, microbatch, given)
+        if kind is Kind.I:
+            return stage.backward_input(chunk, microbatch, given)
+        if kind is Kind.W:
+            return stage.backward_weight(chunk, microbatch)
         batch = self.microbatches[microbatch]
+        if self.schedule.has_backward:
+            return stage.forward(chunk, microbatch, batch, given)
+        return stage.chunks[chunk](batch, given)
+
+    def _keep(self, action: Action, result: Tensor | None) -> None:
+        """What a computation has made, for its send, the next chunk or the losses."""
+        output = self.schedule.makes(self.rank, action)
+        if output:
+            assert result is not None  # only the first stage's backward makes nothing
+            with self._noted(action):
+                self._check_planned(result, self.microbatches[action.microbatch])
+            self._made[output] = result
+        elif action.kind is Kind.F:
+            assert result is not None
+            self.losses[action.microbatch] = result.detach()
+
+    @contextmanager
+    def _noted(self, action: Action) -> Iterator[None]:
         try:
-            with self.clock.time(action):
-                if kind is Kind.B:
-                    result = stage.backward(chunk, microbatch, given)
-                elif kind is Kind.I:
-                    result = stage.backward_input(chunk, microbatch, given)
-                elif kind is Kind.W:
-                    result = stage.backward_weight(chunk, microbatch)
-                elif self.schedule.has_backward:
-                    result = stage.forward(chunk, microbatch, batch, given)
-                else:
-                    result = stage.chunks[chunk](batch, given)
-            output = self.schedule.makes(self.rank, action)
-            if output:
-                assert result is not None  # only the first stage's backward makes nothing
-                self._check_planned(result, batch)
-                self._made[output] = result
-            elif kind is Kind.F:
-                assert result is not None
-                self.losses[microbatch] = result.detach()
+            yield
         except Exception as error:
             error.add_note(f"in {self._where(action)}")
             raise
@@ -252,11 +309,8 @@ class _Step:
                     self.schedule.tag(message),
                 )
             )
-        try:
+        with self._noted(batch[0]):
             works = dist.batch_isend_irecv(operations)
-        except Exception as error:
-            error.add_note(f"in {self._where(batch[0])}")
-            raise
         if len(works) < len(batch):  # NCCL: one handle for the batch
             works = works * len(batch)
         for action, tensor, work in zip(batch, tensors, works):
@@ -274,11 +328,8 @@ class _Step:
             tag, lane = self.schedule.tag(message), 0 if message.forward else 1
             peer = self.schedule.peer(self.rank, action)
             if action.kind.sends:
-                try:
+                with self._noted(action):
                     memory.send(self._made.pop(message), peer, lane, tag)
-                except Exception as error:
-                    error.add_note(f"in {self._where(action)}")
-                    raise
             else:
                 room = self._room(message)
                 self._awaited[message] = room, _Receive(memory, room, peer, lane, tag)
@@ -314,11 +365,8 @@ class _Step:
         self._wait(action, work)
 
     def _wait(self, action: Action, work: dist.Work | _Receive) -> None:
-        try:
+        with self._noted(action):
             work.wait()
-        except Exception as error:
-            error.add_note(f"in {self._where(action)}")
-            raise
 
     def _check_planned(self, result: Tensor, batch: Any) -> None:
         planned = tuple(self.runtime.shapes(batch)), self.runtime.dtype

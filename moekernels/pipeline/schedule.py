@@ -21,8 +21,9 @@ backend that posts several communications at once, and `check` says what their o
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -67,6 +68,13 @@ class Action(NamedTuple):
         return f"{self.kind} of chunk {self.chunk}, microbatch {self.microbatch}"
 
 
+class Pair(NamedTuple):
+    """Two passes that run together, piece by piece."""
+
+    forward: Action
+    backward: Action
+
+
 class Message(NamedTuple):
     """One transfer: what crosses the border behind virtual stage `border`, and which way."""
 
@@ -78,6 +86,9 @@ class Message(NamedTuple):
 @dataclass(frozen=True)
 class Schedule:
     """`actions[rank]`, in order.
+
+    `paired[rank]` names each F that runs together with the B right behind it, piece by piece, as
+    `interleave` orders them.
 
     `in_flight_limit[rank]` bounds the (chunk, microbatch) pairs between their F and B, or I (their
     activations are kept), `owed_limit[rank]` those between their I and W (what the weights'
@@ -93,6 +104,7 @@ class Schedule:
     in_flight_limit: tuple[int, ...]
     owed_limit: tuple[int, ...]
     receive_limit: int
+    paired: tuple[frozenset[Action], ...] = ()
 
     @property
     def has_backward(self) -> bool:
@@ -148,9 +160,19 @@ class Schedule:
     def computations(self, rank: int) -> Iterator[Action]:
         return (action for action in self.actions[rank] if action.kind.computes)
 
+    def pairs(self, rank: int) -> Iterator[Pair]:
+        """Those of `paired`, whole."""
+        if self.paired:
+            for action, behind in pairwise(self.actions[rank]):
+                if action in self.paired[rank]:
+                    yield Pair(action, behind)
 
-def batches(actions: Iterable[Action]) -> Iterator[Action | list[Action]]:
-    """The computations and, between them, the batches of communications.
+
+def batches(
+    actions: Iterable[Action], paired: Collection[Action] = ()
+) -> Iterator[Action | Pair | list[Action]]:
+    """The computations, those `paired` and what stands behind them as one, and, between them, the
+    batches of communications.
 
     A batch belongs to one direction and holds one send, one receive, or one of each. Communications
     that stand side by side make as few batches as that allows, in the order of their receives: a
@@ -163,10 +185,15 @@ def batches(actions: Iterable[Action]) -> Iterator[Action | list[Action]]:
             yield from waiting
             waiting.clear()
 
+    first = None
     for action in actions:
         if action.kind.computes:
             yield from flush()
-            yield action
+            if action in paired:
+                first = action
+                continue
+            yield action if first is None else Pair(first, action)
+            first = None
             continue
         waiting = open_batches[action.kind.forward]
         if waiting and all(other.kind.sends != action.kind.sends for other in waiting[-1]):

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 
 from .build import build
 from .check import peak_in_flight
-from .schedule import RELATIVE_COST, Action, Kind, Message, Schedule
+from .interleave import interleave, passes
+from .schedule import RELATIVE_COST, Action, Kind, Message, Pair, Schedule
 from .trace import Event
 
 Costs = Callable[[int, int, Kind], float]
 """(virtual stage, microbatch, Kind.F, B, I or W) -> seconds."""
+PairCosts = Callable[[int, int, int], float]
+"""(virtual stage, microbatch of the forward, of the backward) -> seconds of a pair."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Simulator:
         last = [nobody] * schedule.stages
         position = [0] * schedule.stages
         posted: dict[tuple[int, Message], int] = {}
+        self._paired = paired = schedule.paired or (frozenset(),) * schedule.stages
+        self._pairs: list[tuple[int, int]] = []  # rows of a forward and its backward
         self._order: list[tuple[int, Action]] = []
         self._rows: list[tuple[int, int, int]] = []
         moved = True
@@ -65,6 +70,7 @@ class Simulator:
                 while position[rank] < len(actions):
                     action = actions[position[rank]]
                     if action.kind.computes:
+                        before = self._order[last[rank]][1] if last[rank] < nobody else None
                         need = schedule.needs(rank, action)
                         given = asked = nobody
                         if need:
@@ -73,9 +79,13 @@ class Simulator:
                             given, asked = made[need], posted.get((rank, need), nobody)
                         row = (last[rank], given, asked)
                         last[rank] = len(self._rows)
-                        output = schedule.makes(rank, action)
-                        if output:
-                            made[output] = last[rank]
+                        outputs = [schedule.makes(rank, action)]
+                        if action in paired[rank]:
+                            outputs = []  # when the pair is over
+                        elif before in paired[rank]:
+                            self._pairs.append((row[0], last[rank]))
+                            outputs.append(schedule.makes(rank, before))
+                        made |= dict.fromkeys(filter(None, outputs), last[rank])
                         self._rows.append(row)
                         self._order.append((rank, action))
                     elif not action.kind.sends:
@@ -101,18 +111,37 @@ class Simulator:
         virtual stage; I and W half of the latter each.
         """
         costs = [*forward, *backward, *[x / 2 for x in backward]]
-        ends = self._ends([costs[i] for i in self._cost_index])
+        durations = [costs[i] for i in self._cost_index]
+        for i, j in self._pairs:  # both begin when what both need is here, and end together
+            durations[i], durations[j] = 0.0, durations[i] + durations[j]
+        ends = self._ends(durations)
         return max(ends[i] for i in self._last)
 
-    def run(self, costs: Costs) -> Timeline:
-        """The whole timeline under any costs."""
+    def run(
+        self, costs: Costs, pair: PairCosts | None = None, layers: Sequence[int] = ()
+    ) -> Timeline:
+        """The whole timeline under any costs. `pair`: of two passes that run piece by piece,
+        otherwise what both take alone. `layers`: by rank, how many of it exchange rows, which makes
+        the pieces that are shown; otherwise one."""
         schedule = self.schedule
         durations = [costs(*where) for where in self._where]
+        halves = {}
+        for i, j in self._pairs:
+            (stage, forward, _), (_, backward, _) = self._where[i], self._where[j]
+            both = durations[i] + durations[j]
+            took = both if pair is None else pair(stage, forward, backward)
+            halves[j] = i, took * durations[i] / both if both else 0.0
+            durations[i], durations[j] = 0.0, took
         ends = self._ends(durations)
-        events = [
-            Event(rank, *action, ends[i] - durations[i], ends[i])
-            for i, (rank, action) in enumerate(self._order)
-        ]
+        events = []
+        for i, (rank, action) in enumerate(self._order):
+            if i in halves:
+                other, took = halves[i]
+                pair_of = Pair(self._order[other][1], action)
+                start, both = ends[i] - durations[i], durations[i]
+                events += _turns(rank, pair_of, start, took, both, layers[rank] if layers else 1)
+            elif action not in self._paired[rank]:
+                events.append(Event(rank, *action, ends[i] - durations[i], ends[i]))
         makespan = max(ends)
         busy = [0.0] * schedule.stages
         for (rank, _), duration in zip(self._order, durations):
@@ -134,6 +163,21 @@ class Simulator:
             ends[i] = (arrival if arrival > start else start) + duration
             i += 1
         return ends
+
+
+def _turns(
+    rank: int, pair: Pair, start: float, forward: float, both: float, layers: int
+) -> list[Event]:
+    """A pair's pieces from `start` on: `both` seconds, of which `forward` are the forward's; those of
+    a pass take equally long."""
+    passes_of = passes(range(layers))
+    each = [forward / len(passes_of[0]), (both - forward) / len(passes_of[1])]
+    events = []
+    for piece in interleave(*passes_of):
+        action, takes = (pair.forward, each[0]) if piece.forward else (pair.backward, each[1])
+        events.append(Event(rank, *action, start, start + takes))
+        start += takes
+    return events
 
 
 def idle_microbatches(name: str, stages: int, virtual_stages: int) -> float:

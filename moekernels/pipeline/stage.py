@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .interleave import Passes, passes
+
 Chunk = Callable[[Any, Tensor | None], Tensor]
 """`chunk(batch, x)`: x [rows, H], None on the first virtual stage; returns [rows, H], the last one
-the loss (a scalar).
+the loss (a scalar). One that exchanges rows in some layers and may be stopped there names them as
+`exchanged_layers`, numbers in order.
 """
 
 
@@ -39,6 +42,12 @@ class Stage:
         self._put_off = put_off
         self._saved: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
         self._owed: dict[tuple[int, int], Owed | None] = {}
+
+    def pieces(self, chunk: int) -> Passes | None:
+        """A chunk's forward and backward in pieces that may take turns with another's; None where
+        it has but one."""
+        layers = getattr(self.chunks[chunk], "exchanged_layers", ())
+        return passes(layers) if layers else None
 
     @property
     def in_flight(self) -> int:

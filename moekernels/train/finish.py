@@ -9,7 +9,7 @@ import torch.distributed as dist
 from moekernels import files, jsonio
 from moekernels.console import table
 from moekernels.parallel.measure import Flight, flights_of
-from moekernels.pipeline.schedule import Schedule
+from moekernels.pipeline.schedule import Kind, Schedule
 from moekernels.pipeline.simulate import Simulator
 from moekernels.pipeline.trace import Event, exchange_events, trace_events, write_trace
 from moekernels.run.folder import read_metrics
@@ -62,14 +62,16 @@ def finish(trainer: Trainer, events: list[Event], step: int, seconds: float) -> 
 def planned(schedule: Schedule, measured: list[Event]) -> list[Event]:
     """The same schedule under the clock, each computation taking its virtual stage's measured
     mean."""
-    costs: dict = {}
+    spent: dict = {}  # by a pass, which may be in pieces
     for e in measured:
         if e.kind.computes:
-            costs.setdefault((schedule.virtual_stage(e.stage, e.chunk), e.kind), []).append(
-                e.end - e.start
-            )
-    return (
-        Simulator(schedule)
-        .run(lambda stage, _, kind: sum(costs[stage, kind]) / len(costs[stage, kind]))
-        .events
-    )
+            one = e.stage, e.chunk, e.kind, e.microbatch
+            spent.setdefault(one, []).append(e.end - e.start)
+    costs: dict = {}
+    layers = [0] * schedule.stages  # that cut a forward, in two places each
+    for (rank, chunk, kind, _), pieces in spent.items():
+        costs.setdefault((schedule.virtual_stage(rank, chunk), kind), []).append(sum(pieces))
+        if kind is Kind.F:
+            layers[rank] = max(layers[rank], len(pieces) // 2)
+    mean = {one: sum(each) / len(each) for one, each in costs.items()}
+    return Simulator(schedule).run(lambda stage, _, kind: mean[stage, kind], layers=layers).events

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moekernels.errors import UsageError
 from moekernels.pipeline.build import build, held_limits
 from moekernels.pipeline.check import ScheduleError, check, peak_held, peak_in_flight, peak_owed
-from moekernels.pipeline.schedule import Action, Kind, batches
+from moekernels.pipeline.schedule import Action, Kind, Pair, batches
 
 NAMES = [
     ("gpipe", 1),
@@ -20,6 +20,7 @@ NAMES = [
     ("interleaved", 2),
     ("interleaved", 3),
     ("zb", 1),
+    ("overlap", 1),
     ("forward", 1),
 ]
 KINDS = [*NAMES, ("forward", 3)]
@@ -39,6 +40,7 @@ def test_legal_at_any_size(stages, microbatches, virtual_stages):
     check(build("interleaved", stages, microbatches, virtual_stages))
     check(build("1f1b", stages, microbatches))
     check(build("zb", stages, microbatches))
+    check(build("overlap", stages, microbatches))
 
 
 @pytest.mark.parametrize("stages, microbatches", [(1, 5), (2, 2), (4, 3), (4, 8), (8, 32)])
@@ -46,6 +48,20 @@ def test_1f1b_keeps_at_most_stages_minus_rank_microbatches(stages, microbatches)
     peaks = peak_in_flight(build("1f1b", stages, microbatches))
     assert peaks == [min(stages - rank, microbatches) for rank in range(stages)]
     assert peak_in_flight(build("gpipe", stages, microbatches)) == [microbatches] * stages
+
+
+@pytest.mark.parametrize("stages, microbatches", [(1, 1), (1, 5), (2, 2), (4, 3), (4, 9), (8, 32)])
+def test_overlap_pairs_all_but_a_warm_up_of_twice_1f1bs(stages, microbatches):
+    schedule = build("overlap", stages, microbatches)
+    for rank, actions in enumerate(schedule.actions):
+        ahead = min(2 * (stages - 1 - rank) + 1, microbatches)
+        pairs = list(schedule.pairs(rank))
+        assert [(f.microbatch, b.microbatch) for f, b in pairs] == [
+            (ahead + i, i) for i in range(microbatches - ahead)
+        ]
+        found = [entry for entry in batches(actions, schedule.paired[rank] if pairs else ())]
+        assert [entry for entry in found if isinstance(entry, Pair)] == pairs
+        assert peak_in_flight(schedule)[rank] == min(ahead + 1, microbatches)
 
 
 def test_zb_is_1f1b_that_puts_weights_off():
@@ -251,6 +267,21 @@ def _faults():
         "3 microbatches owe their W, the limit is 2",
         dataclasses.replace(split, owed_limit=(1, 2, 2)),
     )
+    pairs = build("overlap", 1, 3)
+    f, b = ([Action(kind, 0, m) for m in range(3)] for kind in (Kind.F, Kind.B))
+    wide = dataclasses.replace(pairs, in_flight_limit=(3,))
+    yield (
+        "B of chunk 0, microbatch 2 of a pair needs its F",
+        dataclasses.replace(
+            _edit(wide, 0, lambda a: [f[0], f[1], b[0], b[1], f[2], b[2]]),
+            paired=(frozenset(f[2:]),),
+        ),
+    )
+    yield (
+        "F of chunk 0, microbatch 2 are no pair",
+        _edit(wide, 0, lambda a: [*f, *b]),
+    )
+    yield "a pair's forward stands last", dataclasses.replace(pairs, paired=(frozenset(b[2:]),))
     local = build("interleaved", 1, 1, 2)
     yield "stands before what it needs", _edit(local, 0, _move(Action(Kind.F, 0, 0), 1))
     yield "there is no other stage", _edit(local, 0, lambda a: [*a, Action(Kind.SEND_F, 0, 0)])

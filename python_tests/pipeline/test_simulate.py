@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -43,6 +44,38 @@ def test_idle_of_zb(stages, costs):
         assert found.busy == [microbatches * sum(costs)] * stages
         if costs == (1, 1, 1):  # a makespan halves what a backward takes
             assert split.makespan([1.0] * microbatches, [2.0] * microbatches) == found.makespan
+
+
+@pytest.mark.parametrize("stages, microbatches", [(1, 1), (1, 6), (2, 5), (4, 9), (4, 32)])
+def test_pairs_take_what_they_are_said_to(stages, microbatches):
+    pairs = Simulator(build("overlap", stages, microbatches))
+    alone = pairs.run(equal_costs)
+    assert alone.makespan == 3 * (microbatches + stages - 1)  # as 1F1B: nothing is hidden
+    costs = [1.0] * microbatches, [2.0] * microbatches
+    assert pairs.makespan(*costs) == alone.makespan
+    for stage in range(stages):
+        order = [e for e in alone.events if e.stage == stage]
+        assert all(
+            a.end <= b.start + 1e-12 for a, b in pairwise(sorted(order, key=lambda e: e.start))
+        )
+        for kind, takes in ((Kind.F, 1), (Kind.B, 2)):
+            spent = dict.fromkeys(range(microbatches), 0.0)
+            for e in order:
+                if e.kind is kind:
+                    spent[e.microbatch] += e.end - e.start
+            assert list(spent.values()) == pytest.approx([takes] * microbatches)
+    seen = []
+
+    def half(stage, forward, backward):
+        seen.append((stage, forward, backward))
+        return 1.5
+
+    hidden = pairs.run(equal_costs, half)
+    count = max(0, microbatches - 1)
+    assert [(f, b) for s, f, b in seen if s == stages - 1] == [(i + 1, i) for i in range(count)]
+    if stages == 1:
+        assert hidden.makespan == 3 + 1.5 * count
+    assert hidden.busy[-1] == pytest.approx(3 + 1.5 * count)
 
 
 @pytest.mark.parametrize("virtual_stages", [2, 3, 4])

@@ -1,9 +1,11 @@
-"""Training under a schedule that puts gradients of weights off is training under 1F1B."""
+"""Training under a schedule that puts weights' gradients off, or runs passes in pairs, is training
+under 1F1B."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 
@@ -48,3 +50,44 @@ def test_micro_batches_are_chosen_under_zb(text, tmp_path, cache, capfd):
     assert "m* = " in capfd.readouterr().out
     assert main(argv(text, fixed, *more)) == 0
     assert losses(chosen) == pytest.approx(losses(fixed), rel=1e-9)
+
+
+PAIRS = "--schedule overlap --dp 2 --ep 2".split()
+
+
+def test_overlap_trains_bit_for_bit_as_1f1b_and_resumes(text, tmp_path, cache):
+    """Also where two layers are computed again, lengths vary, and experts move."""
+    more = ("--pp", "1", *MORE[2:], "--replan", "random:1")
+    whole, pairs = tmp_path / "1f1b", tmp_path / "overlap"
+    assert main(argv(text, whole, *more, "--dp", "2", "--ep", "2")) == 0
+    assert main(argv(text, pairs, *more, *PAIRS)) == 0
+    assert (losses(pairs), norms(pairs)) == (losses(whole), norms(whole))
+    tracks = {}
+    for name in ("trace.json", "trace_planned.json"):
+        events = json.loads((pairs / name).read_text())["traceEvents"]
+        passes = sorted((e["ts"], e["name"]) for e in events if e["ph"] == "X" and e["tid"] == 0)
+        tracks[name] = [name for _, name in passes]
+        # a pair's pieces: of 4 layers 9 of a forward, and 13 of the backward before it
+        assert tracks[name].count("F1") >= 9 and tracks[name].count("B0") >= 13
+        assert sum(a != b for a, b in pairwise(tracks[name])) >= 3 * 2 * 8
+        flights = [e for e in events if e.get("cat") == "exchange"]
+        assert bool(flights) == (name == "trace.json")
+    shutil.rmtree(pairs / "checkpoints" / "step-0000004")
+    expected = losses(pairs), norms(pairs)
+    assert main(argv(text, pairs, *more, *PAIRS, "--resume")) == 0
+    assert (losses(pairs), norms(pairs)) == expected
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (("--dp", "2", "--ep", "1"), "with ep 1 x etp 1 there is none"),
+        (("--dp", "2", "--ep", "2", "--top-k", "3"), "give --dispatcher all_to_all"),
+        (("--dp", "2", "--ep", "2", "--exchange-parts", "2"), "--exchange-parts 2 cuts what"),
+        (("--dp", "2", "--ep", "2", "--pp", "2", "--virtual-stages", "2"), "--virtual-stages 2"),
+    ],
+)
+def test_overlap_is_refused_where_it_hides_nothing(text, tmp_path, capfd, flags, says):
+    assert main(argv(text, tmp_path / "out", *flags, "--schedule", "overlap")) == 2
+    error = capfd.readouterr().err
+    assert says in error and error.count("\n") == 1

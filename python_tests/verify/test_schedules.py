@@ -1,4 +1,4 @@
-"""A schedule that puts gradients of weights off trains to the bits of one that does not."""
+"""Schedules that split a backward, or run it beside a forward, train to the bits of 1F1B."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moekernels.assembly import layout_of
 from moekernels.ops import _deferred
+from moekernels.parallel import turns
 from moekernels.parallel.mesh import Mesh
 from moekernels.verify.compare import Side
 from moekernels.verify.variants import Variant, configure, draw_batches
@@ -20,20 +21,29 @@ STEPS = 20
 MICROBATCHES = 3
 
 
-def _train(mesh: Mesh, schedule: str, pp: int, dtype: str) -> list[tuple[float, list[Tensor]]]:
+def _train(
+    mesh: Mesh, schedule: str, dtype: str, steps: int = STEPS
+) -> list[tuple[float, list[Tensor]]]:
     """Each step's loss and gradients, of a model with every kind of part."""
-    run = configure({"pp": pp}, Variant(schedule=schedule, guests=True), "fp32", pp)
-    run.model = replace(run.model, num_layers=max(2, pp))
+    degrees = {name: getattr(mesh.layout, name) for name in ("dp", "ep", "pp")}
+    run = configure(degrees, Variant(schedule=schedule, guests=True), "fp32", mesh.layout.world)
+    run.model = replace(run.model, num_layers=max(2, mesh.layout.pp))
     run.batch = replace(run.batch, microbatches=MICROBATCHES, context=8)
     run.layout.checkpoint_layers = "2"
     run.train.dtype = dtype
-    side, steps = Side(run, mesh), []
-    for step in range(STEPS):
-        (batches,) = draw_batches(run, step)
+    side, done = Side(run, mesh), []
+    for step in range(steps):
+        batches = draw_batches(run, step)[mesh.dp_index]
         loss = side.step(batches, lambda *_: None)
-        steps.append((loss, [p.main_grad.clone() for _, p, _ in side.shards]))
+        done.append((loss, [p.main_grad.clone() for _, p, _ in side.shards]))
         side.optimizer.step()
-    return steps
+    return done
+
+
+def _assert_same(found: list, expected: list) -> None:
+    for (loss, gradients), (other, others) in zip(found, expected, strict=True):
+        assert loss == other
+        assert all(map(torch.equal, gradients, others))
 
 
 def _both(rank: int, pp: int, dtypes: list[str]) -> float:
@@ -47,13 +57,11 @@ def _both(rank: int, pp: int, dtypes: list[str]) -> float:
         put(queue, work)
 
     for dtype in dtypes:
-        whole = _train(mesh, "1f1b", pp, dtype)
+        whole = _train(mesh, "1f1b", dtype)
         _deferred.Queue.put = counted
-        split = _train(mesh, "zb", pp, dtype)
+        split = _train(mesh, "zb", dtype)
         _deferred.Queue.put = put
-        for (loss, gradients), (expected, others) in zip(split, whole, strict=True):
-            assert loss == expected
-            assert all(map(torch.equal, gradients, others))
+        _assert_same(split, whole)
     return len(counts) / STEPS / MICROBATCHES / len(dtypes)
 
 
@@ -65,3 +73,33 @@ def test_zb_is_1f1b_bit_for_bit(pp):
     # router's 1, the experts' 4 (they lift and lower), and the shared expert's 3.
     first, other = 2 + 2, 2 + 1 + 4 + 3
     assert put_off == {1: [first + other], 2: [first, other], 4: [first, *3 * [other]]}[pp]
+
+
+def _pairs(rank: int, pp: int, exchange: str) -> list[int]:
+    """How many turns the passes of a step took, by dtype, on this rank."""
+    run = configure({"dp": 2, "ep": 2, "pp": pp}, Variant(), "fp32", 2 * pp)
+    mesh = Mesh(layout_of(run), device=torch.device("cpu"), exchange_mode=exchange)
+    found, counts = turns.border, []
+
+    def counted(*where: object, forward: bool) -> None:
+        counts.append(turns._running is not None)
+        found(*where, forward=forward)
+
+    steps = STEPS if exchange == "shared" else 2
+    for dtype in ("fp32", "bf16"):
+        whole = _train(mesh, "1f1b", dtype, steps)
+        turns.border = counted
+        paired = _train(mesh, "overlap", dtype, steps)
+        turns.border = found
+        _assert_same(paired, whole)
+    return sum(counts) // steps // 2
+
+
+@pytest.mark.parametrize("pp, exchange", [(1, "shared"), (2, "shared"), (2, "collective")])
+def test_overlap_is_1f1b_bit_for_bit(pp, exchange):
+    """The second layer exchanges rows, with two stages the second one's; as it is computed again,
+    its results come home once more, for which there is no turn."""
+    with RankPool(2 * pp) as pool:
+        turned = pool.run(_pairs, pp, exchange)
+    a_pair, pairs = 5 + 1, MICROBATCHES - 1
+    assert turned == {1: 2 * [pairs * a_pair], 2: [0, 0, *2 * [pairs * a_pair]]}[pp]
