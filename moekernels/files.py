@@ -6,13 +6,16 @@ import contextlib
 import errno
 import os
 import select
+import shutil
 import stat
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 PIPE_SECONDS = 2.0  # how long a pipe may wait for its other end
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write(path: str | os.PathLike, content: str | bytes) -> None:
@@ -20,7 +23,7 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
 
     A regular file is replaced by renaming, the target of a link too (the link stays). What is no
     regular file (a device, a pipe, the program's own output) is written to. OSError, its filename
-    set, where neither can be.
+    and its `size` (the bytes that it needs) set, where neither can be.
     """
     path = Path(path)
     data = _utf8(content) if isinstance(content, str) else content
@@ -40,12 +43,25 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
             _replace(Path(os.path.realpath(path)), data, there)
     except OSError as error:
         error.filename = str(path)
+        error.size = len(data)  # type: ignore[attr-defined]
         raise
 
 
 def read(path: str | os.PathLike, most: int = 1 << 26) -> str:
     """The text of a file that a user names, UTF-8 with or without a mark. OSError or ValueError,
     also where it is larger than `most` bytes or a pipe that nobody writes to."""
+    data = read_bytes(path, most)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = data[error.start]
+        raise ValueError(
+            f"it is not UTF-8 text (byte 0x{byte:02x} at offset {error.start})"
+        ) from None
+
+
+def read_bytes(path: str | os.PathLike, most: int) -> bytes:
+    """What a file holds; OSError or ValueError as `read` has them."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY), "rb", buffering=0) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             ready, _, _ = select.select([file], [], [], PIPE_SECONDS)
@@ -57,18 +73,37 @@ def read(path: str | os.PathLike, most: int = 1 << 26) -> str:
             data += block
     if len(data) > most:
         raise ValueError(f"it is larger than {most} bytes")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = data[error.start]
-        raise ValueError(
-            f"it is not UTF-8 text (byte 0x{byte:02x} at offset {error.start})"
-        ) from None
+    return bytes(data)
 
 
 def said(error: Exception) -> str:
     """Why a file could not be read or written, without its name."""
     return getattr(error, "strerror", None) or str(error)
+
+
+def no_room(
+    path: Path, error: OSError, size: int | None = None, remedy: str = "give another --out"
+) -> str:
+    """The one line of a file that cannot be written: which, why, and where the disk is full how
+    much is missing. `size`: the bytes that it needs, where `write` has not said it."""
+    size = getattr(error, "size", size)
+    text = f"{path}: cannot be written: {said(error)}"
+    if error.errno in FULL:
+        folder = next(p for p in path.absolute().parents if p.exists())
+        needs = "" if size is None else f"it needs {size:,} bytes, "
+        text += f"; {needs}{shutil.disk_usage(folder).free:,} are free"
+        remedy = f"make room, or {remedy}"
+    return f"{text}; {remedy}"
+
+
+def lock_file(path: Path) -> IO[str]:
+    """A file that is there to be locked, made where it is missing and never changed. OSError, also
+    for a pipe."""
+
+    def without_waiting(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+
+    return open(path, "a", opener=without_waiting)
 
 
 def cache_folder() -> Path:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from moekernels import jsonio
+from moekernels import files, jsonio
 from moekernels.balance import placement
 from moekernels.balance.record import Record
+from moekernels.errors import UsageError
 from moekernels.train.plots import plot_experts
 
 SHOWN = 3  # hottest experts and closest pairs of a layer
@@ -22,7 +23,11 @@ def experts(folder: Path, as_json: bool = False) -> int:
         print(jsonio.dumps({"ranks": record.ranks, "layers": layers}))
         return 0
     picture = folder / "experts.png"
-    plot_experts(picture, record.loads.numpy(), record)
+    try:
+        plot_experts(picture, record.loads.numpy(), record)
+    except OSError as error:
+        said = files.no_room(picture, error, remedy="--json prints what it shows")
+        raise UsageError(said) from None
     print("\n".join([*_text(record, layers), f"drawn to {picture}"]))
     return 0
 

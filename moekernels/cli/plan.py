@@ -110,7 +110,8 @@ def _write(html: Path | None, trace: Path | None, report) -> None:
 
             write_trace(trace, entries(report))
     except OSError as error:
-        raise UsageError(f"{error.filename}: cannot be written: {error.strerror}") from None
+        said = files.no_room(Path(error.filename), error, remedy="give another file")
+        raise UsageError(said) from None
 
 
 SHOWN = (

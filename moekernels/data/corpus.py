@@ -28,7 +28,7 @@ from moekernels.data.sources import REMEDY, STDLIB, TextFile, fingerprint, list_
 from moekernels.data.tokenised import Tokenised
 from moekernels.data.tokenizer import Tokenizer, check_vocab_size, library_version
 from moekernels.errors import UsageError
-from moekernels.files import cache_folder
+from moekernels.files import cache_folder, lock_file, no_room, read
 
 _FORMAT = 2  # part of the cache's key; raise it when the files or the way to them change
 _SAMPLE_BYTES = 4_000_000  # what the tokenizer is trained on: more text hardly changes the merges
@@ -173,10 +173,8 @@ def load_corpus(
                     _build(folder, name, documents, vocab_size, given, text, progress, weighted)
                 corpus = _open(folder)
     except OSError as error:
-        raise UsageError(
-            f"data: the tokenised corpus cannot be kept in {root} ({error.strerror}); "
-            "use another cache folder, or set XDG_CACHE_HOME to one"
-        ) from error
+        said = no_room(folder, error, remedy="set XDG_CACHE_HOME to another folder")
+        raise UsageError(f"data: the tokenised corpus cannot be kept: {said}") from error
     if not isinstance(corpus, Corpus):
         raise RuntimeError(f"data: {folder} was written, but does not read back whole: {corpus}")
     return replace(corpus, sources=weighted)
@@ -190,7 +188,7 @@ def unigram_entropy(counts: np.ndarray) -> float:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:  # never deleted: whoever waits for it must see the same file
+    with lock_file(path) as file:  # never deleted: who waits for it must see the same file
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -315,11 +313,11 @@ def _open(folder: Path) -> Corpus | str:
     if not folder.exists():
         return ""
     try:
-        meta = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        meta = json.loads(read(folder / "corpus.json", 1 << 30))
         if meta.pop("hash") != _hash([meta]):
             return "corpus.json is not as it was written"
         for name, value in meta["hashes"].items():
-            if _hash_of(folder / name) != value:
+            if not (folder / name).is_file() or _hash_of(folder / name) != value:
                 return f"{name} is not as it was written"
         return Corpus(
             folder=folder,

@@ -17,6 +17,7 @@ from moekernels.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
 BESIDE = "tokenizer_config.json"  # of a Hugging Face tokenizer: which token ends a text, say
+LARGEST = 1 << 29  # bytes of a tokenizer.json
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of a text
 _CHUNK = 1 << 17  # characters
 _CHUNKS_AT_ONCE = 1024
@@ -100,13 +101,15 @@ class Tokenizer:
 
         beside = Path(path).with_name(BESIDE)
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            more = beside.read_text(encoding="utf-8") if beside.is_file() else None
+            text = files.read(path, LARGEST)
+            more = files.read(beside) if beside.is_file() else None
             return cls(Model.from_str(text), text, more)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
         except Exception as error:  # noqa: BLE001, tokenizers raises nothing more specific
-            raise UsageError(f"{path}: no tokenizer that can be read: {error}") from None
+            raise UsageError(
+                f"{path}: no tokenizer that can be read: {files.said(error)}"
+            ) from None
 
     def save(self, path: str | os.PathLike) -> None:
         files.write(path, self._json)

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moekernels import ops
+from moekernels import files, ops
 from moekernels.errors import UsageError
 from moekernels.integrations import _slots
 from moekernels.integrations._slots import Counts, Event, Fetch, Round, Slots
@@ -310,13 +310,27 @@ def _mapped(whole: dict[str, Tensor], folder: Path | None, number: int) -> dict[
                 raise UsageError(f"cache: {path} is there already; give another folder")
             else:
                 folder.mkdir(parents=True, exist_ok=True)
-                tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(path)
+                _write(path, tensor)
         except OSError as error:
-            what = "read" if tensor.is_meta else "written"
-            raise UsageError(f"cache: {path}: cannot be {what}: {error.strerror}") from None
+            if tensor.is_meta:
+                raise UsageError(f"cache: {path}: cannot be read: {error.strerror}") from None
+            said = files.no_room(path, error, size, remedy="give another folder")
+            raise UsageError(f"cache: {said}") from None
         flat = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
         mapped[key] = flat.view(tensor.shape)  # nobody writes to it
     return mapped
+
+
+def _write(path: Path, tensor: Tensor) -> None:
+    """The tensor's bytes; no part of them where not all can be written."""
+    data = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    with open(path, "xb") as file:
+        try:
+            file.write(data)
+            file.flush()
+        except BaseException:
+            path.unlink()
+            raise
 
 
 def _check_memory(whole: dict[str, Tensor], slots: int, layers: int) -> None:

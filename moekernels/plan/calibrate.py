@@ -163,8 +163,12 @@ def calibrate(dtype: str = "fp32", seconds: float = SECONDS) -> dict:
         "measurements": len(off),
     }
     path = store()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, jsonio.dumps(found, indent=2) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, jsonio.dumps(found, indent=2) + "\n")
+    except OSError as error:
+        said = files.no_room(path, error, remedy="set XDG_CACHE_HOME to another folder")
+        raise UsageError(said) from None
     return found
 
 
@@ -172,7 +176,7 @@ def stored() -> dict:
     """What `calibrate` left here."""
     again = "run moekernels plan --calibrate"
     try:
-        found = json.loads(store().read_text(encoding="utf-8"))
+        found = json.loads(files.read(store()))
     except FileNotFoundError:
         raise UsageError(f"plan: this machine is not calibrated; {again}") from None
     except (OSError, ValueError) as error:
@@ -208,7 +212,7 @@ def against(folder: Path, found: dict) -> dict:
     try:
         run = cfg.resolve(None, folder / "config.toml", {})
         lines = read_metrics(folder)
-        events = json.loads((folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+        events = json.loads(files.read(folder / "trace.json", 1 << 30))["traceEvents"]
     except (OSError, ValueError) as error:
         if isinstance(error, UsageError):
             raise

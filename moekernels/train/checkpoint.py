@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moekernels import jsonio
-from moekernels.errors import UsageError
+from moekernels.errors import RunError, UsageError
 from moekernels.parallel.host import available
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import ShardInfo
@@ -194,6 +194,8 @@ class Checkpoints:
             with shards.writing(partial / manifests.MANIFEST):
                 manifest.write(partial)
                 _sync(partial)
+                if not final.is_dir() and os.path.lexists(final):
+                    raise RunError(f"{final}: is there and is no folder; take it out of the way")
                 if final.exists():  # one that could not be used is in the way
                     old = self.folder / f".partial-old-{self.token}"
                     final.rename(old)

@@ -68,30 +68,36 @@ def import_(source: Path, out: Path) -> int:
 def check_place(out: Path) -> None:
     """UsageError where a new folder cannot come to lie."""
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        there = out.is_symlink() or out.exists()  # a link that leads nowhere, too
+        if there and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(f"{out}: is there already; give another --out")
     except OSError as error:
-        raise UsageError(f"{out}: cannot be a folder: {error.strerror}") from None
+        raise UsageError(
+            f"{out}: cannot be a folder: {error.strerror}; give another --out"
+        ) from None
 
 
 @contextlib.contextmanager
 def building(out: Path) -> Iterator[Path]:
     """A folder that is filled beside its place and renamed when it is whole; gone where it is
     not."""
-    partial = out.parent / f".partial-{out.name}-{secrets.token_hex(4)}"
+    place = Path(os.path.realpath(out))  # a link stays, what it leads to is filled
+    partial = place.parent / f".partial-{place.name}-{secrets.token_hex(4)}"
     made = [parent for parent in out.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise UsageError(f"{out}: cannot be a folder: {error.strerror}") from None
+        raise UsageError(
+            f"{out}: cannot be a folder: {error.strerror}; give another --out"
+        ) from None
     try:
         yield partial
-        partial.rename(out)
+        partial.rename(place)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):
             for parent in made:
                 parent.rmdir()
         if isinstance(error, OSError):
-            raise RunError(shards.no_room(out, error)) from error
+            raise RunError(files.no_room(Path(error.filename or out), error)) from error
         raise

@@ -54,8 +54,7 @@ class RunFolder:
             missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
             self._made = self._made or missing  # it may have been opened for its checkpoints
             self.path.mkdir(parents=True, exist_ok=True)
-            # noqa: SIM115, held for the life of the run
-            self._lock = open(self.path / ".lock", "a")
+            self._lock = files.lock_file(self.path / ".lock")  # held for the life of the run
             _lock(self._lock)
         except BlockingIOError:
             raise UsageError(
@@ -65,6 +64,11 @@ class RunFolder:
             raise UsageError(
                 f"{self.path}: cannot be a run's folder: {error.strerror}; give another --out"
             ) from None
+        for name, fits in ((METRICS, Path.is_file), ("checkpoints", Path.is_dir)):
+            place = self.path / name  # what is not read back must not be found out at the end
+            if place.exists() and not fits(place):
+                kind = "folder" if fits is Path.is_dir else "file"
+                raise UsageError(f"{place}: is there and is no {kind}; give another --out")
         if _used(self.path) and not resume:
             raise UsageError(
                 f"{self.path}: already holds a run; give --resume to go on with it, or another "
@@ -94,7 +98,11 @@ class RunFolder:
     def write(self, line: dict) -> None:
         """One step's line, whole or not at all for a reader."""
         assert self._metrics is not None, "begin() comes first"
-        self._metrics.write(jsonio.dumps(line) + "\n")
+        try:
+            self._metrics.write(jsonio.dumps(line) + "\n")
+        except OSError as error:
+            error.filename = str(self.path / METRICS)
+            raise
 
     def sync(self) -> None:
         """Have every line on the disk, as before a checkpoint that lets a run go on behind them."""

@@ -6,6 +6,7 @@ marks them under any profiler.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from moekernels import files, jsonio
+from moekernels.errors import RunError
 from moekernels.parallel.mesh import Mesh
 from moekernels.run import files as cfg
 
@@ -46,6 +48,10 @@ class Profiler:
         part = self._part(self._mesh.rank)
         self._running.export_chrome_trace(str(part))
         self._running = None
+        if not part.exists():  # it writes beside it, and says what failed on stderr alone
+            part.with_name(f"{part.name}.tmp").unlink(missing_ok=True)
+            error = OSError(errno.ENOSPC, "torch.profiler gave up")
+            raise RunError(files.no_room(part, error))
         if self._mesh.world.size > 1:
             dist.barrier()
         if self._mesh.rank != 0:

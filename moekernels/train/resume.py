@@ -13,7 +13,6 @@ from moekernels.parallel.adamw import AdamWConfig
 from moekernels.run import files as cfg
 from moekernels.run.sections import SECTIONS
 from moekernels.train import manifest as manifests
-from moekernels.train import shards
 from moekernels.train.checkpoint import steps
 from moekernels.train.manifest import Damaged, Manifest
 
@@ -111,7 +110,7 @@ def _read(path: Path, run: str | None) -> tuple[Manifest | None, str | None]:
 def identity(folder: Path) -> str | None:
     """Of the run whose checkpoints lie in `folder`; None where it is not known (any more)."""
     try:
-        value = json.loads((folder / RUN).read_text(encoding="utf-8"))["id"]
+        value = json.loads(files.read(folder / RUN))["id"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return value if isinstance(value, str) else None
@@ -123,7 +122,7 @@ def write_identity(folder: Path, value: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         files.write(path, text)
     except OSError as error:
-        raise RunError(shards.no_room(path, error, len(text))) from error
+        raise RunError(files.no_room(path, error, len(text))) from error
 
 
 # What a checkpoint may go on under with another value, and a word is due; the rest of [model]

@@ -8,11 +8,9 @@ file, so that a slice costs its own bytes.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moekernels import jsonio
+from moekernels import files, jsonio
 from moekernels.errors import RunError, UsageError
 from moekernels.train.manifest import Box, Saved
 
@@ -37,7 +35,6 @@ NAMES = {
 }
 Entry = tuple[str, torch.dtype, tuple[int, ...]]  # key, dtype, shape
 BLOCK = 1 << 24  # bytes hashed and written at a time
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -49,17 +46,7 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
     except OSError as error:
         with contextlib.suppress(OSError):
             path.unlink()
-        raise RunError(no_room(path, error, size)) from error
-
-
-def no_room(path: Path, error: OSError, size: int | None = None) -> str:
-    """The one line: which file, why, and where the disk is full how much is missing."""
-    text = f"{path}: cannot be written: {error.strerror}"
-    if error.errno in FULL:
-        folder = next(p for p in path.absolute().parents if p.exists())
-        needs = "" if size is None else f"it needs {size:,} bytes, "
-        text += f"; {needs}{shutil.disk_usage(folder).free:,} are free"
-    return f"{text}; make room, or give another --out"
+        raise RunError(files.no_room(path, error, size)) from error
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:

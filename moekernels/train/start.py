@@ -5,9 +5,12 @@ Every rank runs `_work`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from moekernels import assembly, files
@@ -22,7 +25,6 @@ from moekernels.train import loggers, resume, weights
 from moekernels.train.checkpoint import sweep
 from moekernels.train.loop import Job, Trainer
 from moekernels.train.metrics import TOKENIZER, RunFolder, check_name
-from moekernels.train.shards import FULL, no_room
 
 
 def train(
@@ -86,7 +88,8 @@ def train(
     if speaks:  # a place that will not do is said before text is read for minutes
         folder.open(resume_how is not None)
     try:
-        corpus = _corpus(run, folder, found, speaks, begin)
+        with _one_line(folder.path):
+            corpus = _corpus(run, folder, found, speaks, begin)
     except BaseException:
         folder.abandon()
         raise
@@ -189,19 +192,28 @@ def _corpus(
     return corpus
 
 
+@contextlib.contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """A file of the run's folder that cannot be written, or a disk that is full: RunError, one
+    line."""
+    try:
+        yield
+    except OSError as error:
+        place = Path(os.fsdecode(error.filename or folder))
+        if error.errno not in files.FULL and not (error.filename and folder in place.parents):
+            raise
+        raise RunError(files.no_room(place, error)) from error
+
+
 def _work(env: launch.RankEnv, job: Job) -> int:
     """A rank's training; its exit code."""
     trainer = Trainer(env, job)
     failed = True
     try:
-        code = trainer.run_steps()
+        with _one_line(job.folder.path):
+            code = trainer.run_steps()
         failed = False
         return code
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        place = Path(error.filename or job.folder.path)
-        raise RunError(no_room(place, error)) from error
     finally:
         trainer.progress.close()
         trainer.log.close()

@@ -86,6 +86,21 @@ def test_what_is_no_file_is_written_to_or_refused(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["null", "pipe"]
 
 
+def test_a_full_device_says_what_is_missing(tmp_path):
+    with pytest.raises(OSError) as error:
+        files.write("/dev/full", "x" * 12_345)
+    said = files.no_room(Path("/dev/full"), error.value)
+    assert re.fullmatch(
+        r"/dev/full: cannot be written: No space left on device; it needs 12,345 bytes, [\d,]+ are "
+        r"free; make room, or give another --out",
+        said,
+    )
+    with pytest.raises(OSError) as error:
+        files.write(tmp_path, "x")
+    said = files.no_room(tmp_path, error.value, remedy="give another file")
+    assert said == f"{tmp_path}: cannot be written: Is a directory; give another file"
+
+
 def test_the_programs_own_output_is_written_to(tmp_path):
     code = "from moekernels import files; print(1); files.write('/dev/stdout', '2\\n'); print(3)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

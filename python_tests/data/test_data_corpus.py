@@ -336,10 +336,36 @@ def test_a_cache_that_cannot_be_written_is_the_users_error(tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(UsageError) as error:
         load(tmp_path / "a.txt", tmp_path)
-    assert str(error.value) == (
-        f"data: the tokenised corpus cannot be kept in {tmp_path / 'cache'} (File exists); "
-        "use another cache folder, or set XDG_CACHE_HOME to one"
+    said = str(error.value)
+    assert said.startswith(
+        f"data: the tokenised corpus cannot be kept: {tmp_path / 'cache'}/corpus"
     )
+    assert said.endswith(": cannot be written: File exists; set XDG_CACHE_HOME to another folder")
+
+
+@pytest.mark.parametrize("name", ["corpus.json", "tokens.npy"])
+def test_a_pipe_in_the_cache_is_not_waited_for(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("moekernels.files.PIPE_SECONDS", 0.1)
+    (tmp_path / "a.txt").write_text(TEXT)
+    folder = load(tmp_path / "a.txt", tmp_path).folder
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert load(tmp_path / "a.txt", tmp_path).folder == folder and (folder / name).is_file()
+
+
+def test_a_lock_that_is_no_file(tmp_path):
+    """A pipe is not waited for, and what a link leads to is not emptied."""
+    (tmp_path / "a.txt").write_text(TEXT)
+    folder = load(tmp_path / "a.txt", tmp_path / "other").folder
+    lock = tmp_path / "cache" / folder.with_suffix(".lock").name
+    lock.parent.mkdir()
+    os.mkfifo(lock)
+    with pytest.raises(UsageError, match="cannot be written: No such device"):
+        load(tmp_path / "a.txt", tmp_path)
+    lock.unlink()
+    lock.symlink_to(tmp_path / "a.txt")
+    load(tmp_path / "a.txt", tmp_path)
+    assert (tmp_path / "a.txt").read_text() == TEXT
 
 
 # --- the held-out split

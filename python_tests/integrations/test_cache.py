@@ -153,6 +153,21 @@ def test_what_cannot_be_is_refused(ask, said):
         assert torch.equal(ours, theirs), "nothing was lost"
 
 
+def test_a_full_disk_says_what_is_missing_and_leaves_nothing(tmp_path):
+    model = model_of()
+    expected = outputs(model)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UsageError, match="bin: cannot be written: File too large; it needs "):
+            cached(model, slots=2, folder=str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+    for ours, theirs in zip(outputs(model), expected, strict=True):
+        assert torch.equal(ours, theirs), "nothing was lost"
+
+
 def test_more_slots_than_memory(monkeypatch):
     monkeypatch.setattr("moekernels.integrations.cache.available", lambda: 5000)
     with pytest.raises(UsageError, match="6 slots in each of 2 layers need .* 5,000 are free"):

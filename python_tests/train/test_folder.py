@@ -333,6 +333,20 @@ def test_a_place_that_is_taken_is_left_alone(folders, tmp_path, capfd):
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
+def test_links_as_a_place(folders, tmp_path, capfd):
+    """One that leads nowhere is refused before a tensor is read; one to an empty folder is kept."""
+    (tmp_path / "nowhere").symlink_to(tmp_path / "no" / "such")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    source = str(folders["Qwen3Moe"])
+    for command in ("import", "export"):
+        assert main([command, source, "--out", str(tmp_path / "nowhere")]) == 2
+        assert "is there already" in capfd.readouterr().err
+    assert main(["import", source, "--out", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "config.toml").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "nowhere", "there"]
+
+
 def test_a_copy_that_fails_leaves_nothing(folders, tmp_path, capfd, monkeypatch):
     def full(path, source):
         raise OSError(28, "No space left on device", str(path))
