@@ -50,8 +50,7 @@ def options(environment: Mapping[str, str]) -> list[str]:
 
 
 def require_environment() -> None:
-    """Stop with one line where the build would go wrong, above all in an isolated build
-    environment."""
+    """Stop with one line where the build would go wrong, as in an isolated environment."""
     try:
         import pybind11  # noqa: F401
         import torch  # noqa: F401

@@ -171,8 +171,7 @@ def layer_ranges(run: cfg.RunConfig) -> list[range]:
 
 
 def checkpointed(run: cfg.RunConfig) -> set[int]:
-    """Layers to compute again: `all`, `none`, or numbers and ranges from 1, as in `2-15` or
-    `1,3-5`."""
+    """Layers to compute again: `all`, `none`, or numbers and ranges from 1: `2-15`, `1,3-5`."""
     text, layers = run.layout.checkpoint_layers, run.model.num_layers
     if text in ("none", ""):
         return set()

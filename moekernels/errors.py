@@ -22,8 +22,7 @@ def _shortened(text: str, first: int, last: int) -> str:
 class UsageError(ValueError):
     """Bad input from the user: the message says what, where, and what to use instead.
 
-    The command line prints it as one line and exits with code 2; library callers see a
-    `ValueError`.
+    The command line prints it as one line and exits with 2; library callers see a `ValueError`.
     """
 
     def __init__(self, message: str) -> None:
@@ -31,8 +30,7 @@ class UsageError(ValueError):
 
 
 class PlaceError(UsageError):
-    """What one process of many was given is wrong: each says its own, where one says what all
-    find."""
+    """What one process of many was given is wrong: each says its own, one says what all find."""
 
 
 class RunError(RuntimeError):

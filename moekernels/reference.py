@@ -49,8 +49,7 @@ def gate(
     segments: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> GateOutput:
-    """logits [T, E] -> weights and ids [T, K], and the sums that the auxiliary losses are made
-    of."""
+    """logits [T, E] -> weights and ids [T, K], and the sums of which auxiliary losses are made."""
     scores = _known(SCORES, "score", score)(_wide(logits))
     rank_of = _known(GROUP_SCORES, "group_score", group_score)
     tokens, experts = scores.shape
@@ -133,7 +132,7 @@ def gate_sums(
 def load_balancing_loss(score_sum: Tensor, counts: Tensor, top_k: int) -> Tensor:
     """Switch-style loss, E/(K T^2) sum_e counts_e score_sum_e, segments weighted by their tokens.
 
-    score_sum, counts [S, E] -> scalar; 1 where the load is even (Fedus et al. 2021, eq. 4, for K
+    score_sum, counts [S, E] -> scalar; 1 where loads are even (Fedus et al. 2021, eq. 4, K
     choices).
 
     Examples:
@@ -225,8 +224,7 @@ def permute_weights(weights: Tensor, routing: Routing) -> Tensor:
 
 
 def grouped_gemm(rows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool = False) -> Tensor:
-    """rows [R, I] x w [E, O, I] (transposed: [E, I, O]) -> [R, O]; rows past offsets[E] give
-    zeros."""
+    """rows [R, I] x w [E, O, I] (transposed: [E, I, O]) -> [R, O]; zeros past offsets[E]."""
     out = [
         rows[begin:end] @ (w[e] if transposed else w[e].T)
         for e, (begin, end) in enumerate(zip(offsets.tolist()[:-1], offsets.tolist()[1:]))

@@ -1,5 +1,4 @@
-"""Words that threads signal by: the values each has held, what each value releases, who has seen
-which.
+"""Words that threads signal by: the values each has held, what each releases, who saw which.
 
 A strong load may see an old value, but none older than this thread has seen or than what it is
 ordered behind; a poll that sees them late sees every one in turn. So whoever goes on too early

@@ -329,8 +329,7 @@ class MachineOrder:
             order.reader[at] = sets[key]
 
     def _joined(self, before: int, epoch: int, mine: np.ndarray) -> int:
-        """The reader that stands for `before`, as far as nothing orders it before `mine`, and
-        these."""
+        """The reader that stands for `before`, if nothing orders it before `mine`, and these."""
         order, clocks = self.order, self.clocks
         threads, epochs = np.array([], np.int64), np.array([], np.int64)
         if before >= 0:

@@ -180,7 +180,7 @@ def _hold_experts(kit: Kit, inputs: dict, wanted: set[str], backward: bool, what
 @rung(
     9,
     "rows_many_tiles",
-    look="StoreUp in sm90/experts.cuh: gate beside up, the activation",
+    look="StoreUp in sm90/up.cuh: gate beside up, the activation",
     limit=30,
 )
 def up(kit: Kit) -> dict:

@@ -1,10 +1,11 @@
 // The experts' products on sm_90a, their nonlinearities in the epilogues.
 #include "moekernels/experts.h"
 
+#include "sm90/dact.cuh"
 #include "sm90/entry.cuh"
-#include "sm90/experts.cuh"
 #include "sm90/product.cuh"
 #include "sm90/run.cuh"
+#include "sm90/up.cuh"
 
 namespace moekernels::cuda::sm90 {
 namespace {

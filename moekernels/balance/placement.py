@@ -4,8 +4,7 @@ A layer's experts lie in slots: slot s is place s % e of the expert-parallel ran
 `slot_of` [L, E] says it for all layers. Without moves expert x lies in slot x. Every rank holds
 equally many experts of a layer, and so equally many bytes.
 
-Legend: L layers, E experts, P ranks that share a layer's experts, e = E/P experts of a rank, N
-nodes.
+Legend: L layers, E experts, P ranks that share a layer's experts, E/P = e, N nodes.
 """
 
 from __future__ import annotations
@@ -106,8 +105,7 @@ def put(rank_of: Tensor, slot_of: Tensor, ranks: int) -> Tensor:
 
 
 def from_facts(value: object, layers: int, experts: int, where: str) -> Tensor:
-    """The placement that a checkpoint at `where` tells; UsageError where it is none of this
-    model."""
+    """The placement that a checkpoint at `where` tells; UsageError where it does not fit."""
     every = list(range(experts))
     if (
         not isinstance(value, list)

@@ -1,5 +1,4 @@
-"""When experts move, and whether it pays: the rule a run is given, and what a new placement would
-save.
+"""When experts move, and whether it pays: a run's rule, and what a new placement would save.
 
 Legend: L layers with experts, E experts, P ranks that share a layer's experts.
 """

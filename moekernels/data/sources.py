@@ -198,8 +198,7 @@ def open_file(file: TextFile) -> BufferedIOBase:
 
 
 def _unpacked(path: Path) -> BufferedIOBase:
-    """What a compressed file or a table holds, as a file without a name: documents are read in any
-    order."""
+    """What a compressed file or a table holds, nameless: documents are read in any order."""
     unpack = {".gz": _gunzip, ".zst": _unzstd}.get(path.suffix.lower(), _rows_of_table)
     out = tempfile.TemporaryFile()  # noqa: SIM115, whoever reads it closes it
     try:

@@ -1,5 +1,4 @@
-"""Families with grouped-query attention and softmax routing: Qwen3-MoE, Qwen2-MoE, OLMoE, Mixtral,
-gpt-oss."""
+"""Grouped-query attention and softmax routing: Qwen3-MoE, Qwen2-MoE, OLMoE, Mixtral, gpt-oss."""
 
 from __future__ import annotations
 

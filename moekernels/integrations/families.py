@@ -45,8 +45,7 @@ def _experts(config: Any) -> int:
 
 
 def decoder_spec(config: PreTrainedConfig) -> DecoderSpec:
-    """Our specification of the same model; what ours cannot express is a UsageError that names the
-    field."""
+    """Our specification of the same model; UsageError that names a field ours cannot express."""
     kind = family_of(config)
     family = FAMILIES[kind]
     _fields.check(

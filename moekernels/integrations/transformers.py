@@ -99,8 +99,7 @@ def parameters_of(module: nn.Module) -> Parameters:
 
 
 class Rows(NamedTuple):
-    """Results of experts [R, H] and how to add them up; weights [T, K] where they still have to be
-    applied."""
+    """Results of experts [R, H] and how to add them up; weights [T, K] if not yet applied."""
 
     rows: Tensor
     routing: Routing

@@ -87,8 +87,7 @@ class Layout:
         d_ff: int | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        """Raise a UsageError that names a value to use instead, if anything given does not
-        divide."""
+        """UsageError that names a value to use instead, if anything given does not divide."""
         if world is not None and world != self.world:
             raise UsageError(
                 f"layout: tp*dp*pp = {self.tp}*{self.dp}*{self.pp} = {self.world} ranks, "

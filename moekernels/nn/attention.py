@@ -58,8 +58,7 @@ def causal_attention(
 
 
 class Attention(nn.Module):
-    """Column-parallel q, k, v in one product, attention over this rank's heads, row-parallel
-    output."""
+    """Column-parallel q, k, v in one product, attention over this rank's heads, row-parallel o."""
 
     qkv_bias: nn.Parameter | None
     out_bias: nn.Parameter | None

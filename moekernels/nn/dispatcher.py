@@ -124,8 +124,7 @@ class AllToAllDispatcher:
         return expert.combine(rows, routing.way_back)
 
     def _to_shards(self, ids: Tensor) -> Tensor:
-        """ids [T, K] of experts -> [T, K*etp] of shards, numbered as the exchange's peers hold
-        them."""
+        """ids [T, K] of experts -> [T, K*etp] of shards, numbered as the peers hold them."""
         e = self.local_experts
         first = torch.div(ids, e, rounding_mode="floor") * (e * self.etp) + ids % e
         shards = first[:, :, None] + e * torch.arange(self.etp, dtype=ids.dtype, device=ids.device)

@@ -13,8 +13,7 @@ from moekernels.parallel.tensor import reduce_from, scatter_tokens
 
 
 class VocabularyWeight(nn.Module):
-    """A [V, H] table split by rows over tp; parts differ by at most one row, so nothing is
-    padded."""
+    """A [V, H] table split by rows over tp; parts differ by at most one row: no padding."""
 
     def __init__(
         self,

@@ -1,6 +1,5 @@
-"""The experts of one layer that live on this rank. Legend: R routed rows, e local experts, H
-hidden, I expert input width (H, or wider where rows are lifted), F expert hidden of this etp
-shard."""
+"""One layer's experts on this rank. Legend: R routed rows, e local experts, H hidden, I expert
+input width (H, or wider where rows are lifted), F expert hidden of this etp shard."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Rotary positions over packed sequences. Legend: T tokens, hd head dimension, rd of it that
-turns."""
+"""Rotary positions over packed sequences. Legend: T tokens, hd head dimension, rd rotated of it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The router: a product per token, then `ops.gate`. Legend: T tokens, H hidden, E experts, K
-top-k."""
+"""The router: a product per token, then `ops.gate`. T tokens, H hidden, E experts, K top-k."""
 
 from __future__ import annotations
 
@@ -68,8 +67,7 @@ class Router(nn.Module):
         self.register_buffer(SELECTION_BIAS, bias)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [T/tp, H], or [T, H] replicated where the gate goes by columns -> [T/tp, E] in fp32 at
-        least."""
+        """x [T/tp, H], or [T, H] replicated where the gate goes by columns -> [T/tp, E], fp32."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if not self.by_columns:
             return linear(x.to(wide), self.weight, self.bias)

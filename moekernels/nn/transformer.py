@@ -232,8 +232,7 @@ class StageModel(nn.Module):
         return self.auxiliary.take()
 
     def place(self, slot_of: Tensor) -> None:
-        """Say where the experts of the layers that have some lie, slot_of [L, E]: see
-        `MoE.place`."""
+        """Say where the experts of the layers with some lie, slot_of [L, E]: see `MoE.place`."""
         for moe, slots in zip(self.experts_layers, slot_of, strict=True):
             moe.place(slots)
 

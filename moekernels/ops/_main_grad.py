@@ -20,8 +20,7 @@ _dbias_ = raw._experts_dbias_.default
 
 
 def main_grad_of(w: Tensor | None) -> Tensor | None:
-    """The buffer that a parameter's gradient is to be added to, if it has one and wants a
-    gradient."""
+    """The buffer that a parameter's gradient is added to, if it has one and wants a gradient."""
     if w is None or not w.requires_grad:
         return None
     return getattr(w, "main_grad", None)

@@ -227,8 +227,7 @@ def experts(
         on CUDA the rows are permuted into scratch, and again in the backward, rather than kept. A
         parameter with an attribute `main_grad` (fp32, its shape) has its gradient added there by a
         backward that reaches it, and none returned. Gradients of gradients are made in plain
-        torch. Under autocast all but `weights` are cast. Deterministic on any number of
-        threads.
+        torch. Under autocast all but `weights` are cast. Deterministic, whatever the threads.
 
     Examples:
         >>> rows, weights = torch.ones(3, 2), torch.tensor([1.0, 1.0, 0.5])

@@ -1,5 +1,4 @@
-"""Expert parallelism: rows go to the ranks that hold their experts and come back, as differentiable
-functions.
+"""Expert parallelism: rows go to their experts' ranks and come back, as differentiable functions.
 
 One message a peer, layer and direction: a row's routing weight travels behind it, in backward its
 gradient does. What is kept for backward is integers only; the rows that arrive are kept by whoever
@@ -248,8 +247,7 @@ def by_slot(row_values: Tensor, row_of: Tensor) -> Tensor:
 class Kept:
     """What an exchange brought, kept so that recomputing a layer does not repeat the exchange.
 
-    The forward pass fills it in the order of the calls, the recomputation empties it in the same
-    order.
+    The forward pass fills it in the order of the calls, the recomputation empties it likewise.
     """
 
     def __init__(self) -> None:

@@ -326,8 +326,7 @@ def run_launched(
 
 
 def _first_to_say() -> bool:
-    """Whether no other rank of this run has reported a usage error yet; most arise on every rank
-    alike."""
+    """Whether no other rank of this run has reported a usage error yet; most arise on all."""
     try:
         return dist.distributed_c10d._get_default_store().add("moekernels/usage_error", 1) == 1
     except Exception:  # noqa: BLE001, no store (any more): twice is better than never

@@ -1,5 +1,4 @@
-"""One world of ranks, factored twice: for the dense layers and, folded over the same ranks, for the
-experts.
+"""One world of ranks, factored twice: for the dense layers and, folded, for the experts.
 
     world = tp * dp * pp = etp * ep * edp * pp
 
@@ -176,6 +175,5 @@ class Mesh:
 
     @property
     def tokens_alike(self) -> bool:
-        """Whether all ranks that exchange rows hold equally many tokens (they are of one tp
-        group)."""
+        """Whether all ranks that exchange rows hold equally many tokens (are of one tp group)."""
         return self.layout.tp % self.layout.exchange == 0

@@ -9,8 +9,7 @@ Sharded (stage 1 of ZeRO, Rajbhandari et al. 2020), each of the ranks whose grad
 owns an equal slice of every flat tensor: it gets the sum of that slice alone, keeps its masters and
 moments, updates it, and all gather the slices.
 
-Weight decay acts on matrices. Norms, biases (anything one-dimensional) and embeddings are not
-decayed.
+Weight decay acts on matrices, not on norms, biases (anything one-dimensional) and embeddings.
 """
 
 from __future__ import annotations
@@ -338,8 +337,7 @@ class Optimizer:
 
     def state(self) -> Iterator[tuple[str, Tensor, ShardInfo]]:
         """What a checkpoint keeps, as views: `master.<name>`, `exp_avg.<name>`,
-        `exp_avg_sq.<name>`; of a sharded tensor the boxes that lie in this rank's slice, each by
-        itself."""
+        `exp_avg_sq.<name>`; of a sharded tensor each box that lies in this rank's slice."""
         for bucket in self.buckets:
             for name, (begin, _) in zip(bucket.names, bucket.spans):
                 parameter, info = self.parameters[name]
@@ -360,8 +358,7 @@ class Optimizer:
         return low, high
 
     def loaded(self, steps_done: int) -> None:
-        """Tell that the tensors of `state` were filled from a checkpoint made after that many
-        steps."""
+        """Tell that the tensors of `state` came from a checkpoint made after that many steps."""
         self.steps_done = steps_done
         self._take_over()
 

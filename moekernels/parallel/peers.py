@@ -68,8 +68,7 @@ class PeerMemory:
         *,
         stamped: bool = False,
     ) -> Tensor:
-        """`send[p]` rows of x to peer p, `receive[p]` rows from it, in peer order; equal parts by
-        default."""
+        """`send[p]` rows of x to peer p, `receive[p]` from it, in peer order; default: equal."""
         x = x.contiguous()
         even = [x.shape[0] // self.size] * self.size
         receive, send = receive or even, send or even

@@ -1,5 +1,4 @@
-"""How a rank's parameter lies in the full one: for initialisation, checkpoints, norms and
-comparisons."""
+"""How a rank's parameter lies in the full one: to initialise, to save, for norms, to compare."""
 
 from __future__ import annotations
 

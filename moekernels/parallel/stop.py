@@ -61,8 +61,7 @@ class Stop:
 
 
 class Forward:
-    """For the process that started the ranks: a first signal is handed to rank 0, a second ends
-    all."""
+    """For the process that started the ranks: a first signal goes to rank 0, a second ends all."""
 
     def __init__(self) -> None:
         self.signal = 0

@@ -203,8 +203,7 @@ def _pairs(order: list[Action], ahead: int) -> list[Entry]:
 
 
 def _split(order: list[Action], most: int) -> list[Action]:
-    """Each B as I, with the W of all but the latest `most` behind it, oldest first; these at the
-    end."""
+    """Each B as I, then the W of all but the latest `most`, oldest first; these at the end."""
     split: list[Action] = []
     owed: deque[Action] = deque()
     for action in order:

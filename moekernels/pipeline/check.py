@@ -49,8 +49,7 @@ def check(schedule: Schedule) -> None:
 
 
 def peak_in_flight(schedule: Schedule) -> list[int]:
-    """Per rank: the most (chunk, microbatch) pairs whose F has begun and whose B, or I, has not
-    ended."""
+    """Per rank: the most (chunk, microbatch) pairs from F's begin to the end of B, or I."""
     down = {Kind.B: 1, Kind.I: 1}
     return [_peak(actions, {Kind.F: 1}, down) for actions in schedule.actions]
 

@@ -230,8 +230,7 @@ class _Step:
         self._keep(action, result)
 
     def compute_pair(self, pair: Pair) -> None:
-        """What both need is here before either begins, and both are over before anything is
-        sent."""
+        """What both need is here before either begins; both are over before anything is sent."""
         ours, other = (self.runtime._stage.pieces(action.chunk) for action in pair)
         if self.runtime._turns is None or ours is None or other is None:
             for action in pair:
@@ -321,7 +320,7 @@ class _Step:
                 self._awaited[message] = tensor, work
 
     def _through_memory(self, batch: list[Action], memory: PipelineMemory) -> None:
-        """A send is over when it has copied its tensor; a lane each way, as neither waits for the
+        """A send is over once its tensor is copied; a lane each way, as neither waits for the
         other."""
         for action in batch:
             message = self.schedule.message(self.rank, action)

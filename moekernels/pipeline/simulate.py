@@ -168,8 +168,8 @@ class Simulator:
 def _turns(
     rank: int, pair: Pair, start: float, forward: float, both: float, layers: int
 ) -> list[Event]:
-    """A pair's pieces from `start` on: `both` seconds, of which `forward` are the forward's; those of
-    a pass take equally long."""
+    """A pair's pieces from `start` on: `both` seconds, of which `forward` are the forward's; a
+    pass's take equally long."""
     passes_of = passes(range(layers))
     each = [forward / len(passes_of[0]), (both - forward) / len(passes_of[1])]
     events = []

@@ -30,9 +30,7 @@ class Event(NamedTuple):
 
 
 class Clock:
-    """Times of actions: the host's on the CPU, the device's own on a GPU, which runs behind its
-    host.
-    """
+    """Times of actions: the host's on the CPU, the device's own on a GPU, which runs behind."""
 
     def __init__(self, device: torch.device, origin: float | None, record: bool):
         self._record = record
@@ -101,8 +99,7 @@ def _name(action: Action) -> str:
 
 
 def trace_events(events: Iterable[Event], **args: Any) -> list[dict[str, Any]]:
-    """Trace entries for `events` of any number of stages: pid is the stage, names are `F3`, `B3`,
-    ...
+    """Trace entries for `events` of any number of stages: pid is the stage, names `F3`, `B3`, ...
 
     `args` (a step number, a label) go into each entry beside chunk and microbatch.
     """

@@ -1,8 +1,7 @@
 """What a rank holds: sums of what the parts of the model count (`moekernels.model`); each term is a
 tensor that some module or autograd function keeps.
 
-`python_tests/plan/test_plan_memory.py` holds the counts to the real modules and to torch's
-MemTracker.
+`python_tests/plan/test_plan_memory.py` holds the counts to the modules and torch's MemTracker.
 """
 
 from __future__ import annotations

@@ -53,8 +53,7 @@ def choose(alpha: float, work: float, idle: float, least: int, most: int) -> int
 
 
 def settings(least: int, most: int, stages: int) -> tuple[int, int] | None:
-    """Two counts to measure, a factor of four apart where there is room; None: nothing to
-    choose."""
+    """Two counts to measure, a factor of four apart where there is room; None: no choice."""
     if least >= most:
         return None
     many = min(most, 4 * max(least, stages))

@@ -97,9 +97,8 @@ def layouts(problem: Problem, world: int, space: Space) -> Iterator[Layout]:
 
 @lru_cache(maxsize=256)
 def splits(layers: int, depth: int, heavy_loss: bool) -> tuple[tuple[int, ...], ...]:
-    """Layers of each virtual stage: as even as can be, the odd ones in the middle, away from the
-    first stage's activations and the last one's head; and, for a heavy head, one less in the
-    last."""
+    """Layers of each virtual stage: even, the odd ones in the middle, away from the first stage's
+    activations and the last one's head; and, for a heavy head, one less in the last."""
     base, rest = divmod(layers, depth)
     middle = sorted(range(depth), key=lambda v: (abs(v - (depth - 1) / 2), v))
     even = [base + (v in middle[:rest]) for v in range(depth)]

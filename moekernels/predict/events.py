@@ -111,7 +111,7 @@ class Machine:
 
 
 def epilogue_cycles(problem: Problem, kernel: Kernel, card: Card, share: float = 1.0) -> float:
-    """Of a tile of which a share of the rows exists: its instructions or its bytes, whichever takes
+    """Of a tile of which a share of the rows exists: its instructions or bytes, whichever is
     longer."""
     moved = kernel.tile_m * kernel.tile_n * share * (problem.reads + problem.writes)
     instructions = kernel.issue / (4 * card.ipc) * share

@@ -1,9 +1,8 @@
 """The run's configuration: one dataclass a TOML section, then files, then flags.
 
 `[model] [batch] [layout] [train]` drive a run; `[hardware] [workload] [objective] [claims]` are for
-`moekernels plan`, and a run ignores them. Every value is checked when it arrives, so a
-mistake is one line that names the file (or flag), the key, the value and the nearest name that
-exists.
+`moekernels plan`, and a run ignores them. Every value is checked when it arrives, so a mistake is
+one line that names the file (or flag), the key, the value and the nearest name.
 """
 
 from __future__ import annotations
@@ -151,8 +150,7 @@ def preset_path(name: str) -> Path:
 
 
 def _overlay(config: RunConfig, model: dict, data: dict[str, dict]) -> None:
-    """`data` over what is there; keys of the model are gathered in `model`, as it is judged
-    whole."""
+    """`data` over what is there; the model's keys are gathered in `model`, judged whole."""
     if any(d in data.get("layout", {}) for d in DEGREES):
         set_degrees(config.layout, {d: data["layout"][d] for d in DEGREES if d in data["layout"]})
     for name, keys in data.items():

@@ -243,8 +243,7 @@ class ObjectiveSection:
 
 @dataclass
 class ClaimsSection:
-    """[claims]: what a specification says it reaches; a run ignores it. 0 or empty: nothing
-    said."""
+    """[claims]: what a specification says it reaches; a run ignores it. 0, empty: nothing said."""
 
     parameters: float = key(0.0, "parameters of the model", low=0)
     gpus: int = key(0, "cards", low=0)

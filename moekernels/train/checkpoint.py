@@ -221,8 +221,7 @@ class Checkpoints:
                 good += 1
 
     def _good(self, path: Path) -> bool:
-        """Whether it is whole and of this run; read again only if it changed since that was
-        seen."""
+        """Whether it is whole and of this run; read again only if it changed since."""
         try:
             manifest = manifests.read(path)
             here = manifests.signature(path, manifest.files)

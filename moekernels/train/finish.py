@@ -60,8 +60,7 @@ def finish(trainer: Trainer, events: list[Event], step: int, seconds: float) -> 
 
 
 def planned(schedule: Schedule, measured: list[Event]) -> list[Event]:
-    """The same schedule under the clock, each computation taking its virtual stage's measured
-    mean."""
+    """The same schedule under the clock, each computation at its virtual stage's measured mean."""
     spent: dict = {}  # by a pass, which may be in pieces
     for e in measured:
         if e.kind.computes:

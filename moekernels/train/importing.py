@@ -79,8 +79,7 @@ def check_place(out: Path) -> None:
 
 @contextlib.contextmanager
 def building(out: Path) -> Iterator[Path]:
-    """A folder that is filled beside its place and renamed when it is whole; gone where it is
-    not."""
+    """A folder that is filled beside its place, and renamed when whole; gone where it is not."""
     place = Path(os.path.realpath(out))  # a link stays, what it leads to is filled
     partial = place.parent / f".partial-{place.name}-{secrets.token_hex(4)}"
     made = [parent for parent in out.parents if not parent.exists()]

@@ -1,5 +1,4 @@
-"""A rank's training: set up, step, save; rank 0 also writes the run's folder and speaks to the
-user."""
+"""A rank's training: set up, step, save; rank 0 also writes the run's folder and reports."""
 
 from __future__ import annotations
 
@@ -232,8 +231,7 @@ class Trainer:
         return f"saved in {self.checkpoints.folder}, --resume goes on"
 
     def step(self, step: int) -> tuple[dict, list[Event]]:
-        """One optimiser step; its line of metrics (on every rank) and what ran when on this
-        rank."""
+        """One optimiser step; its line of metrics (on every rank), and this rank's events."""
         start = time.perf_counter()
         batches = [b.to(self.env.device) for b in self.loader.batch(step)]
         self.optimizer.zero_grad()

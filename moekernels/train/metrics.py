@@ -1,4 +1,4 @@
-"""A run's folder: its lock, its effective configuration, `metrics.jsonl`, and what the user sees
+"""A run's folder: its lock, effective configuration and `metrics.jsonl`; what the user sees
 meanwhile."""
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ LOCK_SECONDS = 1.0
 
 
 class RunFolder:
-    """`<out>`, held by one live run at a time. `open` checks it before anything in it is
-    touched."""
+    """`<out>`, held by one live run at a time. `open` checks it before it is touched."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,8 +47,7 @@ class RunFolder:
         return path
 
     def open(self, resume: bool) -> None:
-        """Take the folder, or raise UsageError: it is no folder, a live run has it, or it is used
-        (not)."""
+        """Take the folder, or UsageError: no folder, a live run has it, or it is used (not)."""
         try:
             missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
             self._made = self._made or missing  # it may have been opened for its checkpoints
@@ -84,8 +82,7 @@ class RunFolder:
                 folder.rmdir()
 
     def begin(self, config: cfg.RunConfig, step: int) -> None:
-        """Write the configuration and cut `metrics.jsonl` behind the step that the run goes on
-        from."""
+        """Write the configuration and cut `metrics.jsonl` behind the step where the run goes on."""
         self.configure(config)
         kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
         files.write(self.path / METRICS, "".join(jsonio.dumps(line) + "\n" for line in kept))

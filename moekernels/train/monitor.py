@@ -42,8 +42,8 @@ class Monitor:
         self.watching: list[Watch] = []
 
     def begin(self, step: int) -> None:
-        """Before a step's flush: watch it, or not. Steps that are looked at are watched where nodes
-        count."""
+        """Before a step's flush: watch it, or not. Where nodes count, each look's steps are
+        watched."""
         several = any(len(set(nodes)) > 1 for nodes in self.moves.node_of)
         due = step % EVERY == 0 or step == self.last_step
         due |= several and self.moves.looks_at(step)

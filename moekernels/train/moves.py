@@ -96,8 +96,7 @@ class Moves:
         return any(isinstance(moe.dispatcher, AllGatherDispatcher) for moe in layers)
 
     def restore(self, facts: dict, layout: dict, where: str) -> None:
-        """As a checkpoint left it, before its tensors are read; under another ep nothing is
-        moved."""
+        """As a checkpoint left it, before its tensors are read; nothing moves under another ep."""
         if "placement" not in facts:
             return
         layers, experts = self.slot_of.shape

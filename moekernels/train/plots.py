@@ -59,7 +59,7 @@ def _save(figure, path: Path) -> None:
 
 
 def plot_loss(path: Path, lines: list[dict], unigram_entropy: float | None = None) -> None:
-    """Loss of each step, the held-out losses, and the entropy that knowing only frequencies would
+    """Loss of each step, held-out losses, and the entropy that knowing only frequencies would
     reach."""
     figure, axes = _figure(8, 4.5)
     from matplotlib.ticker import MaxNLocator  # behind the figure, which minds MPLBACKEND

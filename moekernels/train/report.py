@@ -48,8 +48,7 @@ def layout_report(
     optimizer: Optimizer,
     loader: BatchLoader,
 ) -> str:
-    """Both factorisations, what each rank holds, the batch and the schedule. Called by every rank
-    together.
+    """Both factorisations, what each rank holds, batch and schedule. Called by all ranks together.
 
     Raises RuntimeError if the ranks do not hold every expert module exactly edp*etp times over.
     """

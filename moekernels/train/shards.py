@@ -1,5 +1,4 @@
-"""Files of a checkpoint: safetensors, written as a stream that is hashed on its way, read by
-slices.
+"""Files of a checkpoint: safetensors, written as a stream that is hashed, read by slices.
 
 The library's own writer takes a whole file's tensors at once and gives no hash; its reader maps a
 file, so that a slice costs its own bytes.

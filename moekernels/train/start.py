@@ -194,8 +194,7 @@ def _corpus(
 
 @contextlib.contextmanager
 def _one_line(folder: Path) -> Iterator[None]:
-    """A file of the run's folder that cannot be written, or a disk that is full: RunError, one
-    line."""
+    """A file of the run's folder that cannot be written, a disk that is full: RunError."""
     try:
         yield
     except OSError as error:

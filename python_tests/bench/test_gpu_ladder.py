@@ -120,8 +120,8 @@ SET = (
     "true, true",
     "grouped_gemm_sm90",
 )
-UP = ("sm90/experts.cuh", "StoreUp<__nv_bfloat16>", "false, false", "experts_sm90")
-DACT = ("sm90/experts.cuh", "StoreDAct<__nv_bfloat16>", "false, true", "experts_sm90")
+UP = ("sm90/up.cuh", "StoreUp<__nv_bfloat16>", "false, false", "experts_sm90")
+DACT = ("sm90/dact.cuh", "StoreDAct<__nv_bfloat16>", "false, true", "experts_sm90")
 
 
 def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wrong: str) -> None:
@@ -171,8 +171,8 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
             "rows_ragged",
             ROWS,
             "sm90/product.cuh",
-            "tile.row_end = kOverRows ? INT32_MAX : static_cast<int32_t>(rows.end);",
-            "tile.row_end = kOverRows ? INT32_MAX : static_cast<int32_t>(rows.end) - 1;",
+            ".row_end = kOverRows ? INT32_MAX : static_cast<int32_t>(rows.end),",
+            ".row_end = kOverRows ? INT32_MAX : static_cast<int32_t>(rows.end) - 1,",
             "ragged rows",
         ),
         (
@@ -187,8 +187,8 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
             "rows_many_tiles",
             ROWS,
             "sm90/product.cuh",
-            "uint64_t rows_in = kOverRows && steps > 0 ? counting(0) : 0;",
-            "ring = {args.stages}; uint64_t rows_in = kOverRows && steps > 0 ? counting(0) : 0;",
+            "  uint64_t rows_in = kOverRows",
+            "  ring = {args.stages};\n  uint64_t rows_in = kOverRows",
             "many tiles a block is wrong|wait",
         ),
         (
@@ -210,7 +210,7 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
         (
             "up",
             UP,
-            "sm90/experts.cuh",
+            "sm90/up.cuh",
             "const float* c = d + column_of(kPart, block) / 2 + half * 2;",
             "const float* c = d + column_of(1 - kPart, block) / 2 + half * 2;",
             "swiglu: y is wrong",
@@ -218,7 +218,7 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
         (
             "dact",
             DACT,
-            "sm90/experts.cuh",
+            "sm90/dact.cuh",
             "const float* c = d + (kPart * 8 + block) * 4 + half * 2;",
             "const float* c = d + (kPart * 8 + 7 - block) * 4 + half * 2;",
             "swiglu: d.* is wrong",

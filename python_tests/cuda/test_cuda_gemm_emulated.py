@@ -118,8 +118,7 @@ def test_wgrad_sets_and_accumulates(counts, width, transposed):
 
 
 def test_wgrad_leaves_out_unused_rows():
-    """Rows without a token count as zero whatever they hold, on both sides; also seen through
-    token_of."""
+    """Rows without a token count as zero whatever they hold, on both sides; also by token_of."""
     token_of = torch.tensor([1, -1, 0, 2, 9, 1], dtype=torch.int32)
     used = (token_of >= 0) & (token_of < 3)
     offsets, x, drows = offsets_of(3, 3), randn(BF16, 3, 16), randn(BF16, 6, 8, seed=1)

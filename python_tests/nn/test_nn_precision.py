@@ -49,8 +49,7 @@ def test_gradients_in_narrow_dtypes(dtype: torch.dtype, scale: float, tolerance:
 
 
 def test_main_gradients_accumulate_in_fp32() -> None:
-    """Every parameter's, also where an expert kernel writes them and autograd has nothing to
-    add."""
+    """Every parameter's, also where an expert kernel writes them and autograd adds nothing."""
     mesh = Mesh(Layout())
     model = StageModel(CONFIG, mesh, range(1, 3), True, True, dtype=torch.bfloat16)
     Optimizer(model.named_shards(), mesh, AdamWConfig())

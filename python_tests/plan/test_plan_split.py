@@ -21,7 +21,7 @@ from python_tests.support.plans import problem
 
 
 def _measure(model, layers, dtype, tokens, checkpoint):
-    """(left behind by a backward that puts weights' gradients off, its peak) in bytes above the
+    """(left behind by a backward that puts weights' gradients off, its peak), bytes above the
     state."""
     batch = pack(tokens)
     chunk = StageModel(

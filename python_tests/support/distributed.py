@@ -167,8 +167,7 @@ class RankPool:
 
 
 def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
-    """`fn(rank, *args)` on `world` forked ranks with a gloo process group; the results in rank
-    order.
+    """`fn(rank, *args)` on `world` forked ranks with a gloo process group; results in rank order.
 
     Results travel by pickle (tensors by value). Raises `RankError` with the traceback of the rank
     that failed first.

@@ -8,9 +8,9 @@ from pathlib import Path
 PRODUCT = "sm90/product.cuh"
 BUGS = {
     "freed_early": (
-        ("wait_products<1>();", "release(ring.stage);\n      wait_products<1>();"),
-        ("if (step > 0) release(previous);", ""),
-        ("if (steps > 0) release(previous);", ""),
+        ("wait_products<1>();", "release(s, ring.stage, lane);\n    wait_products<1>();"),
+        ("if (step > 0) release(s, previous, lane);", ""),
+        ("if (work.steps > 0) release(s, previous, lane);", ""),
     ),
     "wrong_stride": (
         ("operand(stage + warpgroup * kBox, kBox)", "operand(stage + warpgroup * kBox, kBox, 512)"),

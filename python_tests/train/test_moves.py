@@ -46,8 +46,8 @@ def finished(process):
 
 
 def test_a_run_with_moves_is_the_run_without(text, tmp_path):
-    """Random moves, a SIGKILL and a resume between them; and from the moved checkpoint on, another
-    layout."""
+    """Random moves, a SIGKILL and a resume between them; then another layout from the moved
+    checkpoint."""
     steps = ("--steps", "10", "--optimizer-state", "bf16")
     still = start(text, tmp_path / "still", *WAYS, *steps)
     moved = (*WAYS, *steps, "--replan", "random:2", "--save-every", "3")

@@ -205,16 +205,163 @@ __device__ inline void load_stage(const CUtensorMap* a_map, const CUtensorMap* b
   }
 }
 
+// A tile, the first row that its sum takes where it sums over rows, and its steps of kDepth.
+struct TileWork {
+  ProductTile tile;
+  int32_t first_row, steps;
+};
+
+template <bool kOverRows>
+__device__ inline TileWork work_at(const ProductShared& s, const ProductArgs& args,
+                                   const TilePosition& at) {
+  const RowRange rows = group_rows(s, at.group);
+  const int32_t first_row = static_cast<int32_t>(rows.begin);
+  return {
+      .tile = {.group = at.group,
+               .row = (kOverRows ? 0 : first_row) + at.row_tile * kTileRows,
+               .row_end = kOverRows ? INT32_MAX : static_cast<int32_t>(rows.end),
+               .column_tile = at.column_tile},
+      .first_row = first_row,
+      .steps =
+          static_cast<int32_t>(tile_count(kOverRows ? rows.end - rows.begin : args.depth, kDepth)),
+  };
+}
+
+// The producer's warpgroup: its first warp fills the ring, its second brings what the epilogue
+// reads to L2.
+template <class Epilogue, bool kOverRows, bool kAlongN>
+__device__ __forceinline__ void produce(const CUtensorMap* a_map, const CUtensorMap* b_map,
+                                        const ProductArgs& args, const typename Epilogue::Args& to,
+                                        const ProductShared& s, const TileGrid& grid,
+                                        Observer& observer, int warp, int lane) {
+  constexpr int kColumns = Epilogue::kColumns;
+  const bool prefetches = Epilogue::kPrefetches && args.prefetch;
+  if (warp > (prefetches ? 1 : 0)) return;
+  Ring ring{args.stages};
+  TilePosition at{};
+  for (int32_t index = blockIdx.x; find_tile(grid, index, at); index += gridDim.x) {
+    const TileWork work = work_at<kOverRows>(s, args, at);
+    if (!kOverRows && at.group == args.experts) continue;
+    // The second warp prefetches, each lane in its turn: it may take the time of a tile, the
+    // loads need not wait.
+    if (prefetches) sync_named<2 * kWarp>(kPrefetchBarrier);
+    if (warp == 1) {
+      Epilogue::prefetch(to, work.tile, lane);
+      continue;
+    }
+    if (lane == 0) {
+      observer.begin(work.tile, work.steps);
+#pragma unroll 1  // unrolled it would take more than the producer's 40 registers
+      for (int32_t step = 0; step < work.steps; ++step, ring.advance()) {
+        observer.wait({s.empty + 8 * ring.stage, ring.phase ^ 1, false, ring.stage, step});
+        load_stage<kColumns, kOverRows, kAlongN>(
+            a_map, b_map, args, work.tile, work.first_row, step,
+            s.stages + ring.stage * kStageBytes<kColumns>, s.full + 8 * ring.stage);
+      }
+      observer.sums_done();
+      observer.end();
+    }
+    __syncwarp();
+  }
+}
+
+__device__ inline void release(const ProductShared& s, int stage, int lane) {
+  if (lane == 0) arrive(s.empty + 8 * stage);
+}
+
+// Gives back the stages of a tile none of which this warpgroup needs.
+__device__ __forceinline__ void pass_over(const ProductShared& s, Ring& ring, int32_t steps,
+                                          Observer& observer, int lane) {
+#pragma unroll 1
+  for (int32_t step = 0; step < steps; ++step, ring.advance()) {
+    observer.wait({s.full + 8 * ring.stage, ring.phase, true, ring.stage, step});
+    release(s, ring.stage, lane);
+  }
+}
+
+// d = the tile's sums, of this warpgroup's 64 rows.
+template <class T, int kColumns, bool kOverRows, bool kAlongN>
+__device__ __forceinline__ void sum_tile(float (&d)[kColumns / 2], const ProductArgs& args,
+                                         const ProductShared& s, const TileWork& work, Ring& ring,
+                                         Observer& observer, int warpgroup, int lane) {
+  const auto counting = [&](int32_t step) {
+    return rows_that_count(args, work.first_row + int64_t{step} * kDepth,
+                           s.row_begin[work.tile.group + 1]);
+  };
+  uint64_t rows_in = kOverRows && work.steps > 0 ? counting(0) : 0;
+  int previous = 0;
+#pragma unroll 1
+  for (int32_t step = 0; step < work.steps; ++step) {
+    const uint32_t stage = s.stages + ring.stage * kStageBytes<kColumns>;
+    observer.wait({s.full + 8 * ring.stage, ring.phase, true, ring.stage, step});
+    if (kOverRows && rows_in != ~uint64_t{0})
+      clear_stage_rows<kColumns>(stage, rows_in, threadIdx.x);
+    // Along K, 16 of it are 32 bytes of every line; along M or N they are 16 lines.
+    constexpr int kStepA = (kOverRows ? 16 * kLine : 32) >> 4,
+                  kStepB = (kOverRows || kAlongN ? 16 * kLine : 32) >> 4;
+    const uint64_t a = operand(stage + warpgroup * kBox, kBox);
+    const uint64_t b = operand(stage + kTileRows * kLine, kBox);
+    fence_products();
+#pragma unroll
+    for (int k = 0; k < kDepth / 16; ++k) {
+      multiply<T, kOverRows, kOverRows || kAlongN>(d, a + k * kStepA, b + k * kStepB, step + k > 0);
+    }
+    commit_products();
+    if (kOverRows) rows_in = counting(step + 1);  // loaded while the tensor cores work
+    wait_products<1>();
+    if (step > 0) release(s, previous, lane);
+    previous = ring.stage;
+    ring.advance();
+  }
+  wait_products<0>();
+  pin(d);
+  if (work.steps > 0) release(s, previous, lane);
+  if (kOverRows && work.steps == 0) {
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) d[i] = 0;
+  }
+}
+
+// A consumer's warpgroup: 64 rows of each tile, summed and handed to the epilogue.
+template <class Epilogue, bool kOverRows, bool kAlongN>
+__device__ __forceinline__ void consume(const ProductArgs& args, const typename Epilogue::Args& to,
+                                        const ProductShared& s, const TileGrid& grid,
+                                        Observer& observer, int warpgroup, int warp, int lane) {
+  constexpr int kColumns = Epilogue::kColumns;
+  char* staging = s.staging + (warpgroup * 4 + warp) * kStagingBytes;
+  float d[kColumns / 2];
+  Ring ring{args.stages};
+  TilePosition at{};
+  for (int32_t index = blockIdx.x; find_tile(grid, index, at); index += gridDim.x) {
+    const TileWork work = work_at<kOverRows>(s, args, at);
+    const int32_t first = work.tile.row + 64 * warpgroup;  // of this warpgroup's 64
+    const int32_t row = first + 16 * warp;                 // of this warp's 16
+    if (!kOverRows && at.group == args.experts) {
+      Epilogue::clear(to, work.tile, row, lane);
+      continue;
+    }
+    observer.begin(work.tile, work.steps);
+    if (!kOverRows && first >= work.tile.row_end) {
+      pass_over(s, ring, work.steps, observer, lane);
+      observer.sums_done();
+    } else {
+      sum_tile<typename Epilogue::Type, kColumns, kOverRows, kAlongN>(d, args, s, work, ring,
+                                                                      observer, warpgroup, lane);
+      observer.sums_done();
+      Epilogue::store(to, work.tile, d, staging, row, lane);
+    }
+    observer.end();
+  }
+}
+
 // kOverRows: C [M, N] of a group sums over its rows, both operands lie along M and N; otherwise C
 // has the rows, and the weights lie along K or (kAlongN) along N.
 template <class Epilogue, bool kOverRows, bool kAlongN>
 __global__ void __launch_bounds__(kProductThreads, 1)
     product(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
             const ProductArgs args, const typename Epilogue::Args to, const Probe probe) {
-  using T = typename Epilogue::Type;
-  constexpr int kColumns = Epilogue::kColumns;
   extern __shared__ __align__(1024) char shared[];
-  const ProductShared s = product_shared<kColumns>(shared, args);
+  const ProductShared s = product_shared<Epilogue::kColumns>(shared, args);
   const int warpgroup = threadIdx.x / kWarpgroup, warp = threadIdx.x / kWarp % 4,
             lane = threadIdx.x % kWarp;
   if (threadIdx.x == 0) {
@@ -228,118 +375,13 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     publish_barriers();
   }
   const TileGrid grid = count_tiles<kOverRows>(s, args);
-
-  const auto steps_of = [&](const TilePosition& at, ProductTile& tile, int32_t& first_row) {
-    const RowRange rows = group_rows(s, at.group);
-    first_row = static_cast<int32_t>(rows.begin);
-    tile.group = at.group;
-    tile.row = (kOverRows ? 0 : first_row) + at.row_tile * kTileRows;
-    tile.row_end = kOverRows ? INT32_MAX : static_cast<int32_t>(rows.end);
-    tile.column_tile = at.column_tile;
-    return static_cast<int32_t>(tile_count(kOverRows ? rows.end - rows.begin : args.depth, kDepth));
-  };
-  TilePosition at{};
-  ProductTile tile;
-  int32_t first_row;
-  Ring ring{args.stages};
-
   Observer observer(probe, warpgroup * 4 + warp, lane);
-
   if (warpgroup == kConsumers) {
     give_registers<40>();
-    const bool prefetches = Epilogue::kPrefetches && args.prefetch;
-    if (warp > (prefetches ? 1 : 0)) return;
-    for (int32_t index = blockIdx.x; find_tile(grid, index, at); index += gridDim.x) {
-      const int32_t steps = steps_of(at, tile, first_row);
-      if (!kOverRows && at.group == args.experts) continue;
-      // The second warp prefetches, each lane in its turn: it may take the time of a tile, the
-      // loads need not wait.
-      if (prefetches) sync_named<2 * kWarp>(kPrefetchBarrier);
-      if (warp == 1) {
-        Epilogue::prefetch(to, tile, lane);
-        continue;
-      }
-      if (lane == 0) {
-        observer.begin(tile, steps);
-#pragma unroll 1  // unrolled it would take more than the producer's 40 registers
-        for (int32_t step = 0; step < steps; ++step, ring.advance()) {
-          observer.wait({s.empty + 8 * ring.stage, ring.phase ^ 1, false, ring.stage, step});
-          load_stage<kColumns, kOverRows, kAlongN>(&a_map, &b_map, args, tile, first_row, step,
-                                                   s.stages + ring.stage * kStageBytes<kColumns>,
-                                                   s.full + 8 * ring.stage);
-        }
-        observer.sums_done();
-        observer.end();
-      }
-      __syncwarp();
-    }
-    return;
-  }
-
-  take_registers<232>();
-  char* staging = s.staging + (warpgroup * 4 + warp) * kStagingBytes;
-  const auto release = [&](int stage) {
-    if (lane == 0) arrive(s.empty + 8 * stage);
-  };
-  float d[kColumns / 2];
-  for (int32_t index = blockIdx.x; find_tile(grid, index, at); index += gridDim.x) {
-    const int32_t steps = steps_of(at, tile, first_row);
-    const int32_t row = tile.row + 64 * warpgroup + 16 * warp;  // of this warp's 16
-    if (!kOverRows && at.group == args.experts) {
-      Epilogue::clear(to, tile, row, lane);
-      continue;
-    }
-    observer.begin(tile, steps);
-    if (!kOverRows && tile.row + 64 * warpgroup >=
-                          tile.row_end) {  // all of this warpgroup's rows lie past the group
-#pragma unroll 1
-      for (int32_t step = 0; step < steps; ++step, ring.advance()) {
-        observer.wait({s.full + 8 * ring.stage, ring.phase, true, ring.stage, step});
-        release(ring.stage);
-      }
-      observer.sums_done();
-      observer.end();
-      continue;
-    }
-    const auto counting = [&](int32_t step) {
-      return rows_that_count(args, first_row + int64_t{step} * kDepth, s.row_begin[at.group + 1]);
-    };
-    uint64_t rows_in = kOverRows && steps > 0 ? counting(0) : 0;
-    int previous = 0;
-#pragma unroll 1
-    for (int32_t step = 0; step < steps; ++step) {
-      const uint32_t stage = s.stages + ring.stage * kStageBytes<kColumns>;
-      observer.wait({s.full + 8 * ring.stage, ring.phase, true, ring.stage, step});
-      if (kOverRows && rows_in != ~uint64_t{0})
-        clear_stage_rows<kColumns>(stage, rows_in, threadIdx.x);
-      // Along K, 16 of it are 32 bytes of every line; along M or N they are 16 lines.
-      constexpr int kStepA = (kOverRows ? 16 * kLine : 32) >> 4,
-                    kStepB = (kOverRows || kAlongN ? 16 * kLine : 32) >> 4;
-      const uint64_t a = operand(stage + warpgroup * kBox, kBox);
-      const uint64_t b = operand(stage + kTileRows * kLine, kBox);
-      fence_products();
-#pragma unroll
-      for (int k = 0; k < kDepth / 16; ++k) {
-        multiply<T, kOverRows, kOverRows || kAlongN>(d, a + k * kStepA, b + k * kStepB,
-                                                     step + k > 0);
-      }
-      commit_products();
-      if (kOverRows) rows_in = counting(step + 1);  // loaded while the tensor cores work
-      wait_products<1>();
-      if (step > 0) release(previous);
-      previous = ring.stage;
-      ring.advance();
-    }
-    wait_products<0>();
-    pin(d);
-    if (steps > 0) release(previous);
-    if (kOverRows && steps == 0) {
-#pragma unroll
-      for (int i = 0; i < kColumns / 2; ++i) d[i] = 0;
-    }
-    observer.sums_done();
-    Epilogue::store(to, tile, d, staging, row, lane);
-    observer.end();
+    produce<Epilogue, kOverRows, kAlongN>(&a_map, &b_map, args, to, s, grid, observer, warp, lane);
+  } else {
+    take_registers<232>();
+    consume<Epilogue, kOverRows, kAlongN>(args, to, s, grid, observer, warpgroup, warp, lane);
   }
 }
 
