@@ -155,8 +155,7 @@ def _gather(
     """Its transpose: rows [R', H] and weights [R'] -> their sums [T, H] and [T, K]. `meanwhile`
     runs while they are on their way."""
     pending = plan.exchange.post_back(drows, dweights, plan)
-    if meanwhile:
-        turns.border("weights", plan.layer, forward=False)
+    if meanwhile and not turns.running():
         meanwhile()
     turns.border("dispatch's gradient", plan.layer, forward=False)
     home = pending.wait()
@@ -209,8 +208,13 @@ def _bring(rows: Tensor, plan: ExchangePlan) -> Tensor:
 def _spread(dout: Tensor, plan: ExchangePlan) -> Tensor:
     """Its transpose."""
     pending = plan.exchange.post_out(dout, None, plan)
-    turns.border("combine's gradient", plan.layer, forward=False)
-    return pending.wait().rows
+    if turns.running():  # of the layer behind, which a pair leaves until here
+        turns.border("weights", plan.layer, forward=False)
+        _deferred.run()
+        turns.border("combine's gradient", plan.layer, forward=False)
+    rows = pending.wait().rows
+    _deferred.begin()
+    return rows
 
 
 class _Combine(torch.autograd.Function):
@@ -225,7 +229,6 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         if _differentiable("combine"):
             return _Combine.apply(grad, ctx.plan, not ctx.back), None, None
-        _deferred.begin()
         return (_bring if ctx.back else _spread)(grad, ctx.plan), None, None
 
 

@@ -113,6 +113,11 @@ class _Turns:
 _running: _Turns | None = None
 
 
+def running() -> bool:
+    """Whether passes take turns."""
+    return _running is not None
+
+
 def border(name: str, layer: int, *, forward: bool) -> None:
     """A pass is about to wait for an exchange of its own, or to compute what nothing waits for. A
     forward within a backward, which computes a layer again, has no turn of its own."""

@@ -98,7 +98,7 @@ def test_the_failure_of_a_pass_is_the_pairs(fails):
 
 def test_a_pass_that_leaves_its_order_is_noticed():
     with pytest.raises(
-        RuntimeError, match="of layer 1, its order at combine's gradient of layer 2"
+        RuntimeError, match="at weights of layer 1, its order at weights of layer 2"
     ):
         Pair([1]).take_turns(interleave(*passes([2])))
     pair = Pair([1])
