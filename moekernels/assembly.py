@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from moekernels.nn.transformer import StageModel
 from moekernels.ops import _deferred
 from moekernels.parallel import nccl
 from moekernels.parallel.adamw import AdamWConfig
+from moekernels.parallel.bound import Bound
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.optimizer import Optimizer
 from moekernels.parallel.shard import ShardInfo
@@ -27,10 +28,11 @@ from moekernels.pipeline.build import SCHEDULES, build
 from moekernels.pipeline.runtime import PipelineRuntime
 from moekernels.pipeline.schedule import Schedule
 from moekernels.pipeline.simulate import Simulator
+from moekernels.run import buffers, link
 from moekernels.run import files as cfg
-from moekernels.run import link
 
 if TYPE_CHECKING:
+    from moekernels.data.batch import MicroBatch
     from moekernels.data.corpus import Corpus
     from moekernels.data.loader import BatchLoader
 
@@ -61,6 +63,7 @@ def layout_of(run: cfg.RunConfig) -> Layout:
     build_schedule(run)
     replan_rule(run)
     _check_pairs(run, layout)
+    bound_of(run)
     return layout
 
 
@@ -109,7 +112,55 @@ def build_mesh(run: cfg.RunConfig, device: torch.device) -> Mesh:
             why = mesh.alone or "ranks that exchange rows are of several machines"
             raise UsageError(f"--link {t.link} is one of the shared exchange: {why}")
         memory.set_link(*wanted)
+    bound_rows(run, mesh)
     return mesh
+
+
+def bound_of(run: cfg.RunConfig) -> float | None:
+    """The bound over the mean of rows that a rank takes in, if there is one; UsageError where
+    nothing could be bounded."""
+    t, lay = run.train, run.layout
+    bound, flag = buffers.parse(t.exchange_buffers), f"--exchange-buffers {t.exchange_buffers}"
+    if bound is None:
+        return None
+    if lay.ep * lay.etp == 1:
+        raise UsageError(
+            f"{flag}: with ep 1 no rows are exchanged; give --ep, or --exchange-buffers exact"
+        )
+    if dispatch.choose(lay.dispatcher, run.model, lay.ep) != "all_to_all":
+        raise UsageError(
+            f"{flag} is one of rows that go to their experts, and with top-k {run.model.top_k} "
+            f"over ep {lay.ep} all ranks gather all tokens; give --dispatcher all_to_all, or "
+            f"--exchange-buffers exact"
+        )
+    if t.exchange == "collective":
+        raise UsageError(
+            f"{flag} is one of the shared exchange; leave --exchange collective out, or give "
+            f"--exchange-buffers exact"
+        )
+    return bound
+
+
+def bound_rows(run: cfg.RunConfig, mesh: Mesh) -> None:
+    """Give the exchange buffers of the size that the run asks for; UsageError where it cannot."""
+    bound, group = bound_of(run), mesh.exchange
+    if bound is None:
+        mesh.exchange = replace(group, bound=None)
+        return
+    if group.memory is None and group.device_memory is None:
+        why = mesh.alone or "ranks that exchange rows are of several machines"
+        raise UsageError(
+            f"--exchange-buffers {run.train.exchange_buffers} is one of the shared exchange: {why}"
+        )
+    mesh.exchange = replace(group, bound=Bound(bound, group, mesh.device))
+
+
+def begin_bound(run: cfg.RunConfig, mesh: Mesh, batches: Sequence[MicroBatch]) -> None:
+    """Before the batches go through the chunks: have bounded buffers know how many rows they
+    are."""
+    if (bound := mesh.exchange.bound) is not None:
+        tokens = max((batch.rows for batch in batches), default=0) // mesh.layout.tp
+        bound.begin(tokens * run.model.top_k * mesh.layout.etp)
 
 
 def _degrees(run: cfg.RunConfig) -> Layout:

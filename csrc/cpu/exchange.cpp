@@ -81,6 +81,7 @@ void gather_counts(const CountsArgs& args) {
   int64_t row = 0;
   for (int64_t x = 0; x < shape.experts; ++x) {
     args.offsets[x] = row;
+    args.held[x] = std::min(row, args.room);
     for (int64_t s = 0; s < shape.peers; ++s) {
       args.back[x * shape.peers + s].begin = row;
       args.came[s * shape.experts + x] = table[s * all + mine + x];
@@ -88,6 +89,8 @@ void gather_counts(const CountsArgs& args) {
     }
   }
   args.offsets[shape.experts] = row;
+  args.held[shape.experts] = std::min(row, args.room);
+  if (args.most != nullptr) *args.most = std::max(*args.most, args.needed[0]);
   args.back[all] = {row, 0};
 }
 
@@ -98,7 +101,7 @@ void send_rows(const SendArgs& args) {
   const int64_t room = args.back ? peers.shape.back : peers.shape.rows;
   for (int64_t i = 0; i < args.num_runs; ++i) {
     const Run& run = args.runs[i];
-    const int64_t end = std::min(args.runs[i + 1].begin, args.num_rows);
+    const int64_t end = args.runs[i + 1].begin;
     if (end <= run.begin) continue;
     const int64_t to = args.back ? i % peers.shape.peers : i / peers.shape.experts;
     const Slab peer = peers.of(to);
@@ -106,11 +109,12 @@ void send_rows(const SendArgs& args) {
     for (int64_t row = run.begin; row < end; ++row) {
       const int64_t place = run.place + row - run.begin;
       if (place >= room) break;
-      const int64_t slot = args.slot_of == nullptr ? row : args.slot_of[row];
+      const bool here = row < args.num_rows;
+      const int64_t slot = args.slot_of == nullptr || !here ? row : args.slot_of[row];
       const int64_t source = args.slot_of == nullptr ? row : slot / args.top_k;
       char* target = peer.rows(args.slot, args.back) + place * args.row_bytes;
       char* weight = peer.weights(args.slot, args.back) + place * args.weight_bytes;
-      if (args.slot_of != nullptr && (slot < 0 || slot >= args.slots_of)) {
+      if (!here || (args.slot_of != nullptr && (slot < 0 || slot >= args.slots_of))) {
         std::memset(target, 0, args.row_bytes);
         std::memset(weight, 0, args.weight_bytes);
         continue;

@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(kThreads) gather_all_counts(const CountsArgs a
     int64_t row = 0;
     for (int64_t x = 0; x < shape.experts; ++x) {
       args.offsets[x] = row;
+      args.held[x] = min_of(row, args.room);
       for (int64_t s = 0; s < shape.peers; ++s) {
         const int64_t rows = table[s * all + rank * shape.experts + x];
         args.back[x * shape.peers + s].begin = row;
@@ -86,10 +87,14 @@ __global__ void __launch_bounds__(kThreads) gather_all_counts(const CountsArgs a
       }
     }
     args.offsets[shape.experts] = row;
+    args.held[shape.experts] = min_of(row, args.room);
     args.back[all] = {row, 0};
   }
   __syncthreads();
   if (threadIdx.x < 2) args.needed[threadIdx.x] = static_cast<int64_t>(most[threadIdx.x]);
+  if (threadIdx.x == 0 && args.most != nullptr) {
+    *args.most = max_of(*args.most, static_cast<int64_t>(most[0]));
+  }
 }
 
 template <class Word>
@@ -123,8 +128,9 @@ __device__ void send_run(const SendArgs& args, const Slab& peer, const Run& run,
   for (; row < end; ++row) {
     const int64_t to = run.place + row - run.begin;
     if (to >= room) break;  // the step is repeated with larger slots
-    const int64_t slot = args.slot_of == nullptr ? row : args.slot_of[row];
-    const bool used = args.slot_of == nullptr || inside(slot, args.slots_of);
+    const bool here = row < args.num_rows;
+    const int64_t slot = args.slot_of == nullptr || !here ? row : args.slot_of[row];
+    const bool used = here && (args.slot_of == nullptr || inside(slot, args.slots_of));
     const int64_t source = args.slot_of == nullptr ? row : slot / args.top_k;
     const char* from = static_cast<const char*>(args.rows) + (used ? source : 0) * args.row_bytes;
     copy_row<Word>(from, used, peer.rows(args.slot, args.back) + to * args.row_bytes,
@@ -143,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) send_tiles(const SendArgs args) {
   const SlabShape& shape = peers.shape;
   const Slab own = peers.own();
   const uint32_t uses = *own.sent(args.slot, args.back);
-  const int64_t total = min_of(args.runs[args.num_runs].begin, args.num_rows);
+  const int64_t total = args.runs[args.num_runs].begin;
   const int64_t tiles = (total + kTile - 1) / kTile;
   const int64_t next = args.back ? 0 : (peers.rank + 1) % shape.peers * shape.experts;
   const int64_t first = min_of(args.runs[next].begin, total) / kTile;

@@ -20,6 +20,11 @@ int64_t sum(const int64_t* counts, int64_t n) {
   return total;
 }
 
+// How many of the rows [begin, begin + n) lie in front of `room`.
+int64_t within(int64_t begin, int64_t n, int64_t room) {
+  return std::clamp<int64_t>(room - begin, 0, n);
+}
+
 void expect_bytes(int peer, uint64_t came, int64_t wanted) {
   if (came != static_cast<uint64_t>(wanted)) {
     throw std::runtime_error("peer " + std::to_string(peer) + " sent " + std::to_string(came) +
@@ -65,6 +70,14 @@ void Peers::Exchange::copy_own(int64_t begin, int64_t end, char* row, char* weig
     std::memcpy(row, rows + slot / top_k * width.row, width.row);
     std::memcpy(weight, weights + slot * width.weight, width.weight);
   }
+}
+
+void Peers::Exchange::copy_back(int64_t begin, int64_t n, char* row, char* weight) const {
+  const int64_t here = within(begin, n, room);
+  std::memcpy(row, rows + begin * width.row, here * width.row);
+  std::memset(row + here * width.row, 0, (n - here) * width.row);
+  std::memcpy(weight, weights + begin * width.weight, here * width.weight);
+  std::memset(weight + here * width.weight, 0, (n - here) * width.weight);
 }
 
 int Peers::open() {
@@ -164,15 +177,20 @@ int64_t Peers::arrive(int exchange, intptr_t told) {
   return *out = total;
 }
 
-void Peers::take_out(int exchange, intptr_t rows, intptr_t weights) {
+void Peers::take_out(int exchange, intptr_t rows, intptr_t weights, int64_t room) {
   Exchange& e = at(exchange);
   const int64_t began = now();
   const Width w = e.width;
   const int64_t mine = sum(e.own_counts, rank() * e.all + e.first);  // own rows before these
   std::vector<int64_t> sizes(size());
   for (int p = 0; p < size(); ++p) sizes[p] = sum(e.counts.data() + p * e.experts, e.experts);
+  const int64_t all = within(0, sum(sizes.data(), size()), room);
+  std::memset(to<char>(rows) + all * w.row, 0, (room - all) * w.row);
+  std::memset(to<char>(weights) + all * w.weight, 0, (room - all) * w.weight);
   for_runs(e.counts.data(), size(), e.experts,
-           [&](int p, int64_t, int64_t row, int64_t source, int64_t n) {
+           [&](int p, int64_t, int64_t row, int64_t source, int64_t run) {
+    const int64_t n = within(row, run, room);
+    if (n == 0) return;
     char* out = to<char>(rows) + row * w.row;
     char* out_weights = to<char>(weights) + row * w.weight;
     if (p != rank()) {
@@ -188,8 +206,8 @@ void Peers::take_out(int exchange, intptr_t rows, intptr_t weights) {
   close(e, true);
 }
 
-int Peers::post_back(intptr_t rows, intptr_t weights, Width width, intptr_t counts,
-                     int64_t experts) {
+int Peers::post_back(intptr_t rows, intptr_t weights, Width width, intptr_t counts, int64_t experts,
+                     int64_t room) {
   const int64_t began = now();
   const int exchange = open();
   Exchange& e = exchanges_[exchange];
@@ -198,6 +216,7 @@ int Peers::post_back(intptr_t rows, intptr_t weights, Width width, intptr_t coun
   e.own_counts = to<const int64_t>(counts);
   e.width = width;
   e.experts = experts;
+  e.room = room;
   // Where each expert's rows of a peer begin among all.
   std::vector<int64_t> begins(size() * experts);
   for_runs(e.own_counts, size(), experts,
@@ -209,9 +228,7 @@ int Peers::post_back(intptr_t rows, intptr_t weights, Width width, intptr_t coun
     const char* block = row;
     char* weight = row + all * width.row;
     for (int64_t x = 0; x < experts; ++x) {
-      const int64_t begin = begins[p * experts + x];
-      std::memcpy(row, e.rows + begin * width.row, n[x] * width.row);
-      std::memcpy(weight, e.weights + begin * width.weight, n[x] * width.weight);
+      e.copy_back(begins[p * experts + x], n[x], row, weight);
       row += n[x] * width.row;
       weight += n[x] * width.weight;
     }
@@ -244,8 +261,7 @@ void Peers::take_back(int exchange, intptr_t rows, intptr_t weights, intptr_t co
     for_runs(e.own_counts, size(), e.experts,
              [&](int peer, int64_t, int64_t row, int64_t source, int64_t run) {
       if (peer != p) return;
-      std::memcpy(out + source * w.row, e.rows + row * w.row, run * w.row);
-      std::memcpy(out_weights + source * w.weight, e.weights + row * w.weight, run * w.weight);
+      e.copy_back(row, run, out + source * w.row, out_weights + source * w.weight);
     });
   }
   e.stamps.moving += now() - began;
@@ -355,8 +371,8 @@ void bind_peers(pybind11::module_& m) {
       .def("take_out", &Peers::take_out, Free())
       .def("post_back",
            [](Peers& self, intptr_t rows, intptr_t weights, int64_t row, int64_t weight,
-              intptr_t counts, int64_t experts) {
-    return self.post_back(rows, weights, {row, weight}, counts, experts);
+              intptr_t counts, int64_t experts, int64_t room) {
+    return self.post_back(rows, weights, {row, weight}, counts, experts, room);
   },
            Free())
       .def("take_back", &Peers::take_back, Free())

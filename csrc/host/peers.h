@@ -51,11 +51,14 @@ class Peers : public Slabs {
   // Waits: into `told` counts [P, n] of the rows from each peer for each local expert, and behind
   // them offsets [n+1] of each expert's among all; R' in all.
   int64_t arrive(int exchange, intptr_t told);
-  // rows [R', H] and weights [R'] by local expert, then by peer.
-  void take_out(int exchange, intptr_t rows, intptr_t weights);
+  // rows [room, H] and weights [room] by local expert, then by peer; zeros behind the last, and
+  // none of those that find no room.
+  void take_out(int exchange, intptr_t rows, intptr_t weights, int64_t room);
 
-  // The way back: rows [R', H] and weights [R'] as `take_out` gave them, to whom they came from.
-  int post_back(intptr_t rows, intptr_t weights, Width width, intptr_t counts, int64_t experts);
+  // The way back: rows [room, H] and weights [room] as `take_out` gave them, to whom they came
+  // from; zeros go for those that found no room.
+  int post_back(intptr_t rows, intptr_t weights, Width width, intptr_t counts, int64_t experts,
+                int64_t room);
   // Into rows [R, H] and weights [R] in the order of the own routing, of which counts [P, e] went
   // to each expert: those of the local experts from `first` on, as many as were posted.
   void take_back(int exchange, intptr_t rows, intptr_t weights, intptr_t counts, int64_t experts,
@@ -83,10 +86,13 @@ class Peers : public Slabs {
     const int64_t* own_counts = nullptr;  // [P, e] of the own rows (out), of those that came (back)
     int64_t slots = 0, top_k = 1;
     int64_t all = 0, first = 0, experts = 0;  // e, and which of them
+    int64_t room = 0;                         // rows of what is sent back
     std::vector<int64_t> counts;              // [P, n] of the rows that came
 
     // Own rows [begin, end) of the routing to `row`, their weights to `weight`.
     void copy_own(int64_t begin, int64_t end, char* row, char* weight) const;
+    // Rows [begin, begin + n) of what is sent back to `row`, their weights to `weight`.
+    void copy_back(int64_t begin, int64_t n, char* row, char* weight) const;
   };
 
   int open();

@@ -98,31 +98,35 @@ const Run* runs_from(const char* op, const Tensor& runs, const SlabShape& shape,
   return static_cast<const Run*>(runs.const_data_ptr());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> exchange_counts(const Tensor& counts,
-                                                                   const Tensor& slab,
-                                                                   Numbers addresses, int64_t rank,
-                                                                   Numbers shape, int64_t patience,
-                                                                   const OptionalTensor& stuck) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exchange_counts(
+    const Tensor& counts, const Tensor& slab, Numbers addresses, int64_t rank, Numbers shape,
+    int64_t patience, const OptionalTensor& stuck, int64_t room, const OptionalTensor& most) {
   const char* op = "exchange_counts";
   CountsArgs args{};
   args.peers = slabs_from(op, slab, addresses, rank, shape, patience, stuck);
   const SlabShape& s = args.peers.shape;
   const int64_t all = s.peers * s.experts;
   check_tensor(op, "counts", counts, kInt64, {{"P*e", all}}, &slab);
+  check(room >= 0, op, ": room must not be negative, got ", room);
+  check_optional(op, "most", most, kInt64, {{"1", 1}}, slab);
   Tensor came = empty({s.peers, s.experts}, ScalarType::Long, slab);
   Tensor offsets = empty({s.experts + 1}, ScalarType::Long, slab);
+  Tensor held = empty({s.experts + 1}, ScalarType::Long, slab);
   Tensor out = empty({all + 1, 2}, ScalarType::Long, slab);
   Tensor back = empty({all + 1, 2}, ScalarType::Long, slab);
   Tensor needed = empty({2}, ScalarType::Long, slab);
   args.counts = counts.const_data_ptr<int64_t>();
   args.came = came.mutable_data_ptr<int64_t>();
   args.offsets = offsets.mutable_data_ptr<int64_t>();
+  args.room = room;
+  args.held = held.mutable_data_ptr<int64_t>();
   args.out = static_cast<Run*>(out.mutable_data_ptr());
   args.back = static_cast<Run*>(back.mutable_data_ptr());
   args.needed = needed.mutable_data_ptr<int64_t>();
+  if (most) args.most = const_cast<int64_t*>(most->const_data_ptr<int64_t>());
   run(slab, [&](auto stream) { cuda::gather_counts(args, stream); },
       [&] { cpu::gather_counts(args); });
-  return {came, offsets, out, back, needed};
+  return {came, offsets, held, out, back, needed};
 }
 
 void exchange_send(const Tensor& rows, const OptionalTensor& weights, const OptionalTensor& slot_of,
@@ -199,7 +203,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def("_exchange_word(int[] shape, int at) -> int[]");
   m.def(
       "_exchange_counts(Tensor counts, Tensor(a!) slab, int[] addresses, int rank, int[] shape, "
-      "int patience, Tensor? stuck) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int patience, Tensor? stuck, int room, Tensor(b!)? most) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_exchange_send(Tensor rows, Tensor? weights, Tensor? slot_of, int top_k, Tensor runs, "
       "Tensor(a!) slab, int[] addresses, int rank, int[] shape, int patience, Tensor? stuck, "

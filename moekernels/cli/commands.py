@@ -82,6 +82,7 @@ def verify(args) -> int:
         dtype=args.dtype,
         device=args.device,
         exchange=args.exchange,
+        exchange_buffers=args.exchange_buffers,
     )
 
 

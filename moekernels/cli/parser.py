@@ -90,6 +90,7 @@ def _verify(parent) -> None:
         ("dtype", str, "fp64", "fp64 (to 1e-9) or fp32 (to 1e-5)"),
         ("device", str, "auto", "auto, cpu or cuda"),
         ("exchange", str, "auto", "auto, shared or collective"),
+        ("exchange-buffers", str, "exact", "exact, or bounded:C"),
     ):
         parse, metavar = (str, None) if kind is str else (number(kind), "INT")
         parser.add_argument(

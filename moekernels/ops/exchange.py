@@ -13,8 +13,9 @@ order, each on one stream:
 
 An exchange goes through a slot, one after another through different ones; a sender waits until its
 peer has taken what the slot held before. What is awaited lies in the slab, not in arguments: a
-recorded launch (a CUDA graph) can be repeated. Where `bounded` sizes are given nothing reads back
-from the device; rows beyond them are not written, and `needed` says how many there would have been.
+recorded launch (a CUDA graph) can be repeated. Where sizes are bounds nothing needs to be read back
+from the device: rows beyond them are neither written nor read, zeros come home for them, and
+`needed` says how many there would have been.
 
 Legend: T tokens, H hidden, K top-k, P peers, e local experts, R own rows, R' rows that come.
 """
@@ -36,6 +37,9 @@ _word = raw._exchange_word.default
 _counts = raw._exchange_counts.default
 _send = raw._exchange_send.default
 _receive = raw._exchange_receive.default
+
+
+ENDLESS = 2**63 - 1
 
 
 class Shape(NamedTuple):
@@ -67,22 +71,24 @@ class Counts(NamedTuple):
     """What everybody sends, as far as this rank needs it.
 
     came [P, e]: rows from each peer for each local expert; offsets [e+1]: where each local expert's
-    begin; out, back [P*e+1, 2]: runs of own rows and of those that came, and their places;
-    needed [2]: the most rows that come to any rank, and that any rank sends. All int64.
+    begin, held [e+1]: the same of the rows that there is room for; out, back [P*e+1, 2]: runs of
+    own rows and of those that came, and their places; needed [2]: the most rows that come to any
+    rank, and that any rank sends. All int64.
     """
 
     came: Tensor
     offsets: Tensor
+    held: Tensor
     out: Tensor
     back: Tensor
     needed: Tensor
 
 
 @fake("_exchange_counts")
-def _(counts, slab, addresses, rank, shape, patience, stuck):
+def _(counts, slab, addresses, rank, shape, patience, stuck, room, most):
     peers, experts = shape[:2]
     runs = (peers * experts + 1, 2)
-    sizes = ((peers, experts), (experts + 1,), runs, runs, (2,))
+    sizes = ((peers, experts), (experts + 1,), (experts + 1,), runs, runs, (2,))
     return tuple(counts.new_empty(size, dtype=torch.int64) for size in sizes)
 
 
@@ -135,9 +141,14 @@ def describe_wait(slabs: Slabs) -> str:
     return f"rank {rank} of the exchange waits for {what}: the counter is {value}, not {wanted}"
 
 
-def gather_counts(counts: Tensor, slabs: Slabs) -> Counts:
-    """counts [P*e] int64: own rows for each expert of all. Waits for those of all ranks."""
-    return Counts(*_counts(counts, *slabs.arguments()))
+def gather_counts(
+    counts: Tensor, slabs: Slabs, room: int = ENDLESS, most: Tensor | None = None
+) -> Counts:
+    """counts [P*e] int64: own rows for each expert of all. Waits for those of all ranks.
+
+    `room`: rows that will be taken at most. `most` [1] int64 grows to `needed[0]`.
+    """
+    return Counts(*_counts(counts, *slabs.arguments(), room, most))
 
 
 def put(

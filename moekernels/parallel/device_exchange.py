@@ -2,8 +2,9 @@
 that the peers share (`ops/exchange.py`), behind the same `post` and `wait` as the other exchanges.
 
 Counts are read back from the device once a plan, which sizes what comes exactly; nothing else is.
-Slabs grow where a plan needs more, on all ranks at once, as all know the same counts. The kernels
-are proven in the emulator, over virtual ranks; none of this has run on a GPU.
+Under a bound nothing is: it is the size of what comes, and the launches of a layer can be recorded
+in a graph. Slabs grow where a plan or the bound needs more, on all ranks at once, as all know the
+same. The kernels are proven in the emulator, over virtual ranks; none of this has run on a GPU.
 
 Legend: T tokens, H hidden, K top-k, e local experts, R own rows, R' rows that come, P peers.
 """
@@ -21,11 +22,13 @@ from moekernels.errors import UsageError
 from moekernels.ops import exchange as kernels
 from moekernels.parallel.exchange import Arrived, Home, Part, PendingBack, PendingOut, wide
 from moekernels.parallel.peers import PeerLost
+from moekernels.run.buffers import SLOTS
 
 if TYPE_CHECKING:
+    from moekernels.parallel.bound import Bound
     from moekernels.parallel.expert import ExchangePlan
+    from moekernels.parallel.mesh import Group
 
-SLOTS = 4  # exchanges of one direction that may be posted and not yet waited for
 PATIENCE = 600_000_000_000  # nanoseconds, as the other exchanges wait
 
 
@@ -36,8 +39,10 @@ class Memory(Protocol):
 
 class _Known(NamedTuple):
     counts: kernels.Counts
-    incoming: int  # the most rows that come to any rank
+    incoming: int  # the most rows that come to any rank, or its bound
     outgoing: int  # and that any sends
+    rows: int  # R' here
+    offsets: Tensor  # [e+1] of rows that there is room for
 
 
 class _Slots:
@@ -66,10 +71,10 @@ class _Slots:
 class DeviceExchange:
     """Of one group; all of its ranks post and wait in the same order, on one stream each."""
 
-    def __init__(self, memory: Memory, rank: int, size: int) -> None:
+    def __init__(self, memory: Memory, rank: int, size: int, bound: Bound | None = None) -> None:
         if size > 16:
             raise UsageError(f"--exchange shared: {size} GPUs exchange rows, at most 16 can")
-        self.memory, self.rank, self.size = memory, rank, size
+        self.memory, self.rank, self.size, self.bound = memory, rank, size, bound
         self._control: dict[int, kernels.Slabs] = {}  # by e: slabs without rows, for the counts
         self._slots: _Slots | None = None
         self._known = WeakIdKeyDictionary()  # a plan's counts -> what the kernels need of them
@@ -79,10 +84,19 @@ class DeviceExchange:
         stuck = torch.zeros(4, dtype=torch.int64, pin_memory=slab.is_cuda)
         return kernels.Slabs(slab, addresses, self.rank, shape, PATIENCE, stuck)
 
+    @property
+    def blind(self) -> bool:
+        return self.bound is not None
+
     def counts(self, outgoing: Tensor) -> tuple[Tensor, Tensor | None]:
-        experts = outgoing.shape[1]
+        experts, bound = outgoing.shape[1], self.bound
         if experts not in self._control:
             self._control[experts] = self._make(kernels.Shape(self.size, experts, 1, 0, 0, 0))
+        if bound is not None:
+            control, room = self._control[experts], bound.room()
+            counts = kernels.gather_counts(outgoing.reshape(-1), control, room, bound.counter)
+            self._known[counts.came] = _Known(counts, room, bound.rows, room, counts.held)
+            return outgoing, counts.came
         counts = kernels.gather_counts(outgoing.reshape(-1), self._control[experts])
         flat = [outgoing.reshape(-1), counts.came.reshape(-1), counts.needed]
         try:
@@ -91,7 +105,8 @@ class DeviceExchange:
             raise self._lost() or error from error
         own, come, needed = read.split([outgoing.numel(), outgoing.numel(), 2])
         come = come.view_as(outgoing)
-        self._known[come] = _Known(counts, *needed.tolist())
+        most = (int(needed[0]), int(needed[1]))
+        self._known[come] = _Known(counts, *most, int(come.sum()), counts.offsets)
         return own.view_as(outgoing), come
 
     def _lost(self) -> PeerLost | None:
@@ -103,7 +118,9 @@ class DeviceExchange:
         known, row_bytes = self._known[plan.counts], rows.shape[1] * rows.element_size()
         if self._slots is None or not self._slots.fits(known, plan.local_experts, row_bytes):
             before = self._slots.slabs.shape if self._slots else (0,) * 6
-            more = [n + n // 4 for n in (known.incoming, known.outgoing)]  # grows rarely
+            more = [known.incoming, known.outgoing]
+            if self.bound is None:
+                more = [n + n // 4 for n in more]  # grows rarely
             sizes = [max(a, b) for a, b in zip((*more, row_bytes), before[3:])]
             shape = kernels.Shape(self.size, plan.local_experts, SLOTS, *sizes)
             self._slots = _Slots(self._make(shape))
@@ -132,10 +149,13 @@ class DeviceExchange:
 _made: WeakKeyDictionary[Memory, DeviceExchange] = WeakKeyDictionary()
 
 
-def over(memory: Memory, rank: int, size: int) -> DeviceExchange:
-    """The one exchange through a memory."""
+def over(group: Group) -> DeviceExchange:
+    """The one exchange through a group's memory, bounded as the group is."""
+    memory = group.device_memory
+    assert memory is not None
     if memory not in _made:
-        _made[memory] = DeviceExchange(memory, rank, size)
+        _made[memory] = DeviceExchange(memory, group.rank, group.size)
+    _made[memory].bound = group.bound
     return _made[memory]
 
 
@@ -161,17 +181,16 @@ class _Pending(NamedTuple):
 
 class _DeviceOut(_Pending):
     def wait(self) -> Arrived:
-        assert self.plan.receive is not None
         self.slots.open[False] -= 1
         rows, weights = kernels.take(
             self.like,
             self.known.counts,
             self.slots.slabs,
             self.slot,
-            sum(self.plan.receive),
+            self.known.rows,
             weighted=self.weighted,
         )
-        return Arrived(rows, weights, self.known.counts.offsets)
+        return Arrived(rows, weights, self.known.offsets)
 
 
 class _DeviceBack(_Pending):
@@ -183,7 +202,7 @@ class _DeviceBack(_Pending):
                 self.known.counts,
                 self.slots.slabs,
                 self.slot,
-                sum(self.plan.send),
+                self.plan.slot_of.shape[0],
                 weighted=self.weighted,
             )
         )

@@ -24,12 +24,16 @@ from moekernels.parallel.measure import BACK, GRAD_BACK, GRAD_OUT, OUT
 from moekernels.parallel.peers import PeerMemory
 
 if TYPE_CHECKING:
+    from moekernels.parallel.bound import Bound
     from moekernels.parallel.expert import ExchangePlan
     from moekernels.parallel.mesh import Group
 
 
 class Arrived(NamedTuple):
-    """rows [R', H] by local expert, then by peer; weights [R'] or None; offsets [e+1] int64."""
+    """rows [R', H] by local expert, then by peer; weights [R'] or None; offsets [e+1] int64.
+
+    Where R' is a bound, rows behind the last are zero, and those that found no room are missing.
+    """
 
     rows: Tensor
     weights: Tensor | None
@@ -60,7 +64,11 @@ class PendingBack(Protocol):
 
 
 class Exchange(Protocol):
-    """A `part` of None is all of a rank's experts."""
+    """A `part` of None is all of a rank's experts. `blind`: no numbers are read back from the
+    device, so a plan's stay there."""
+
+    @property
+    def blind(self) -> bool: ...
 
     def counts(self, outgoing: Tensor) -> tuple[Tensor, Tensor | None]:
         """outgoing [P, e] of own rows -> the same on the CPU, and [P, e] of the rows to come, or
@@ -83,8 +91,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Shared:
-    def __init__(self, memory: PeerMemory) -> None:
-        self.memory, self.host = memory, memory.host
+    blind = False
+
+    def __init__(self, memory: PeerMemory, bound: Bound | None = None) -> None:
+        self.memory, self.host, self.bound = memory, memory.host, bound
 
     def counts(self, outgoing: Tensor) -> tuple[Tensor, Tensor | None]:
         return outgoing.contiguous(), None
@@ -148,11 +158,15 @@ class _SharedOut:
         except _host.Lost as lost:
             what = f"rows of {plan.describe(part)}"
             raise self.exchange.memory.lost(lost, what) from None
+        plan.told.setdefault(part, told)
+        offsets = told[plan.group.size * experts :]
+        if (bound := self.exchange.bound) is not None:
+            rows = bound.take(rows, experts / plan.local_experts)
+            offsets = offsets.clamp(max=rows)
         out = x.new_empty(rows, x.shape[1])
         weights = None if self.weights is None else self.weights.new_empty(rows)
-        host.take_out(self.number, out.data_ptr(), _address(weights))
-        plan.told.setdefault(part, told)
-        return Arrived(out, weights, told[plan.group.size * experts :])
+        host.take_out(self.number, out.data_ptr(), _address(weights), rows)
+        return Arrived(out, weights, offsets)
 
 
 class _SharedBack:
@@ -170,6 +184,7 @@ class _SharedBack:
                 0 if weights is None else weights.element_size(),
                 self.counts.data_ptr(),
                 part.end - part.first,
+                rows.shape[0],
             )
         except _host.Lost as lost:
             raise exchange.memory.lost(lost, f"room for rows of {plan.describe(part)}") from None
@@ -193,6 +208,8 @@ class _SharedBack:
 
 class Collective:
     """Over packed messages; each is sent when it is posted and, on the CPU, by gloo's threads."""
+
+    blind = False
 
     def __init__(self, group: Group) -> None:
         self.group = group

@@ -34,9 +34,9 @@ class ExchangePlan:
     row_of: Tensor  # [T, K] int32, where this rank's choices lie in what it sends
     token_of: Tensor  # [R] int32
     slot_of: Tensor  # [R] int32
-    outgoing: Tensor  # [P, e] int64 on the CPU: own rows for each expert of each peer
+    outgoing: Tensor  # [P, e] int64: own rows for each expert; on the CPU, unless it is blind
     counts: Tensor | None  # [P, e], rows from each peer for each local expert; None: not here yet
-    send: list[int]  # [P] rows to each peer
+    send: list[int]  # [P] rows to each peer; empty where the exchange is blind
     receive: list[int] | None  # [P] rows from each peer, where the exchange asks beforehand
     layer: int = 0
     # Where counts come with the rows: of every part that did [P, n], flat, and offsets behind them.
@@ -87,7 +87,7 @@ class ExchangePlan:
 
     def home(self, rows: Tensor, weights: Tensor | None) -> Home:
         """Room for what comes back: [R, H] and [R]."""
-        size = sum(self.send)
+        size = self.slot_of.shape[0]
         own_weights = None if weights is None else weights.new_empty(size)
         return Home(rows.new_empty(size, rows.shape[1]), own_weights)
 
@@ -102,7 +102,7 @@ class ExchangePlan:
         ids: Tensor, local_experts: int, group: Group, kept: Kept | None = None, layer: int = 0
     ) -> ExchangePlan:
         """ids [T, K] into P*e experts, e on each peer in peer order. On a GPU it reads back from
-        the device once."""
+        the device once, under a bound never."""
         return _kept(kept, lambda: (ExchangePlan._make(ids, local_experts, group, layer),))[0]
 
     @staticmethod
@@ -111,8 +111,11 @@ class ExchangePlan:
         exchange = exchange_of(group)
         outgoing = routing.counts.view(group.size, local_experts)
         outgoing, counts = exchange.counts(outgoing)
-        send = outgoing.sum(-1).tolist()
-        rows = sum(send)  # fewer than T*K where ids are dropped
+        send, receive, rows = [], None, ids.numel()
+        if not exchange.blind:
+            send = outgoing.sum(-1).tolist()
+            rows = sum(send)  # fewer than T*K where ids are dropped
+            receive = None if counts is None else counts.sum(-1).tolist()
         return ExchangePlan(
             group,
             exchange,
@@ -122,15 +125,15 @@ class ExchangePlan:
             outgoing,
             counts,
             send,
-            None if counts is None else counts.sum(-1).tolist(),
+            receive,
             layer,
         )
 
 
 def exchange_of(group: Group) -> Exchange:
     if group.device_memory is not None:
-        return device_exchange.over(group.device_memory, group.rank, group.size)
-    return Collective(group) if group.memory is None else Shared(group.memory)
+        return device_exchange.over(group)
+    return Collective(group) if group.memory is None else Shared(group.memory, group.bound)
 
 
 def _scatter(

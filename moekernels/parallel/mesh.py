@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,9 @@ from moekernels.parallel.nccl import Row
 from moekernels.parallel.nodes import Nodes, gather, node_name
 from moekernels.parallel.peers import PeerMemory, share
 from moekernels.parallel.symmetric import SymmetricMemory, why_not_symmetric
+
+if TYPE_CHECKING:
+    from moekernels.parallel.bound import Bound
 
 GROUPS = ("world", "stage", "tp", "dp", "pp", "exchange", "edp", "expert_copies")
 
@@ -43,6 +46,7 @@ class Group:
     memory: PeerMemory | None = None
     options: Any = None  # of its process group, for another of the same ranks
     device_memory: SymmetricMemory | None = None  # where their GPUs share memory, for rows
+    bound: Bound | None = None  # of the rows that a rank takes in, where it has one
 
 
 class Mesh:

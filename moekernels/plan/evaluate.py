@@ -152,8 +152,10 @@ class Plan:
 def memory_of(problem: Problem, s: Strategy, rank: int, tokens: int) -> StageMemory:
     c = problem.cluster
     skew = c.skew(s.layout)
-    device, parts = c.device, c.exchange_parts
-    stage = stage_memory(problem.model, s, rank, tokens, imbalance=skew, device=device, parts=parts)
+    device, parts, bound = c.device, c.exchange_parts, c.exchange_bound
+    stage = stage_memory(
+        problem.model, s, rank, tokens, imbalance=skew, device=device, parts=parts, bound=bound
+    )
     copy = cost.reduction_bytes(s, stage.parameters, c.device)
     if copy > stage.activations + stage.working + stage.messages:  # the gradients' sum comes after
         stage = StageMemory(

@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 from moekernels.model import experts, vocabulary
 from moekernels.model.decoder import DecoderSpec, chunk_parameters, copies, layer_parts
-from moekernels.model.dispatch import way_of
+from moekernels.model.dispatch import routed_rows, way_of
 from moekernels.model.ffn import ffn_working
 from moekernels.model.spec import Owed, Place
 from moekernels.pipeline.build import build, held_limits, splits
 from moekernels.pipeline.check import SENDS_IN_FLIGHT
 from moekernels.pipeline.schedule import Schedule
 from moekernels.plan.strategy import STATE_BYTES, Strategy
+from moekernels.run.buffers import SLOTS
 
 # --- activations
 
@@ -220,6 +221,15 @@ def _in_turn(pairs: int, chunks: list[float]) -> float:
     return share * sum(chunks) + sum(sorted(chunks, reverse=True)[:rest])
 
 
+def slab_bytes(model: DecoderSpec, at: Place) -> float:
+    """Memory that a GPU's peers address: slots for the rows that come and those that come home,
+    with their weights. None where no rows are exchanged."""
+    if at.layout.exchange == 1 or at.dispatcher != "all_to_all":
+        return 0.0
+    rows = routed_rows(model, at) + at.own * model.top_k * at.layout.etp
+    return SLOTS * rows * (model.d_model * at.width + 8)
+
+
 def stage_memory(
     model: DecoderSpec,
     s: Strategy,
@@ -229,9 +239,13 @@ def stage_memory(
     imbalance: float = 1.0,
     device: str = "cuda",
     parts: int = 1,
+    bound: float = 0.0,
 ) -> StageMemory:
-    """Memory of a rank of pipeline stage `rank` when the largest micro-batches have `tokens`."""
+    """Memory of a rank of pipeline stage `rank` when the largest micro-batches have `tokens`.
+    `bound`: of the rows that a rank has room for over the mean, whatever their imbalance is."""
     stages = s.layout.pp
+    if bound:
+        imbalance = min(bound, s.layout.exchange)
     virtual = range(rank, s.depth, stages)
     at = place_of(s, tokens, imbalance=imbalance, device=device, parts=parts)
     parameters = rank_parameters(model, s, rank)
@@ -253,6 +267,8 @@ def stage_memory(
         working = max([chunk.working for chunk in held])
     message = at.residual * model.d_model * at.width
     messages = (2 + 2 * SENDS_IN_FLIGHT) * message if stages > 1 else 0.0
+    if bound and device == "cuda":
+        messages += slab_bytes(model, at)
     return StageMemory(
         weights=total * weight,
         gradients=total * gradient,

@@ -24,6 +24,7 @@ from moekernels import assembly
 from moekernels.errors import UsageError
 from moekernels.parallel.mesh import Mesh
 from moekernels.pipeline.simulate import idle_microbatches
+from moekernels.run import buffers
 from moekernels.run import files as cfg
 
 WARM, TIMED = 1, 2  # steps of a setting: those that are not counted, and those that are
@@ -84,8 +85,9 @@ def least(run: cfg.RunConfig, corpus, memory: float, device: str) -> int:
         rows = assembly.build_loader(tried, corpus).plan(1).rows
         tokens = max(max(rank) for rank in rows)
         parts = tried.train.exchange_parts
+        bound = buffers.parse(tried.train.exchange_buffers) or 0.0
         stages = [
-            stage_memory(model, s, r, tokens, device=device, parts=parts)
+            stage_memory(model, s, r, tokens, device=device, parts=parts, bound=bound)
             for r in range(s.layout.pp)
         ]
         return max(stage.total for stage in stages) <= ROOM * memory

@@ -15,8 +15,8 @@ from moekernels.model.spec import LONGEST, MOST
 from moekernels.plan.evaluate import Problem
 from moekernels.plan.search import Space
 from moekernels.plan.strategy import Batch, Cluster, Objective, Strategy
+from moekernels.run import buffers, link
 from moekernels.run import files as cfg
-from moekernels.run import link
 
 MOST_ROWS = 1e30  # of an expert, to whatever scale: sums of more are not finite
 PINNED = ("tp", "dp", "pp", "ep", "etp", "schedule", "dispatcher")
@@ -150,8 +150,11 @@ def cluster_of(run: cfg.RunConfig) -> Cluster:
 
 
 def with_link(cluster: Cluster, run: cfg.RunConfig) -> Cluster:
-    """The cluster with what the run says of its exchange: parts, and a link if it sets one."""
-    cluster = replace(cluster, exchange_parts=run.train.exchange_parts)
+    """The cluster with what the run says of its exchange: parts, a bound of its rows and a link,
+    if it sets them."""
+    bound = buffers.parse(run.train.exchange_buffers) or 0.0
+    parts = run.train.exchange_parts
+    cluster = replace(cluster, exchange_parts=parts, exchange_bound=bound)
     wanted = link.parse(run.train.link)
     if wanted is None:
         return cluster

@@ -151,6 +151,7 @@ class Cluster:
     exchange_latency: float = 0.0  # of a set link (`run.link`), which the exchange goes over
     exchange_rate: float = 0.0  # bytes a second of it; 0: there is none
     exchange_parts: int = 1
+    exchange_bound: float = 0.0  # of rows that a rank takes in over the mean; 0: as many as come
     device: str = "cuda"
     calibrated: str = ""  # when and where the constants were measured
     error_band: float = 0.0  # which 90 % of the measurements lie within

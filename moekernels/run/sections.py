@@ -141,6 +141,12 @@ class TrainSection:
         low=1,
         high=64,
     )
+    exchange_buffers: str = key(
+        "exact",
+        "memory of the rows that a rank takes in: exact, as many as come, which a GPU is asked for "
+        "in every layer; bounded:C, C times the mean, known beforehand: a step whose rows do not "
+        "fit is repeated with more",
+    )
     link: str = key(
         "",
         "have the shared exchange arrive as over a link of that latency and rate, as in "

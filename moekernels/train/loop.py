@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 import signal
 import sys
 import time
@@ -22,6 +21,7 @@ from moekernels.errors import RunError
 from moekernels.model.tensors import SELECTION_BIAS
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel import launch
+from moekernels.parallel.bound import stands
 from moekernels.parallel.measure import Measure, hidden_of
 from moekernels.parallel.nodes import cores
 from moekernels.parallel.shard import blank, shard
@@ -39,7 +39,7 @@ from moekernels.train.moves import Moves
 from moekernels.train.nonfinite import Guard
 from moekernels.train.profiling import Profiler
 from moekernels.train.report import layout_report, peak_flops
-from moekernels.train.sums import StepSums
+from moekernels.train.sums import StepSums, peak_memory
 
 if TYPE_CHECKING:
     from moekernels.data.corpus import Corpus
@@ -234,25 +234,31 @@ class Trainer:
         """One optimiser step; its line of metrics (on every rank), and this rank's events."""
         start = time.perf_counter()
         batches = [b.to(self.env.device) for b in self.loader.batch(step)]
-        self.optimizer.zero_grad()
-        self.exchanges.take()  # not those of an evaluation
-        origin = self.shared_clock() if step == self.run.train.steps else None
-        flush, worked = time.perf_counter(), time.process_time()
-        self.origin = flush if origin is None else origin
-        self.monitor.begin(step)
-        result = self.runtime.step(batches, origin=origin)
-        flush, worked = time.perf_counter() - flush, time.process_time() - worked
-        self.optimizer.reduce()
-        norm = self.optimizer.grad_norm()
-        line, loads = self.collect(step, result, flush, worked)
-        line.update(grad_norm=norm.item(), lr=self.optimizer.lr)
+        assembly.begin_bound(self.run, self.mesh, batches)
+        attempts, fits = 0, False
+        while not fits:  # rows that do not fit make a step that never was
+            attempts, began = attempts + 1, time.perf_counter()
+            self.optimizer.zero_grad()
+            self.exchanges.take()  # not those of an evaluation
+            origin = self.shared_clock() if step == self.run.train.steps else None
+            flush, worked = time.perf_counter(), time.process_time()
+            self.origin = flush if origin is None else origin
+            self.monitor.begin(step)
+            result = self.runtime.step(batches, origin=origin)
+            flush, worked = time.perf_counter() - flush, time.process_time() - worked
+            self.optimizer.reduce()
+            norm = self.optimizer.grad_norm()
+            line, loads, fits = self.collect(step, result, flush, worked)
+        if attempts > 1 and self.env.leader and (bound := self.mesh.exchange.bound):
+            self.progress.say(f"step {step}: rows did not fit; bounded:{bound.factor:.3g} from now")
+        line.update(grad_norm=norm.item(), lr=self.optimizer.lr, attempts=attempts)
         line.update(self.monitor.end(self.shown(step)))
         if self.guard.passes(line, self.optimizer.largest_norm, self.run.train.clip):
             self.optimizer.step(norm)
             self.count_loads(step, loads)
         seconds = time.perf_counter() - start
         if not line["skipped"]:
-            self.moves.saw(loads, seconds)
+            self.moves.saw(loads, time.perf_counter() - began)
         tokens = self.loader.global_tokens(step)
         line.update(seconds=seconds, tokens=tokens, tokens_per_s=tokens / seconds)
         if self.peak:
@@ -286,9 +292,10 @@ class Trainer:
 
     def collect(
         self, step: int, result: StepResult, flush: float, worked: float
-    ) -> tuple[dict, torch.Tensor]:
-        """The step's line of metrics but for its times, and the loads [layers, experts]: sums over
-        the ranks of what this one did in `flush` seconds, of which `worked` on a core."""
+    ) -> tuple[dict, torch.Tensor, bool]:
+        """The step's line of metrics but for its times, the loads [layers, experts], and whether
+        the step stands: sums over the ranks of what this one did in `flush` seconds, of which
+        `worked` on a core."""
         m, mesh, zeros = self.run.model, self.mesh, partial(torch.zeros, dtype=torch.float64)
         loads = zeros(m.moe_layers, m.num_experts, device=self.env.device)
         loss, router = zeros((), device=loads.device), zeros(2, device=loads.device)
@@ -312,7 +319,9 @@ class Trainer:
             cores=worked / (flush * cores() * mesh.nodes.count),
             **{name: t / flush / self.env.world for name, t in times._asdict().items()},
         )
-        sums, loads, peak = mine.over_ranks(loads, _peak_memory(self.env.device), mesh)
+        bound = mesh.exchange.bound
+        largest = [peak_memory(self.env.device), bound.needed() if bound else 0.0]
+        sums, loads, (peak, needed) = mine.over_ranks(loads, mesh, largest)
         self.stopping = sums.stop > 0
         rows = self.loader.global_tokens(step) * m.top_k * m.moe_layers
         line = {
@@ -333,7 +342,7 @@ class Trainer:
             "cores": sums.cores,
             "memory_gb": peak / 1e9,
         }
-        return line, loads
+        return line, loads, bound is None or bound.fits(needed)
 
     def count_loads(self, step: int, loads: torch.Tensor) -> None:
         """What an applied step's loads [layers, experts] change: selection biases, and what
@@ -367,7 +376,10 @@ class Trainer:
             ]
         sums = torch.zeros(2, dtype=torch.float64, device=self.env.device)
         for batches in self.held_out:
+            assembly.begin_bound(self.run, self.mesh, batches)
             losses = self.runtime.evaluate(batches).losses
+            while not stands(self.mesh.exchange.bound, self.mesh.world):
+                losses = self.runtime.evaluate(batches).losses
             if losses and self.mesh.tp.rank == 0:
                 tokens = 1 / batches[0].loss_scale  # of the step, over all data-parallel ranks
                 sums += torch.stack(
@@ -401,11 +413,3 @@ class Trainer:
         moment = torch.tensor([time.perf_counter()], dtype=torch.float64, device=self.env.device)
         dist.broadcast(moment, 0)
         return moment.item()
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Bytes: the most this process held on the card, or at all."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

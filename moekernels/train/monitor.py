@@ -44,6 +44,7 @@ class Monitor:
     def begin(self, step: int) -> None:
         """Before a step's flush: watch it, or not. Where nodes count, each look's steps are
         watched."""
+        self.watching = []  # of an attempt at the step that did not fit
         several = any(len(set(nodes)) > 1 for nodes in self.moves.node_of)
         due = step % EVERY == 0 or step == self.last_step
         due |= several and self.moves.looks_at(step)

@@ -144,6 +144,7 @@ NO_MATTER = (
     "keep",
     "exchange",
     "exchange_parts",
+    "exchange_buffers",
     "link",
     "replan",
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -30,13 +33,26 @@ class StepSums:
     flight: float  # rows flying,
     hidden: float  # and nobody waiting for them
 
-    def over_ranks(self, loads: Tensor, peak: float, mesh: Mesh) -> tuple[StepSums, Tensor, float]:
-        """All ranks' sums, loads [layers, experts] on the CPU, and the largest `peak`."""
+    def over_ranks(
+        self, loads: Tensor, mesh: Mesh, largest: Sequence[float | Tensor]
+    ) -> tuple[StepSums, Tensor, list[float]]:
+        """All ranks' sums, loads [layers, experts] on the CPU, and of each of `largest` the
+        largest of all ranks."""
         parts = [getattr(self, field.name) for field in fields(self)]
         mine = torch.stack([x if isinstance(x, Tensor) else loads.new_tensor(x) for x in parts])
-        peaks = loads.new_zeros(mesh.world.size)
-        peaks[mesh.world.rank] = peak
-        message = torch.cat([mine, peaks, loads.flatten()])
-        sizes = [len(mine), len(peaks), loads.numel()]
-        sums, peaks, total = all_reduce(message, mesh.world).cpu().split(sizes)
-        return StepSums(*sums.tolist()), total.view(loads.shape), max(peaks.tolist())
+        each = loads.new_zeros(mesh.world.size, len(largest))
+        for place, x in enumerate(largest):
+            each[mesh.world.rank, place] = x
+        message = torch.cat([mine, each.flatten(), loads.flatten()])
+        sizes = [len(mine), each.numel(), loads.numel()]
+        sums, every, total = all_reduce(message, mesh.world).cpu().split(sizes)
+        most = every.view(each.shape).amax(0)
+        return StepSums(*sums.tolist()), total.view(loads.shape), most.tolist()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: the most this process held on the card, or at all."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

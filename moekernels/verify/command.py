@@ -13,6 +13,7 @@ from moekernels.parallel.nodes import gather
 from moekernels.parallel.peers import MODES
 from moekernels.pipeline.build import SCHEDULES
 from moekernels.plan import room
+from moekernels.run import buffers
 from moekernels.run import files as cfg
 from moekernels.run.sections import SECTIONS
 from moekernels.verify.compare import TOLERANCE, Recorded, Verdict, compare, record
@@ -33,6 +34,7 @@ def verify(
     dtype: str = "fp64",
     device: str = "auto",
     exchange: str = "auto",
+    exchange_buffers: str = buffers.EXACT,
 ) -> int:
     """Verify one layout, or all that are promised; 0 if everything agrees, 1 if not."""
     for flag, value, known in (
@@ -51,10 +53,12 @@ def verify(
     if everything and launcher.wanted():
         raise UsageError("--all starts the ranks of each layout by itself; leave torchrun out")
     if not everything:
-        variant = Variant(schedule, experts, top_k, steps, balance_scope)
+        variant = Variant(schedule, experts, top_k, steps, balance_scope, buffers=exchange_buffers)
         return verify_layout(
             degrees, [variant], dtype, device, launcher.launched(), exchange=exchange
         )
+    if exchange_buffers != buffers.EXACT:
+        raise UsageError("--all verifies bounded buffers, too; leave --exchange-buffers out")
     codes = [
         verify_layout(d, variants_of(d, steps), dtype, device, exchange=exchange) for d in LAYOUTS
     ]
@@ -72,6 +76,8 @@ def verify_layout(
 ) -> int:
     """Verify variants of a layout with one start of its ranks; 0 if all agree, 1 if not."""
     world = launched.size if launched else None
+    if exchange == "collective" and len(variants) > 1:
+        variants = [v for v in variants if v.buffers == buffers.EXACT]  # the others do not exist
     runs = [configure(degrees, variant, dtype, world) for variant in variants]
     for run in runs:
         run.train.exchange = exchange
@@ -93,10 +99,16 @@ def _work(
     if env.leader:
         print(layout.describe(), flush=True)
     mesh = assembly.build_mesh(runs[0], env.device)
+    shares = mesh.exchange.memory is not None or mesh.exchange.device_memory is not None
     known: dict[tuple, list[Recorded]] = {}  # on rank 0: one recording for all schedules
     failed = False
     for variant, run in zip(variants, runs):
+        if len(runs) > 1 and variant.buffers != buffers.EXACT and not shares:
+            if env.leader:
+                print(f"  {variant}: not here: {mesh.alone}")
+            continue
         run.train.steps = variant.steps
+        assembly.bound_rows(run, mesh)
         steps: list[list[Recorded]] = [[]]
         if env.leader:
             if len(known.get(variant.model, ())) < variant.steps:

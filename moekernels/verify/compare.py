@@ -14,6 +14,7 @@ from moekernels import assembly
 from moekernels.data.batch import MicroBatch
 from moekernels.model.layout import Layout
 from moekernels.parallel.adamw import AdamWConfig
+from moekernels.parallel.bound import stands
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.optimizer import Optimizer, main_grad_of
 from moekernels.parallel.tensor import own_part
@@ -75,8 +76,12 @@ class Side:
         places = {id(batch): m for m, batch in enumerate(batches)}
         for chunk in self.chunks:
             chunk.route_hook = lambda batch, *args: hook(places[id(batch)], *args)
-        self.optimizer.zero_grad()
-        losses = self.runtime.step(batches, record=False).losses
+        assembly.begin_bound(self.run, self.mesh, batches)
+        fits = False
+        while not fits:
+            self.optimizer.zero_grad()
+            losses = self.runtime.step(batches, record=False).losses
+            fits = stands(self.mesh.exchange.bound, self.mesh.world)
         self.optimizer.reduce()
         self.optimizer.spread_gradients()
         loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -115,7 +120,8 @@ def compare(run: cfg.RunConfig, mesh: Mesh, steps: list[Recorded]) -> Verdict:
             p.data.copy_(info.take(recorded.parameters[name]))
         mine = [b.to(mesh.device) for b in draw_batches(run, number)[mesh.dp_index]]
         first = mesh.dp_index * len(mine)  # of this rank's micro-batches among all
-        seen: set[tuple[int, int]] = set()
+        # (choices, ties, wrong): a recomputed layer asks twice, and so does a repeated step.
+        seen: dict[tuple[int, int], tuple[int, int, int]] = {}
 
         def replay(
             place: int,
@@ -127,15 +133,12 @@ def compare(run: cfg.RunConfig, mesh: Mesh, steps: list[Recorded]) -> Verdict:
             first=first,
         ) -> Tensor:
             wanted = own_part(recorded.choices[first + place, layer], mesh.tp).to(ids.device)
-            if (place, layer) not in seen:  # a recomputed layer asks twice
-                seen.add((place, layer))
-                verdict.choices += len(ids)
-                ties, wrong = _differing(logits, ids, wanted, tie)
-                verdict.ties += ties
-                verdict.wrong += wrong
+            seen[place, layer] = len(ids), *_differing(logits, ids, wanted, tie)
             return wanted
 
         loss = side.step(mine, replay)
+        for choices, ties, wrong in seen.values():
+            verdict.add(Verdict(choices=choices, ties=ties, wrong=wrong))
         verdict.loss = max(verdict.loss, _relative(loss - recorded.loss, recorded.loss))
         for name, p, info in side.shards:
             full = recorded.gradients[name]

@@ -14,6 +14,7 @@ from moekernels.model.decoder import DecoderSpec
 from moekernels.model.dispatch import WAYS
 from moekernels.pipeline.build import SCHEDULES, offered
 from moekernels.run import files as cfg
+from moekernels.run.buffers import EXACT
 from moekernels.run.sections import LayoutSection
 
 MICROBATCHES = 8  # of a step, but at least two on each data-parallel rank
@@ -44,6 +45,7 @@ class Variant:
     guests: bool = False  # all that stands beside experts, and a first layer without any
     attention: str = ""  # other than the small model's own, by its name in `ATTENTIONS`
     shard_optimizer: bool = False
+    buffers: str = EXACT  # of the rows that come
 
     @property
     def model(self) -> tuple:
@@ -59,6 +61,7 @@ class Variant:
         if self.attention:
             text += f", {self.attention} attention"
         text += f", {' and '.join(BESIDE)} expert and a dense layer" * self.guests
+        text += f", {self.buffers} buffers" * (self.buffers != EXACT)
         return text + ", optimizer split over ranks" * self.shard_optimizer
 
 
@@ -74,6 +77,8 @@ def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
     found.append(Variant(steps=1, guests=True))
     found += [Variant(steps=1, attention=n) for n, kind in ATTENTIONS.items() if kind.example]
     found += [Variant(steps=1, dispatcher=name) for name in WAYS]
+    if run.layout.ep * run.layout.etp > 1:  # most steps of which do not fit at first
+        found.append(Variant(steps=1, dispatcher="all_to_all", buffers="bounded:1"))
     if run.layout.dp > 1:
         found.append(Variant(steps=1, shard_optimizer=True))
     if 6 % run.layout.ep == 0:
@@ -119,6 +124,7 @@ def configure(
     run.batch.microbatches = max(2, MICROBATCHES // lay.dp)
     run.batch.accumulation, run.batch.context = 1, 40
     run.train.dtype, run.train.shard_optimizer = dtype, variant.shard_optimizer
+    run.train.exchange_buffers = variant.buffers
     cfg.check(run, world)
     return run
 

@@ -6,13 +6,16 @@ import pytest
 import torch.distributed as dist
 
 from moekernels.model.layout import Layout
+from moekernels.ops.exchange import Shape, bytes_of
 from moekernels.parallel.exchange import Collective
 from moekernels.parallel.mesh import Mesh
 from moekernels.plan.cost import layer_cost
+from moekernels.plan.memory import stage_memory
 from moekernels.plan.overlap import exposed
 from moekernels.plan.problem import problem_of
 from moekernels.plan.strategy import Strategy
 from moekernels.run import files as cfg
+from moekernels.run.buffers import SLOTS
 from python_tests.support.activations import counted, measure, small
 
 
@@ -87,3 +90,30 @@ def test_parts_hold_room_for_all_rows_that_come_home(
     said_kept, said_peak = counted(model, s, 1024, False, False, parts=parts)
     assert said_kept == pytest.approx(kept, rel=5e-3)
     assert said_peak == pytest.approx(peak, rel=2e-2)
+
+
+def test_a_bound_is_memory_whatever_the_imbalance_is() -> None:
+    """Kept rows grow with it, and GPUs' slabs are what the exchange asks for; time does not."""
+    s, found = Strategy(Layout(dp=4, ep=4), (16,), (0,), 4), {}
+    for text in ("exact", "bounded:1", "bounded:3", "bounded:9"):
+        flags = {("train", "exchange_buffers"): text}
+        problem = problem_of(cfg.resolve("tiny", None, flags))
+        model, cost = problem.model, layer_cost(problem.model, problem.cluster, s)
+        bound = problem.cluster.exchange_bound
+        how = {"imbalance": problem.cluster.imbalance, "bound": bound}
+        found[text] = (
+            stage_memory(model, s, 0, 64, device="cpu", **how),
+            stage_memory(model, s, 0, 64, device="cuda", **how),
+            cost.forward["expert exchange"].per_token,
+        )
+    exact, one, three, nine = found.values()
+    assert problem.cluster.imbalance == 1.1 and exact[2] == one[2] == three[2]
+    rows = 64 * model.top_k * model.moe_layers * s.microbatches  # that are kept, at the mean
+    assert three[0].activations - one[0].activations >= 2 * rows * model.d_model * 2
+    assert one[0].activations < exact[0].activations < three[0].activations
+    assert one[0].messages == exact[0].messages == exact[1].messages == 0
+    width = model.d_model * 2
+    for memory, factor in ((one[1], 1), (three[1], 3), (nine[1], 4)):  # 4 ranks have no more
+        mine = 64 * model.top_k
+        shape = Shape(4, model.num_experts // 4, SLOTS, factor * mine, mine, width)
+        assert memory.messages == pytest.approx(bytes_of(shape), rel=0.05)

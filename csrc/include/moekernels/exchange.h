@@ -116,11 +116,14 @@ struct Run {
 struct CountsArgs {
   PeerSlabs peers;
   const int64_t* counts;  // [P*e] own rows for each expert; negative counts are none
+  int64_t room;           // rows of those that come for which there is memory
   int64_t* came;          // [P, e] rows from each peer for each local expert
   int64_t* offsets;       // [e+1] where each local expert's rows begin
+  int64_t* held;          // [e+1] the same, none beyond the room
   Run* out;               // [P*e+1] own rows by expert; the last begins behind all
   Run* back;              // [e*P+1] rows that came, by local expert, then by peer
   int64_t* needed;        // [2] the most rows that come to any rank, and that any sends
+  int64_t* most;          // [1] grows to the first of them, or null
 };
 
 struct SendArgs {
@@ -130,7 +133,7 @@ struct SendArgs {
   const int32_t* slot_of;   // [R] where row r is slot_of[r] / top_k, or null: rows as they lie
   int64_t top_k, slots_of;  // slots_of: T*K, slots outside are not sent
   const Run* runs;
-  int64_t num_runs, num_rows;
+  int64_t num_runs, num_rows;  // of runs that reach beyond the rows, zeros are sent
   int64_t row_bytes, weight_bytes;
   int64_t slot;
   bool back;
