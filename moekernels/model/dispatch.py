@@ -13,6 +13,9 @@ from moekernels.model.router import RouterSpec
 from moekernels.model.spec import Place
 
 
+SLOTS = 4  # exchanges of one direction that GPUs may have posted and not yet waited for
+
+
 @dataclass(frozen=True)
 class Way:
     """rows: R that the experts' tensors have room for. routing: bytes kept of the routing.

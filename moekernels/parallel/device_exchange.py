@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moekernels.errors import UsageError
+from moekernels.model.dispatch import SLOTS
 from moekernels.ops import exchange as kernels
 from moekernels.parallel.exchange import Arrived, Home, Part, PendingBack, PendingOut, wide
 from moekernels.parallel.peers import PeerLost
-from moekernels.run.buffers import SLOTS
 
 if TYPE_CHECKING:
     from moekernels.parallel.bound import Bound

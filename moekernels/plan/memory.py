@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 from moekernels.model import experts, vocabulary
 from moekernels.model.decoder import DecoderSpec, chunk_parameters, copies, layer_parts
-from moekernels.model.dispatch import routed_rows, way_of
+from moekernels.model.dispatch import SLOTS, routed_rows, way_of
 from moekernels.model.ffn import ffn_working
 from moekernels.model.spec import Owed, Place
 from moekernels.pipeline.build import build, held_limits, splits
 from moekernels.pipeline.check import SENDS_IN_FLIGHT
 from moekernels.pipeline.schedule import Schedule
 from moekernels.plan.strategy import STATE_BYTES, Strategy
-from moekernels.run.buffers import SLOTS
 
 # --- activations
 

@@ -7,7 +7,6 @@ import re
 from moekernels.errors import UsageError
 
 EXACT = "exact"
-SLOTS = 4  # exchanges of one direction that GPUs may have posted and not yet waited for
 FORM = re.compile(r"bounded:(\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})")
 
 

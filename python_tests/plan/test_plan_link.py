@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
+from moekernels.model.dispatch import SLOTS
 from moekernels.model.layout import Layout
 from moekernels.ops.exchange import Shape, bytes_of
 from moekernels.parallel.exchange import Collective
@@ -15,7 +16,6 @@ from moekernels.plan.overlap import exposed
 from moekernels.plan.problem import problem_of
 from moekernels.plan.strategy import Strategy
 from moekernels.run import files as cfg
-from moekernels.run.buffers import SLOTS
 from python_tests.support.activations import counted, measure, small
 
 
