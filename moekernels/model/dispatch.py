@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from moekernels.model.router import RouterSpec
 from moekernels.model.spec import Place
 
-
 SLOTS = 4  # exchanges of one direction that GPUs may have posted and not yet waited for
 
 

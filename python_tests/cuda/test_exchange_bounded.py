@@ -11,9 +11,9 @@ from torch import Tensor
 from moekernels.parallel import expert
 from moekernels.parallel.bound import Bound
 from moekernels.parallel.mesh import Group
-from python_tests.cuda.test_exchange_emulated import MODES, Ranks, _aligned, all_ids, same
 from python_tests.support import emulated
 from python_tests.support.devices import emulated_devices
+from python_tests.support.virtual_ranks import MODES, Ranks, aligned, all_ids, same
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
 PEERS, EXPERTS = 2, 2
@@ -45,7 +45,7 @@ class SlabsOfRank:
         slabs, number = self.slabs, self.slabs.asked[self.rank]
         slabs.asked[self.rank] += 1
         if number == len(slabs.made):
-            slabs.made.append([_aligned(nbytes) for _ in range(PEERS)])
+            slabs.made.append([aligned(nbytes) for _ in range(PEERS)])
             for memory in slabs.made[-1]:
                 slabs.emulator.know(memory, lasts=True)
         mine = slabs.made[number]

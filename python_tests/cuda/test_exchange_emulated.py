@@ -4,130 +4,29 @@ to the exchange over packed messages and to the one of ranks on a CPU."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
 import ptx_emulator as ptx
-from moekernels import reference
 from moekernels.ops import exchange
 from moekernels.parallel.expert import ExchangePlan
 from moekernels.parallel.mesh import Group
 from moekernels.parallel.peers import PeerMemory
 from python_tests.support import emulated
-from python_tests.support.devices import Devices, emulated_devices
-from python_tests.support.spec import randn, random_ids, wide
+from python_tests.support.devices import Devices
+from python_tests.support.virtual_ranks import (
+    HIDDEN,
+    MODES,
+    ROUTINGS,
+    Ranks,
+    all_ids,
+    arrived,
+    same,
+)
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
-MODES = [{}, {"lazy": True}, {"schedule": 1}, {"schedule": 2, "lazy": True}]
-HIDDEN = 12
-
-
-def all_ids(name: str, peers: int, experts: int) -> list[Tensor]:
-    """ids [T, K] of each rank, over peers * experts; T differs from rank to rank."""
-    every, top_k = peers * experts, 2
-    tokens = [4 + p for p in range(peers)]
-    ids = [random_ids(t, every, top_k, seed=p) for p, t in enumerate(tokens)]
-    match name:
-        case "one_rank":  # all to the experts of rank 1
-            ids = [experts + random_ids(t, experts, top_k, seed=t) for t in tokens]
-        case "one_expert":
-            ids = [torch.full((t, 1), every - 1, dtype=torch.int32) for t in tokens]
-        case "nothing":
-            ids = [torch.full_like(i, -1) for i in ids]
-        case "no_tokens":
-            ids = [i[:0] for i in ids]
-        case "one_token":
-            ids = [i[: int(p == peers - 1)] for p, i in enumerate(ids)]
-        case "k_is_e":
-            ids = [random_ids(2 + p % 3, every, every, seed=p) for p in range(peers)]
-        case "dropped":
-            for p, i in enumerate(ids):
-                i[p::3, 0] = -1
-                i[1::4, 1] = every
-            ids[0] = ids[0][:0]
-    return ids
-
-
-ROUTINGS = ("ordinary", "one_rank", "one_expert", "nothing", "no_tokens", "one_token", "k_is_e")
-ROUTINGS = (*ROUTINGS, "dropped")
-
-
-class Ranks:
-    """Virtual ranks with a slab each, and what they hold."""
-
-    def __init__(self, ids: list[Tensor], experts: int, dtype: torch.dtype, **room: int) -> None:
-        self.peers, self.experts, self.dtype = len(ids), experts, dtype
-        self.ids, every = ids, self.peers * experts
-        self.routings = [reference.route(i, every) for i in ids]
-        self.x = [randn(dtype, len(i), HIDDEN, seed=p) for p, i in enumerate(ids)]
-        self.weights = [randn(wide(dtype), *i.shape, seed=9 + p) for p, i in enumerate(ids)]
-        self.counts = [r.counts for r in self.routings]
-        rows = sum(int(c.sum()) for c in self.counts)
-        sizes = {"slots": 1, "rows": rows, "back": max(i.numel() for i in ids)} | room
-        self.shape = exchange.Shape(self.peers, experts, **sizes, row_bytes=HIDDEN * dtype.itemsize)
-        self.memory = [_aligned(exchange.bytes_of(self.shape)) for _ in ids]
-        addresses = [m.data_ptr() for m in self.memory]
-        self.slabs = [
-            exchange.Slabs(m, addresses, p, self.shape) for p, m in enumerate(self.memory)
-        ]
-        self.sent = [[x + n for x in self.x] for n in range(3)]
-        self.known: list = [None] * self.peers
-
-    @contextmanager
-    def devices(self, **how) -> Iterator[Devices]:
-        with emulated_devices(**how) as devices:
-            for memory in self.memory:
-                devices.emulator.know(memory, lasts=True)
-            try:
-                yield devices
-            finally:
-                for memory in self.memory:
-                    del devices.emulator.lasting[memory.data_ptr()]
-
-    def gather(self, devices: Devices) -> None:
-        for p in range(self.peers):
-            with devices.on(p):
-                self.known[p] = exchange.gather_counts(self.counts[p], self.slabs[p])
-
-    def put(self, p: int, x: Tensor, weights: Tensor | None, slot: int = 0) -> None:
-        slot_of, top_k = self.routings[p].slot_of, max(self.ids[p].shape[1], 1)
-        exchange.put(x, weights, slot_of, top_k, self.known[p], self.slabs[p], slot)
-
-    def take(self, p: int, rows: int, weighted: bool = True, slot: int = 0):
-        like = self.x[p]
-        return exchange.take(like, self.known[p], self.slabs[p], slot, rows, weighted=weighted)
-
-    def expected(self, weighted: bool = True) -> list[tuple[Tensor, Tensor | None, Tensor]]:
-        every = zip(self.x, self.weights, self.routings)
-        messages = [
-            reference.pack(x, w if weighted else None, r.slot_of, max(w.shape[1], 1))
-            for x, w, r in every
-        ]
-        return reference.exchange(messages, [c.view(self.peers, -1) for c in self.counts], HIDDEN)
-
-
-def _aligned(nbytes: int) -> Tensor:
-    memory = torch.zeros(nbytes + 128, dtype=torch.uint8)
-    return memory[(first := -memory.data_ptr() % 128) : first + nbytes]
-
-
-def arrived(ranks: Ranks, p: int, rows: int) -> list[Tensor]:
-    with_weights = ranks.take(p, rows)
-    return [*with_weights, ranks.known[p].offsets]
-
-
-def same(found, expected) -> None:
-    """Of two lists of tensors, bit for bit; rows of `found` behind the last are zero."""
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine.dtype == theirs.dtype
-        assert torch.equal(mine[: len(theirs)], theirs)
-        assert not mine[len(theirs) :].any()
-
-
 DTYPES = (torch.float32, torch.bfloat16)
 CASES = [(2, name, dtype) for name in ROUTINGS for dtype in DTYPES]
 CASES += [(p, name, DTYPES[(i + p) % 2]) for p in (3, 8) for i, name in enumerate(ROUTINGS)]

@@ -14,7 +14,8 @@ from moekernels.parallel.bound import Bound, stands
 from moekernels.parallel.exchange import Part
 from moekernels.parallel.mesh import Group, Mesh
 from moekernels.run.buffers import parse
-from python_tests.parallel.test_device_exchange import (
+from python_tests.support.distributed import run_ranks
+from python_tests.support.exchanges import (
     EXPERTS,
     Threads,
     group_of,
@@ -23,7 +24,6 @@ from python_tests.parallel.test_device_exchange import (
     layers,
     over_the_cpu,
 )
-from python_tests.support.distributed import run_ranks
 
 CPU = torch.device("cpu")
 
