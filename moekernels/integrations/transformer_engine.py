@@ -145,20 +145,20 @@ def _inverse(row_of: Tensor, rows: int) -> Tensor:
 
 def moe_sort_chunks_by_index(inp: Tensor, split_sizes: Tensor, sorted_index: Tensor) -> Tensor:
     """inp [R, H] in chunks of split_sizes [C] -> [R, H], chunk sorted_index[0] first, and so on."""
-    return ops.permute(inp, *_chunk_order(inp, split_sizes, sorted_index))
+    return ops.permute(inp, *chunk_order(inp, split_sizes, sorted_index))
 
 
 def moe_sort_chunks_by_index_with_probs(
     inp: Tensor, probs: Tensor, split_sizes: Tensor, sorted_index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same of inp [R, H] and probs [R]."""
-    order = _chunk_order(inp, split_sizes, sorted_index)
+    order = chunk_order(inp, split_sizes, sorted_index)
     sorted_probs = ops.permute(probs.reshape(-1, 1), *order).reshape(probs.shape)
     return ops.permute(inp, *order), sorted_probs
 
 
-def _chunk_order(x: Tensor, split_sizes: Tensor, sorted_index: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each row comes from [R] and goes to [R, 1], found on x's device."""
+def chunk_order(x: Tensor, split_sizes: Tensor, sorted_index: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each sorted row comes from [R], and each row goes to [R, 1], found on x's device."""
     sizes = split_sizes.to(x.device, torch.int64)
     index = sorted_index.to(x.device, torch.int64)
     begins, sorted_ends = sizes.cumsum(0) - sizes, sizes[index].cumsum(0)
