@@ -11,7 +11,7 @@ from moekernels.model.experts import ACTIVATIONS, one_expert
 from moekernels.model.layout import Layout
 from moekernels.plan import cost
 from moekernels.plan.evaluate import Plan, Problem, batch_sizes, evaluate, memory_of
-from moekernels.plan.search import fit
+from moekernels.plan.search import SHARES, fit
 from moekernels.plan.strategy import Strategy, ranges_text
 
 # bytes per parameter, what they are, and whether `moekernels train` has it
@@ -199,6 +199,35 @@ def formats(problem: Problem, s: Strategy) -> list[Format]:
     heaviest = max(sum(stage.parameters.values()) for stage in stages)
     room = problem.cluster.memory - problem.cluster.reserve
     return [Format(n, what, n * heaviest, room - n * heaviest, has) for n, what, has in FORMATS]
+
+
+@dataclass(frozen=True)
+class OnHost:
+    """A share of the optimiser's state in the host's memory, and what it comes to."""
+
+    share: float
+    layers: str  # computed again
+    step: float
+    memory: float  # of a card
+    host: float  # of a node
+    fits: bool
+
+
+def on_hosts(problem: Problem, s: Strategy) -> list[OnHost]:
+    """The same strategy with shares of its state on the host, each with as few layers computed
+    again as fit: none, what lets all be kept, all."""
+    found: list[OnHost] = []
+    room = problem.cluster.memory - problem.cluster.reserve
+    for share in SHARES if problem.cluster.host_memory else ():
+        trial = replace(s, offload_optimizer=share, checkpointed=(0,) * s.depth)
+        fitted = fit(problem, trial)
+        kept = fitted if isinstance(fitted, Strategy) else replace(trial, checkpointed=s.layers)
+        plan = evaluate(problem, kept)
+        text = ranges_text(kept.checkpoint_layers)
+        fits = plan.memory <= room and plan.host_memory <= problem.cluster.host_memory
+        found.append(OnHost(share, text, plan.step, plan.memory, plan.host_memory, fits))
+    fewest = next((x for x in found if x.fits and x.layers == "none"), None)
+    return [x for x in found if x.share in (0.0, 1.0) or x is fewest]
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ from moekernels.audit.claims import Contradiction, Verdict, contradictions, verd
 from moekernels.audit.document import (
     Format,
     NamedLayout,
+    OnHost,
     Reading,
     Recompute,
     formats,
     named_layouts,
+    on_hosts,
     readings,
     recomputes,
 )
@@ -39,6 +41,7 @@ class Report:
     layouts: list[NamedLayout]
     formats: list[Format]
     recomputes: list[Recompute]
+    on_hosts: list[OnHost]
     launch: str
 
 
@@ -53,9 +56,10 @@ def make(
     result.pareto = [best if p is result.best else p for p in result.pareto]
     result.best = best
     report = Report(
-        name, problem, result, None, [], [], [], [], [], [], launch_line(best, problem, source)
+        name, problem, result, None, [], [], [], [], [], [], [], launch_line(best, problem, source)
     )
     report.formats = formats(problem, best.strategy)
+    report.on_hosts = on_hosts(problem, best.strategy)
     if not claimed:
         return report
     if run.batch.microbatches == cfg.AUTO:
@@ -70,6 +74,7 @@ def make(
     report.readings = readings(problem)
     report.layouts = named_layouts(problem, claims)
     report.formats = formats(problem, s)
+    report.on_hosts = on_hosts(problem, s)
     if claims.checkpoint_layers:
         run.layout.checkpoint_layers = claims.checkpoint_layers
         again = tuple(sorted(assembly.checkpointed(run)))
@@ -93,6 +98,7 @@ def launch_line(plan: Plan, problem: Problem, source: list[str]) -> str:
     words.append(f"--dispatcher {s.dispatcher}")
     words += [f"--dtype {s.dtype}", f"--optimizer-state {s.optimizer_state}"]
     words += ["--shard-optimizer"] if s.shard_optimizer else []
+    words += [f"--offload-optimizer {s.offload_optimizer:g}"] if s.offload_optimizer else []
     line = " ".join(words)
     if layout.world <= c.gpus_per_node:
         return f"python -m {line}"
@@ -103,10 +109,11 @@ def launch_line(plan: Plan, problem: Problem, source: list[str]) -> str:
 def strategy_text(s: Strategy) -> str:
     schedule = s.schedule if s.virtual_stages == 1 else f"{s.schedule} x{s.virtual_stages}"
     split = " and masters split" if s.shard_optimizer else ""
+    away = f" ({s.offload_optimizer:g} of the state on the host)" if s.offload_optimizer else ""
     return (
         f"{_class(s)}, {schedule}, {s.microbatches} micro-batches, layers "
         f"{','.join(map(str, s.layers))}, checkpointed {ranges_text(s.checkpoint_layers)}, "
-        f"{s.optimizer_state} moments{split}, {s.dispatcher}"
+        f"{s.optimizer_state} moments{split}{away}, {s.dispatcher}"
     )
 
 
@@ -128,6 +135,7 @@ def plan_dict(plan: Plan) -> dict:
             "checkpoint_layers": ranges_text(s.checkpoint_layers),
             "optimizer_state": s.optimizer_state,
             "shard_optimizer": s.shard_optimizer,
+            "offload_optimizer": s.offload_optimizer,
             "dtype": s.dtype,
             "dispatcher": s.dispatcher,
         },
@@ -140,6 +148,7 @@ def plan_dict(plan: Plan) -> dict:
         "hfu": plan.hfu,
         "bubble": plan.bubble,
         "memory_bytes": plan.memory,
+        "host_memory_bytes": plan.host_memory,
         "memory_by_stage": [
             {**stage.parts(), "total": stage.total, "parameters": stage.parameters}
             for stage in plan.stages
@@ -180,6 +189,7 @@ def as_dict(report: Report) -> dict:
         ],
         "formats": [asdict(f) for f in report.formats],
         "checkpoint_sets": [asdict(r) for r in report.recomputes],
+        "state_on_host": [asdict(x) for x in report.on_hosts],
         "considered": result.considered,
         "played": result.played,
         "launch": report.launch,

@@ -62,6 +62,8 @@ def show(report: Report, console: Console | None = None, *, everything: bool = F
         _details(report, console)
     elif report.readings:
         _digest(report, console)
+    if report.on_hosts:
+        console.print(f"[bold]optimizer state on the host[/] {_on_hosts(report)}")
     slower = [r for r in report.result.rejected if not r.reason.endswith("checkpointed")]
     over = [r for r in report.result.rejected if r.reason.endswith("checkpointed")]
     shown = slower if everything else slower[:4]
@@ -162,6 +164,17 @@ def _digest(report: Report, console: Console) -> None:
             for r in report.recomputes
         )
         console.print(f"[bold]layers computed again[/] {sets}")
+
+
+def _on_hosts(report: Report) -> str:
+    """What a share of the state there costs and frees."""
+    name = "as recommended" if report.own is None else "as written"
+    shares = "; ".join(
+        f"{x.share:g}: {x.step:.2f} s, {x.memory / GB:.0f} GB a card, {x.host / GB:.0f} GB a node, "
+        f"again {x.layers}" + ("" if x.fits else " [red](does not fit)[/]")
+        for x in report.on_hosts
+    )
+    return f"{name}: {shares}; [dim]--offload-optimizer auto searches it in all layouts[/]"
 
 
 def _summary(p: Plan, band: float) -> str:

@@ -13,7 +13,7 @@ from moekernels.model.layout import Layout
 
 # Beyond any use: a number with a digit too many is refused before anything counts up to it.
 MOST, WIDEST, LONGEST, STEPS = 1 << 16, 1 << 20, 1 << 24, 10**9
-AUTO = 0  # what the word `auto` stands for where a number is wanted
+AUTO = -1  # what the word `auto` stands for where a number is wanted
 WIDTH = {"fp64": 8, "fp32": 4, "bf16": 2}  # bytes of an element
 
 

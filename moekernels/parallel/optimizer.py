@@ -7,7 +7,8 @@ rounded stochastically (see `rounding`).
 
 Sharded (stage 1 of ZeRO, Rajbhandari et al. 2020), each of the ranks whose gradients are summed
 owns an equal slice of every flat tensor: it gets the sum of that slice alone, keeps its masters and
-moments, updates it, and all gather the slices.
+moments, updates it, and all gather the slices. A share of them may lie in the host's memory (see
+`offload`).
 
 Weight decay acts on matrices, not on norms, biases (anything one-dimensional) and embeddings.
 """
@@ -16,19 +17,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 from torch.utils.hooks import RemovableHandle
 
 from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Group, Mesh
 from moekernels.parallel.nodes import gather
-from moekernels.parallel.rounding import Noise, round_
+from moekernels.parallel.offload import KINDS, Held, Streamed, host_zeros
+from moekernels.parallel.rounding import Noise
 from moekernels.parallel.shard import ShardInfo, boxes
 from moekernels.parallel.tensor import all_gather, all_reduce, in_rank_order, reduce_scatter
+from moekernels.parallel.update import Bucket, update
 
 CHUNK = 1 << 18  # elements whose bf16 moments are widened at a time: what fits a cache
 ALIGN = 16  # elements: every parameter begins on a 64-byte line
@@ -37,40 +38,6 @@ FP32_MAX = torch.finfo(torch.float32).max
 
 def decays(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) > 1 and "embed" not in name
-
-
-@dataclass
-class Bucket:
-    """Parameters of one kind, end to end. `grads` and `weights` are flat and of one length; masters
-    and moments are those of `own`."""
-
-    reduce_over: str  # groups of the mesh
-    copies: str
-    decay: bool
-    apart: bool  # all of them are experts', none is
-    names: list[str]
-    spans: list[tuple[int, int]]
-    own: slice  # what this rank updates
-    sharded: bool
-    grads: Tensor
-    weights: Tensor  # what the model computes with
-    master: Tensor  # a view of the weights where they are of its dtype
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    noise: Noise | None = None  # for moments that are rounded
-
-    @property
-    def lifted(self) -> bool:
-        """Whether the masters are tensors of their own."""
-        return self.weights.dtype != self.master.dtype
-
-    @property
-    def writers(self) -> str:
-        """The group of the mesh whose first rank speaks for all that hold the same as this rank."""
-        if not self.sharded:
-            return self.copies
-        # Tensor-parallel ranks whose gradients are alike keep the same slices.
-        return "self" if self.reduce_over == self.copies else "tp"
 
 
 class Optimizer:
@@ -93,6 +60,7 @@ class Optimizer:
         # Where each expert tensor begins among all squares, and how many there are.
         self._places: tuple[dict[str, int], int] | None = None
         self._hooks: list[RemovableHandle] = []
+        self._streamed = Streamed(mesh.device)
         self.buckets = [self._bucket(*kind, names) for kind, names in kinds.items()]
 
     def _bucket(
@@ -135,6 +103,12 @@ class Optimizer:
                 parameter.grad = main_grad  # autograd adds in place
             else:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_into_main_grad))
+        far = round(self.config.offload_optimizer * (share // ALIGN)) * ALIGN
+        near, master = share - far, Held(weights[own], host_zeros(0, dtype, device))
+        if kept != dtype:
+            master = Held.zeros(near, far, dtype, device)
+            for (begin, end), x in master.parts(0, share):
+                x.copy_(weights[own][begin:end])
         bucket = Bucket(
             reduce_over,
             copies,
@@ -146,9 +120,9 @@ class Optimizer:
             sharded,
             grads=grads,
             weights=weights,
-            master=weights[own].to(dtype),  # a view where that is its dtype
-            exp_avg=flat(share, moments),
-            exp_avg_sq=flat(share, moments),
+            master=master,  # a view where that is its dtype
+            exp_avg=Held.zeros(near, far, moments, device),
+            exp_avg_sq=Held.zeros(near, far, moments, device),
         )
         self._draw(bucket)
         return bucket
@@ -158,7 +132,7 @@ class Optimizer:
         if bucket.exp_avg.dtype == torch.bfloat16:
             placed = zip(bucket.names, bucket.spans)
             parts = [(name, begin, self.parameters[name][1]) for name, (begin, _) in placed]
-            bucket.noise = Noise(self.config.seed, parts, CHUNK, ALIGN, bucket.master.device)
+            bucket.noise = Noise(self.config.seed, parts, CHUNK, ALIGN, self.mesh.device)
 
     def zero_grad(self) -> None:
         for bucket in self.buckets:
@@ -287,69 +261,44 @@ class Optimizer:
                     bucket.grads[bucket.own] /= divisor
             divisor = divisor.float()
         for bucket in self.buckets:
-            self._update(bucket, lr, divisor)
-        self._take_over()
+            update(bucket, c, self.steps_done, lr, divisor, self._streamed)
+        self._gather()
         return norm, lr
-
-    def _update(self, bucket: Bucket, lr: float, divisor: Tensor | None) -> None:
-        """The update divides the gradients on its way: no pass of their own over them."""
-        grads = bucket.grads[bucket.own]
-        if bucket.noise is None:
-            moments = (bucket.exp_avg, bucket.exp_avg_sq)
-            self._adamw(bucket, bucket.master, grads, *moments, lr, divisor)
-            return
-        for begin, end, bits in bucket.noise.chunks(self.steps_done, bucket.own):
-            part = slice(begin - bucket.own.start, end - bucket.own.start)
-            narrow = [bucket.exp_avg[part], bucket.exp_avg_sq[part]]
-            avg, avg_sq = (moment.float() for moment in narrow)
-            self._adamw(bucket, bucket.master[part], grads[part], avg, avg_sq, lr, divisor)
-            round_(avg, bits & 0xFFFF, narrow[0])
-            round_(avg_sq, bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF), narrow[1])
-
-    def _adamw(
-        self,
-        bucket: Bucket,
-        master: Tensor,
-        grads: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        lr: float,
-        divisor: Tensor | None,
-    ) -> None:
-        c = self.config
-        adamw(
-            [master],
-            [grads],
-            [exp_avg],
-            [exp_avg_sq],
-            [],
-            [torch.tensor(float(self.steps_done - 1), device=master.device)],
-            fused=True,
-            amsgrad=False,
-            beta1=c.beta1,
-            beta2=c.beta2,
-            lr=lr,
-            weight_decay=c.weight_decay if bucket.decay else 0.0,
-            eps=c.eps,
-            maximize=False,
-            grad_scale=divisor,
-        )
 
     def state(self) -> Iterator[tuple[str, Tensor, ShardInfo]]:
         """What a checkpoint keeps, as views: `master.<name>`, `exp_avg.<name>`,
-        `exp_avg_sq.<name>`; of a sharded tensor each box that lies in this rank's slice."""
+        `exp_avg_sq.<name>`; of a sharded tensor the boxes that lie in this rank's slice, and of one
+        that lies partly in the host's memory those here and there, each by itself."""
+        self._streamed.lanes.settle()
         for bucket in self.buckets:
             for name, (begin, _) in zip(bucket.names, bucket.spans):
                 parameter, info = self.parameters[name]
                 low, high = self._owned(bucket, begin, parameter.numel())
-                first = begin + low - bucket.own.start
-                for at, size in boxes(tuple(parameter.shape), low, high):
-                    numel = math.prod(size)
-                    box = info.within(at, size, bucket.writers) if bucket.sharded else info
-                    for key in ("master", "exp_avg", "exp_avg_sq"):
-                        flat = getattr(bucket, key)[first : first + numel]
-                        yield f"{key}.{name}", flat.view(size), box
-                    first += numel
+                first = begin - bucket.own.start
+                for kind in KINDS:
+                    for (a, b), flat in getattr(bucket, kind).parts(first + low, first + high):
+                        done = 0
+                        for at, size in boxes(tuple(parameter.shape), a - first, b - first):
+                            view = flat[done : done + math.prod(size)].view(size)
+                            done += view.numel()
+                            box = info.within(at, size, bucket.writers)
+                            yield f"{kind}.{name}", view, box
+
+    def expert_state(self) -> Iterator[tuple[str, list[list[Tensor]]]]:
+        """Of experts that whole ones lie here, by key as in `state`: the flat parts of each one, in
+        the order they lie in."""
+        self._streamed.lanes.settle()
+        for bucket in self.buckets:
+            for name, (begin, end) in zip(bucket.names, bucket.spans) if bucket.apart else ():
+                experts = len(self.parameters[name][0])
+                each = (end - begin) // experts
+                starts = range(begin - bucket.own.start, end - bucket.own.start, each)
+                for kind in KINDS:
+                    held = getattr(bucket, kind)
+                    yield (
+                        f"{kind}.{name}",
+                        [[x for _, x in held.parts(a, a + each)] for a in starts],
+                    )
 
     @staticmethod
     def _owned(bucket: Bucket, begin: int, numel: int) -> tuple[int, int]:
@@ -375,20 +324,30 @@ class Optimizer:
     def _take_over(self) -> None:
         """Weights from their masters, wherever those lie."""
         for bucket in self.buckets:
-            if bucket.lifted:
-                bucket.weights[bucket.own].copy_(bucket.master)
+            for (begin, end), master in bucket.master.parts(0, bucket.own.stop - bucket.own.start):
+                if bucket.lifted:
+                    bucket.weights[bucket.own][begin:end].copy_(master)
+        self._gather()
+
+    def _gather(self) -> None:
+        """Sharded weights from the ranks that update them."""
+        for bucket in self.buckets:
             if bucket.sharded:
                 group = getattr(self.mesh, bucket.reduce_over)
                 bucket.weights.copy_(all_gather(bucket.weights[bucket.own], group))
 
     def bytes(self) -> int:
-        """Memory of parameters, gradients and state on this rank."""
-        total = 0
+        """Memory of parameters, gradients and state on this rank's device."""
+        total = self._streamed.bytes
         for bucket in self.buckets:
-            kept = [bucket.grads, bucket.weights, bucket.exp_avg, bucket.exp_avg_sq]
-            kept += [bucket.master] if bucket.lifted else []
-            total += sum(x.numel() * x.element_size() for x in kept)
+            kept = [bucket.grads, bucket.weights, bucket.exp_avg.near, bucket.exp_avg_sq.near]
+            kept += [bucket.master.near] if bucket.lifted else []
+            total += sum(x.nbytes for x in kept)
         return total
+
+    def host_bytes(self) -> int:
+        """Memory of this rank's state in the host's memory."""
+        return sum(getattr(b, kind).far.nbytes for b in self.buckets for kind in KINDS)
 
 
 def main_grad_of(parameter: Tensor) -> Tensor:

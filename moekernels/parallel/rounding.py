@@ -92,11 +92,7 @@ class Noise:
         without a meaning."""
         buffer = torch.zeros(self._longest, dtype=torch.int32, device=self.device)
         hashed = None
-        for begin, pieces in self._plan:
-            end = self._end(pieces)
-            low, high = max(begin, own.start), min(end, own.stop)
-            if low >= high:
-                continue
+        for low, high, begin, pieces in self._within(own):
             for part, first, last in pieces:
                 if part is not hashed:
                     hashed, rows, columns = part, *self._hashes(step, part)
@@ -104,6 +100,18 @@ class Noise:
                 place = buffer[at : at + size].view(last - first, part.width)
                 torch.bitwise_xor(rows[first:last, None], columns, out=place)
             yield low, high, buffer[low - begin : high - begin]
+
+    def spans(self, own: slice) -> list[tuple[int, int]]:
+        """(begin, end) of the same."""
+        return [(low, high) for low, high, *_ in self._within(own)]
+
+    def _within(self, own: slice) -> Iterator[tuple[int, int, int, list[tuple[_Part, int, int]]]]:
+        """Of every chunk that has some of `own`: from where to where, where the chunk begins, and
+        its rows of parameters."""
+        for begin, pieces in self._plan:
+            low, high = max(begin, own.start), min(self._end(pieces), own.stop)
+            if low < high:
+                yield low, high, begin, pieces
 
     def _end(self, pieces: list[tuple[_Part, int, int]]) -> int:
         part, _, last = pieces[-1]

@@ -225,7 +225,11 @@ def update_seconds(model: DecoderSpec, cluster: Cluster, s: Strategy) -> dict[st
         worst["gradient sum"] = max(worst["gradient sum"], summed)
         owned = sum(owned_parameters(model, s, parts).values())
         size = owned * (per_parameter - GRADIENT) + sum(parts.values()) * GRADIENT  # all are zeroed
-        worst["optimizer"] = max(worst["optimizer"], size / bandwidth)
+        time = size / bandwidth
+        away = owned * s.offload_optimizer * 2 * sum(STATE_BYTES[s.dtype, s.optimizer_state][2:])
+        # What comes and goes is updated meanwhile.
+        time += max(0.0, away / c.host_bandwidth - s.offload_optimizer * time)
+        worst["optimizer"] = max(worst["optimizer"], time)
     return worst
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -129,6 +129,12 @@ class Plan:
         return max(stage.total for stage in self.stages)
 
     @property
+    def host_memory(self) -> float:
+        """Of the host, for all cards of a node."""
+        cards = min(self.gpus, self.problem.cluster.gpus_per_node)
+        return cards * max(stage.host for stage in self.stages)
+
+    @property
     def gpus(self) -> int:
         return self.strategy.layout.world
 
@@ -158,9 +164,7 @@ def memory_of(problem: Problem, s: Strategy, rank: int, tokens: int) -> StageMem
     )
     copy = cost.reduction_bytes(s, stage.parameters, c.device)
     if copy > stage.activations + stage.working + stage.messages:  # the gradients' sum comes after
-        stage = StageMemory(
-            stage.weights, stage.gradients, stage.optimizer, 0.0, copy, 0.0, stage.parameters
-        )
+        stage = replace(stage, activations=0.0, working=copy, messages=0.0)
     return stage
 
 

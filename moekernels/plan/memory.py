@@ -15,6 +15,7 @@ from moekernels.model.decoder import DecoderSpec, chunk_parameters, copies, laye
 from moekernels.model.dispatch import SLOTS, routed_rows, way_of
 from moekernels.model.ffn import ffn_working
 from moekernels.model.spec import Owed, Place
+from moekernels.parallel.offload import CHUNK
 from moekernels.pipeline.build import build, held_limits, splits
 from moekernels.pipeline.check import SENDS_IN_FLIGHT
 from moekernels.pipeline.schedule import Schedule
@@ -122,6 +123,7 @@ class StageMemory:
     working: float
     messages: float
     parameters: dict[str, int]
+    host: float = 0.0  # in the host's memory
 
     @property
     def state(self) -> float:
@@ -212,6 +214,13 @@ def owned_parameters(
     return owned
 
 
+def host_bytes(model: DecoderSpec, s: Strategy, rank: int) -> float:
+    """Masters and moments of a rank of pipeline stage `rank` that lie in its host's memory."""
+    owned = owned_parameters(model, s, rank_parameters(model, s, rank))
+    a_parameter = sum(STATE_BYTES[s.dtype, s.optimizer_state][2:])
+    return sum(owned.values()) * s.offload_optimizer * a_parameter
+
+
 def _in_turn(pairs: int, chunks: list[float]) -> float:
     """The most that (chunk, microbatch) pairs hold: they go round the rank's chunks in turn."""
     if len(chunks) == 1:
@@ -264,6 +273,9 @@ def stage_memory(
     else:
         activations = _in_turn(pairs[0][0], kept)
         working = max([chunk.working for chunk in held])
+    state = sum(owned_parameters(model, s, parameters).values()) * (master + moments)
+    host = host_bytes(model, s, rank)
+    on_the_way = min(2 * CHUNK * (master + moments), 2 * host)
     message = at.residual * model.d_model * at.width
     messages = (2 + 2 * SENDS_IN_FLIGHT) * message if stages > 1 else 0.0
     if bound and device == "cuda":
@@ -271,9 +283,10 @@ def stage_memory(
     return StageMemory(
         weights=total * weight,
         gradients=total * gradient,
-        optimizer=sum(owned_parameters(model, s, parameters).values()) * (master + moments),
+        optimizer=state - host + on_the_way,
         activations=activations,
         working=working,
         messages=messages,
         parameters=parameters,
+        host=host,
     )

@@ -13,7 +13,7 @@ from moekernels.errors import UsageError
 from moekernels.model import dispatch
 from moekernels.model.spec import LONGEST, MOST
 from moekernels.plan.evaluate import Problem
-from moekernels.plan.search import Space
+from moekernels.plan.search import SHARES, Space
 from moekernels.plan.strategy import Batch, Cluster, Objective, Strategy
 from moekernels.run import buffers, link
 from moekernels.run import files as cfg
@@ -139,6 +139,8 @@ def cluster_of(run: cfg.RunConfig) -> Cluster:
         memory_bandwidth=h.bandwidth_gbps * 1e9,
         link_bandwidth=h.link_gbps * 1e9,
         network_bandwidth=h.network_gbps * 1e9,
+        host_memory=h.host_gb * 1e9,
+        host_bandwidth=h.host_gbps * 1e9,
         reserve=h.reserve_gb * 1e9,
         gemm_efficiency=h.efficiency,
         attention_efficiency=h.efficiency,
@@ -177,11 +179,13 @@ def space_of(flags: dict[tuple[str, str], Any]) -> Space:
     given = {key: value for (section, key), value in flags.items() if section == "layout"}
     chosen = {key: given[key] for key in PINNED if key in given and given[key] != "auto"}
     state = flags.get(("train", "optimizer_state"))
+    share = flags.get(("train", "offload_optimizer"))
+    shares = SHARES if share in ("auto", cfg.AUTO) else () if share is None else (share,)
     micro = flags.get(("batch", "microbatches"))
     micro = None if micro == "auto" else micro
     if micro is not None:
         micro *= flags.get(("batch", "accumulation"), 1)
-    return Space(optimizer_state=state, microbatches=micro, **chosen)
+    return Space(optimizer_state=state, microbatches=micro, shares=shares, **chosen)
 
 
 def configured(run: cfg.RunConfig) -> Strategy:
@@ -202,4 +206,5 @@ def configured(run: cfg.RunConfig) -> Strategy:
         dtype=run.train.dtype,
         optimizer_state=run.train.optimizer_state,
         shard_optimizer=run.train.shard_optimizer,
+        offload_optimizer=max(0.0, run.train.offload_optimizer),  # auto: what is left to choose
     )

@@ -57,6 +57,7 @@ def check(run: RunConfig, world: int | None, local: int | None, device: str = "c
     parts = needed(run)
     if device == "cuda":
         parts.pop("processes")
+        parts["moments of the optimizer"] *= 1 - run.train.offload_optimizer
         cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         here = float(sum(card.total_memory for card in cards))
     else:

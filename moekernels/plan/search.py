@@ -19,11 +19,13 @@ from moekernels.model.layout import Layout, divisors
 from moekernels.pipeline.build import offered
 from moekernels.plan import cost
 from moekernels.plan.evaluate import Plan, Problem, batch_sizes, evaluate, lower_bound, memory_of
+from moekernels.plan.memory import host_bytes
 from moekernels.plan.strategy import Strategy
 
 # Of the moments. Narrow ones are tried where the wide ones do not fit without recomputation, and
 # taken where that is faster; that they are a few per cent less traffic is no reason alone.
 MOMENT_DTYPES = ("fp32", "bf16")
+SHARES = tuple(n / 10 for n in range(11))  # of the optimiser's state, in the host's memory
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Space:
     dispatcher: str | None = None
     optimizer_state: str | None = None
     gpus: int | None = None
+    # Of the optimiser's state in the host's memory; none named: 0, and any where nothing fits so.
+    shares: tuple[float, ...] = ()
 
     def allows(self, name: str, value: int | str) -> bool:
         wanted = getattr(self, name)
@@ -199,8 +203,10 @@ def search(problem: Problem, space: Space | None = None) -> Result:
                 found.append(lean)
         elif best is not None and (least is None or best[0] < least[0]):
             least = best
+    if not found and not space.shares and problem.cluster.host_memory:
+        return search(problem, replace(space, shares=SHARES))
     if not found:
-        raise UsageError(_infeasible(problem, least))
+        raise UsageError(_infeasible(problem, least, space))
     objective = problem.objective
     if objective.best in ("memory", "latency"):
         if (special := _best_by(problem, sorted(worlds, reverse=True), space)) is not None:
@@ -244,24 +250,59 @@ def _best_of(
         for state in MOMENT_DTYPES:
             if not space.allows("optimizer_state", state):
                 continue
-            fitted = fit(problem, replace(s, optimizer_state=state))
-            if isinstance(fitted, float):
-                if nearest is None or fitted < nearest[0]:
-                    nearest = (fitted, _class(s))
-                over, kind = seen.classes.get(key, (float("inf"), "memory"))
-                if kind != "slower":
-                    seen.classes[key] = (min(over, fitted), "memory")
-                continue
-            plan = evaluate(problem, fitted)
-            seen.played += 1
-            known = seen.classes.get(key)
-            if known is None or known[1] == "memory" or plan.step < known[0]:
-                seen.classes[key] = (plan.step, "slower")
-            if best is None or plan.step < best.step:
-                best = plan
-            if not any(fitted.checkpointed):
+            again, share = True, 0.0
+            kept = replace(s, optimizer_state=state)
+            for share in _shares(problem, kept, space):
+                trial = replace(kept, offload_optimizer=share)
+                if share and _loses(problem, bound, trial, best):
+                    break
+                fitted = fit(problem, trial)
+                if isinstance(fitted, float):
+                    if nearest is None or fitted < nearest[0]:
+                        nearest = (fitted, _class(s) + _away(share))
+                    over, kind = seen.classes.get(key, (float("inf"), "memory"))
+                    if kind != "slower":
+                        seen.classes[key] = (min(over, fitted), "memory")
+                    continue
+                plan = evaluate(problem, fitted)
+                seen.played += 1
+                known = seen.classes.get(key)
+                if known is None or known[1] == "memory" or plan.step < known[0]:
+                    seen.classes[key] = (plan.step, "slower")
+                if best is None or plan.step < best.step:
+                    best = plan
+                again = any(fitted.checkpointed)
+                if not again:
+                    break  # more room would be of no use
+            if not again and not share:
                 break  # narrower moments would free nothing that is needed
     return best or nearest
+
+
+def _shares(problem: Problem, s: Strategy, space: Space) -> list[float]:
+    """Of the optimiser's state in the host's memory, to be tried: none for which a node has no
+    memory, and the most alone where even that does not fit the cards."""
+    asked, found = space.shares or SHARES[:1], [0.0]
+    if asked != (0.0,):
+        whole, cards = (
+            replace(s, offload_optimizer=1.0),
+            min(s.layout.world, problem.cluster.gpus_per_node),
+        )
+        most = max(host_bytes(problem.model, whole, rank) for rank in range(s.layout.pp))
+        found = [share for share in asked if share * most * cards <= problem.cluster.host_memory]
+    if len(found) > 1 and isinstance(fit(problem, replace(s, offload_optimizer=found[-1])), float):
+        return found[-1:]
+    return found
+
+
+def _away(share: float) -> str:
+    return f" with {100 * share:g} % of its state on the host," if share else ""
+
+
+def _loses(problem: Problem, flush: float, s: Strategy, best: Plan | None) -> bool:
+    """Whether `s` is slower for certain: no flush of it is shorter than that."""
+    behind = cost.update_seconds(problem.model, problem.cluster, s)
+    return best is not None and flush + sum(behind.values()) >= best.step
 
 
 def _leanest_of(problem: Problem, best: Plan) -> Plan | None:
@@ -283,7 +324,8 @@ def _best_by(problem: Problem, worlds: list[int], space: Space) -> Plan | None:
             sl = batch_sizes(problem.model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp)
             if memory:
                 s = replace(s, checkpointed=s.layers)
-                bound = memory_of(problem, s, 0, sl.largest).total
+                least = replace(s, offload_optimizer=max(space.shares, default=0.0))
+                bound = memory_of(problem, least, 0, sl.largest).total
             else:
                 layer = cost.layer_cost(problem.model, problem.cluster, s)
                 bound = float(layer.total.forward(sl.tokens, sl.squares).mean())
@@ -295,14 +337,19 @@ def _best_by(problem: Problem, worlds: list[int], space: Space) -> Plan | None:
         for state in MOMENT_DTYPES if not memory else (s.optimizer_state,):
             if not space.allows("optimizer_state", state):
                 continue
-            fitted = fit(problem, replace(s, optimizer_state=state), everything=memory)
-            if isinstance(fitted, float):
-                continue
-            plan = evaluate(problem, fitted)
-            if plan.sequences_per_second >= objective.at_least and (
-                best is None or RANKING[objective.best](plan) < RANKING[objective.best](best)
-            ):
-                best = plan
+            kept = replace(s, optimizer_state=state)
+            for share in sorted(_shares(problem, kept, space), reverse=memory):
+                trial = replace(kept, offload_optimizer=share)
+                fitted = fit(problem, trial, everything=memory)
+                if isinstance(fitted, float):
+                    continue
+                plan = evaluate(problem, fitted)
+                if plan.sequences_per_second >= objective.at_least:
+                    if best is None or RANKING[objective.best](plan) < RANKING[objective.best](
+                        best
+                    ):
+                        best = plan
+                    break
     return best
 
 
@@ -354,8 +401,14 @@ def _reasons(best: Plan, seen: Seen) -> list[Rejection]:
     return [entry[1] for entry in rejected]
 
 
-def _infeasible(problem: Problem, nearest: tuple[float, str] | None) -> str:
+def _infeasible(problem: Problem, nearest: tuple[float, str] | None, space: Space) -> str:
     c = problem.cluster
+    if nearest is None and any(space.shares):
+        return (
+            f"plan: a node's {c.host_memory / 1e9:g} GB do not hold {space.shares[-1]:g} of the "
+            f"optimizer's state of its cards; use a smaller --offload-optimizer, or a larger "
+            f"host_gb of [hardware]"
+        )
     if nearest is None:
         return (
             f"plan: no layout of {c.gpus} cards divides the model's {problem.model.num_heads} "

@@ -40,6 +40,7 @@ class Strategy:
     dtype: str = "bf16"
     optimizer_state: str = "fp32"
     shard_optimizer: bool = False
+    offload_optimizer: float = 0.0  # part of masters and moments in the host's memory
     sequence_parallel: bool = True
 
     @property
@@ -132,6 +133,8 @@ class Cluster:
     memory_bandwidth: float
     link_bandwidth: float  # within a node, a direction
     network_bandwidth: float  # between nodes, a direction
+    host_memory: float = 0.0  # of a node, for what its cards keep there
+    host_bandwidth: float = 55e9  # between a card and its host, both ways together
     reserve: float = 2e9  # of a card's memory: context, collectives, allocator
     gemm_efficiency: float = 0.70  # of a large dense product
     attention_efficiency: float = 0.70  # of attention's own products

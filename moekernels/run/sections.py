@@ -126,6 +126,14 @@ class TrainSection:
         "split masters and moments over the data-parallel ranks, experts' over their copies (ZeRO "
         "stage 1); gradients are reduce-scattered, parameters gathered",
     )
+    offload_optimizer: float = key(
+        0.0,
+        "part of masters and moments that lies in the host's memory and is brought to the card in "
+        "chunks, with the same result; auto: as little as lets the run fit its cards",
+        low=0,
+        high=1,
+        auto=True,
+    )
     seed: int = key(0, "seed of parameters and data order", low=0, high=2**31 - 1)
     device: str = key("auto", "where to run", choices=("auto", "cpu", "cuda"))
     exchange: str = key(
@@ -208,6 +216,12 @@ class HardwareSection:
     )
     network_gbps: float = key(
         50.0, "bandwidth of a card between nodes, a direction, 1e9 bytes/s", above=0
+    )
+    host_gb: float = key(
+        1024.0, "memory of a node for what its cards keep there, 1e9 bytes; 0: none", low=0
+    )
+    host_gbps: float = key(
+        55.0, "bandwidth between a card and its host, both ways together, 1e9 bytes/s", above=0
     )
     reserve_gb: float = key(
         2.0, "memory of a card that context, collectives and allocator take", low=0

@@ -24,14 +24,17 @@ class Moved(NamedTuple):
     messages: int  # that this rank sent, one a peer and dtype
 
 
-def expert_state(optimizer: Optimizer) -> dict[str, list[tuple[str, Tensor]]]:
-    """By layer (`layers.<n>`), in order: the masters and moments [e, ...] of its experts."""
-    layers: dict[str, list[tuple[str, Tensor]]] = {}
-    for key, tensor, info in optimizer.state():
-        if info.apart:
-            layer = ".".join(key.split(".")[1:3])
-            layers.setdefault(layer, []).append((key, tensor.detach()))
-    return {layer: sorted(layers[layer]) for layer in sorted(layers, key=_number)}
+def expert_state(optimizer: Optimizer) -> dict[str, list[list[list[Tensor]]]]:
+    """By layer (`layers.<n>`), in order: of each of its experts' masters and moments, in the order
+    of their keys, the flat parts of each of its e experts."""
+    layers: dict[str, list[tuple[str, list[list[Tensor]]]]] = {}
+    for key, experts in optimizer.expert_state():
+        layer = ".".join(key.split(".")[1:3])
+        layers.setdefault(layer, []).append((key, experts))
+    return {
+        layer: [experts for _, experts in sorted(layers[layer], key=lambda entry: entry[0])]
+        for layer in sorted(layers, key=_number)
+    }
 
 
 def _number(layer: str) -> int:
@@ -67,8 +70,9 @@ def _exchange(optimizer: Optimizer, mesh: Mesh, was: Tensor, now: Tensor) -> Mov
     state = list(expert_state(optimizer).values())
     out: dict[torch.dtype, dict[int, list[Tensor]]] = {}
     into: dict[torch.dtype, dict[int, list[Tensor]]] = {}
-    for tensor in (tensor for layer in state for _, tensor in layer):
-        out.setdefault(tensor.dtype, {}), into.setdefault(tensor.dtype, {})
+    for experts in (experts for layer in state for experts in layer):
+        for part in experts[0]:
+            out.setdefault(part.dtype, {}), into.setdefault(part.dtype, {})
     for layer, expert in moves:  # in one order on all ranks
         source, target = (int(home[layer, expert]) for home in homes)
         for mine, peer, slots, parts in (
@@ -78,9 +82,9 @@ def _exchange(optimizer: Optimizer, mesh: Mesh, was: Tensor, now: Tensor) -> Mov
             if mine == mesh.ep_index:
                 there = peer * mesh.layout.etp + mesh.etp_index
                 place = int(slots[layer, expert]) % each
-                for _, tensor in state[layer]:
-                    flat = tensor[place].view(-1)
-                    parts[tensor.dtype].setdefault(there, []).append(flat)
+                for experts in state[layer]:
+                    for flat in experts[place]:
+                        parts[flat.dtype].setdefault(there, []).append(flat)
     size = messages = 0
     for dtype in sorted(out, key=str):
         send, receive = (_sizes(parts[dtype], group.size) for parts in (out, into))
@@ -103,7 +107,7 @@ def _sizes(parts: dict[int, list[Tensor]], peers: int) -> list[int]:
 
 
 def _joined(parts: dict[int, list[Tensor]], device: torch.device, dtype: torch.dtype) -> Tensor:
-    flat = _in_peer_order(parts)
+    flat = [x.to(device) for x in _in_peer_order(parts)]  # some may lie in the host's memory
     return torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=device)
 
 

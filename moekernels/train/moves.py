@@ -194,7 +194,7 @@ class Moves:
         """Of an expert's masters and moments; the same on all ranks."""
         own = 0
         for tensors in expert_state(self.optimizer).values():
-            own = sum(x[0].numel() * x.element_size() for _, x in tensors)
+            own = sum(part.nbytes for experts in tensors for part in experts[0])
         each = torch.zeros(self.mesh.world.size, dtype=torch.float64, device=self.mesh.device)
         each[self.mesh.world.rank] = own  # a stage may have no layer with experts
         return int(all_reduce(each, self.mesh.world).max().item())

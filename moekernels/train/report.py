@@ -39,6 +39,7 @@ class Holding(NamedTuple):
     modules: int  # of experts
     parameters: int
     bytes: int
+    host: int  # bytes of the optimiser's state in the host's memory
 
 
 def layout_report(
@@ -64,6 +65,7 @@ def layout_report(
         modules=held,
         parameters=sum(p.numel() for c in chunks for p in c.parameters()),
         bytes=optimizer.bytes(),
+        host=optimizer.host_bytes(),
     )
     ranks = gather(mine, mesh.world.size)
     layout, m, b = mesh.layout, run.model, run.batch
@@ -108,7 +110,10 @@ def layout_report(
             f"{r.layers:<12} {r.modules:>8} {count(r.parameters):>11} "
             f"{r.bytes / 2**20:>5.0f} MiB"
         )
-    lines.append("         memory: weights, gradients and optimizer state; activations come on top")
+    text = "         memory: weights, gradients and optimizer state; activations come on top"
+    if away := [r.host / 2**20 for r in ranks if r.host]:
+        text += f"; {min(away):.0f} to {max(away):.0f} MiB of a rank's state lie in the host's"
+    lines.append(text)
     return "\n".join(lines)
 
 

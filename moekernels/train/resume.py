@@ -147,6 +147,7 @@ NO_MATTER = (
     "exchange_buffers",
     "link",
     "replan",
+    "offload_optimizer",
 )
 TOLD_APART = {"batch": ("microbatches", "accumulation"), "train": ("steps", *NO_MATTER)}
 

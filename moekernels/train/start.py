@@ -19,7 +19,7 @@ from moekernels.errors import RunError, UsageError
 from moekernels.parallel import launch
 from moekernels.parallel.launcher import launched
 from moekernels.parallel.stop import Forward
-from moekernels.plan import microbatches, room
+from moekernels.plan import host_share, microbatches, room
 from moekernels.run import files as cfg
 from moekernels.train import loggers, resume, weights
 from moekernels.train.checkpoint import sweep
@@ -79,11 +79,15 @@ def train(
     layout = assembly.layout_of(run)
     b = run.batch
     check([2] * b.sequences, b.microbatches * b.accumulation, layout.dp, layout.tp, b.policy)
-    notes = resume.compare(path, facts, run, tune) if path else []
+    changes = resume.compare(path, facts, run, tune) if path else []
+    notes = [f"resume   {change}" for change in changes]
     if tune and run.layout.pp > 1:
         microbatches.check(run, facts.get("step", 0))
 
     device = launch.choose_device(run.train.device, told.local_size if told else layout.world)
+    if run.train.offload_optimizer == cfg.AUTO:
+        share, said = peers.tell("offload", host_share.choose(run, device))
+        run, notes = host_share.with_share(run, share), [*notes, said]
     room.check(run, told.size if told else None, told.local_size if told else None, device)
     if speaks:  # a place that will not do is said before text is read for minutes
         folder.open(resume_how is not None)
@@ -101,7 +105,7 @@ def train(
             print(f"{done}: nothing is left to do")
         return 0
     for note in notes if speaks else ():
-        print(f"resume   {note}", flush=True)
+        print(note, flush=True)
     manifest = found.manifest
     identity = manifest.run if manifest else peers.tell("run", secrets.token_hex(8))
     job = Job(run, folder, corpus, found, identity, tune, begin)

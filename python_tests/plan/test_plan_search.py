@@ -98,8 +98,9 @@ def test_the_first_format_is_kept_where_it_fits(document):
 
 
 def test_nothing_fits_says_by_how_much(document):
-    tight = replace(document, cluster=replace(document.cluster, memory=40e9))
-    with pytest.raises(UsageError, match=r"memory binds.*over by \d+\.\d GB"):
+    tight = replace(document, cluster=replace(document.cluster, memory=15e9))
+    said = r"memory binds.*100 % of its state on the host.*over by \d+\.\d GB"
+    with pytest.raises(UsageError, match=said):
         search(tight)
     s = next(iter(candidates(tight, 8, Space())))
     assert fit(tight, s) > 0
