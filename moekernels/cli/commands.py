@@ -75,6 +75,7 @@ def verify(args) -> int:
         degrees,
         everything=args.all,
         schedule=args.schedule,
+        virtual_stages=args.virtual_stages,
         experts=args.experts,
         top_k=args.top_k,
         steps=args.steps,

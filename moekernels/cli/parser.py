@@ -83,6 +83,7 @@ def _verify(parent) -> None:
     )
     for flag, kind, value, text in (
         ("schedule", str, "1f1b", ", ".join(SCHEDULES)),
+        ("virtual-stages", int, 0, "chunks of layers a rank holds; 0: 2 if interleaved, or else 1"),
         ("experts", int, 8, "experts of a layer"),
         ("top-k", int, 2, "experts that a token visits"),
         ("steps", int, 3, "steps to compare"),

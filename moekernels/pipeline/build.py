@@ -10,6 +10,7 @@ from functools import lru_cache
 
 from moekernels.errors import UsageError
 
+from . import greedy
 from .messages import Entry, production_order, with_communication
 from .schedule import Action, Kind, Schedule
 
@@ -18,11 +19,12 @@ from .schedule import Action, Kind, Schedule
 class ScheduleKind:
     """What a schedule's name stands for. warmup(rank, stages, groups, virtual_stages): forward
     passes that a rank does before it alternates. several: whether a rank holds several virtual
-    stages, or one. offered: worth running; the planner searches it and `verify --all` proves it.
-    owed(rank): where backward is I and W, how many W a rank puts off; None: backward is one."""
+    stages, or one; None: either. offered: worth running; the planner searches it and `verify --all`
+    proves it. owed(rank): where backward is I and W, how many W a rank puts off, if it holds one
+    virtual stage (`greedy` says what several do); None: backward is one."""
 
     warmup: Callable[[int, int, list[int], int], int]
-    several: bool = False
+    several: bool | None = False
     offered: bool = True
     owed: Callable[[int], int] | None = None
     pairs: bool = False  # a forward and the backward behind it run together, piece by piece
@@ -36,7 +38,9 @@ SCHEDULES = {
         several=True,
     ),
     # ZB-H1: a rank puts off as many W as ranks before it, and has them when gradients run dry
-    "zb": ScheduleKind(lambda rank, stages, *_: stages - 1 - rank, owed=lambda rank: rank),
+    "zb": ScheduleKind(
+        lambda rank, stages, *_: stages - 1 - rank, several=None, owed=lambda rank: rank
+    ),
     # twice 1F1B's, and one: what a rank needs comes while it computes the pair before
     "overlap": ScheduleKind(
         lambda rank, stages, *_: 2 * (stages - 1 - rank) + 1, offered=False, pairs=True
@@ -51,7 +55,12 @@ def splits(name: str) -> bool:
 
 def offered(several: bool) -> list[str]:
     """Names of the schedules worth running, with several virtual stages per rank or with one."""
-    return [n for n, kind in SCHEDULES.items() if kind.offered and kind.several == several]
+    return [n for n, kind in SCHEDULES.items() if kind.offered and kind.several in (several, None)]
+
+
+def by_clock(name: str, virtual_stages: int) -> bool:
+    """Whether `greedy` decides the order."""
+    return splits(name) and virtual_stages > 1
 
 
 @lru_cache(maxsize=512)  # a planner asks for the same again and again
@@ -62,6 +71,8 @@ def in_flight_limits(
     total, groups = microbatches * virtual_stages, _groups(stages, microbatches)
     if name == "forward":
         return (total,) * stages
+    if by_clock(name, virtual_stages):
+        return (greedy.limit(stages, microbatches, virtual_stages),) * stages
     warmup = SCHEDULES[name].warmup
     return tuple(
         min(warmup(rank, stages, groups, virtual_stages) + 1, total) for rank in range(stages)
@@ -73,7 +84,8 @@ def held_limits(
     name: str, stages: int, microbatches: int, virtual_stages: int
 ) -> tuple[tuple[tuple[int, int], ...], ...]:
     """Per rank, what it holds at most when a backward begins: pairs of (those whose activations are
-    kept, those that owe their W), none of which is within another."""
+    kept, those that owe their W), none of which is within another. `greedy.held` says what it does
+    where `by_clock`."""
     kept = in_flight_limits(name, stages, microbatches, virtual_stages)
     if not splits(name):
         return tuple(((most, 0),) for most in kept)
@@ -90,7 +102,17 @@ def owed_limits(name: str, stages: int, microbatches: int, virtual_stages: int) 
     owed = None if name == "forward" else SCHEDULES[name].owed
     if owed is None:
         return (0,) * stages
+    if by_clock(name, virtual_stages):
+        return (greedy.limit(stages, microbatches, virtual_stages),) * stages
     return tuple(min(owed(rank) + 1, microbatches * virtual_stages) for rank in range(stages))
+
+
+def both_limits(name: str, stages: int, microbatches: int, virtual_stages: int) -> tuple[int, ...]:
+    """Per rank, the (chunk, microbatch) pairs between their F and B, or W, at most."""
+    if by_clock(name, virtual_stages):
+        return (greedy.limit(stages, microbatches, virtual_stages),) * stages
+    pairs = held_limits(name, stages, microbatches, virtual_stages)
+    return tuple(max(kept + owed for kept, owed in held) for held in pairs)
 
 
 def check_virtual_stages(name: str, virtual_stages: int) -> None:
@@ -98,13 +120,13 @@ def check_virtual_stages(name: str, virtual_stages: int) -> None:
     if name not in SCHEDULES:
         raise UsageError(f"unknown schedule {name!r}: one of {', '.join(SCHEDULES)}")
     several = SCHEDULES[name].several
-    others = [n for n, kind in SCHEDULES.items() if kind.several != several and kind.offered]
+    others = offered(several=not several)
     if several and virtual_stages < 2:
         raise UsageError(
             f"schedule {name} needs at least 2 virtual stages per rank, got {virtual_stages}: "
             f"use schedule {' or '.join(others)}, or 2 virtual stages"
         )
-    if not several and virtual_stages > 1:
+    if several is False and virtual_stages > 1:
         raise UsageError(
             f"schedule {name} has one virtual stage a rank, got {virtual_stages}: "
             f"use schedule {' or '.join(others)}, or 1 virtual stage"
@@ -127,36 +149,41 @@ def build(name: str, stages: int, microbatches: int, virtual_stages: int = 1) ->
     if name != "forward":
         check_virtual_stages(name, virtual_stages)
 
-    total = microbatches * virtual_stages
-    groups = _groups(stages, microbatches)
-    forward = _forward_order(groups, virtual_stages)
-    orders: list[list[Entry]] = []
-    paired = []
-    for rank in range(stages):
-        if name == "forward":
-            orders.append([(Action(Kind.F, c, m),) for c, m in forward])
-            continue
-        ahead = min(SCHEDULES[name].warmup(rank, stages, groups, virtual_stages), total)
-        backward = [(virtual_stages - 1 - c, m) for c, m in forward]
-        order = _one_forward_one_backward(forward, backward, ahead)
-        owed = SCHEDULES[name].owed
-        order = _split(order, owed(rank)) if owed else order
-        entries = _pairs(order, ahead if SCHEDULES[name].pairs else len(order))
-        paired.append(frozenset(entry[0] for entry in entries if len(entry) > 1))
-        orders.append(entries)
+    orders = _orders(name, stages, microbatches, virtual_stages)
+    paired = tuple(frozenset(entry[0] for entry in order if len(entry) > 1) for order in orders)
     # One buffer in use and one ahead. With virtual stages, what comes round to the first rank for
     # its next chunk may come before that starts: at most a group, however many microbatches.
-    receive_limit = 2 if virtual_stages == 1 else 2 + max(groups)
+    receive_limit = 2 if virtual_stages == 1 else 2 + max(_groups(stages, microbatches))
     if any(paired):
         receive_limit *= 2  # a pair needs two
-    limits = in_flight_limits(name, stages, microbatches, virtual_stages)
-    put_off = owed_limits(name, stages, microbatches, virtual_stages)
-    bare = Schedule(name, stages, microbatches, virtual_stages, (), limits, put_off, receive_limit)
+    size = stages, microbatches, virtual_stages
+    kept, owed = in_flight_limits(name, *size), owed_limits(name, *size)
+    bare = Schedule(name, *size, (), kept, owed, both_limits(name, *size), receive_limit)
     made = production_order(bare, orders)
     actions = tuple(
         with_communication(bare, rank, order, made) for rank, order in enumerate(orders)
     )
-    return dataclasses.replace(bare, actions=actions, paired=tuple(paired) if any(paired) else ())
+    return dataclasses.replace(bare, actions=actions, paired=paired if any(paired) else ())
+
+
+def _orders(name: str, stages: int, microbatches: int, virtual_stages: int) -> list[list[Entry]]:
+    """Each rank's computations, in order."""
+    if by_clock(name, virtual_stages):
+        found = greedy.orders(stages, microbatches, virtual_stages)
+        return [[(action,) for action in order] for order in found]
+    groups = _groups(stages, microbatches)
+    forward = _forward_order(groups, virtual_stages)
+    if name == "forward":
+        return [[(Action(Kind.F, c, m),) for c, m in forward]] * stages
+    kind = SCHEDULES[name]
+    backward = [(virtual_stages - 1 - c, m) for c, m in forward]
+    orders: list[list[Entry]] = []
+    for rank in range(stages):
+        ahead = min(kind.warmup(rank, stages, groups, virtual_stages), len(forward))
+        order = _one_forward_one_backward(forward, backward, ahead)
+        order = _split(order, kind.owed(rank)) if kind.owed else order
+        orders.append(_pairs(order, ahead if kind.pairs else len(order)))
+    return orders
 
 
 def _groups(stages: int, microbatches: int) -> list[int]:

@@ -59,16 +59,25 @@ def peak_owed(schedule: Schedule) -> list[int]:
     return [_peak(actions, {Kind.I: 1}, {Kind.W: 1}) for actions in schedule.actions]
 
 
+def peak_both(schedule: Schedule) -> list[int]:
+    """Per rank: the most (chunk, microbatch) pairs whose F has begun and whose B, or W, has not
+    ended."""
+    down = {Kind.B: 1, Kind.W: 1}
+    return [_peak(actions, {Kind.F: 1}, down) for actions in schedule.actions]
+
+
 def peak_held(schedule: Schedule) -> list[set[tuple[int, int]]]:
-    """Per rank: what it holds when a backward begins, the most of it: pairs as of `held_limits`."""
+    """Per rank: what it holds when a backward begins or a forward ends, the most of it: pairs as of
+    `held_limits`."""
     held: list[set[tuple[int, int]]] = []
     for actions in schedule.actions:
         kept = owed = 0
         found = set()
         for action in actions:
-            if action.kind.frees:
+            kept += action.kind is Kind.F
+            if action.kind is Kind.F or action.kind.frees:
                 found.add((kept, owed))
-            kept += (action.kind is Kind.F) - action.kind.frees
+            kept -= action.kind.frees
             owed += (action.kind is Kind.I) - (action.kind is Kind.W)
         held.append(
             {(n, o) for n, o in found if not any(a >= n and b >= o for a, b in found - {(n, o)})}
@@ -163,6 +172,12 @@ def _check_memory(schedule: Schedule, rank: int) -> None:
     owed, limit = peak_owed(schedule)[rank], schedule.owed_limit[rank]
     if owed > limit:
         raise ScheduleError(f"stage {rank}: {owed} microbatches owe their W, the limit is {limit}")
+    both, limit = peak_both(schedule)[rank], schedule.both_limit[rank]
+    if both > limit:
+        raise ScheduleError(
+            f"stage {rank}: {both} microbatches between F and their last gradient, "
+            f"the limit is {limit}"
+        )
     consumers = {
         action: 1 for action in schedule.computations(rank) if schedule.needs(rank, action)
     }

@@ -67,18 +67,23 @@ def with_communication(
             sends[i + 1].append(action._replace(kind=kind))
             places[forward].append(i + 1)
             times[forward].append(made[output])
+    wanted: dict[bool, list[tuple[tuple[int, int], int, Action]]] = {False: [], True: []}
     for i, action in _numbered(order):
         need = schedule.needs(rank, action)
         if need:
-            forward = action.kind.forward
-            kind = Kind.RECV_F if forward else Kind.RECV_B
-            later = bisect.bisect_right(times[forward], made[need])
+            kind = Kind.RECV_F if action.kind.forward else Kind.RECV_B
+            wanted[action.kind.forward].append((made[need], i, action._replace(kind=kind)))
+    for forward, coming in wanted.items():
+        first = len(order)  # of the receives of later messages: none overtakes another
+        for time, i, receive in sorted(coming, reverse=True):
+            later = bisect.bisect_right(times[forward], time)
             place = max(0, i - 1)
             if later < len(places[forward]):
                 place = min(place, places[forward][later])
             if later > 0:
                 place = max(place, places[forward][later - 1])
-            receives[place].append(action._replace(kind=kind))
+            first = min(first, place)
+            receives[first].insert(0, receive)
     actions: list[Action] = []
     for i in range(len(order) + 1):
         actions += sends[i] + receives[i]

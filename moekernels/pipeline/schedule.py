@@ -92,8 +92,8 @@ class Schedule:
 
     `in_flight_limit[rank]` bounds the (chunk, microbatch) pairs between their F and B, or I (their
     activations are kept), `owed_limit[rank]` those between their I and W (what the weights'
-    gradients are made of is kept), `receive_limit` the receive buffers of a rank, both directions
-    together.
+    gradients are made of is kept), `both_limit[rank]` these and those together, `receive_limit` the
+    receive buffers of a rank, both directions together.
     """
 
     name: str
@@ -103,6 +103,7 @@ class Schedule:
     actions: tuple[tuple[Action, ...], ...]
     in_flight_limit: tuple[int, ...]
     owed_limit: tuple[int, ...]
+    both_limit: tuple[int, ...]
     receive_limit: int
     paired: tuple[frozenset[Action], ...] = ()
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from moekernels.model.dispatch import WAYS
 from moekernels.model.layout import Layout, divisors
-from moekernels.pipeline.build import offered
+from moekernels.pipeline.build import by_clock, offered
 from moekernels.plan import cost
 from moekernels.plan.evaluate import Problem
 from moekernels.plan.strategy import Strategy
@@ -92,6 +92,7 @@ def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]
             counts = [space.microbatches] if space.microbatches <= most else []
         for virtual in [1, 2, 4] if layout.pp > 1 else [1]:
             names = [n for n in offered(virtual > 1) if space.allows("schedule", n)]
+            names = [n for n in names if not by_clock(n, virtual)]
             if layout.pp == 1:
                 names = names[:1]  # nobody waits, whatever the order
             if layout.pp * virtual > model.num_layers:

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+
 from moekernels.model import experts, vocabulary
 from moekernels.model.decoder import DecoderSpec, chunk_parameters, copies, layer_parts
 from moekernels.model.dispatch import SLOTS, routed_rows, way_of
 from moekernels.model.ffn import ffn_working
 from moekernels.model.spec import Owed, Place
 from moekernels.parallel.offload import CHUNK
-from moekernels.pipeline.build import build, held_limits, splits
+from moekernels.pipeline import greedy
+from moekernels.pipeline.build import build, by_clock, held_limits, splits
 from moekernels.pipeline.check import SENDS_IN_FLIGHT
 from moekernels.pipeline.schedule import Schedule
 from moekernels.plan.strategy import STATE_BYTES, Strategy
@@ -238,6 +241,12 @@ def slab_bytes(model: DecoderSpec, at: Place) -> float:
     return SLOTS * rows * (model.d_model * at.width + 8)
 
 
+@lru_cache(maxsize=512)
+def _held_by_clock(stages: int, microbatches: int, virtual_stages: int) -> list[np.ndarray]:
+    """`greedy.held` as [n, 2, chunks]."""
+    return [np.array(held) for held in greedy.held(stages, microbatches, virtual_stages)]
+
+
 def stage_memory(
     model: DecoderSpec,
     s: Strategy,
@@ -264,15 +273,19 @@ def stage_memory(
         chunk_activations(model, at, s.kinds_of_layers(model, v), v == 0, v == s.depth - 1)
         for v in virtual
     ]
-    pairs = held_limits(s.schedule, stages, s.microbatches, s.virtual_stages)[rank]
     kept = [chunk.kept for chunk in held]
-    if splits(s.schedule):
-        owed = [chunk.owed for chunk in held]
-        activations = max(_in_turn(n, kept) + _in_turn(later, owed) for n, later in pairs)
-        working = max([chunk.split for chunk in held])
+    size = stages, s.microbatches, s.virtual_stages
+    if by_clock(s.schedule, s.virtual_stages):
+        costs = np.array([kept, [chunk.owed for chunk in held]])
+        activations = float((_held_by_clock(*size)[rank] * costs).sum((1, 2)).max())
     else:
-        activations = _in_turn(pairs[0][0], kept)
-        working = max([chunk.working for chunk in held])
+        owed = [chunk.owed for chunk in held]
+        activations = max(
+            _in_turn(n, kept) + _in_turn(later, owed)
+            for n, later in held_limits(s.schedule, *size)[rank]
+        )
+    split = splits(s.schedule)
+    working = max([chunk.split if split else chunk.working for chunk in held])
     state = sum(owned_parameters(model, s, parameters).values()) * (master + moments)
     host = host_bytes(model, s, rank)
     on_the_way = min(2 * CHUNK * (master + moments), 2 * host)

@@ -255,7 +255,7 @@ def check(config: RunConfig, world: int | None = None) -> None:
     several = SCHEDULES[lay.schedule].several
     if several and lay.pp > 1 and lay.virtual_stages < 2:
         raise UsageError(f"--schedule {lay.schedule} needs --virtual-stages of at least 2")
-    if not several and lay.virtual_stages > 1:
+    if several is False and lay.virtual_stages > 1:
         raise UsageError(
             f"--virtual-stages {lay.virtual_stages} needs --schedule {' or '.join(offered(True))}, "
             f"got {lay.schedule}"

@@ -72,7 +72,7 @@ class LayoutSection:
     etp: int = key(1, "tensor-parallel ranks inside the experts", low=1, high=MOST)
     schedule: str = key("1f1b", "pipeline schedule", choices=SCHEDULES)
     virtual_stages: int = key(
-        1, "chunks of layers a rank holds (interleaved 1F1B)", low=1, high=4096
+        1, "chunks of layers a rank holds (schedules interleaved and zb)", low=1, high=4096
     )
     layers_per_stage: str = key("", "layers of each stage, as in 4,4,4,4; empty: equal")
     checkpoint_layers: str = key(

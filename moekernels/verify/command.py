@@ -27,6 +27,7 @@ def verify(
     *,
     everything: bool = False,
     schedule: str = "1f1b",
+    virtual_stages: int = 0,
     experts: int = 8,
     top_k: int = 2,
     steps: int = 3,
@@ -48,12 +49,22 @@ def verify(
             raise UsageError(f"--{flag} {value!r}: {cfg.nearest(value, known)}")
     for flag, key, number in (("experts", "num_experts", experts), ("top-k", "top_k", top_k)):
         cfg.check_value(f"--{flag}", SECTIONS["model"], key, number)
+    chunks = virtual_stages or (2 if SCHEDULES[schedule].several else 1)
+    cfg.check_value("--virtual-stages", SECTIONS["layout"], "virtual_stages", chunks)
     if not 1 <= steps <= MOST_STEPS:  # all are recorded before the first is compared
         raise UsageError(f"--steps must be from 1 to {MOST_STEPS}, got {steps}")
     if everything and launcher.wanted():
         raise UsageError("--all starts the ranks of each layout by itself; leave torchrun out")
     if not everything:
-        variant = Variant(schedule, experts, top_k, steps, balance_scope, buffers=exchange_buffers)
+        variant = Variant(
+            schedule,
+            experts,
+            top_k,
+            steps,
+            balance_scope,
+            buffers=exchange_buffers,
+            virtual_stages=chunks,
+        )
         return verify_layout(
             degrees, [variant], dtype, device, launcher.launched(), exchange=exchange
         )

@@ -12,7 +12,7 @@ from moekernels.model.attention import ATTENTIONS
 from moekernels.model.beside import BESIDE
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.dispatch import WAYS
-from moekernels.pipeline.build import SCHEDULES, offered
+from moekernels.pipeline.build import offered, splits
 from moekernels.run import files as cfg
 from moekernels.run.buffers import EXACT
 from moekernels.run.sections import LayoutSection
@@ -46,6 +46,7 @@ class Variant:
     attention: str = ""  # other than the small model's own, by its name in `ATTENTIONS`
     shard_optimizer: bool = False
     buffers: str = EXACT  # of the rows that come
+    virtual_stages: int = 1
 
     @property
     def model(self) -> tuple:
@@ -53,7 +54,8 @@ class Variant:
         return self.experts, self.top_k, self.balance_scope, self.guests, self.attention
 
     def __str__(self) -> str:
-        text = f"{self.schedule}, {self.experts} experts, top {self.top_k}, {self.steps} steps"
+        text = self.schedule + f" x{self.virtual_stages}" * (self.virtual_stages > 1)
+        text += f", {self.experts} experts, top {self.top_k}, {self.steps} steps"
         if self.balance_scope != "microbatch":
             text += ", balance by sequence"
         if self.dispatcher != "auto":
@@ -70,8 +72,8 @@ def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
     run = cfg.RunConfig()
     cfg.set_degrees(run.layout, degrees)
     found = [Variant(name, steps=steps) for name in offered(several=False)]
-    if run.layout.pp > 1:
-        found += [Variant(name, steps=steps) for name in offered(several=True)]
+    chunks = [name for name in offered(several=True) if run.layout.pp > 1 or splits(name)]
+    found += [Variant(name, steps=steps, virtual_stages=2) for name in chunks]
     found += [Variant(top_k=k, steps=1) for k in range(1, 9) if k != 2]
     found.append(Variant(steps=1, balance_scope="sequence"))
     found.append(Variant(steps=1, guests=True))
@@ -97,10 +99,10 @@ def configure(
     cfg.set_degrees(run.layout, degrees, world)
     lay = run.layout
     lay.schedule = variant.schedule
-    lay.virtual_stages = 2 if SCHEDULES[variant.schedule].several else 1
+    lay.virtual_stages = variant.virtual_stages
     lay.checkpoint_layers = "2"
     lay.dispatcher = variant.dispatcher
-    stages = 2 * lay.pp  # the same model under every schedule
+    stages = max(2, variant.virtual_stages) * lay.pp  # the same model under every schedule
     run.model = DecoderSpec(
         vocab_size=VOCABULARY,
         d_model=32,

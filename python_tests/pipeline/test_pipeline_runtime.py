@@ -149,6 +149,8 @@ CASES = [
         ("zb", 1),
         ("interleaved", 2),
         ("interleaved", 3),
+        ("zb", 2),
+        ("zb", 3),
     )
 ]
 

@@ -21,6 +21,7 @@ NAMES = [
     ("interleaved", 3),
     ("zb", 1),
     ("overlap", 1),
+    ("zb", 2),
     ("forward", 1),
 ]
 KINDS = [*NAMES, ("forward", 3)]
@@ -168,7 +169,7 @@ def test_batches_hold_one_direction_and_at_most_a_send_and_a_receive():
         (("1f1b", 0, 8), "pipeline stages must be at least 1, got 0"),
         (("1f1b", 4, 0), "microbatches must be at least 1, got 0"),
         (("interleaved", 4, 8, -1), "virtual stages must be at least 1, got -1"),
-        (("1f1b", 4, 8, 2), "use schedule interleaved, or 1 virtual stage"),
+        (("1f1b", 4, 8, 2), "use schedule interleaved or zb, or 1 virtual stage"),
         (("interleaved", 4, 8), "use schedule 1f1b or zb, or 2 virtual stages"),
     ],
 )
@@ -254,7 +255,7 @@ def _faults():
     yield (
         "B of chunk 0, microbatch 0 stands behind I of chunk 0, microbatch 1",
         _edit(
-            dataclasses.replace(build("zb", 1, 2), in_flight_limit=(2,)),
+            dataclasses.replace(build("zb", 1, 2), in_flight_limit=(2,), both_limit=(2,)),
             0,
             lambda a: [*[x for x in a if x.microbatch or x.kind is Kind.F], Action(Kind.B, 0, 0)],
         ),
@@ -267,9 +268,13 @@ def _faults():
         "3 microbatches owe their W, the limit is 2",
         dataclasses.replace(split, owed_limit=(1, 2, 2)),
     )
+    yield (
+        "8 microbatches between F and their last gradient, the limit is 7",
+        dataclasses.replace(build("zb", 4, 8, 2), both_limit=(8, 7, 8, 8)),
+    )
     pairs = build("overlap", 1, 3)
     f, b = ([Action(kind, 0, m) for m in range(3)] for kind in (Kind.F, Kind.B))
-    wide = dataclasses.replace(pairs, in_flight_limit=(3,))
+    wide = dataclasses.replace(pairs, in_flight_limit=(3,), both_limit=(3,))
     yield (
         "B of chunk 0, microbatch 2 of a pair needs its F",
         dataclasses.replace(

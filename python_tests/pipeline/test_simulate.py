@@ -134,7 +134,7 @@ def event_loop(schedule, costs, latency):
 
 
 @pytest.mark.parametrize(
-    "name, virtual_stages", [("gpipe", 1), ("1f1b", 1), ("zb", 1), ("interleaved", 2)]
+    "name, virtual_stages", [("gpipe", 1), ("1f1b", 1), ("zb", 1), ("interleaved", 2), ("zb", 3)]
 )
 @pytest.mark.parametrize("stages, microbatches", [(1, 3), (2, 5), (4, 3), (4, 11)])
 @pytest.mark.parametrize("latency", [0.0, 0.25])

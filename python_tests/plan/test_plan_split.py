@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
 from moekernels.ops import _deferred
 from moekernels.parallel.mesh import Mesh
+from moekernels.pipeline.build import build
 from moekernels.pipeline.schedule import Kind
 from moekernels.plan.evaluate import batch_sizes, flush_costs, lower_bound, play
 from moekernels.plan.memory import chunk_activations, layer_bytes, place_of, stage_memory
@@ -109,6 +111,30 @@ def test_the_planner_counts_what_a_split_backward_holds():
         waiting = rank * (layer.inputs + layer.gradients)
         assert two.activations == pytest.approx(one.activations + waiting)
         assert two.working >= one.working
+
+
+def test_the_planner_counts_what_virtual_stages_hold():
+    """At some moment of a flush, chunk by chunk; on the first rank two, of one layer each."""
+    task = problem(gpus=2)
+    s = Strategy(Layout(pp=2), (1,) * 4, (0,) * 4, 4, "zb", 2)
+    chunks = [
+        chunk_activations(
+            task.model, place_of(s, 512), s.kinds_of_layers(task.model, v), v == 0, False
+        )
+        for v in (0, 2)
+    ]
+    kept, owed = Counter(), Counter()
+    most = 0.0
+    for action in build("zb", 2, 4, 2).computations(0):
+        kept[action.chunk] += action.kind is Kind.F
+        if action.kind is not Kind.W:
+            now = sum(kept[c] * chunks[c].kept + owed[c] * chunks[c].owed for c in (0, 1))
+            most = max(most, now)
+        kept[action.chunk] -= action.kind is Kind.I
+        owed[action.chunk] += (action.kind is Kind.I) - (action.kind is Kind.W)
+    found = stage_memory(task.model, s, 0, 512)
+    assert found.activations == pytest.approx(most)
+    assert found.working == max(chunk.split for chunk in chunks)
 
 
 def test_a_search_weighs_zb_beside_1f1b():

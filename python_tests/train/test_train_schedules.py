@@ -41,11 +41,30 @@ def test_zb_trains_bit_for_bit_as_1f1b_and_resumes(text, tmp_path, cache):
         assert (losses(out), norms(out)) == expected
 
 
-def test_micro_batches_are_chosen_under_zb(text, tmp_path, cache, capfd):
+def test_zb_over_virtual_stages_trains_bit_for_bit_as_interleaved_1f1b(text, tmp_path, cache):
+    """Of micro-batches that cost alike: others are put in the order that suits the schedule."""
+    more = "--pp 2 --virtual-stages 2 --steps 3 --checkpoint-layers 2-3 --lr 1e-2".split()
+    whole, split = tmp_path / "interleaved", tmp_path / "zb"
+    assert main(argv(text, whole, *more, "--schedule", "interleaved")) == 0
+    assert main(argv(text, split, *more, "--schedule", "zb")) == 0
+    assert (losses(split), norms(split)) == (losses(whole), norms(whole))
+
+
+def test_zb_over_virtual_stages_resumes(text, tmp_path, cache):
+    more = [*MORE, "--virtual-stages", "2", "--schedule", "zb"]
+    assert main(argv(text, tmp_path, *more)) == 0
+    expected = losses(tmp_path), norms(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-0000004")
+    assert main(argv(text, tmp_path, *more, "--resume")) == 0
+    assert (losses(tmp_path), norms(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("chunks", ["1", "2"])
+def test_micro_batches_are_chosen_under_zb(chunks, text, tmp_path, cache, capfd):
     """Without a loss of each micro-batch's own, and in fp64, all numbers train alike."""
     more = "--pp 2 --steps 8 --balance-coef 0 --dtype fp64".split()
     chosen, fixed = tmp_path / "auto", tmp_path / "fixed"
-    zb = ("--schedule", "zb", "--microbatches", "auto")
+    zb = ("--schedule", "zb", "--virtual-stages", chunks, "--microbatches", "auto")
     assert main(argv(text, chosen, *more, *zb)) == 0
     assert "m* = " in capfd.readouterr().out
     assert main(argv(text, fixed, *more)) == 0

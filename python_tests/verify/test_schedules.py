@@ -22,12 +22,13 @@ MICROBATCHES = 3
 
 
 def _train(
-    mesh: Mesh, schedule: str, dtype: str, steps: int = STEPS
+    mesh: Mesh, schedule: str, dtype: str, steps: int = STEPS, chunks: int = 1
 ) -> list[tuple[float, list[Tensor]]]:
     """Each step's loss and gradients, of a model with every kind of part."""
     degrees = {name: getattr(mesh.layout, name) for name in ("dp", "ep", "pp")}
-    run = configure(degrees, Variant(schedule=schedule, guests=True), "fp32", mesh.layout.world)
-    run.model = replace(run.model, num_layers=max(2, mesh.layout.pp))
+    variant = Variant(schedule=schedule, virtual_stages=chunks, guests=True)
+    run = configure(degrees, variant, "fp32", mesh.layout.world)
+    run.model = replace(run.model, num_layers=max(2, mesh.layout.pp * chunks))
     run.batch = replace(run.batch, microbatches=MICROBATCHES, context=8)
     run.layout.checkpoint_layers = "2"
     run.train.dtype = dtype
@@ -46,8 +47,9 @@ def _assert_same(found: list, expected: list) -> None:
         assert all(map(torch.equal, gradients, others))
 
 
-def _both(rank: int, pp: int, dtypes: list[str]) -> float:
+def _both(rank: int, pp: int, chunks: int, dtypes: list[str]) -> float:
     """How many products a micro-batch has put off, on this rank."""
+    name = "1f1b" if chunks == 1 else "interleaved"
     run = configure({"pp": pp}, Variant(), "fp32", pp)
     mesh = Mesh(layout_of(run), device=torch.device("cpu"))
     put, counts = _deferred.Queue.put, []
@@ -57,22 +59,27 @@ def _both(rank: int, pp: int, dtypes: list[str]) -> float:
         put(queue, work)
 
     for dtype in dtypes:
-        whole = _train(mesh, "1f1b", dtype)
+        whole = _train(mesh, name, dtype, chunks=chunks)
         _deferred.Queue.put = counted
-        split = _train(mesh, "zb", dtype)
+        split = _train(mesh, "zb", dtype, chunks=chunks)
         _deferred.Queue.put = put
         _assert_same(split, whole)
     return len(counts) / STEPS / MICROBATCHES / len(dtypes)
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("pp", [1, 2, 4])
-def test_zb_is_1f1b_bit_for_bit(pp):
+def test_zb_is_1f1b_bit_for_bit(pp, chunks):
+    """Interleaved 1F1B, if a rank has several virtual stages."""
     with RankPool(pp) as pool:
-        put_off = pool.run(_both, pp, ["fp32", "bf16"])
+        put_off = pool.run(_both, pp, chunks, ["fp32", "bf16"])
     # Of each micro-batch: attention's 2 products, and the first layer's FFN's 2, or of another the
     # router's 1, the experts' 4 (they lift and lower), and the shared expert's 3.
     first, other = 2 + 2, 2 + 1 + 4 + 3
-    assert put_off == {1: [first + other], 2: [first, other], 4: [first, *3 * [other]]}[pp]
+    last = chunks - 1 if pp > 1 else 0  # layers of a rank's later chunks
+    assert put_off == [
+        (first if rank == 0 else other) + last * other + (pp == 1) * other for rank in range(pp)
+    ]
 
 
 def _pairs(rank: int, pp: int, exchange: str) -> list[int]:
