@@ -8,6 +8,8 @@ namespace {
 
 using Numbers = std::vector<int64_t>;
 
+constexpr int64_t kAligned = 16;  // bytes of the widest word that a slab is written in
+
 SlabShape shape_from(const char* op, const Numbers& shape) {
   check(shape.size() == 6, op,
         ": shape must be [peers, experts, slots, rows, back, row_bytes], got ", shape.size(),
@@ -66,12 +68,14 @@ PeerSlabs slabs_from(const char* op, const Tensor& slab, const Numbers& addresse
         peers.shape.peers, " numbers, one a rank, got ", addresses.size());
   check(rank >= 0 && rank < peers.shape.peers, op, ": rank must be 0 to ", peers.shape.peers - 1,
         ", got ", rank);
-  check(reinterpret_cast<int64_t>(slab.const_data_ptr()) == addresses[rank], op, ": addresses[",
-        rank, "] must be the slab's own address");
-  for (size_t p = 0; p < addresses.size(); ++p) {
-    check(addresses[p] != 0 && addresses[p] % Slab::kLine == 0, op, ": addresses[", p,
-          "] must be a multiple of ", Slab::kLine, ", got ", addresses[p]);
-    peers.slab[p] = reinterpret_cast<char*>(addresses[p]);
+  const int64_t own = reinterpret_cast<int64_t>(slab.const_data_ptr());
+  check(addresses[rank] == own || addresses[rank] == 0, op, ": addresses[", rank,
+        "] must be the slab's own address, or 0");
+  for (int64_t p = 0; p < peers.shape.peers; ++p) {
+    const int64_t address = p == rank ? own : addresses[p];
+    check(address != 0 && address % kAligned == 0, op, ": addresses[", p,
+          "] must be a multiple of ", kAligned, ", got ", address);
+    peers.slab[p] = reinterpret_cast<char*>(address);
   }
   peers.rank = rank;
   check(patience >= 0, op, ": patience must not be negative, got ", patience);

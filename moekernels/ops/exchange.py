@@ -57,7 +57,7 @@ class Slabs(NamedTuple):
     """The slabs of a group as one rank sees them."""
 
     slab: Tensor  # [bytes] uint8, this rank's
-    addresses: list[int]  # of all, this rank's too; multiples of 128
+    addresses: list[int]  # of all, multiples of 16; this rank's own may be 0
     rank: int
     shape: Shape
     patience: int = 0  # nanoseconds after which a wait gives up, 0: never

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-SPECS = all_specs()
+SPECS = all_specs(private=True)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

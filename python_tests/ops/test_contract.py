@@ -38,7 +38,7 @@ from python_tests.support.spec import Case, OpSpec, randn
 ROOT = Path(__file__).parents[2]
 
 
-@each()
+@each(private=True)
 def test_values_and_gradients(spec, dtype, case):
     before = {n: v.clone() for n, v in case.inputs.items() if isinstance(v, Tensor)}
     ours = evaluate(spec.fn, spec, case.inputs)
@@ -47,7 +47,7 @@ def test_values_and_gradients(spec, dtype, case):
         assert same_bits(case.inputs[name], value), f"{name} was written to"
 
 
-@each(dtypes=(torch.bfloat16, torch.float32))
+@each(dtypes=(torch.bfloat16, torch.float32), private=True)
 def test_twice_and_with_gaps(spec, dtype, case):
     """Two runs have the same bits, and so has a run on activations and gradients with gaps."""
     first = evaluate(spec.fn, spec, case.inputs)
@@ -102,7 +102,7 @@ def raw_calls(spec: OpSpec, case: Case) -> list:
     return mode.calls
 
 
-@each(dtypes=(torch.float32,))
+@each(dtypes=(torch.float32,), case_if=lambda case: case.again, private=True)
 def test_opcheck(spec, dtype, case):
     """Schema and fake of every raw op, forward and backward; the compiled cases also traced."""
     checks = ["test_schema", "test_faketensor"]
@@ -145,7 +145,7 @@ def test_inductor_compiles_a_whole_layer():
         torch.testing.assert_close(a, b)
 
 
-@each_spec(lambda spec: list(spec.messages()))
+@each_spec(lambda spec: list(spec.messages()), private=True)
 def test_messages(spec):
     for bad_call, text in spec.messages():
         with pytest.raises((RuntimeError, ValueError)) as caught:

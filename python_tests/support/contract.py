@@ -14,15 +14,15 @@ from torch import Tensor
 from moekernels import ops
 from python_tests.support.spec import OpSpec, all_specs, randn
 
-SPECS = all_specs()
+SPECS, EVERY = all_specs(), all_specs(private=True)
 ACTIVATIONS = {"x", "rows", "drows", "logits", "message", "weights", "ids"}
 
 
-def each(*, dtypes=None, spec_if=lambda spec: True, case_if=lambda case: True):
+def each(*, dtypes=None, spec_if=lambda spec: True, case_if=lambda case: True, private=False):
     """Parametrises over (spec, dtype, case)."""
     params = [
         pytest.param(spec, dtype, case, id=f"{spec.name}-{str(dtype)[6:]}-{case.name}")
-        for spec in SPECS
+        for spec in (EVERY if private else SPECS)
         if spec_if(spec)
         for dtype in spec.dtypes
         if dtypes is None or dtype in dtypes
@@ -32,8 +32,8 @@ def each(*, dtypes=None, spec_if=lambda spec: True, case_if=lambda case: True):
     return pytest.mark.parametrize("spec, dtype, case", params)
 
 
-def each_spec(spec_if=lambda spec: True):
-    chosen = [spec for spec in SPECS if spec_if(spec)]
+def each_spec(spec_if=lambda spec: True, *, private=False):
+    chosen = [spec for spec in (EVERY if private else SPECS) if spec_if(spec)]
     return pytest.mark.parametrize("spec", chosen, ids=lambda spec: spec.name)
 
 

@@ -32,6 +32,9 @@ class Case:
     inputs: dict[str, Any]
     gradcheck: bool = True  # False where finite differences make no sense (a kink) or take too long
     compile: bool = False  # also held to the compiled function; one or two cases an op
+    again: bool = (
+        True  # False where a raw call cannot be made a second time, as what it awaits came
+    )
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ class OpSpec:
     # The bytes that are kept for backward, given the inputs.
     saved: Callable[[dict[str, Any]], int] | None = None
     dtypes: tuple[torch.dtype, ...] = FLOATS
+    # No function of `ops`: it writes into memory that ranks address, so it is neither compiled nor
+    # differentiated; held to values, bits, schemas and messages on every backend.
+    private: bool = False
 
 
 _registry: dict[str, OpSpec] = {}
@@ -64,11 +70,11 @@ def register(spec: OpSpec) -> OpSpec:
     return spec
 
 
-def all_specs() -> list[OpSpec]:
-    """Of every stem that has a file in `cases/`."""
+def all_specs(*, private: bool = False) -> list[OpSpec]:
+    """Of every stem that has a file in `cases/`; the private ones too, if asked for."""
     for module in pkgutil.iter_modules(cases.__path__):
         importlib.import_module(f"{cases.__name__}.{module.name}")
-    return list(_registry.values())
+    return [spec for spec in _registry.values() if private or not spec.private]
 
 
 def nbytes(*tensors: Tensor | None) -> int:
