@@ -64,6 +64,8 @@ def generate(args) -> int:
         top_p=args.top_p,
         seed=args.seed,
         device=args.device,
+        expert_cache=args.expert_cache,
+        expert_policy=args.expert_policy,
     )
 
 

@@ -207,6 +207,14 @@ def _generate(parent) -> None:
         ("top-p", float, 1.0, "among the likeliest tokens that have this part of the probability"),
         ("seed", int, 0, "of the choices"),
         ("device", str, "auto", "auto, cpu or cuda"),
+        (
+            "expert-cache",
+            int,
+            0,
+            "experts of each layer that are kept where the model computes, the others in the "
+            "host's memory; the text is the same; 0: all of them",
+        ),
+        ("expert-policy", str, "lru", "which of them make room: lru, lfu or least-stale"),
     ):
         parse, metavar = (word, None) if kind is str else (number(kind), kind.__name__.upper())
         text += default_text(value)

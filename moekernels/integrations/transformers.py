@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from moekernels import ops
 from moekernels.errors import UsageError
+from moekernels.integrations._cache import Rows
 from moekernels.integrations._epilogue import UNFUSED, Epilogue, epilogue_of, function_of
-from moekernels.reference import Routing
 
 try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
@@ -96,19 +96,6 @@ def parameters_of(module: nn.Module) -> Parameters:
     if getattr(module, "has_bias", False):
         names += [f"{name}_bias" for name in names]
     return Parameters(*(getattr(module, name) for name in names))
-
-
-class Rows(NamedTuple):
-    """Results of experts [R, H] and how to add them up; weights [T, K] if not yet applied."""
-
-    rows: Tensor
-    routing: Routing
-    weights: Tensor | None
-
-    def combined(self) -> Tensor:
-        """[T, H]."""
-        routing = self.routing
-        return ops.combine(self.rows, routing.row_of, routing.token_of, self.weights)
 
 
 def weighted_rows(

@@ -80,7 +80,8 @@ class Experts(nn.Module):
             )
             # Every expert has its own generator: a rank makes only those that it holds.
             one = shard(shape, {d - 1: spans for d, spans in ranges.items()})
-            weight = torch.empty(self.shards[key].local_shape, dtype=home.dtype, device=home.device)
+            device = home.experts_device or home.device
+            weight = torch.empty(self.shards[key].local_shape, dtype=home.dtype, device=device)
             for local, number in enumerate(range(*experts)):
                 full = home.full(shape, std, f"{name}.{key}.{number}")
                 weight[local].copy_(one.take(full))

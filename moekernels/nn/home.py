@@ -20,6 +20,7 @@ class Home:
     device: torch.device = torch.device("cpu")
     seed: int = 0
     sequence_parallel: bool = True
+    experts_device: torch.device | None = None  # None: with all others
 
     def full(self, shape: Sequence[int], std: float, name: str) -> Tensor:
         """The whole tensor [shape] in fp32 on the CPU, whatever the layout."""

@@ -106,6 +106,7 @@ class StageModel(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        experts_device: torch.device | None = None,
         sequence_parallel: bool = True,
         dispatcher: str = "auto",
         exchange_parts: int = 1,
@@ -124,7 +125,7 @@ class StageModel(nn.Module):
         self.sequence_parallel = sequence_parallel and mesh.tp.size > 1
         self.checkpoint_layers = frozenset(checkpoint_layers)
         self.route_hook: BatchRouteHook | None = None
-        home = Home(dtype, device, seed, self.sequence_parallel)
+        home = Home(dtype, device, seed, self.sequence_parallel, experts_device)
         table = partial(VocabularyWeight, config.vocab_size, config.d_model, mesh, home)
         embedding_std = config.embedding_std or config.init_std
         self.embedding = table(name="embedding", std=embedding_std) if first else None

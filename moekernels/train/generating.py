@@ -14,12 +14,14 @@ from moekernels.assembly import DTYPES
 from moekernels.data.tokenizer import Tokenizer
 from moekernels.errors import UsageError, one_line
 from moekernels.model.layout import Layout
+from moekernels.model.spec import MOST
 from moekernels.nn.decode import generate as follow
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.launch import choose_device
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import ShardInfo, blank, shard
 from moekernels.train import weights
+from moekernels.train.expert_cache import cached
 from moekernels.train.weights import MASTER, Weights
 
 
@@ -32,24 +34,36 @@ def generate(
     top_p: float,
     seed: int,
     device: str,
+    expert_cache: int = 0,
+    expert_policy: str = "lru",
 ) -> int:
-    """Print what follows each prompt; the exit code."""
+    """Print what follows each prompt; the exit code. `expert_cache`: slots of each layer, whose
+    experts stay in the host's memory; 0: none."""
     for name, value, low, high in (
         ("tokens", tokens, 1, 1 << 20),
         ("temperature", temperature, 0, 100),
         ("top-p", top_p, 1e-9, 1),
         ("seed", seed, 0, 2**31 - 1),
+        ("expert-cache", expert_cache, 0, MOST),
     ):
         if not low <= value <= high:
             raise UsageError(f"--{name} must be from {low} to {high}, got {value}")
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device {device}: use one of auto, cpu, cuda")
+    if expert_policy != "lru" and not expert_cache:
+        raise UsageError(
+            f"--expert-policy {expert_policy} is of a cache; give --expert-cache as well"
+        )
     prompts = [_as_utf8(prompt) for prompt in prompts]
     found = weights.find(source)
     if found.tokenizer is None:
         raise UsageError(f"{source}: has no tokenizer.json; put the model's there")
     tokenizer = Tokenizer.load(found.tokenizer)
-    model = load(found, choose_device(device, 1))
+    here = choose_device(device, 1)
+    model = load(found, here, torch.device("cpu") if expert_cache else None)
+    cache = None
+    if expert_cache:
+        cache = cached(model, expert_cache, expert_policy, torch.device(here))
     started = time.perf_counter()
     texts, count = continued(
         model, tokenizer, prompts, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed
@@ -58,6 +72,8 @@ def generate(
     for prompt, text in zip(prompts, texts):
         print(f"{prompt}{text}\n")
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s")
+    if cache is not None:
+        print(cache.report())
     return 0
 
 
@@ -69,14 +85,24 @@ def _as_utf8(prompt: str) -> str:
         raise UsageError(f"--prompt {prompt!r} is not UTF-8; write it in UTF-8") from None
 
 
-def load(found: Weights, device: str) -> StageModel:
-    """The whole model on one device, in the dtype that it was trained or is kept in."""
+def load(found: Weights, device: str, experts_device: torch.device | None = None) -> StageModel:
+    """The whole model on one device, its experts on another where that is named, in the dtype that
+    it was trained or is kept in."""
     named = found.facts.get("run", {}).get("train", {}).get("dtype")
     dtype = DTYPES[named] if named else getattr(torch, found.tensors["embedding.weight"].dtype)
     layers = range(1, found.spec.num_layers + 1)
     mesh = Mesh(Layout(), device=device)
     with blank():
-        model = StageModel(found.spec, mesh, layers, True, True, dtype=dtype, device=device)
+        model = StageModel(
+            found.spec,
+            mesh,
+            layers,
+            True,
+            True,
+            dtype=dtype,
+            device=device,
+            experts_device=experts_device,
+        )
     state: list[tuple[str, Tensor, ShardInfo]] = [
         (MASTER + name, parameter, info) for name, parameter, info in model.named_shards()
     ]

@@ -169,7 +169,7 @@ def test_a_full_disk_says_what_is_missing_and_leaves_nothing(tmp_path):
 
 
 def test_more_slots_than_memory(monkeypatch):
-    monkeypatch.setattr("moekernels.integrations.cache.available", lambda: 5000)
+    monkeypatch.setattr("moekernels.integrations._cache.available", lambda: 5000)
     with pytest.raises(UsageError, match="6 slots in each of 2 layers need .* 5,000 are free"):
         cached(model_of(), 6)
 

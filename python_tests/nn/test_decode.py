@@ -113,6 +113,13 @@ def test_the_command(folder, capsys):
         assert f"{tokenizer.decode(ids + new)}\n\n" in out
     assert "tokens/s" in out
     assert main(["generate", str(folder), *flags]) == 0  # from nothing
+    capsys.readouterr()
+    for policy in ("lru", "lfu", "least-stale"):
+        cache = ["--expert-cache", "2", "--expert-policy", policy]
+        assert main([*command, *cache]) == 0
+        cached = capsys.readouterr().out
+        texts = out[: out.rindex("\n\n")]
+        assert cached.startswith(texts) and f"slots      2 per layer by {policy}" in cached
 
 
 @pytest.mark.parametrize(
@@ -122,6 +129,10 @@ def test_the_command(folder, capsys):
         (["--temperature", "-1"], "--temperature must be from 0"),
         (["--top-p", "0"], "--top-p must be from"),
         (["--device", "tpu"], "--device tpu"),
+        (["--expert-cache", "-1"], "--expert-cache must be from 0"),
+        (["--expert-cache", "99"], "99 slots; a layer has"),
+        (["--expert-cache", "2", "--expert-policy", "mru"], "policy 'mru'; it is one of"),
+        (["--expert-policy", "lfu"], "give --expert-cache as well"),
     ],
 )
 def test_mistakes(folder, flags, said, capsys):
