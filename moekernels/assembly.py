@@ -64,6 +64,7 @@ def layout_of(run: cfg.RunConfig) -> Layout:
     replan_rule(run)
     _check_pairs(run, layout)
     bound_of(run)
+    check_replicas(run)
     return layout
 
 
@@ -187,6 +188,30 @@ def replan_rule(run: cfg.RunConfig) -> Rule:
     return rule
 
 
+def check_replicas(run: cfg.RunConfig) -> None:
+    """UsageError where copies of experts could bring nothing, or not be had."""
+    count, m, ep = run.train.replicas, run.model, run.layout.ep
+    if not count:
+        return
+    each, why = m.num_experts // ep, ""
+    if ep <= m.top_k:
+        why = (
+            f"placement suffices: a token chooses {m.top_k} experts, so none has more than "
+            f"1/{m.top_k} of the rows, and a rank of ep {ep} has 1/{ep}; leave it out, --replan "
+            f"moves experts"
+        )
+    elif count > m.num_experts - each:
+        why = f"the other ranks have {m.num_experts - each} experts of a layer; give at most those"
+    elif dispatch.choose(run.layout.dispatcher, m, ep) == "all_gather":
+        why = "under all_gather a rank computes its own experts alone; give --dispatcher all_to_all"
+    elif bound_of(run) is not None:
+        why = "bounded buffers read no counts, and so not which rows are for copies; give exact"
+    elif replan_rule(run).must_pay:
+        why = "--replan auto reckons with one place for each expert; give it a number of steps"
+    if why:
+        raise UsageError(f"--replicas {count}: {why}")
+
+
 def rank_names(layout: Layout) -> Callable[[int], str]:
     """What a rank is called in messages: `rank 3 (tp 1, pp 1)`."""
 
@@ -259,6 +284,7 @@ def build_chunks(run: cfg.RunConfig, mesh: Mesh) -> list[StageModel]:
             sequence_parallel=lay.sequence_parallel,
             dispatcher=lay.dispatcher,
             exchange_parts=run.train.exchange_parts,
+            replicas=run.train.replicas,
             checkpoint_layers=checkpointed(run),
             seed=run.train.seed,
         )

@@ -37,6 +37,7 @@ class Routed:
     token_of: Tensor | None  # [R] int32
     row_of: Tensor | None  # [T, K] int32
     way_back: Any
+    own_rows: int | None = None  # of them for own experts; the others are for copies. None: all
 
 
 PartOfExperts = Callable[[Tensor, Routed, Part], Tensor]
@@ -88,18 +89,28 @@ class AllToAllDispatcher:
 
     posts = True
 
-    def __init__(self, mesh: Mesh, num_experts: int, layer: int = 0, parts: int = 1) -> None:
+    def __init__(
+        self, mesh: Mesh, num_experts: int, layer: int = 0, parts: int = 1, spare: int = 0
+    ) -> None:
         self.group, self.layer = mesh.exchange, layer
-        self.parts = min(parts, num_experts // mesh.layout.ep)
+        self.own = num_experts // mesh.layout.ep
+        self.parts = min(parts, self.own)
         self.etp = mesh.layout.etp
-        self.local_experts = num_experts // mesh.layout.ep
+        self.local_experts = self.own + spare
 
     def dispatch(
         self, x: Tensor, ids: Tensor, weights: Tensor, kept: expert.Kept | None = None
     ) -> tuple[Tensor, Routed]:
         plan, weights = self._plan(ids, weights, kept)
         rows, row_weights, offsets = expert.dispatch(x, weights, plan, kept)
-        return rows, Routed(row_weights, offsets, None, None, plan)
+        own = self._own_rows(plan, plan.whole)
+        return rows, Routed(row_weights, offsets, None, None, plan, own)
+
+    def _own_rows(self, plan: expert.ExchangePlan, part: Part) -> int | None:
+        """Of the rows that came of a part, those for own experts."""
+        if self.own == self.local_experts:
+            return None
+        return int(plan.came(part)[:, : max(0, self.own - part.first)].sum())
 
     def _plan(
         self, ids: Tensor, weights: Tensor, kept: expert.Kept | None = None
@@ -116,7 +127,8 @@ class AllToAllDispatcher:
         posted = chunks.post(x, weights, plan, parts)
         for part in parts:
             rows, row_weights, offsets = chunks.arrive(posted, part)
-            y = experts(rows, Routed(row_weights, offsets, None, None, None), part)
+            own = self._own_rows(plan, part)
+            y = experts(rows, Routed(row_weights, offsets, None, None, None, own), part)
             tokens.append(chunks.give(y, posted, part))
         return chunks.home(tokens, posted)
 
@@ -138,7 +150,11 @@ class AllGatherDispatcher:
     parts = 1
     posts = False
 
-    def __init__(self, mesh: Mesh, num_experts: int, layer: int = 0, parts: int = 1) -> None:
+    def __init__(
+        self, mesh: Mesh, num_experts: int, layer: int = 0, parts: int = 1, spare: int = 0
+    ) -> None:
+        if spare:
+            raise UsageError("the all_gather dispatcher knows no copies of experts; use all_to_all")
         self.group = mesh.exchange
         self.local_experts = num_experts // mesh.layout.ep
         self.first_expert = mesh.ep_index * self.local_experts
@@ -171,13 +187,14 @@ DISPATCHERS: dict[str, type] = {
 
 
 def make_dispatcher(
-    kind: str, mesh: Mesh, spec: RouterSpec, layer: int = 0, parts: int = 1
+    kind: str, mesh: Mesh, spec: RouterSpec, layer: int = 0, parts: int = 1, spare: int = 0
 ) -> Dispatcher:
     """The dispatcher that `model.dispatch` chooses for a kind, one of its `WAYS` or `auto`; what
-    it says of itself names the layer."""
+    it says of itself names the layer. With `spare` slots ids count those of each rank, too, behind
+    its own experts'."""
     if kind != "auto" and kind not in DISPATCHERS:
         raise UsageError(f"dispatcher {kind!r}; use one of auto, {', '.join(DISPATCHERS)}")
     if mesh.exchange.size == 1:
         return LocalDispatcher(spec.num_experts)
     name = dispatch.choose(kind, spec, mesh.layout.ep)
-    return DISPATCHERS[name](mesh, spec.num_experts, layer, parts)
+    return DISPATCHERS[name](mesh, spec.num_experts, layer, parts, spare)

@@ -4,6 +4,7 @@ input width (H, or wider where rows are lifted), F expert hidden of this etp sha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from moekernels import ops
 from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.dispatcher import Routed
 from moekernels.nn.home import Home
+from moekernels.nn.spare import Spare
 from moekernels.parallel.clock import SpanClock
 from moekernels.parallel.exchange import Part
 from moekernels.parallel.mesh import Mesh
@@ -97,6 +99,12 @@ class Experts(nn.Module):
         if self.lifted:
             add("w_in", (d_in, config.d_model), {}, std, "expert_copies")
             add("w_out", (config.d_model, d_in), {}, narrow, "expert_copies")
+        self.spare = Spare(self.weights, home.spare)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters [e, ...] by name."""
+        return {key: getattr(self, key) for key in self.shards}
 
     def hold(self, experts: list[int]) -> None:
         """Say that the experts of these numbers [e] lie here, in this order; moves no weights."""
@@ -112,33 +120,55 @@ class Experts(nn.Module):
             return self._compute(rows, routing, part)
 
     def _compute(self, rows: Tensor, routing: Routed, part: Part | None) -> Tensor:
+        """Rows of own experts come first, those of copies behind them."""
+        own = routing.own_rows
+        if own is None:
+            return self._products(self.weights, rows, routing, part)
+        first, end = part or Part(0, self.count + self.spare.count)
+        ours = Part(first, max(first, min(end, self.count)))
+        theirs = Part(max(0, first - self.count), max(0, end - self.count))
+        cut, offsets = ours.end - ours.first, routing.offsets
+        both = [own, len(routing.weights) - own]
+        rows_of, weights_of = rows.split(both), routing.weights.split(both)
+        results = []
+        if cut:
+            routed = replace(routing, weights=weights_of[0], offsets=offsets[: cut + 1])
+            results.append(self._products(self.weights, rows_of[0], routed, ours))
+        if both[1] or not cut:
+            routed = replace(routing, weights=weights_of[1], offsets=offsets[cut:] - offsets[cut])
+            results.append(self._products(self.spare.weights, rows_of[1], routed, theirs))
+        return torch.cat(results) if len(results) > 1 else results[0]
+
+    def _products(
+        self, weights: dict[str, Tensor], rows: Tensor, routing: Routed, part: Part | None
+    ) -> Tensor:
         token_of, row_of = routing.token_of, routing.row_of
-        w1, w2 = (_of_part(w, part) for w in (self.w1, self.w2))
+        w = {key: _of_part(weight, part) for key, weight in weights.items()}
         if self.lifted:
             if token_of is not None:
                 rows, token_of, row_of = ops.permute(rows, token_of, row_of), None, None
-            rows = ops.grouped_gemm(rows, _of_part(self.w_in, part), routing.offsets)
+            rows = ops.grouped_gemm(rows, w["w_in"], routing.offsets)
         y = ops.experts(
             rows,
             routing.weights,
-            w1,
-            w2,
+            w["w1"],
+            w["w2"],
             routing.offsets,
             token_of=token_of,
             row_of=row_of,
-            b1=self.b1,
-            b2=self.b2 if self.adds_b2 else None,  # of partial results one has it
+            b1=w.get("b1"),
+            b2=w.get("b2") if self.adds_b2 else None,  # of partial results one has it
             **self.how,
         )
         if not self.lifted:
             return y
-        return ops.grouped_gemm(y, _of_part(self.w_out, part), routing.offsets)
+        return ops.grouped_gemm(y, w["w_out"], routing.offsets)
 
 
-def _of_part(w: nn.Parameter, part: Part | None) -> Tensor:
+def _of_part(w: Tensor, part: Part | None) -> Tensor:
     """Some experts of a parameter [e, ...]. Where it has a main gradient they are a leaf of their
     own, whose gradient goes there: autograd would pad it to all experts first."""
-    if part is None:
+    if part is None or len(w) == part.end - part.first:
         return w
     main_grad = getattr(w, "main_grad", None)
     if main_grad is None:

@@ -14,13 +14,14 @@ from moekernels.parallel.shard import ShardInfo, seeded_normal
 @dataclass(frozen=True)
 class Home:
     """The same for all modules of a chunk. `sequence_parallel`: tokens are split over tp between
-    the matrix products."""
+    the matrix products. `spare`: copies of other ranks' experts that a layer has room for."""
 
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     seed: int = 0
     sequence_parallel: bool = True
     experts_device: torch.device | None = None  # None: with all others
+    spare: int = 0
 
     def full(self, shape: Sequence[int], std: float, name: str) -> Tensor:
         """The whole tensor [shape] in fp32 on the CPU, whatever the layout."""

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from moekernels.balance.replicas import slots_of_owners
 from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.dispatcher import Dispatcher, PartedDispatcher
 from moekernels.nn.experts import Experts
@@ -41,7 +42,13 @@ class MoE(nn.Module):
             self.add_module(kind, BESIDE[kind](config, mesh, home, name=f"{name}.{kind}"))
         self.dispatcher = dispatcher
         self.first_held = mesh.ep_index * (config.num_experts // mesh.layout.ep)
-        self.slot_of: Tensor | None = None  # [E] where experts were moved, see `place`
+        self.ranks, self.local = mesh.layout.ep, self.experts.count + self.experts.spare.count
+        # [W, E] int32: where each expert lies for the tokens of each of W lanes, which own tokens
+        # are dealt to in turn, spare slots counted; None: expert x in slot x, and no spare ones.
+        self.slots: Tensor | None = None
+        self.sent = torch.zeros(self.ranks, dtype=torch.int64)  # own rows to each rank, of `deal`
+        if self.experts.spare.count:
+            self.place(torch.arange(config.num_experts))
         self.watch: Watch | None = None  # of steps that are looked at
         self.tp, self.replicated = mesh.tp, not home.sequence_parallel
 
@@ -56,7 +63,26 @@ class MoE(nn.Module):
         expert_at = torch.argsort(slot_of)
         held = expert_at[self.first_held :][: self.experts.count].tolist()
         self.experts.hold(held)
-        self.slot_of = slot_of.to(self.experts.w1.device, torch.int32)
+        self.deal(slots_of_owners(slot_of, self.ranks, self.experts.spare.count)[None])
+
+    def deal(self, lanes: Tensor) -> None:
+        """Tokens go to experts and their copies by lanes [W, E] int64 from now on, as
+        `balance.replicas` has them."""
+        self.slots = lanes.to(self.experts.w1.device, torch.int32)
+
+    def _slots_of(self, ids: Tensor) -> Tensor:
+        """ids [T, K] of experts -> of the slots that their rows go to; -1 stays."""
+        if self.slots is None:
+            return ids
+        chosen = ids.clamp_min(0).long()
+        lane = torch.arange(len(ids), device=ids.device)[:, None] % len(self.slots)
+        return torch.where(ids < 0, ids, self.slots[lane, chosen])
+
+    @torch.no_grad()
+    def _count(self, slots: Tensor) -> None:
+        rank_of = torch.where(slots < 0, -1, slots // self.local).flatten()
+        each = torch.arange(self.ranks, dtype=rank_of.dtype, device=rank_of.device)
+        self.sent = self.sent.to(rank_of.device) + (rank_of == each[:, None]).sum(1)
 
     def forward(
         self,
@@ -72,10 +98,12 @@ class MoE(nn.Module):
         logits = self.router.logits(x)
         own = split_tokens(x, self.tp) if self.replicated else x
         weights, ids, *sums = self.router.gate(logits, valid, hook, segments)
-        if self.watch is not None and not (kept is not None and kept.replaying):
+        again = kept is not None and kept.replaying
+        if self.watch is not None and not again:
             self.watch.see(ids)
-        if self.slot_of is not None:
-            ids = torch.where(ids < 0, ids, self.slot_of[ids.clamp_min(0)])
+        ids = self._slots_of(ids)
+        if self.experts.spare.count and torch.is_grad_enabled() and not again:
+            self._count(ids)
         if self.dispatcher.parts > 1 and kept is None:  # what is computed again is not cut
             y = cast(PartedDispatcher, self.dispatcher).in_parts(own, ids, weights, self.experts)
         else:

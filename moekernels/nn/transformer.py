@@ -67,7 +67,7 @@ class Block(nn.Module):
             self.ffn = FeedForward(config, mesh, config.dense_d_ff, home, name=f"{name}.ffn")
             return
         self.moe_norm = norm()
-        ways = make_dispatcher(dispatcher, mesh, config, layer, exchange_parts)
+        ways = make_dispatcher(dispatcher, mesh, config, layer, exchange_parts, home.spare)
         self.moe = MoE(config, mesh, layer, ways, home, name=f"{name}.moe")
 
     def forward(
@@ -110,6 +110,7 @@ class StageModel(nn.Module):
         sequence_parallel: bool = True,
         dispatcher: str = "auto",
         exchange_parts: int = 1,
+        replicas: int = 0,
         checkpoint_layers: Collection[int] = (),
         seed: int = 0,
     ) -> None:
@@ -125,7 +126,7 @@ class StageModel(nn.Module):
         self.sequence_parallel = sequence_parallel and mesh.tp.size > 1
         self.checkpoint_layers = frozenset(checkpoint_layers)
         self.route_hook: BatchRouteHook | None = None
-        home = Home(dtype, device, seed, self.sequence_parallel, experts_device)
+        home = Home(dtype, device, seed, self.sequence_parallel, experts_device, replicas)
         table = partial(VocabularyWeight, config.vocab_size, config.d_model, mesh, home)
         embedding_std = config.embedding_std or config.init_std
         self.embedding = table(name="embedding", std=embedding_std) if first else None

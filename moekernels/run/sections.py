@@ -184,6 +184,13 @@ class TrainSection:
         "move experts between ranks where their loads are uneven: never, auto (every 10 steps, "
         "where it pays), a number of steps, or random:N (every N steps anywhere, for tests)",
     )
+    replicas: int = key(
+        0,
+        "spare slots of a rank and layer for copies of hot experts of other ranks, where an expert "
+        "alone has more rows than a rank on average; chosen when --replan looks, or every 10 steps",
+        low=0,
+        high=MOST,
+    )
 
 
 def _options(group: str, name: str) -> str:

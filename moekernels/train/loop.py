@@ -38,6 +38,7 @@ from moekernels.train.monitor import Monitor
 from moekernels.train.moves import Moves
 from moekernels.train.nonfinite import Guard
 from moekernels.train.profiling import Profiler
+from moekernels.train.replicas import HotExperts
 from moekernels.train.report import layout_report, peak_flops
 from moekernels.train.sums import StepSums, peak_memory
 
@@ -93,6 +94,7 @@ class Trainer:
         )
         moved = (self.chunks, self.rows, self.optimizer, self.shards)
         self.moves = Moves(self.run, self.mesh, *moved)
+        self.hot = HotExperts(self.run, self.mesh, self.chunks, self.rows, self.moves)
         self._load()
         self.monitor = Monitor(self.mesh, self.chunks, self.rows, self.moves, t.steps)
         self.heat = torch.zeros(m.moe_layers, m.num_experts, dtype=torch.float64)
@@ -135,6 +137,7 @@ class Trainer:
             self.moves.restore(job.facts, manifest.layout, str(path))
             checkpoint.load(path, manifest.tensors, self.state())
             self.optimizer.loaded(job.facts.get("updates", self.first_step))
+            self.hot.restore(job.facts, manifest.layout, str(path))
         elif job.weights is not None:
             weights.load(job.weights, self.state())
             self.optimizer.loaded(0)
@@ -202,7 +205,7 @@ class Trainer:
             last = step == t.steps or self.stopping
             if written := self.profiler.end(step, last):
                 self.progress.say(f"profile  {written}")
-            line.update(self.moves.look(step, last))
+            line.update(self.moves.look(step, last) | self.hot.look(step, last, self.progress.say))
             if step == t.steps or (t.eval_every and step % t.eval_every == 0):
                 line["eval_loss"] = self.evaluate()
             if self.env.leader:
@@ -246,15 +249,17 @@ class Trainer:
             self.monitor.begin(step)
             result = self.runtime.step(batches, origin=origin)
             flush, worked = time.perf_counter() - flush, time.process_time() - worked
+            self.hot.bring_home()
             self.optimizer.reduce()
             norm = self.optimizer.grad_norm()
             line, loads, fits = self.collect(step, result, flush, worked)
         if attempts > 1 and self.env.leader and (bound := self.mesh.exchange.bound):
             self.progress.say(f"step {step}: rows did not fit; bounded:{bound.factor:.3g} from now")
         line.update(grad_norm=norm.item(), lr=self.optimizer.lr, attempts=attempts)
-        line.update(self.monitor.end(self.shown(step)))
+        line.update(self.monitor.end(self.shown(step)) | self.hot.line())
         if self.guard.passes(line, self.optimizer.largest_norm, self.run.train.clip):
             self.optimizer.step(norm)
+            self.hot.updated(loads)
             self.count_loads(step, loads)
         seconds = time.perf_counter() - start
         if not line["skipped"]:
@@ -400,7 +405,7 @@ class Trainer:
             "data": self.loader.state_dict(),
             "updates": self.optimizer.steps_done,
             "skipped_in_a_row": self.guard.in_a_row,
-            **self.moves.facts(),
+            **(self.moves.facts() | self.hot.facts()),
         }
         if self.chosen is not None:
             facts["microbatches"] = self.chosen

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.optimizer import Optimizer
+from moekernels.parallel.parcels import swap
 
 
 class Moved(NamedTuple):
@@ -87,29 +87,9 @@ def _exchange(optimizer: Optimizer, mesh: Mesh, was: Tensor, now: Tensor) -> Mov
                         parts[flat.dtype].setdefault(there, []).append(flat)
     size = messages = 0
     for dtype in sorted(out, key=str):
-        send, receive = (_sizes(parts[dtype], group.size) for parts in (out, into))
-        message = _joined(out[dtype], mesh.device, dtype)
-        came = message.new_empty(sum(receive))
-        dist.all_to_all_single(came, message, receive, send, group=group.process_group)
-        for own, part in zip(_in_peer_order(into[dtype]), _cut(came, into[dtype])):
-            own.copy_(part)
-        size += message.numel() * message.element_size()
+        like = torch.empty(0, dtype=dtype, device=mesh.device)
+        size += sum(x.numel() for peer in out[dtype].values() for x in peer) * like.element_size()
+        for own, came in swap(out[dtype], into[dtype], group, like):
+            own.copy_(came)
         messages += len(out[dtype])
     return Moved(len(moves), size, messages)
-
-
-def _in_peer_order(parts: dict[int, list[Tensor]]) -> list[Tensor]:
-    return [x for peer in sorted(parts) for x in parts[peer]]
-
-
-def _sizes(parts: dict[int, list[Tensor]], peers: int) -> list[int]:
-    return [sum(x.numel() for x in parts.get(peer, ())) for peer in range(peers)]
-
-
-def _joined(parts: dict[int, list[Tensor]], device: torch.device, dtype: torch.dtype) -> Tensor:
-    flat = [x.to(device) for x in _in_peer_order(parts)]  # some may lie in the host's memory
-    return torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=device)
-
-
-def _cut(message: Tensor, parts: dict[int, list[Tensor]]) -> tuple[Tensor, ...]:
-    return message.split([x.numel() for x in _in_peer_order(parts)])

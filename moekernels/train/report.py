@@ -228,4 +228,11 @@ def _experts(lines: list[dict], last: dict) -> list[tuple[str, str]]:
             text += f"; {sum(x['predicted_gain'] for x in moves):.3f} s per step predicted"
             text += f", {sum(gained):.3f} s realised" if gained else ""
         rows.append(("experts moved", text))
+    if copied := [x for x in lines if x.get("replicas")]:
+        mean = [
+            sum(x[key] for x in copied) / len(copied)
+            for key in ("rank_load_max_over_mean", "rank_load_with_replicas")
+        ]
+        text = f"{copied[-1]['replicas']} copies of hot experts, in {len(copied)} steps"
+        rows.append(("replicas", f"{text}; ranks max/mean {mean[0]:.2f}, with them {mean[1]:.2f}"))
     return rows

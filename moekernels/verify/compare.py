@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moekernels import assembly
+from moekernels.balance import placement, replicas
 from moekernels.data.batch import MicroBatch
 from moekernels.model.layout import Layout
+from moekernels.nn.replicas import Replicas
 from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.bound import stands
 from moekernels.parallel.mesh import Mesh
@@ -70,6 +72,14 @@ class Side:
             lr=1e-2, steps=100, clip=1.0, shard_optimizer=run.train.shard_optimizer
         )
         self.optimizer = Optimizer(self.shards, mesh, settings)
+        layers = [moe for chunk in self.chunks for moe in chunk.experts_layers]
+        self.replicas = Replicas(mesh, layers)
+        if spare := run.train.replicas:
+            ep, units = mesh.layout.ep, replicas.units_of(mesh.exchange.size)
+            slot_of = placement.unmoved(1, run.model.num_experts)[0]
+            copies = replicas.anywhere(slot_of, ep, spare, units)
+            for number in range(len(layers)):
+                self.replicas.hold(number, copies, slot_of, [0] * ep)
 
     def step(self, batches: list[MicroBatch], hook: Callable) -> float:
         """Gradients into `main_grad`; the step's loss, on every rank."""
@@ -77,11 +87,13 @@ class Side:
         for chunk in self.chunks:
             chunk.route_hook = lambda batch, *args: hook(places[id(batch)], *args)
         assembly.begin_bound(self.run, self.mesh, batches)
+        self.replicas.refresh()
         fits = False
         while not fits:
             self.optimizer.zero_grad()
             losses = self.runtime.step(batches, record=False).losses
             fits = stands(self.mesh.exchange.bound, self.mesh.world)
+        self.replicas.bring_home()
         self.optimizer.reduce()
         self.optimizer.spread_gradients()
         loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -94,7 +106,11 @@ class Side:
 
 def record(run: cfg.RunConfig, device: torch.device) -> list[Recorded]:
     """All steps in one process: the micro-batches of every data-parallel rank, one by one."""
-    alone = replace(run, layout=LayoutSection(checkpoint_layers=run.layout.checkpoint_layers))
+    alone = replace(
+        run,
+        layout=LayoutSection(checkpoint_layers=run.layout.checkpoint_layers),
+        train=replace(run.train, replicas=0),
+    )
     side = Side(alone, Mesh(Layout(), device=device))
     steps = []
     for step in range(1, run.train.steps + 1):

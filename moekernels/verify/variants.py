@@ -47,6 +47,7 @@ class Variant:
     shard_optimizer: bool = False
     buffers: str = EXACT  # of the rows that come
     virtual_stages: int = 1
+    replicas: int = 0  # copies of other ranks' experts in each layer of a rank
 
     @property
     def model(self) -> tuple:
@@ -64,6 +65,7 @@ class Variant:
             text += f", {self.attention} attention"
         text += f", {' and '.join(BESIDE)} expert and a dense layer" * self.guests
         text += f", {self.buffers} buffers" * (self.buffers != EXACT)
+        text += f", {self.replicas} copies of experts a rank" * (self.replicas > 0)
         return text + ", optimizer split over ranks" * self.shard_optimizer
 
 
@@ -83,6 +85,8 @@ def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
         found.append(Variant(steps=1, dispatcher="all_to_all", buffers="bounded:1"))
     if run.layout.dp > 1:
         found.append(Variant(steps=1, shard_optimizer=True))
+    if run.layout.ep > 1:
+        found.append(Variant("zb", top_k=1, steps=1, replicas=2))
     if 6 % run.layout.ep == 0:
         found.append(Variant(experts=6, top_k=3, steps=1))
     return found
@@ -127,6 +131,7 @@ def configure(
     run.batch.accumulation, run.batch.context = 1, 40
     run.train.dtype, run.train.shard_optimizer = dtype, variant.shard_optimizer
     run.train.exchange_buffers = variant.buffers
+    run.train.replicas = variant.replicas
     cfg.check(run, world)
     return run
 
