@@ -7,8 +7,10 @@ second whether the rank that it waits for lives. Legend: P ranks of the group.
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Sequence
+import secrets
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from moekernels.parallel.nodes import Nodes, cores, gather
 MODES = ("auto", "shared", "collective")
 SPACE = 1 << 36  # bytes of addresses of a slab; memory is taken as messages need it
 WHOLE = -1  # the label of exchanges of whole tensors, which know no layer
+MARK = 16  # bytes at the end of a slab, by which whoever finds it knows whose it is
 SPINS, SPINS_ALONE = 50, 2000  # before a wait sleeps; where every rank has a core of its own
 
 
@@ -38,6 +41,8 @@ class PeerMemory:
         """RuntimeError where this system has no such memory, or no room for it."""
         self.ranks, self.rank, self.size = tuple(ranks), rank, len(ranks)
         self.host = _host.Peers(rank, self.size, space)
+        self.mark = secrets.token_bytes(MARK)
+        os.pwrite(self.host.fd, self.mark, os.fstat(self.host.fd).st_size - MARK)
 
     def connect(self, pids: Sequence[int], descriptors: Sequence[int]) -> None:
         """Map what the peers made, in the order of `ranks`; RuntimeError where one's memory cannot
@@ -124,7 +129,8 @@ def share(
     """Memory for those of the groups that hold this rank and lie on one node, and why there is
     none. All ranks of the run call it together; either all of them share or none does.
 
-    Raises UsageError under the mode `shared` where the ranks cannot share.
+    Raises UsageError under the mode `shared` where the ranks cannot share, and under any other
+    where they are not of one machine though it seemed so.
     """
     if mode == "collective":
         return {}, "--exchange collective"
@@ -135,25 +141,66 @@ def share(
     made, complaint = {}, ""
     try:
         made = {ranks: PeerMemory(ranks, ranks.index(rank)) for ranks in mine}
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         complaint = str(error)
-    opened = {ranks: memory.host.fd for ranks, memory in made.items()}
+    opened = {ranks: (memory.host.fd, memory.mark) for ranks, memory in made.items()}
     everyone = gather((os.getpid(), opened, complaint), world)
     complaint = next((text for _, _, text in everyone if text), "")
     if len({(nodes.of[r], pid) for r, (pid, _, _) in enumerate(everyone)}) < world:
         complaint = "several ranks are of one process"  # a backend that only pretends, say
     if not complaint:
+        _check_machine(rank, made, everyone)
         alone = len(nodes.mates(rank)) <= cores()
         try:
             for ranks, memory in made.items():
                 memory.connect(
-                    [everyone[r][0] for r in ranks], [everyone[r][1][ranks] for r in ranks]
+                    [everyone[r][0] for r in ranks], [everyone[r][1][ranks][0] for r in ranks]
                 )
                 memory.host.spins = SPINS_ALONE if alone else SPINS
         except RuntimeError as error:
             complaint = str(error)
         complaint = next((text for text in gather(complaint, world) if text), "")
     return _none(mode, complaint) if complaint else (made, "")
+
+
+def _check_machine(rank: int, made: Iterable[tuple[int, ...]], everyone: Sequence[tuple]) -> None:
+    """UsageError, on all ranks, where one does not find another's memory on its machine: two of
+    them have one name, and whatever is told of nodes would be wrong."""
+    strangers = (
+        peer
+        for ranks in made
+        for peer in ranks
+        if peer != rank and _is_strange(everyone[peer][0], *everyone[peer][1][ranks])
+    )
+    found = gather(next(strangers, None), len(everyone))
+    for other, peer in enumerate(found):
+        if peer is not None:
+            raise UsageError(
+                f"ranks {min(other, peer)} and {max(other, peer)} say that they run on one machine "
+                f"(host name, boot and process numbers), but rank {other} does not find the memory "
+                f"of rank {peer} there; give the machines, or containers, names of their own"
+            )
+
+
+def _is_strange(pid: int, descriptor: int, mark: bytes) -> bool:
+    """Whether there is no such process here, or what it has open by that number is not the peer's.
+    One that may not be looked into is not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    try:
+        slab = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    try:
+        return os.pread(slab, MARK, max(0, os.fstat(slab).st_size - MARK)) != mark
+    except OSError:
+        return True  # a pipe, say
+    finally:
+        os.close(slab)
 
 
 def _none(mode: str, why: str) -> tuple[dict, str]:

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -233,6 +234,39 @@ def test_groups_over_several_nodes_keep_the_collective() -> None:
         "or collective"
     )
     assert run_ranks(4, _nodes) == [([True, True, False, False], said)] * 4
+
+
+NOBODY = (1 << 22) + 1  # beyond the numbers of processes
+
+
+def _stranger(rank: int, gone: bool) -> str:
+    """Rank 1 says that it is a process which is not here, or one that has something else open."""
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            told = peers.gather
+
+            def wrong(value: Any, world: int) -> list:
+                if isinstance(value, tuple) and isinstance(value[1], dict):
+                    pid, opened, complaint = value
+                    there = {ranks: (fd, bytes(peers.MARK)) for ranks, (fd, _) in opened.items()}
+                    value = (NOBODY, opened, complaint) if gone else (pid, there, complaint)
+                return told(value, world)
+
+            patch.setattr(peers, "gather", wrong)
+        try:
+            Mesh(Layout(dp=2, ep=2))
+        except UsageError as error:
+            return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["gone", "another"])
+def test_machines_of_one_name_are_told_apart(gone: bool) -> None:
+    """Two ranks whose nodes have one name, and neither sees the other's processes."""
+    said = run_ranks(2, _stranger, gone)
+    assert len(set(said)) == 1
+    assert "ranks 0 and 1 say that they run on one machine" in said[0]
+    assert "rank 0 does not find the memory of rank 1 there" in said[0]
 
 
 def test_ranks_of_one_process_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
