@@ -10,7 +10,7 @@ STAMP := $(VENV)/.ready
 SOURCES := CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/cuda/* csrc/cuda/*/* csrc/simt/* csrc/cutlass/*)
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
 
-.PHONY: train test compat lock sanitize sanitizers cuda-all verify bench bench-compare build lint style types format docs clean setup newest
+.PHONY: train test compat lock sanitize sanitizers cuda-all verify bench bench-compare build lint style types format docs hub clean setup newest
 
 setup: $(STAMP)
 
@@ -89,6 +89,10 @@ docs: .venv-docs/.ready
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip --disable-pip-version-check --quiet install -r requirements/docs.txt
 	touch $@
+
+# build/hub: a folder for the kernels hub, with a library for this machine.
+hub: build
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/hub.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info moekernels/*.so .venv-newest .venv-docs

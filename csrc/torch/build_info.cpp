@@ -1,5 +1,6 @@
 // Facts about the build that need no tensor: what `moekernels info` prints.
 #include "cutlass.h"
+#include "device.h"
 #include "moekernels/common.h"
 
 namespace moekernels::binding {
@@ -22,13 +23,13 @@ std::string cuda_archs() { return MOEKERNELS_CUDA_ARCHS; }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def("_cpu_isa() -> str");
   m.def("_cuda_archs() -> str");
   m.def("_check_environment() -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moekernels, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(MOEKERNELS_OPS, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("_cuda_archs", TORCH_BOX(&cuda_archs));
   m.impl("_check_environment", TORCH_BOX(&check_environment));

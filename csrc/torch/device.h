@@ -9,7 +9,7 @@
 // that tests can run the launchers without a GPU.
 #ifdef MOEKERNELS_EMULATED
 #define MOEKERNELS_OPS moekernels_emulated
-#else
+#elif !defined(MOEKERNELS_OPS)  // a hub folder has a name of its own (tools/hub.py)
 #define MOEKERNELS_OPS moekernels
 #endif
 

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <new>
 
+#include "device.h"
 #include "tensor.h"
 
 namespace moekernels::binding {
@@ -158,13 +159,13 @@ Tensor empty_large(std::initializer_list<int64_t> shape, ScalarType dtype, const
 }
 
 #ifndef MOEKERNELS_EMULATED  // both libraries may be loaded at once
-STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def("_memory_allowed(str root) -> int");
   m.def("_pool_held() -> int");
   m.def("_pool_idle(float seconds) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moekernels, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(MOEKERNELS_OPS, CompositeExplicitAutograd, m) {
   m.impl("_memory_allowed", TORCH_BOX(&memory_allowed));
   m.impl("_pool_held", TORCH_BOX(&pool_held));
   m.impl("_pool_idle", TORCH_BOX(&pool_idle));
