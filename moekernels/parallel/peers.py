@@ -8,6 +8,7 @@ second whether the rank that it waits for lives. Legend: P ranks of the group.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import secrets
 from collections.abc import Iterable, Sequence
@@ -75,10 +76,11 @@ class PeerMemory:
     ) -> Tensor:
         """`send[p]` rows of x to peer p, `receive[p]` from it, in peer order; default: equal."""
         x = x.contiguous()
-        even = [x.shape[0] // self.size] * self.size
-        receive, send = receive or even, send or even
+        if receive is None or send is None:
+            even = [x.shape[0] // self.size] * self.size
+            receive, send = receive or even, send or even
         out = x.new_empty(sum(receive), *x.shape[1:])
-        row = x[:1].nbytes if x.shape[0] else out[:1].nbytes
+        row = x.element_size() * math.prod(x.shape[1:])
         self.host.label = WHOLE
         try:
             self.host.all_to_all(
