@@ -172,7 +172,7 @@ def against_prediction(report: dict) -> list[str]:
 
 
 def ladder_table(lines: list[dict]) -> list[str]:
-    broken = [line for line in lines if line.get("status") not in (None, "pass")]
+    broken = [line for line in lines if line.get("status") not in (None, "pass", "skipped")]
     text = [f"  ladder: {sum(x.get('status') == 'pass' for x in lines)} of {len(lines)} rungs hold"]
     for line in broken:
         text.append(f"  {line['rung']} ({line['way']}) {line['status']}: {line.get('error', '')}")

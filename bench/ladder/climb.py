@@ -39,6 +39,7 @@ LEGEND = {
 }
 
 
+FINE = ("pass", "skipped")
 WATCHDOG = ROOT / "moekernels" / "_C_watch.so"
 
 
@@ -60,6 +61,8 @@ def _work(pipe, name: str, kit: Kit) -> None:
         pipe.send({"status": "pass", "facts": RUNGS[name].fn(kit) or {}})
     except kits.RungFailed as error:
         pipe.send({"status": "fail", "error": str(error)})
+    except kits.RungSkipped as error:
+        pipe.send({"status": "skipped", "why": str(error)})
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
@@ -100,11 +103,11 @@ def run_rung(rung: Rung, kit: Kit, limit: float) -> dict:
         process.join(5)
         line |= {"status": "fail", "error": f"the process died, exit code {process.exitcode}"}
     if process.is_alive():
-        process.join(2 if line["status"] == "pass" else 0)
+        process.join(2 if line["status"] in FINE else 0)
         process.kill()
         process.join()
     line["seconds"] = round(time.monotonic() - begin, 2)
-    if line["status"] != "pass":
+    if line["status"] not in FINE:
         line["look"] = rung.look
         if meaning := legend(line["error"]):
             line["legend"] = meaning
@@ -139,7 +142,7 @@ def climb(ways: list[str], hardware: bool, pack: Path | None, only: list[str], o
                 line = run_rung(rung, kit, limit)
                 if line["status"] == "hang" and watch and not rung.probe:
                     line["watchdog"] = under_the_watchdog(rung, pack, watch)
-            passed[rung.name, way] = line["status"] == "pass"
+            passed[rung.name, way] = line["status"] in FINE
             out.write(jsonio.dumps(line) + "\n")
             out.flush()
             print(sentence(line), flush=True)
@@ -149,7 +152,7 @@ def climb(ways: list[str], hardware: bool, pack: Path | None, only: list[str], o
 def sentence(line: dict) -> str:
     text = f"{line['number']:3} {line['rung']:16}{line['way']:9}{line['status']:8}"
     text += f"{line.get('seconds', 0):6.1f} s"
-    for key in ("error", "look", "legend", "watchdog"):
+    for key in ("why", "error", "look", "legend", "watchdog"):
         if key in line:
             text += f"\n      {key}: {line[key]}"
     return text

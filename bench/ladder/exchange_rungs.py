@@ -1,17 +1,17 @@
-"""Rung 15: the exchange through memory that devices share, with the ranks on one card: all but the
-link between cards."""
+"""Rungs 15 and 16: the exchange through memory that devices share, with the ranks on one card,
+which is all but the link between cards; then rows put over that link, against a plain copy."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ladder.diagnose import same
-from ladder.kit import Kit, rung
+from ladder.kit import Kit, RungSkipped, require, rung
 from ladder.product_rungs import BF16, normal
 from moekernels import reference
 from moekernels.ops import exchange as kernels
@@ -50,9 +50,9 @@ def _ranks(kit: Kit, slabs: list[Tensor]) -> Iterator:
                 del devices.emulator.lasting[slab.data_ptr()]
 
 
-def _slabs(kit: Kit, shape: kernels.Shape) -> list[kernels.Slabs]:
-    size = kernels.bytes_of(shape)
-    room = [torch.zeros(size + 128, dtype=torch.uint8, device=kit.device) for _ in range(PEERS)]
+def _slabs(kit: Kit, shape: kernels.Shape, devices: list[str] | None = None) -> list[kernels.Slabs]:
+    size, devices = kernels.bytes_of(shape), devices or [kit.device] * shape.peers
+    room = [torch.zeros(size + 128, dtype=torch.uint8, device=d) for d in devices]
     memory = [r[(first := -r.data_ptr() % 128) : first + size] for r in room]
     addresses = [m.data_ptr() for m in memory]
     patience = PATIENCE if kit.hardware else 0
@@ -101,3 +101,105 @@ def exchange(kit: Kit) -> dict:
                 same(f"rows that came home to rank {p}", home[p], messages[p])
     moved = 4 * sum(t.numel() * 2 for t in came)  # read and written, out and home
     return {"ranks": PEERS, "gigabytes_a_second_with_launches": moved / seconds / 1e9}
+
+
+# Of what a copy between the two cards reaches, and of an H100 pair on NVLink in GB/s: kernels that
+# others measured put rows at 419. A copy above `NVLINK` goes by it: PCIe 5 carries 64.
+OF_A_COPY, ON_H100, NVLINK = 0.9, 400.0, 100.0
+
+
+def judge(put: float, copy: float, card: str) -> None:
+    """GB/s of rows that were put to a peer, of a copy to it, and what the cards are."""
+    require(
+        put >= OF_A_COPY * copy,
+        f"put {put:.0f} GB/s, a copy {copy:.0f}: it must reach {OF_A_COPY:g} of that",
+    )
+    if "H100" in card and copy > NVLINK:
+        require(put >= ON_H100, f"put {put:.0f} GB/s over NVLink, an H100 must reach {ON_H100:.0f}")
+
+
+class _Cards:
+    """A rank is a card; one process drives both."""
+
+    def on(self, rank: int) -> contextlib.AbstractContextManager:
+        return torch.cuda.device(rank)
+
+    def run(self) -> None:
+        for rank in range(2):
+            torch.cuda.synchronize(rank)
+
+
+@contextlib.contextmanager
+def _two(kit: Kit, slabs: list[Tensor]) -> Iterator:
+    if kit.hardware:
+        yield _Cards()
+        return
+    with _ranks(kit, slabs) as devices:
+        yield devices
+
+
+def _seconds(fn: Callable[[], None]) -> float:
+    """Of work on card 0, by its own clock."""
+    with torch.cuda.device(0):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        fn()
+        end.record()
+        end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def _cards(kit: Kit) -> list[str]:
+    if not kit.hardware:
+        return ["cpu", "cpu"]
+    if torch.cuda.device_count() < 2:
+        raise RungSkipped("there is one card here, and rows are put from one to another")
+    if not torch.cuda.can_device_access_peer(0, 1) or not torch.cuda.can_device_access_peer(1, 0):
+        raise RungSkipped("cards 0 and 1 do not reach one another's memory")
+    for a, b in ((0, 1), (1, 0)):  # torch opens the way to a peer when it first copies there
+        torch.ones(1, device=f"cuda:{a}").to(f"cuda:{b}")
+    return ["cuda:0", "cuda:1"]
+
+
+@rung(16, "exchange", look="csrc/cuda/exchange.cu: kSendBlocks, move_piece; the link's own speed")
+def put(kit: Kit) -> dict:
+    """All rows of rank 0 to the experts of rank 1, to the bit, as fast as a copy."""
+    cards = _cards(kit)
+    rows, hidden, turns = (1 << 14, 2048, 10) if kit.hardware else (9, 16, 2)
+    x, drawn = normal(BF16, rows, hidden), torch.Generator().manual_seed(1)
+    ids = EXPERTS + torch.randint(0, EXPERTS, (rows, 1), generator=drawn).int()
+    routing = reference.route(ids, 2 * EXPERTS)
+    nothing = torch.zeros_like(routing.counts)
+    slabs = _slabs(kit, kernels.Shape(2, EXPERTS, 1, rows, rows, 2 * hidden), cards)
+    x0, slot_of = x.to(cards[0]), routing.slot_of.to(cards[0])
+    counts = [c.to(card) for c, card in zip((routing.counts, nothing), cards)]
+    put_rows, times, copies = kit.wrong("put", kernels.put), [], []
+    with _two(kit, [s.slab for s in slabs]) as devices:
+        known = []
+        for rank in range(2):
+            with devices.on(rank):
+                known.append(kernels.gather_counts(counts[rank], slabs[rank]))
+        devices.run()
+        for _ in range(turns):
+
+            def send() -> None:
+                with devices.on(0):
+                    put_rows(x0, None, slot_of, 1, known[0], slabs[0], 0)
+
+            if kit.hardware:
+                times.append(_seconds(send))
+            else:
+                send()
+            with devices.on(1):
+                like = x[:0].to(cards[1])
+                came = kernels.take(like, known[1], slabs[1], 0, rows, weighted=False)[0]
+            devices.run()
+            same("rows that came to rank 1", came, x[routing.slot_of.long()])
+    if not kit.hardware:
+        return {"ranks": 2}
+    there = torch.empty_like(x, device=cards[1])
+    copies = [_seconds(lambda: there.copy_(x0, non_blocking=True)) for _ in range(turns)]
+    speed, copy = (x.nbytes / min(seconds) / 1e9 for seconds in (times, copies))
+    card = torch.cuda.get_device_name(0)
+    judge(speed, copy, card)
+    return {"card": card, "put_gigabytes_a_second": speed, "copy_gigabytes_a_second": copy}

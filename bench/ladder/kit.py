@@ -23,6 +23,10 @@ class RungFailed(AssertionError):
     """A rung that did not give what it must; the text says what it gave."""
 
 
+class RungSkipped(Exception):
+    """A rung that this machine has no place for; the text says why. What needs it goes on."""
+
+
 def require(condition: object, text: str) -> None:
     if not condition:
         raise RungFailed(text)

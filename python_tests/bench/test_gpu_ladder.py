@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=emulated.
 
 if emulated.why_not() is None:
     from ladder import climb, diagnose, exchange_rungs, kit, probe_rungs, product_rungs, whole_rungs
-    from ladder.kit import RUNGS, Kit, RungFailed
+    from ladder.kit import RUNGS, Kit, RungFailed, RungSkipped
 
     climb.load_rungs(True)
 NAMES = list(RUNGS) if emulated.why_not() is None else []
@@ -268,11 +268,32 @@ def backwards(x, *others):
         ("capture", lambda: {"capture": lambda kit, fn: (fn(), lambda: None)}, "replayed result 0"),
         ("simt", lambda: {"route": misplaced}, "route's token_of has other bits"),
         ("exchange", lambda: {"put": backwards}, "rows that came to rank 0 has other bits"),
+        ("put", lambda: {"put": backwards}, "rows that came to rank 1 has other bits"),
     ],
 )
 def test_planted_above_the_products(name, planted, words):
     with pytest.raises(RungFailed, match=words):
         RUNGS[name].fn(Kit(planted=planted()))
+
+
+def test_rows_are_put_as_fast_as_a_copy_or_the_rung_fails():
+    exchange_rungs.judge(405, 420, "NVIDIA H100 80GB HBM3")
+    exchange_rungs.judge(300, 320, "NVIDIA A100-SXM4-40GB")
+    exchange_rungs.judge(50, 54, "NVIDIA H100 PCIe")
+    with pytest.raises(RungFailed, match="put 370 GB/s, a copy 420: it must reach 0.9 of that"):
+        exchange_rungs.judge(370, 420, "NVIDIA A100-SXM4-40GB")
+    with pytest.raises(RungFailed, match="put 395 GB/s over NVLink, an H100 must reach 400"):
+        exchange_rungs.judge(395, 420, "NVIDIA H100 80GB HBM3")
+
+
+def test_one_card_has_nobody_to_put_rows_to(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RungSkipped, match="there is one card here"):
+        exchange_rungs.put(Kit(hardware=True))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: False)
+    with pytest.raises(RungSkipped, match="do not reach one another's memory"):
+        exchange_rungs.put(Kit(hardware=True))
 
 
 def test_every_rung_has_its_bug():
@@ -323,6 +344,12 @@ def rungs(monkeypatch):
     def beside(kit):
         return {}
 
+    def lonely(kit):
+        raise RungSkipped("there is one card here")
+
+    def behind(kit):
+        return {}
+
     for fn, needs in (
         (fine, ()),
         (broken, ("fine",)),
@@ -330,6 +357,8 @@ def rungs(monkeypatch):
         (hangs, ("fine",)),
         (above, ("fine", "broken")),
         (beside, ("fine",)),
+        (lonely, ("fine",)),
+        (behind, ("lonely",)),
     ):
         kit.rung(1, *needs, look=f"look at {fn.__name__}", limit=1.0)(fn)
 
@@ -347,7 +376,10 @@ def test_a_failure_stops_its_branch_alone_and_says_where_to_look(rungs, tmp_path
         "hangs": "hang",
         "above": "stopped",
         "beside": "pass",
+        "lonely": "skipped",
+        "behind": "pass",
     }
+    assert lines["lonely"]["why"] == "there is one card here" and "look" not in lines["lonely"]
     assert lines["fine"]["facts"] == {"answer": 42}
     assert lines["broken"]["legend"].startswith("716") and lines["broken"]["look"]
     assert "exit code 9" in lines["dies"]["error"]
@@ -360,7 +392,7 @@ def test_rungs_need_rungs_that_come_before():
     order = sorted(RUNGS.values(), key=lambda r: r.number)
     for i, rung in enumerate(order):
         assert set(rung.needs) <= {r.name for r in order[:i]}, rung.name
-    assert {r.number for r in order} == set(range(1, 16))
+    assert {r.number for r in order} == set(range(1, 17))
 
 
 def test_what_is_wrong_is_said_where():
