@@ -39,6 +39,25 @@ def test_plan_from_python():
     assert plans[0].sequences_per_second < plans[1].sequences_per_second
 
 
+def test_finetune_lora():
+    pytest.importorskip("transformers", "5.10.1")
+    pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    losses = run("finetune_lora", 12)
+    assert losses[-1] < losses[0] - 1
+
+
+def test_continue_pretraining():
+    pytest.importorskip("transformers", "5.10.1")
+    first, last = run("continue_pretraining", 12)
+    assert last < first - 1
+
+
+def test_megatron_layer():
+    pytest.importorskip("megatron.core", reason="needs megatron-core 0.16")
+    assert run("megatron_layer") < 1e-4
+
+
 def test_every_example_is_run():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert {path.stem for path in EXAMPLES.glob("*.py")} <= tested
