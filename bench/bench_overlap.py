@@ -69,7 +69,7 @@ class Side:
         text = torch.randint(0, 512, (tokens + 1,), generator=generator)
         pieces = [(text[i : i + 128], text[i + 1 : i + 129]) for i in range(0, tokens, 128)]
         self.batches = [MicroBatch.pack(pieces, loss_scale=1 / tokens)] * run.batch.microbatches
-        self.exchanges = Measure(self.mesh.exchange)
+        self.exchanges = Measure(self.mesh.exchange, self.mesh.inside)
         self.ways = [block.moe.dispatcher for c in self.chunks for block in c.layers.values()]
         self.parts = self.ways[0].parts
         self.begin, self.rate = _deferred.begin, 0.0

@@ -21,6 +21,7 @@ from moekernels.parallel import nccl
 from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.bound import Bound
 from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.nodes import Nodes
 from moekernels.parallel.optimizer import Optimizer
 from moekernels.parallel.shard import ShardInfo
 from moekernels.parallel.turns import take_turns
@@ -78,7 +79,7 @@ def _check_pairs(run: cfg.RunConfig, layout: Layout) -> None:
             f"--schedule {name} hides the exchange of rows, and with ep 1 x etp 1 there is none; "
             f"give --ep, or --schedule 1f1b"
         )
-    if dispatch.choose(lay.dispatcher, run.model, lay.ep) != "all_to_all":
+    if dispatch.choose(lay.dispatcher, run.model, layout) != "all_to_all":
         raise UsageError(
             f"--schedule {name} hides rows that are posted and waited for, and the all-gather form "
             f"gathers at once; give --dispatcher all_to_all, or --schedule 1f1b"
@@ -90,15 +91,15 @@ def _check_pairs(run: cfg.RunConfig, layout: Layout) -> None:
         )
 
 
-def build_mesh(run: cfg.RunConfig, device: torch.device) -> Mesh:
+def build_mesh(run: cfg.RunConfig, device: torch.device, nodes: Nodes | None = None) -> Mesh:
     """This rank's place, groups and what they share; UsageError where that cannot be as the run
-    asks for it."""
+    asks for it. `nodes` declares what lies where, else it is found out."""
     t, wanted = run.train, link.parse(run.train.link)
     rows = None
     if device.type == "cuda":
         nccl.check_environment(os.environ)
         rows = nccl.rows_of(run.nccl)
-    mesh = Mesh(layout_of(run), device=device, exchange_mode=t.exchange, nccl_rows=rows)
+    mesh = Mesh(layout_of(run), None, device, t.exchange, nodes, rows)
     memory = mesh.exchange.memory
     if mesh.exchange.device_memory is not None:
         if wanted:
@@ -128,7 +129,7 @@ def bound_of(run: cfg.RunConfig) -> float | None:
         raise UsageError(
             f"{flag}: with ep 1 no rows are exchanged; give --ep, or --exchange-buffers exact"
         )
-    if dispatch.choose(lay.dispatcher, run.model, lay.ep) != "all_to_all":
+    if dispatch.choose(lay.dispatcher, run.model, _degrees(run)) != "all_to_all":
         raise UsageError(
             f"{flag} is one of rows that go to their experts, and with top-k {run.model.top_k} "
             f"over ep {lay.ep} all ranks gather all tokens; give --dispatcher all_to_all, or "
@@ -272,6 +273,8 @@ def checkpointed(run: cfg.RunConfig) -> set[int]:
 def build_chunks(run: cfg.RunConfig, mesh: Mesh) -> list[StageModel]:
     """The chunks of this rank, in order; with the parameters that any other layout begins with."""
     lay, ranges = run.layout, layer_ranges(run)
+    # Pairs hide rows that are posted and waited for, over nodes or not: see `_check_pairs`.
+    way = "all_to_all" if SCHEDULES[lay.schedule].pairs else lay.dispatcher
     return [
         StageModel(
             run.model,
@@ -282,7 +285,7 @@ def build_chunks(run: cfg.RunConfig, mesh: Mesh) -> list[StageModel]:
             dtype=DTYPES[run.train.dtype],
             device=mesh.device,
             sequence_parallel=lay.sequence_parallel,
-            dispatcher=lay.dispatcher,
+            dispatcher=way,
             exchange_parts=run.train.exchange_parts,
             replicas=run.train.replicas,
             checkpoint_layers=checkpointed(run),

@@ -141,6 +141,7 @@ def plan_dict(plan: Plan) -> dict:
         },
         "step_seconds": plan.step,
         "step_parts": plan.parts,
+        "border_bytes": plan.border_bytes,
         "layer_ms": plan.layer_seconds * 1e3,
         "sequences_per_second": plan.sequences_per_second,
         "tokens_per_second": plan.tokens_per_second,

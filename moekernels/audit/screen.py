@@ -51,6 +51,9 @@ def show(report: Report, console: Console | None = None, *, everything: bool = F
         console.print("             " + _summary(report.own, c.error_band))
     parts = ", ".join(f"{k} {v:.2g}" for k, v in best.parts.items() if v >= 0.01 * best.step)
     console.print(f"[bold]step[/] {best.step:.3g} s: {parts}")
+    if best.border_bytes:
+        sent = f"{best.border_bytes / GB:.3g} GB a step by all cards, {best.strategy.dispatcher}"
+        console.print(f"[bold]between nodes[/] the experts' exchange sends {sent}")
     skew = c.skew(best.strategy.layout)
     if skew > 1.0:
         console.print(f"[bold]routing[/] the busiest rank has {skew:.2f}x the mean rows")

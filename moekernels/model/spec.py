@@ -60,7 +60,8 @@ class Place:
     on it.
 
     runs: groups of neighbouring equal segments, which attention on the CPU takes one by one.
-    imbalance: rows of the busiest rank over the mean. parts: that an exchange is cut into.
+    imbalance: rows of the busiest rank over the mean. parts: that an exchange is cut into. nodes:
+    that its ranks lie on, as many on each; of uneven ones a mean.
     """
 
     layout: Layout = Layout()
@@ -72,6 +73,7 @@ class Place:
     device: str = "cuda"
     runs: int = 1
     parts: int = 1
+    nodes: float = 1
 
     @property
     def width(self) -> int:

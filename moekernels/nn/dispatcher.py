@@ -9,7 +9,7 @@ Legend: T tokens, H hidden, K top-k, E experts, e local experts, R routed rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +19,9 @@ from moekernels import ops
 from moekernels.errors import UsageError
 from moekernels.model import dispatch
 from moekernels.model.router import RouterSpec
-from moekernels.parallel import chunks, expert
+from moekernels.parallel import border, chunks, expert
 from moekernels.parallel.exchange import Part
-from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.mesh import Group, Mesh
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +90,17 @@ class AllToAllDispatcher:
     posts = True
 
     def __init__(
-        self, mesh: Mesh, num_experts: int, layer: int = 0, parts: int = 1, spare: int = 0
+        self,
+        mesh: Mesh,
+        num_experts: int,
+        layer: int = 0,
+        parts: int = 1,
+        spare: int = 0,
+        inside: Group | None = None,
     ) -> None:
-        self.group, self.layer = mesh.exchange, layer
+        """`inside`: the ranks of a node, whose experts ids are of then, and somebody else's
+        exchange brings the gradients home."""
+        self.group, self.layer, self.last = inside or mesh.exchange, layer, inside is None
         self.own = num_experts // mesh.layout.ep
         self.parts = min(parts, self.own)
         self.etp = mesh.layout.etp
@@ -118,7 +126,8 @@ class AllToAllDispatcher:
         if self.etp > 1:
             ids, weights = self._to_shards(ids), weights.repeat_interleave(self.etp, dim=1)
         make = expert.ExchangePlan.make
-        return make(ids, self.local_experts, self.group, kept, self.layer), weights
+        plan = make(ids, self.local_experts, self.group, kept, self.layer, self.last)
+        return plan, weights
 
     def in_parts(self, x: Tensor, ids: Tensor, weights: Tensor, experts: PartOfExperts) -> Tensor:
         """The whole way, [T, H] -> [T, H]: rows of some experts travel while others compute."""
@@ -180,9 +189,48 @@ class AllGatherDispatcher:
         return expert.sum_tokens(partial, routing.way_back, self.group)
 
 
+class HierarchicalDispatcher:
+    """One copy of a token goes to each node that holds one of its experts, and from there to their
+    ranks; results are summed on the node, then node by node at home."""
+
+    posts = False  # in one go: it is on its way twice
+
+    def __init__(
+        self, mesh: Mesh, num_experts: int, layer: int = 0, parts: int = 1, spare: int = 0
+    ) -> None:
+        if mesh.flat:
+            raise UsageError(f"--dispatcher hierarchical: {mesh.flat}; give all_to_all")
+        self.rail, self.layer = mesh.rail, layer
+        self.inside = AllToAllDispatcher(mesh, num_experts, layer, parts, spare, mesh.inside)
+        self.local_experts = self.inside.local_experts
+        self.node_experts = self.local_experts * (mesh.layout.ep // mesh.rail.size)
+        self.parts = self.inside.parts
+
+    def dispatch(
+        self, x: Tensor, ids: Tensor, weights: Tensor, kept: expert.Kept | None = None
+    ) -> tuple[Tensor, Routed]:
+        x, weights, ids, plan = border.cross(
+            x, weights, ids, self.node_experts, self.rail, kept, self.layer
+        )
+        rows, routed = self.inside.dispatch(x, ids, weights, kept)
+        return rows, replace(routed, way_back=(routed, plan))
+
+    def combine(self, rows: Tensor, routing: Routed) -> Tensor:
+        routed, plan = routing.way_back
+        return expert.combine(self.inside.combine(rows, routed), plan)
+
+    def in_parts(self, x: Tensor, ids: Tensor, weights: Tensor, experts: PartOfExperts) -> Tensor:
+        """As `AllToAllDispatcher` has it, within the node."""
+        x, weights, ids, plan = border.cross(
+            x, weights, ids, self.node_experts, self.rail, None, self.layer
+        )
+        return expert.combine(self.inside.in_parts(x, ids, weights, experts), plan)
+
+
 DISPATCHERS: dict[str, type] = {
     "all_to_all": AllToAllDispatcher,
     "all_gather": AllGatherDispatcher,
+    "hierarchical": HierarchicalDispatcher,
 }
 
 
@@ -196,5 +244,5 @@ def make_dispatcher(
         raise UsageError(f"dispatcher {kind!r}; use one of auto, {', '.join(DISPATCHERS)}")
     if mesh.exchange.size == 1:
         return LocalDispatcher(spec.num_experts)
-    name = dispatch.choose(kind, spec, mesh.layout.ep)
+    name = dispatch.choose(kind, spec, mesh.layout, mesh.rail.size)
     return DISPATCHERS[name](mesh, spec.num_experts, layer, parts, spare)

@@ -54,8 +54,9 @@ class _Post(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _: Tensor):
         _only_once()
-        _deferred.run()  # weights' gradients, while the last rows come home
         posted, plan = ctx.posted, ctx.posted.plan
+        if plan.last:
+            _deferred.run()  # weights' gradients, while the last rows come home
         for part in reversed(posted.parts):
             posted.back.pop(part).wait(posted.room)
         drows, dweights = posted.room

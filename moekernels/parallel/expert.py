@@ -39,6 +39,7 @@ class ExchangePlan:
     send: list[int]  # [P] rows to each peer; empty where the exchange is blind
     receive: list[int] | None  # [P] rows from each peer, where the exchange asks beforehand
     layer: int = 0
+    last: bool = True  # of the ways of a layer's gradients home: what was put off runs under it
     # Where counts come with the rows: of every part that did [P, n], flat, and offsets behind them.
     told: dict[Part, Tensor] = field(default_factory=dict)
     _bounds: list[int] | None = None  # where each expert's own rows begin
@@ -99,11 +100,19 @@ class ExchangePlan:
 
     @staticmethod
     def make(
-        ids: Tensor, local_experts: int, group: Group, kept: Kept | None = None, layer: int = 0
+        ids: Tensor,
+        local_experts: int,
+        group: Group,
+        kept: Kept | None = None,
+        layer: int = 0,
+        last: bool = True,
     ) -> ExchangePlan:
         """ids [T, K] into P*e experts, e on each peer in peer order. On a GPU it reads back from
         the device once, under a bound never."""
-        return _kept(kept, lambda: (ExchangePlan._make(ids, local_experts, group, layer),))[0]
+        make = ExchangePlan._make
+        plan = _kept(kept, lambda: (make(ids, local_experts, group, layer),))[0]
+        plan.last = last
+        return plan
 
     @staticmethod
     def _make(ids: Tensor, local_experts: int, group: Group, layer: int) -> ExchangePlan:
@@ -181,7 +190,8 @@ class _Dispatch(torch.autograd.Function):
         if _differentiable("dispatch"):
             return *_DispatchBack.apply(drows, dweights, ctx.plan), None, None
         # What the experts' backward has put off since that of `combine`.
-        return *_gather(drows, dweights, ctx.plan, _deferred.run), None, None
+        meanwhile = _deferred.run if ctx.plan.last else None
+        return *_gather(drows, dweights, ctx.plan, meanwhile), None, None
 
 
 class _DispatchBack(torch.autograd.Function):

@@ -130,22 +130,42 @@ def hidden_of(hidden: float, flight: float, step: float) -> float | None:
 waited = SpanClock()  # of this process: what its layers wait for rows and their numbers
 
 
-class Measure:
-    """The exchanges of one rank since the last `take`."""
+class Border:
+    """Bytes of exchanges that this process has sent to ranks of other nodes."""
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def take(self) -> int:
+        """Since the last `take`."""
+        sent, self.sent = self.sent, 0
+        return sent
+
+
+border = Border()
+
+
+class Measure:
+    """The exchanges of one rank since the last `take`: of `group`, and of those of its ranks that
+    are `inside` a node where rows travel in two levels."""
+
+    def __init__(self, group: Group, inside: Group | None = None) -> None:
+        self.group, self.memory = group, (inside or group).memory
         self.stamps: list[Stamps] = []  # of the last `take`
+        self.sent = 0  # bytes to other nodes, before the last `take`
         waited.running = group.size > 1
 
     def take(self) -> Times:
         if self.group.size == 1:
             return Times()
-        if self.group.memory is None:
-            nan = float("nan")
-            return Times(0.0, nan, waited.take()[0], nan, nan)
-        self.stamps = [Stamps(*s) for s in self.group.memory.host.take_stamps()]
-        return times_of(self.stamps)
+        self.stamps, self.sent = [], border.take()
+        if self.memory is not None:
+            self.stamps = [Stamps(*s) for s in self.memory.host.take_stamps()]
+        times = times_of(self.stamps)
+        if self.group.memory is None:  # collectives tell how long they were waited for
+            nan, exposed = float("nan"), times.exposed + times.skew
+            times = Times(times.moving, nan, exposed + waited.take()[0], nan, nan)
+        return times
 
 
 def origin_of(perf_counter: float) -> int:

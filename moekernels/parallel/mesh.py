@@ -31,13 +31,16 @@ from moekernels.parallel.symmetric import SymmetricMemory, why_not_symmetric
 if TYPE_CHECKING:
     from moekernels.parallel.bound import Bound
 
-GROUPS = ("world", "stage", "tp", "dp", "pp", "exchange", "edp", "expert_copies")
+GROUPS = (
+    "world", "stage", "tp", "dp", "pp", "exchange", "inside", "rail", "edp", "expert_copies",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Group:
     """Ranks that talk to one another. `process_group` is None where the group is one rank;
-    `memory` is what they share where they are of one machine."""
+    `memory` is what they share where they are of one machine; `far` are the places in the group of
+    those on other nodes than this one's."""
 
     process_group: dist.ProcessGroup | None
     rank: int
@@ -47,6 +50,7 @@ class Group:
     options: Any = None  # of its process group, for another of the same ranks
     device_memory: SymmetricMemory | None = None  # where their GPUs share memory, for rows
     bound: Bound | None = None  # of the rows that a rank takes in, where it has one
+    far: tuple[int, ...] = ()
 
 
 class Mesh:
@@ -54,6 +58,8 @@ class Mesh:
 
     tp, dp, pp    the dense factorisation
     exchange      the ep*etp ranks that exchange rows; its index is ep_index*etp + etp_index
+    inside, rail  of the exchange, the ranks of this node, and those in this one's place on every
+                  node; `flat` says why the exchange is not parted so: it is `inside`, then
     edp           the copies of this rank's experts
     expert_copies the ranks that hold the same experts, their etp shards included (edp*etp)
     stage, world  all ranks of the stage, and of the run
@@ -69,6 +75,8 @@ class Mesh:
     dp: Group
     pp: Group
     exchange: Group
+    inside: Group
+    rail: Group
     edp: Group
     expert_copies: Group
     stage: Group
@@ -118,7 +126,9 @@ class Mesh:
         self.self = Group(None, 0, 1, (rank,))
         for name in GROUPS:
             group = getattr(self, name)
-            setattr(self, name, replace(group, memory=shared.get(group.ranks)))
+            far = set(group.ranks).difference(self.nodes.mates(rank))
+            places = tuple(i for i, peer in enumerate(group.ranks) if peer in far)
+            setattr(self, name, replace(group, memory=shared.get(group.ranks), far=places))
         if layout.world > 1 and on_gpus and not self.alone and self.exchange.size > 1:
             memory = SymmetricMemory(self.exchange.process_group, self.device)
             self.exchange = replace(self.exchange, device_memory=memory)
@@ -149,6 +159,26 @@ class Mesh:
             self.members[name] = [tuple(ranks) for ranks in found.values()]
         for name, groups in self.members.items():
             setattr(self, name, self._group(name, groups))
+        self._part_exchange()
+
+    def _part_exchange(self) -> None:
+        """Its groups within nodes and across them, over communicators as the exchange's own."""
+        parted = [self.nodes.split(ranks) for ranks in self.members["exchange"]]
+        sizes = {len(mates) for nodes in parted for mates in nodes}
+        self.flat = ""
+        if sizes == {self.layout.exchange}:
+            self.flat = "ranks that exchange rows are of one node"
+        elif len(sizes) > 1:
+            self.flat = "nodes hold different numbers of the ranks that exchange rows"
+        elif sizes == {1}:
+            self.flat = "ranks that exchange rows are alone on their nodes"
+        elif sizes.pop() % self.layout.etp:
+            self.flat = "an expert's etp shards lie on several nodes"
+        self.inside, self.rail = self.exchange, Group(None, 0, 1, (self.rank,))
+        if not self.flat:
+            inside = [mates for nodes in parted for mates in nodes]
+            self.inside = self._group("exchange", inside)
+            self.rail = self._group("exchange", [r for nodes in parted for r in zip(*nodes)])
 
     def _group(self, name: str, groups: list[tuple[int, ...]]) -> Group:
         """Make the groups; return this rank's. Dense and expert groups often coincide, and are one

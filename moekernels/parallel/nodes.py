@@ -33,6 +33,13 @@ class Nodes:
         """Whether all of them run on one node."""
         return len({self.of[rank] for rank in ranks}) == 1
 
+    def split(self, ranks: Iterable[int]) -> list[tuple[int, ...]]:
+        """The ranks of each node, in the order in which the nodes come up among them."""
+        found: dict[int, list[int]] = {}
+        for rank in ranks:
+            found.setdefault(self.of[rank], []).append(rank)
+        return [tuple(mates) for mates in found.values()]
+
     def order(self) -> tuple[int, ...]:
         """All ranks, those of a node one after the other, however a launcher dealt them."""
         return tuple(sorted(range(len(self.of)), key=lambda rank: (self.of[rank], rank)))

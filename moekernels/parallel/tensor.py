@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moekernels.ops import _derivatives
-from moekernels.parallel.measure import waited
+from moekernels.parallel.measure import border, waited
 from moekernels.parallel.mesh import Group
 
 # torch 2.13 renamed these two and warns at the old names.
@@ -54,6 +54,7 @@ def all_gather(x: Tensor, group: Group, *, stamped: bool = False) -> Tensor:
         copies = x.repeat(group.size, *[1] * (x.dim() - 1))
         return post_all_to_all(copies, group, None, None).wait(stamped=stamped)
     out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
+    border.sent += stamped * x.nbytes * len(group.far)
     with waited.span(x.device) if stamped else nullcontext():
         _all_gather_single(out, x.contiguous(), group=group.process_group)
     return out
@@ -104,13 +105,15 @@ def all_to_all(
 
 
 class Posted:
-    """A collective under way; holds what it reads and writes."""
+    """A collective under way; holds what it reads and writes, and counts the bytes of it that go to
+    other nodes."""
 
-    def __init__(self, out: Tensor, x: Tensor, work: dist.Work) -> None:
-        self.out, self.x, self.work = out, x, work
+    def __init__(self, out: Tensor, x: Tensor, work: dist.Work, far: int) -> None:
+        self.out, self.x, self.work, self.far = out, x, work, far
 
     def wait(self, *, stamped: bool = True) -> Tensor:
         if stamped:
+            border.sent += self.far
             with waited.span(self.out.device):
                 self.work.wait()
         else:
@@ -125,7 +128,10 @@ def post_all_to_all(
     rows = x.shape[0] if receive is None else sum(receive)
     out, x = x.new_empty(rows, *x.shape[1:]), x.contiguous()
     work = dist.all_to_all_single(out, x, receive, send, group=group.process_group, async_op=True)
-    return Posted(out, x, work)
+    far = len(group.far) * (x.nbytes // group.size)
+    if send is not None and group.far and x.shape[0]:
+        far = sum(send[peer] for peer in group.far) * (x.nbytes // x.shape[0])
+    return Posted(out, x, work, far)
 
 
 def own_part(x: Tensor, group: Group) -> Tensor:

@@ -12,7 +12,7 @@ from moekernels.model.layout import Layout, divisors
 from moekernels.pipeline.build import by_clock, offered
 from moekernels.plan import cost
 from moekernels.plan.evaluate import Problem
-from moekernels.plan.strategy import Strategy
+from moekernels.plan.strategy import Strategy, nodes_of_exchange
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]
     vocabulary = 3 * model.vocab_size * model.d_model
     heavy = vocabulary > cost.layer_flops(model, 1.0, 0.0)
     for layout in layouts(problem, world, space):
-        ways = [name for name, way in WAYS.items() if way.suits(model, layout.ep)]
+        nodes = nodes_of_exchange(layout, problem.cluster.gpus_per_node)
+        ways = [name for name, way in WAYS.items() if way.suits(model, layout, nodes)]
         if layout.exchange == 1:
             ways = ways[:1]  # nothing moves, whatever it is called
         most = sequences // layout.dp
@@ -106,5 +107,5 @@ def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]
                             continue
                         yield Strategy(
                             layout, layers, (0,) * len(layers), microbatches, name, virtual, way,
-                            problem.dtype, shard_optimizer=problem.shard_optimizer,
+                            problem.dtype, shard_optimizer=problem.shard_optimizer, nodes=nodes,
                         )  # fmt: skip

@@ -95,7 +95,7 @@ def layer_cost(model: DecoderSpec, cluster: Cluster, s: Strategy, layer: int = 0
 
 @lru_cache(maxsize=4096)  # many candidates of a search differ elsewhere
 def _layer_cost(model: DecoderSpec, c: Cluster, at: Place, layer: int) -> LayerCost:
-    layout, tp = at.layout, at.layout.tp
+    tp = at.layout.tp
     grouped = c.flops * c.grouped_efficiency
     bandwidth = c.memory_bandwidth * c.bandwidth_efficiency
     slower = 8 if at.width < 4 else 1  # products in fp32 at least
@@ -118,7 +118,8 @@ def _layer_cost(model: DecoderSpec, c: Cluster, at: Place, layer: int) -> LayerC
     shuffle = _collective(c, tp, 1, 2.0 * model.d_model * at.width * (tp - 1) / tp, 2)
     exchange = Affine()
     if layer > model.dense_layers:
-        exchange = _collective(c, layout.exchange, 1, *way_of(at).traffic(model, at))
+        hops = way_of(at).traffic(model, at)
+        exchange = sum((_collective(c, h.ranks, h.stride, h.size, h.calls) for h in hops), Affine())
         exchange = exchange * (1.0 - c.overlap)
     there, home, bare = _over_link(model, c, at, layer, experts)
 
@@ -160,7 +161,7 @@ def _over_link(
     if not c.exchange_rate or layer <= model.dense_layers or at.layout.exchange == 1:
         return Affine(), Affine(), Affine()
     way = way_of(at)
-    flight = way.traffic(model, at)[0] / 2 / c.exchange_rate
+    flight = sum(hop.size for hop in way.traffic(model, at)) / 2 / c.exchange_rate
     compute, latency = experts.per_token, Affine(2 * c.exchange_latency)
     if not way.defers:  # the all-gather form: waited for
         waits = [2 * flight] * 3
@@ -183,6 +184,18 @@ def _collective(c: Cluster, ranks: int, stride: int, bytes_per_token: float, cal
     per_byte += cross / (c.network_bandwidth * c.bandwidth_efficiency)
     hops = 1 + (ranks - 1).bit_length()
     return Affine(calls * c.latency * hops, bytes_per_token * per_byte)
+
+
+def border_bytes(model: DecoderSpec, s: Strategy, tokens: float) -> float:
+    """That the exchanges of all ranks send to other nodes in a step of so many tokens, if experts
+    are chosen evenly; `border_bytes` of a run's metrics is what they did send."""
+    at = place_of(s, tokens / s.layout.dp)
+    one = way_of(at).border(model, at)
+    again = 0  # a layer computed again stops where nothing is needed any more: before the way home
+    if model.beside:
+        again = sum(layer > model.dense_layers for layer in s.checkpoint_layers)
+    rows = model.moe_layers * (sum(one) - one.numbers) + again * one.back
+    return s.layout.stage_ranks * (rows + model.moe_layers * s.microbatches * one.numbers)
 
 
 def loss_cost(model: DecoderSpec, cluster: Cluster, s: Strategy) -> Affine:

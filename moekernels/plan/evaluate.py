@@ -139,6 +139,11 @@ class Plan:
         return self.strategy.layout.world
 
     @property
+    def border_bytes(self) -> float:
+        """Of a step's exchanges, to other nodes."""
+        return cost.border_bytes(self.problem.model, self.strategy, self.tokens)
+
+    @property
     def sequences_per_second(self) -> float:
         return self.sequences / self.step
 

@@ -74,8 +74,9 @@ def place_of(
     parts: int = 1,
 ) -> Place:
     return Place(
-        s.layout, tokens, s.dtype, s.dispatcher, s.sequence_parallel, imbalance, device, runs, parts
-    )
+        s.layout, tokens, s.dtype, s.dispatcher, s.sequence_parallel, imbalance, device, runs,
+        parts, s.nodes,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)  # the stages of a plan share it

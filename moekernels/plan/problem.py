@@ -14,7 +14,7 @@ from moekernels.model import dispatch
 from moekernels.model.spec import LONGEST, MOST
 from moekernels.plan.evaluate import Problem
 from moekernels.plan.search import SHARES, Space
-from moekernels.plan.strategy import Batch, Cluster, Objective, Strategy
+from moekernels.plan.strategy import Batch, Cluster, Objective, Strategy, nodes_of_exchange
 from moekernels.run import buffers, link
 from moekernels.run import files as cfg
 
@@ -193,6 +193,7 @@ def configured(run: cfg.RunConfig) -> Strategy:
     from moekernels import assembly
 
     layout, lay = assembly.layout_of(run), run.layout
+    nodes = nodes_of_exchange(layout, run.hardware.gpus_per_node)
     ranges = assembly.layer_ranges(run)
     again = assembly.checkpointed(run)
     return Strategy(
@@ -202,9 +203,10 @@ def configured(run: cfg.RunConfig) -> Strategy:
         microbatches=run.batch.microbatches * run.batch.accumulation,
         schedule=lay.schedule,
         virtual_stages=lay.virtual_stages,
-        dispatcher=dispatch.choose(lay.dispatcher, run.model, layout.ep),
+        dispatcher=dispatch.choose(lay.dispatcher, run.model, layout, nodes),
         dtype=run.train.dtype,
         optimizer_state=run.train.optimizer_state,
         shard_optimizer=run.train.shard_optimizer,
         offload_optimizer=max(0.0, run.train.offload_optimizer),  # auto: what is left to choose
+        nodes=nodes,
     )

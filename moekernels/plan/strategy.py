@@ -42,6 +42,7 @@ class Strategy:
     shard_optimizer: bool = False
     offload_optimizer: float = 0.0  # part of masters and moments in the host's memory
     sequence_parallel: bool = True
+    nodes: float = 1  # that the ranks of an exchange lie on
 
     @property
     def depth(self) -> int:
@@ -120,6 +121,11 @@ class Batch:
     def squares(self) -> int:
         """The lengths' squares, summed."""
         return sum(n * n for n in self.lengths)
+
+
+def nodes_of_exchange(layout: Layout, gpus_per_node: int) -> float:
+    """That its ranks lie on."""
+    return max(1.0, layout.exchange / gpus_per_node)
 
 
 @dataclass(frozen=True)

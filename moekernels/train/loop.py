@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import sys
 import time
@@ -22,7 +21,7 @@ from moekernels.model.tensors import SELECTION_BIAS
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel import launch
 from moekernels.parallel.bound import stands
-from moekernels.parallel.measure import Measure, hidden_of
+from moekernels.parallel.measure import Measure
 from moekernels.parallel.nodes import cores
 from moekernels.parallel.shard import blank, shard
 from moekernels.parallel.tensor import all_reduce
@@ -99,7 +98,7 @@ class Trainer:
         self.monitor = Monitor(self.mesh, self.chunks, self.rows, self.moves, t.steps)
         self.heat = torch.zeros(m.moe_layers, m.num_experts, dtype=torch.float64)
         self.peak = peak_flops(env.device)
-        self.exchanges = Measure(self.mesh.exchange)
+        self.exchanges = Measure(self.mesh.exchange, self.mesh.inside)
         self.origin = 0.0  # of the times of the last step's events
         self.held_out: list[list[MicroBatch]] | None = None
         self.stopping = False  # a signal reached some rank: this step is the last
@@ -322,6 +321,7 @@ class Trainer:
             idle=(1 - busy / flush) / self.env.world,
             stop=float(bool(self.env.stop.signal)),
             cores=worked / (flush * cores() * mesh.nodes.count),
+            border=self.exchanges.sent,
             **{name: t / flush / self.env.world for name, t in times._asdict().items()},
         )
         bound = mesh.exchange.bound
@@ -340,10 +340,7 @@ class Trainer:
             "microbatches": self.runtime.schedule.microbatches,
             "dropped": rows - int(loads.sum()),
             "bubble": sums.idle,
-            "exchange_moving": sums.moving,
-            "exchange_exposed": sums.exposed,
-            "exchange_skew": None if math.isnan(sums.skew) else sums.skew,
-            "exchange_hidden": hidden_of(sums.hidden, sums.flight, 1.0),
+            **sums.exchange(several=mesh.nodes.count > 1),
             "cores": sums.cores,
             "memory_gb": peak / 1e9,
         }

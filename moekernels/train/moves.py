@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moekernels import assembly
 from moekernels.balance import placement, replan
-from moekernels.nn.dispatcher import AllGatherDispatcher
+from moekernels.nn.dispatcher import AllGatherDispatcher, HierarchicalDispatcher
 from moekernels.nn.experts import expert_clock
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Mesh
@@ -27,6 +27,8 @@ from moekernels.run import files as cfg
 from moekernels.train.migrate import expert_state, migrate
 
 BACKWARD = 2.0  # of a forward pass of experts: gradients of inputs and of weights
+# Whose sums of a token's rows hang on where the experts lie.
+SUM_BY_RANK = (AllGatherDispatcher, HierarchicalDispatcher)
 FIRST_RATE = 1e9  # bytes/s that experts are taken to move with before any have
 
 
@@ -84,7 +86,7 @@ class Moves:
             )
         if self.rule.every and self.sums_by_rank:
             said.append(
-                "replan   the all_gather dispatcher sums by ranks: losses agree with those of the "
+                "replan   this dispatcher sums by ranks or nodes: losses agree with those of the "
                 "unmoved run to rounding; --dispatcher all_to_all has the same bits"
             )
         return said
@@ -93,7 +95,7 @@ class Moves:
     def sums_by_rank(self) -> bool:
         """Whether a token's rows are added up in an order that hangs on where experts lie."""
         layers = [moe for chunk in self.chunks for moe in chunk.experts_layers]
-        return any(isinstance(moe.dispatcher, AllGatherDispatcher) for moe in layers)
+        return any(isinstance(moe.dispatcher, SUM_BY_RANK) for moe in layers)
 
     def restore(self, facts: dict, layout: dict, where: str) -> None:
         """As a checkpoint left it, before its tensors are read; nothing moves under another ep."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,12 +10,15 @@ import torch
 
 from moekernels import assembly
 from moekernels.console import count, duration
+from moekernels.model import dispatch
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.nodes import gather
 from moekernels.parallel.optimizer import Optimizer
 from moekernels.pipeline.schedule import RELATIVE_COST
 from moekernels.pipeline.simulate import Simulator
+from moekernels.plan.cost import border_bytes
+from moekernels.plan.problem import configured
 from moekernels.run import files as cfg
 
 if TYPE_CHECKING:
@@ -122,7 +126,7 @@ GROUP_NAMES = {"tp": "tensor parallel", "exchange": "experts' exchange", "pp": "
 
 def _topology(run: cfg.RunConfig, mesh: Mesh, tokens: int) -> list[str]:
     """Which groups stay inside a node, where there are several; and what an exchange that does not
-    sends over the network in a step of so many tokens."""
+    stay sends over the network in a step of so many tokens."""
     nodes = mesh.nodes
     if nodes.count == 1:
         return []
@@ -140,19 +144,19 @@ def _topology(run: cfg.RunConfig, mesh: Mesh, tokens: int) -> list[str]:
 
 def _exchange_over_network(run: cfg.RunConfig, mesh: Mesh, tokens: int) -> str:
     """Bytes per rank and step, if experts are chosen evenly, and seconds at [hardware]'s rate."""
-    m, layout = run.model, mesh.layout
-    apart = [
-        sum(mesh.nodes.of[a] != mesh.nodes.of[b] for a in ranks for b in ranks) / len(ranks) ** 2
+    layout, strategy = mesh.layout, configured(run)
+    way = dispatch.choose(run.layout.dispatcher, run.model, layout, mesh.rail.size)
+    alike = [
+        sum(mesh.nodes.of[a] == mesh.nodes.of[b] for a in ranks for b in ranks) / len(ranks) ** 2
         for ranks in mesh.members["exchange"]
     ]
-    width = torch.empty(0, dtype=assembly.DTYPES[run.train.dtype]).element_size()
-    rows = tokens / layout.stage_ranks * m.top_k * layout.etp * max(apart)
-    layers = m.moe_layers / layout.pp
-    size = 4 * rows * layers * m.d_model * width  # there and back, forward and backward
+    nodes = 1 / min(alike)  # as on so many with equally many ranks each
+    strategy = replace(strategy, dispatcher=way, nodes=nodes)
+    size = border_bytes(run.model, strategy, tokens) / layout.world
     rate = run.hardware.network_gbps * 1e9
     return (
-        f"         EP {layout.ep} over the network: about {size / 1e9:.3g} GB per rank and step, "
-        f"{size / rate:.3g} s at {run.hardware.network_gbps:g} GB/s; an ep*etp that divides "
+        f"         EP {layout.ep} over the network, {way}: about {size / 1e9:.3g} GB per rank and "
+        f"step, {size / rate:.3g} s at {run.hardware.network_gbps:g} GB/s; an ep*etp that divides "
         f"{min(mesh.nodes.of.count(n) for n in mesh.nodes.of)} ranks stays inside a node"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from moekernels.parallel.measure import hidden_of
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.tensor import all_reduce
 
@@ -32,6 +34,17 @@ class StepSums:
     exposed: float  # waiting at all,
     flight: float  # rows flying,
     hidden: float  # and nobody waiting for them
+    border: float  # bytes of exchanges that went to other nodes
+
+    def exchange(self, several: bool) -> dict[str, float | None]:
+        """What a step's line says of the exchange; with `several` nodes of their border, too."""
+        said = {
+            "exchange_moving": self.moving,
+            "exchange_exposed": self.exposed,
+            "exchange_skew": None if math.isnan(self.skew) else self.skew,
+            "exchange_hidden": hidden_of(self.hidden, self.flight, 1.0),
+        }
+        return said | ({"border_bytes": int(self.border)} if several else {})
 
     def over_ranks(
         self, loads: Tensor, mesh: Mesh, largest: Sequence[float | Tensor]

@@ -17,7 +17,14 @@ from moekernels.run import buffers
 from moekernels.run import files as cfg
 from moekernels.run.sections import SECTIONS
 from moekernels.verify.compare import TOLERANCE, Recorded, Verdict, compare, record
-from moekernels.verify.variants import LAYOUTS, Variant, configure, variants_of
+from moekernels.verify.variants import (
+    HIERARCHICAL,
+    LAYOUTS,
+    Variant,
+    configure,
+    two_nodes,
+    variants_of,
+)
 
 MOST_STEPS = 1000
 
@@ -109,11 +116,16 @@ def _work(
     """A rank's part; the exit code, the same on every rank."""
     if env.leader:
         print(layout.describe(), flush=True)
-    mesh = assembly.build_mesh(runs[0], env.device)
-    shares = mesh.exchange.memory is not None or mesh.exchange.device_memory is not None
+    here = assembly.build_mesh(runs[0], env.device)
+    shares = here.exchange.memory is not None or here.exchange.device_memory is not None
+    apart = None  # the same ranks, as if half of each exchange's lay elsewhere
     known: dict[tuple, list[Recorded]] = {}  # on rank 0: one recording for all schedules
     failed = False
     for variant, run in zip(variants, runs):
+        mesh = here
+        if variant.dispatcher == HIERARCHICAL:
+            apart = apart or assembly.build_mesh(run, env.device, two_nodes(run.layout))
+            mesh = apart
         if len(runs) > 1 and variant.buffers != buffers.EXACT and not shares:
             if env.leader:
                 print(f"  {variant}: not here: {mesh.alone}")

@@ -12,12 +12,14 @@ from moekernels.model.attention import ATTENTIONS
 from moekernels.model.beside import BESIDE
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.dispatch import WAYS
+from moekernels.parallel.nodes import Nodes
 from moekernels.pipeline.build import offered, splits
 from moekernels.run import files as cfg
 from moekernels.run.buffers import EXACT
 from moekernels.run.sections import LayoutSection
 
 MICROBATCHES = 8  # of a step, but at least two on each data-parallel rank
+HIERARCHICAL = "hierarchical"  # the dispatcher that needs several nodes: they are declared
 VOCABULARY = 131  # a prime: no tensor-parallel size divides it
 
 LAYOUTS = (  # what the project promises
@@ -80,7 +82,9 @@ def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
     found.append(Variant(steps=1, balance_scope="sequence"))
     found.append(Variant(steps=1, guests=True))
     found += [Variant(steps=1, attention=n) for n, kind in ATTENTIONS.items() if kind.example]
-    found += [Variant(steps=1, dispatcher=name) for name in WAYS]
+    two = two_nodes(run.layout) is not None
+    ways = [name for name in WAYS if two or name != HIERARCHICAL]
+    found += [Variant(steps=1, dispatcher=name) for name in ways]
     if run.layout.ep * run.layout.etp > 1:  # most steps of which do not fit at first
         found.append(Variant(steps=1, dispatcher="all_to_all", buffers="bounded:1"))
     if run.layout.dp > 1:
@@ -90,6 +94,16 @@ def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
     if 6 % run.layout.ep == 0:
         found.append(Variant(experts=6, top_k=3, steps=1))
     return found
+
+
+def two_nodes(layout: LayoutSection) -> Nodes | None:
+    """Declares nodes that hold half of each exchange's ranks; None where that is one, or the shards
+    of an expert would part."""
+    exchange = layout.ep * layout.etp
+    half, rest = divmod(exchange, 2)
+    if rest or half < 2 or half % layout.etp:
+        return None
+    return Nodes.named(rank // half for rank in range(layout.tp * layout.dp * layout.pp))
 
 
 def configure(

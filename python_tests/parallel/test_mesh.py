@@ -24,7 +24,7 @@ def ranks_of(layout: Layout, rank: int) -> dict[str, tuple[int, ...]]:
     """Every group of a rank, without torch.distributed."""
     mesh = Mesh.__new__(Mesh)
     mesh.layout, mesh.rank, mesh.order = layout, rank, tuple(range(layout.world))
-    mesh._made = AllGroups()
+    mesh._made, mesh.nodes = AllGroups(), Nodes((0,) * layout.world)
     mesh._place()
     return {name: getattr(mesh, name).ranks for name in GROUPS}
 
@@ -150,6 +150,7 @@ def test_neighbours_share_a_node_however_ranks_are_dealt():
     mesh.layout = Layout(tp=2, dp=4, ep=8)
     mesh._place()
     assert mesh.across("exchange") == 1 and mesh.across("tp") == 0
+    assert (mesh.inside.ranks, mesh.rail.ranks) == ((1, 3, 5, 7), (6, 7)) and not mesh.flat
 
 
 def dealt_in_turn(rank, layout, batches, config):

@@ -11,6 +11,7 @@ from moekernels.errors import UsageError
 from moekernels.model.layout import Layout
 from moekernels.parallel import nccl
 from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.nodes import Nodes
 from moekernels.run import files as cfg
 
 
@@ -82,7 +83,7 @@ def test_every_group_of_the_table_is_told_apart(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(dist, "new_group", lambda ranks, **k: told.append((ranks, k)) or "group")
     mesh = Mesh.__new__(Mesh)
     mesh.layout, mesh.rank, mesh.order = Layout(tp=2, pp=2, ep=2), 0, (0, 1, 2, 3)
-    mesh._made, mesh._rows = {}, nccl.TABLE
+    mesh._made, mesh._rows, mesh.nodes = {}, nccl.TABLE, Nodes((0,) * 4)
     mesh._place()
     priorities = {
         (tuple(ranks), k["pg_options"].is_high_priority_stream, k["pg_options"].config.max_ctas)
