@@ -203,7 +203,7 @@ def check_replicas(run: cfg.RunConfig) -> None:
         )
     elif count > m.num_experts - each:
         why = f"the other ranks have {m.num_experts - each} experts of a layer; give at most those"
-    elif dispatch.choose(run.layout.dispatcher, m, ep) == "all_gather":
+    elif dispatch.choose(run.layout.dispatcher, m, _degrees(run)) == "all_gather":
         why = "under all_gather a rank computes its own experts alone; give --dispatcher all_to_all"
     elif bound_of(run) is not None:
         why = "bounded buffers read no counts, and so not which rows are for copies; give exact"

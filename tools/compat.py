@@ -23,7 +23,7 @@ WORK = ROOT / "build" / "compat"
 SETS = ("lowest", "newest")
 TESTS = (
     "ops/contract ops/grouped_gemm ops/gate integrations/transformers "
-    "integrations/transformers_gates integrations/transformers_inputs "
+    "integrations/transformers_gates integrations/transformers_inputs integrations/expert_parallel "
     "nn/nn_against_transformers nn/nn_layers data/data_corpus data/data_loader "
     "parallel/optimizer parallel/parallel_expert pipeline/pipeline_runtime "
     "train/checkpoint train/folder train/train"

@@ -14,6 +14,8 @@ Legend: T tokens, H hidden, F expert hidden, E local experts, K top-k, R routed 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
@@ -51,8 +53,11 @@ _UNKNOWN = _unknown_flags(use_experts_implementation)
 
 
 def register() -> None:
-    """Make `experts_implementation="moekernels"` known; calling it again changes nothing."""
+    """Make `experts_implementation="moekernels"` known and, from 5.23 on, `ep_implementation`;
+    calling it again changes nothing."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    with contextlib.suppress(ModuleNotFoundError):  # older
+        importlib.import_module("moekernels.integrations.expert_parallel")
 
 
 def experts_forward(

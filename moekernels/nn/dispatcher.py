@@ -126,7 +126,8 @@ class AllToAllDispatcher:
         if self.etp > 1:
             ids, weights = self._to_shards(ids), weights.repeat_interleave(self.etp, dim=1)
         make = expert.ExchangePlan.make
-        plan = make(ids, self.local_experts, self.group, kept, self.layer, self.last)
+        plan = make(ids, self.local_experts, self.group, kept, self.layer)
+        plan.last = self.last
         return plan, weights
 
     def in_parts(self, x: Tensor, ids: Tensor, weights: Tensor, experts: PartOfExperts) -> Tensor:

@@ -100,19 +100,11 @@ class ExchangePlan:
 
     @staticmethod
     def make(
-        ids: Tensor,
-        local_experts: int,
-        group: Group,
-        kept: Kept | None = None,
-        layer: int = 0,
-        last: bool = True,
+        ids: Tensor, local_experts: int, group: Group, kept: Kept | None = None, layer: int = 0
     ) -> ExchangePlan:
         """ids [T, K] into P*e experts, e on each peer in peer order. On a GPU it reads back from
         the device once, under a bound never."""
-        make = ExchangePlan._make
-        plan = _kept(kept, lambda: (make(ids, local_experts, group, layer),))[0]
-        plan.last = last
-        return plan
+        return _kept(kept, lambda: (ExchangePlan._make(ids, local_experts, group, layer),))[0]
 
     @staticmethod
     def _make(ids: Tensor, local_experts: int, group: Group, layer: int) -> ExchangePlan:

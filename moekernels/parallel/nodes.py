@@ -61,12 +61,12 @@ def node_name() -> str:
     return f"{socket.gethostname()} {booted} {processes}"
 
 
-def gather(value: T, world: int) -> list[T]:
-    """Every rank's value, in rank order; all ranks of the run call it together."""
+def gather(value: T, world: int, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, in rank order; all ranks of the run, or of a group, call it together."""
     if world == 1:
         return [value]
     values = [value] * world
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moekernels import _host
@@ -126,10 +127,16 @@ class PeerMemory:
 
 
 def share(
-    groups: Sequence[tuple[int, ...]], rank: int, nodes: Nodes, mode: str, device: torch.device
+    groups: Sequence[tuple[int, ...]],
+    rank: int,
+    nodes: Nodes,
+    mode: str,
+    device: torch.device,
+    process_group: dist.ProcessGroup | None = None,
 ) -> tuple[dict[tuple[int, ...], PeerMemory], str]:
     """Memory for those of the groups that hold this rank and lie on one node, and why there is
-    none. All ranks of the run call it together; either all of them share or none does.
+    none. All ranks of the run call it together; either all of them share or none does. Or those of
+    a process group: ranks are counted within it, then.
 
     Raises UsageError under the mode `shared` where the ranks cannot share, and under any other
     where they are not of one machine though it seemed so.
@@ -146,12 +153,12 @@ def share(
     except (RuntimeError, OSError) as error:
         complaint = str(error)
     opened = {ranks: (memory.host.fd, memory.mark) for ranks, memory in made.items()}
-    everyone = gather((os.getpid(), opened, complaint), world)
+    everyone = gather((os.getpid(), opened, complaint), world, process_group)
     complaint = next((text for _, _, text in everyone if text), "")
     if len({(nodes.of[r], pid) for r, (pid, _, _) in enumerate(everyone)}) < world:
         complaint = "several ranks are of one process"  # a backend that only pretends, say
     if not complaint:
-        _check_machine(rank, made, everyone)
+        _check_machine(rank, made, everyone, process_group)
         alone = len(nodes.mates(rank)) <= cores()
         try:
             for ranks, memory in made.items():
@@ -161,11 +168,16 @@ def share(
                 memory.host.spins = SPINS_ALONE if alone else SPINS
         except RuntimeError as error:
             complaint = str(error)
-        complaint = next((text for text in gather(complaint, world) if text), "")
+        complaint = next((text for text in gather(complaint, world, process_group) if text), "")
     return _none(mode, complaint) if complaint else (made, "")
 
 
-def _check_machine(rank: int, made: Iterable[tuple[int, ...]], everyone: Sequence[tuple]) -> None:
+def _check_machine(
+    rank: int,
+    made: Iterable[tuple[int, ...]],
+    everyone: Sequence[tuple],
+    process_group: dist.ProcessGroup | None,
+) -> None:
     """UsageError, on all ranks, where one does not find another's memory on its machine: two of
     them have one name, and whatever is told of nodes would be wrong."""
     strangers = (
@@ -174,7 +186,7 @@ def _check_machine(rank: int, made: Iterable[tuple[int, ...]], everyone: Sequenc
         for peer in ranks
         if peer != rank and _is_strange(everyone[peer][0], *everyone[peer][1][ranks])
     )
-    found = gather(next(strangers, None), len(everyone))
+    found = gather(next(strangers, None), len(everyone), process_group)
     for other, peer in enumerate(found):
         if peer is not None:
             raise UsageError(
