@@ -8,12 +8,10 @@
 #include "activation.h"
 #include "moekernels/score.h"
 #include "topk.h"
+#include "weigh.h"
 
 namespace moekernels::cpu::MOEKERNELS_ISA {
 namespace {
-
-// The least that a sum of scores is divided by.
-constexpr double kTiny = 1e-20;
 
 inline bool inside(int64_t i, int64_t n) {
   return static_cast<uint64_t>(i) < static_cast<uint64_t>(n);
@@ -160,27 +158,6 @@ void choose(const GateArgs& args, const W* scores, Buffers<W>& b) {
   largest(b.keys, args.experts, args.top_k, b.chosen_keys, b.ids);
 }
 
-// chosen[k]: the scores of the chosen before scaling; returns what they were divided by.
-template <class W>
-W weigh(const W* scores, const int64_t* ids, int64_t top_k, bool soft, bool renormalize,
-        W* chosen) {
-  W total = 0;
-  if (soft) {
-    W top = scores[ids[0]];
-    for (int64_t k = 1; k < top_k; ++k) top = scores[ids[k]] > top ? scores[ids[k]] : top;
-    for (int64_t k = 0; k < top_k; ++k) total += chosen[k] = exp_of(scores[ids[k]] - top);
-    for (int64_t k = 0; k < top_k; ++k) chosen[k] /= total;
-  } else {
-    for (int64_t k = 0; k < top_k; ++k) chosen[k] = scores[ids[k]];
-  }
-  if (!renormalize) return 1;
-  total = 0;
-  for (int64_t k = 0; k < top_k; ++k) total += chosen[k];
-  total = total < W(kTiny) ? W(kTiny) : total;
-  for (int64_t k = 0; k < top_k; ++k) chosen[k] /= total;
-  return total;
-}
-
 // The sums of a chunk, over the tokens of it.
 struct ChunkSums {
   double* scores;   // [E]
@@ -259,25 +236,6 @@ void reduce(const GateArgs& args) {
   }
 }
 
-// The gradients of the chosen scores, given chosen (from `weigh`) and the gradients of the weights.
-template <class W>
-void weigh_backward(const W* chosen, W divisor, const W* dweights, int64_t top_k, W scale,
-                    bool soft, bool renormalize, W* dchosen) {
-  for (int64_t k = 0; k < top_k; ++k) dchosen[k] = dweights[k] * scale;
-  if (renormalize) {
-    W dot = 0;
-    for (int64_t k = 0; k < top_k; ++k) dot += dchosen[k] * chosen[k];
-    const bool clamped = divisor <= W(kTiny);  // then the divisor is a constant
-    for (int64_t k = 0; k < top_k; ++k)
-      dchosen[k] = (dchosen[k] - (clamped ? W(0) : dot)) / divisor;
-  }
-  if (soft) {
-    W dot = 0;
-    for (int64_t k = 0; k < top_k; ++k) dot += dchosen[k] * chosen[k] * divisor;
-    for (int64_t k = 0; k < top_k; ++k) dchosen[k] = chosen[k] * divisor * (dchosen[k] - dot);
-  }
-}
-
 // The gradients of a segment's sums.
 template <class W>
 struct SegmentGradients {
@@ -304,11 +262,17 @@ void from_score_sum(const GateBackwardArgs& args, const W* dsum, const Scored<W>
   std::memcpy(dscores, dsum, args.experts * sizeof(W));
   if (!is_own(args.score)) return;  // they add up to one as they are
   const W total = scored.total;
-  Vec<W> dots = {};
-  for (int64_t e = 0; e < b.padded; e += lanes) dots += load(dscores + e) * load(scored.shares + e);
-  const W dot = total > W(kTiny) ? sum_lanes<W>(dots) / total : W(0);
+  W most = 0, dot = 0;
+  if (total > W(kTiny)) {
+    most = of_largest(b.x, dscores, args.experts);
+    Vec<W> dots = {};
+    for (int64_t e = 0; e < b.padded; e += lanes) {
+      dots += (load(dscores + e) - most) * load(scored.shares + e);
+    }
+    dot = sum_lanes<W>(dots) / total;
+  }
   for (int64_t e = 0; e < b.padded; e += lanes) {
-    store(dscores + e, (load(dscores + e) - dot) / total);
+    store(dscores + e, (load(dscores + e) - most - dot) / total);
   }
 }
 
@@ -336,15 +300,18 @@ void through_each(GateScore score, W dlse, Buffers<W>& b) {
 
 // dscores becomes dlogits, where the scores are the softmax.
 template <class W>
-void through_softmax(W dlse, Buffers<W>& b) {
+void through_softmax(W dlse, int64_t experts, Buffers<W>& b) {
   constexpr int64_t lanes = kLanes<W>;
   W* dscores = b.dscores;
   const W* softmax = b.softmax;
+  const W most = of_largest(b.x, dscores, experts);
   Vec<W> dots = {};
-  for (int64_t e = 0; e < b.padded; e += lanes) dots += load(dscores + e) * load(softmax + e);
+  for (int64_t e = 0; e < b.padded; e += lanes) {
+    dots += (load(dscores + e) - most) * load(softmax + e);
+  }
   const W shift = dlse - sum_lanes<W>(dots);
   for (int64_t e = 0; e < b.padded; e += lanes) {
-    store(dscores + e, load(softmax + e) * (load(dscores + e) + shift));
+    store(dscores + e, load(softmax + e) * (load(dscores + e) - most + shift));
   }
 }
 
@@ -378,7 +345,7 @@ void backward_token(const GateBackwardArgs& args, int64_t t, const SegmentGradie
   if (is_own(args.score)) {
     through_each(args.score, dlse, b);
   } else {
-    through_softmax(dlse, b);
+    through_softmax(dlse, experts, b);
   }
   if (has_weights && of_logits) add_chosen();
   for (int64_t e = 0; e < experts; e += lanes) {

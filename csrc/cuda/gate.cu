@@ -171,7 +171,7 @@ __device__ void route_token(const GateArgs& args, int64_t t, bool exists, bool v
   const bool live = exists && (args.valid == nullptr || args.valid[t]);
   float x[Tm::values], scores[Tm::values], softmax[Tm::values];
   load_logits<Tm>(args.logits, args.dtype, {t, experts, live, vector}, x);
-  const float lse = soften<Tm>(x, softmax, shared.scratch);
+  const float lse = soften<Tm>(x, largest<Tm>(x, shared.scratch), softmax, shared.scratch);
   float divisor = 1;
   if (own) {
     divisor = score<Tm>(x, args.score, experts, scores, shared.scratch);

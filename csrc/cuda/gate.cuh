@@ -88,13 +88,18 @@ __device__ void store_logits(void* to, DType dtype, const Row& row, const float 
   }
 }
 
-// p: softmax of x; returns logsumexp.
 template <class Tm>
-__device__ float soften(const float (&x)[Tm::values], float (&p)[Tm::values], uint32_t* scratch) {
+__device__ float largest(const float (&x)[Tm::values], uint32_t* scratch) {
   float top = x[0];
 #pragma unroll
   for (int i = 1; i < Tm::values; ++i) top = fmaxf(top, x[i]);
-  top = Tm::largest(top, scratch);
+  return Tm::largest(top, scratch);
+}
+
+// p: softmax of x, whose largest is top; returns logsumexp.
+template <class Tm>
+__device__ float soften(const float (&x)[Tm::values], float top, float (&p)[Tm::values],
+                        uint32_t* scratch) {
   float total = 0;
 #pragma unroll
   for (int i = 0; i < Tm::values; ++i) total += p[i] = expf(x[i] - top);

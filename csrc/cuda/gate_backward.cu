@@ -8,26 +8,37 @@
 namespace moekernels::cuda {
 namespace {
 
+// Subtracts their mean from the gradients of a token's shares, factor * chosen, where they are
+// `shares` that add up to one. So the gradient of the largest may be subtracted first: a share of
+// nearly one then gets what all others make of it, which 1 - share would round away.
+template <class Tm>
+__device__ void less_mean(const float* chosen, float factor, bool shares, int top_k,
+                          float* dchosen) {
+  int at = 0;
+  for (int k = 1; k < top_k; ++k) at = chosen[k] > chosen[at] ? k : at;
+  const float most = shares ? dchosen[at] : 0;
+  float dot = 0;
+  for (int k = 0; k < top_k && shares; ++k) dot += (dchosen[k] - most) * chosen[k] * factor;
+  Tm::sync();
+  for (int k = Tm::lane(); k < top_k; k += Tm::lanes) dchosen[k] = dchosen[k] - most - dot;
+  Tm::sync();
+}
+
 // From the gradients of a token's weights to those of its chosen scores, in place; chosen and
 // divisor as `weigh` left them.
 template <class Tm>
 __device__ void weigh_backward(const float* chosen, float divisor, int top_k, bool soft,
                                bool renormalize, float* dchosen) {
   Tm::sync();
-  float dot = 0;
   if (renormalize) {
-    for (int k = 0; k < top_k; ++k) dot += dchosen[k] * chosen[k];
-    if (divisor <= kTiny) dot = 0;  // then the divisor is a constant
-    Tm::sync();
-    for (int k = Tm::lane(); k < top_k; k += Tm::lanes) dchosen[k] = (dchosen[k] - dot) / divisor;
+    // Else the divisor is a constant.
+    less_mean<Tm>(chosen, 1, divisor > kTiny, top_k, dchosen);
+    for (int k = Tm::lane(); k < top_k; k += Tm::lanes) dchosen[k] /= divisor;
     Tm::sync();
   }
   if (soft) {
-    dot = 0;
-    for (int k = 0; k < top_k; ++k) dot += dchosen[k] * chosen[k] * divisor;
-    Tm::sync();
-    for (int k = Tm::lane(); k < top_k; k += Tm::lanes)
-      dchosen[k] = chosen[k] * divisor * (dchosen[k] - dot);
+    less_mean<Tm>(chosen, divisor, true, top_k, dchosen);
+    for (int k = Tm::lane(); k < top_k; k += Tm::lanes) dchosen[k] *= chosen[k] * divisor;
     Tm::sync();
   }
 }
@@ -55,29 +66,41 @@ struct SegmentGradients {
 template <class Tm>
 struct Token {
   float x[Tm::values], softmax[Tm::values], scores[Tm::values];
-  float lse, total;  // total: of own scores
+  float top, lse, total;  // the largest logit; total: of own scores
   const int32_t* ids;
   bool live;
   float *chosen, *dchosen;  // [K], shared
 };
 
+// Of the largest score's gradient d: see `less_mean`.
+template <class Tm>
+__device__ float of_largest(const Token<Tm>& token, const float (&d)[Tm::values],
+                            uint32_t* scratch) {
+  float found = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < Tm::values; ++i) found = token.x[i] == token.top ? fmaxf(found, d[i]) : found;
+  return Tm::largest(found, scratch);
+}
+
 // d: the gradients of the scores from those of the score sums, through the division by the total.
 template <class Tm>
 __device__ void from_score_sum(const float* dsum, int experts, bool own, const Token<Tm>& token,
                                uint32_t* scratch, float (&d)[Tm::values]) {
-  float dot = 0;
 #pragma unroll
   for (int i = 0; i < Tm::values; ++i) {
     const int e = Tm::expert(i);
     d[i] = dsum != nullptr && e < experts ? dsum[e] : 0.0f;
-    if (own) dot += d[i] * token.scores[i];
   }
   if (!own) return;
-  dot = Tm::sum(dot, scratch);
-  dot = token.total > kTiny ? dot / token.total : 0.0f;
+  float most = of_largest(token, d, scratch), dot = 0;
+#pragma unroll
+  for (int i = 0; i < Tm::values; ++i) dot += (d[i] - most) * token.scores[i];
+  dot = Tm::sum(dot, scratch) / token.total;
+  if (token.total <= kTiny) most = dot = 0;  // a constant
 #pragma unroll
   for (int i = 0; i < Tm::values; ++i) {
-    d[i] = dsum != nullptr && Tm::expert(i) < experts ? (d[i] - dot) / token.total : 0.0f;
+    const bool is = dsum != nullptr && Tm::expert(i) < experts;
+    d[i] = is ? (d[i] - most - dot) / token.total : 0.0f;
   }
 }
 
@@ -133,7 +156,8 @@ __global__ void __launch_bounds__(kGateThreads<Tm>)
   const SegmentGradients dsums(args, t);
 
   load_logits<Tm>(args.logits, args.dtype, {t, experts, token.live, vector}, token.x);
-  token.lse = soften<Tm>(token.x, token.softmax, scratch);
+  token.top = largest<Tm>(token.x, scratch);
+  token.lse = soften<Tm>(token.x, token.top, token.softmax, scratch);
   token.total = 1;
   if (own) {
     token.total = score<Tm>(token.x, args.score, experts, token.scores, scratch);
@@ -159,12 +183,13 @@ __global__ void __launch_bounds__(kGateThreads<Tm>)
       }
     });
   } else {
+    const float most = of_largest(token, d, scratch);
     float dot = 0;
 #pragma unroll
-    for (int i = 0; i < Tm::values; ++i) dot += d[i] * token.softmax[i];
+    for (int i = 0; i < Tm::values; ++i) dot += (d[i] - most) * token.softmax[i];
     const float shift = dlse - Tm::sum(dot, scratch);
 #pragma unroll
-    for (int i = 0; i < Tm::values; ++i) d[i] = token.softmax[i] * (d[i] + shift);
+    for (int i = 0; i < Tm::values; ++i) d[i] = token.softmax[i] * (d[i] - most + shift);
   }
   if (has_weights && soft_topk) add_chosen<Tm>(token, top_k, d);
   if (!inside_batch) return;

@@ -23,7 +23,7 @@ class RouterSpec(Width):
     """
 
     num_experts: int = key(64, "experts of a layer", low=1, flag="experts", high=MOST)
-    top_k: int = key(2, "experts that a token visits", low=1, high=MOST)
+    top_k: int = key(2, "experts that a token visits", low=1, high=1024)
     score: str = key("softmax", "how router logits become scores", choices=SCORES)
     renormalize: bool = key(True, "weights of a token's experts sum to one")
     router_bias: bool = key(False, "a learned bias of the router logits")

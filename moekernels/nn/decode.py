@@ -68,7 +68,8 @@ def choose(
     likely. `top_p`: among the likeliest that together have this part of the probability."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = torch.softmax(logits.double() / temperature, -1).cpu()
+    below = logits.double() - logits.amax(-1, keepdim=True)  # so that no temperature overflows
+    p = torch.softmax(below / temperature, -1).cpu()
     if top_p < 1:
         ordered, order = p.sort(stable=True, dim=-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the first that reaches it counts

@@ -22,10 +22,11 @@ def production_order(
     made: dict[Message, tuple[int, int]] = {}
     clock = [0] * schedule.stages
     position = [0] * schedule.stages
+    turn = list(enumerate(orders))
     moved = True
     while moved:
         moved = False
-        for rank, order in enumerate(orders):
+        for rank, order in turn + turn[::-1]:  # forwards travel up, backwards down: both in one go
             while position[rank] < len(order):
                 entry = order[position[rank]]
                 needs = [need for action in entry if (need := schedule.needs(rank, action))]

@@ -215,14 +215,16 @@ class HardwareSection:
 
     gpus: int = key(1, "cards", low=1, high=MOST)
     gpus_per_node: int = key(8, "cards of a node", low=1, high=MOST)
-    tflops: float = key(400.0, "dense bf16 TFLOP/s of a card", above=0)
-    memory_gb: float = key(64.0, "memory of a card, 1e9 bytes", above=0)
-    bandwidth_gbps: float = key(1800.0, "memory bandwidth of a card, 1e9 bytes/s", above=0)
+    tflops: float = key(400.0, "dense bf16 TFLOP/s of a card", above=0, high=1e9)
+    memory_gb: float = key(64.0, "memory of a card, 1e9 bytes", above=0, high=1e9)
+    bandwidth_gbps: float = key(
+        1800.0, "memory bandwidth of a card, 1e9 bytes/s", above=0, high=1e9
+    )
     link_gbps: float = key(
-        450.0, "bandwidth between cards of a node, a direction, 1e9 bytes/s", above=0
+        450.0, "bandwidth between cards of a node, a direction, 1e9 bytes/s", above=0, high=1e9
     )
     network_gbps: float = key(
-        50.0, "bandwidth of a card between nodes, a direction, 1e9 bytes/s", above=0
+        50.0, "bandwidth of a card between nodes, a direction, 1e9 bytes/s", above=0, high=1e9
     )
     host_gb: float = key(
         1024.0, "memory of a node for what its cards keep there, 1e9 bytes; 0: none", low=0
@@ -231,7 +233,7 @@ class HardwareSection:
         55.0, "bandwidth between a card and its host, both ways together, 1e9 bytes/s", above=0
     )
     reserve_gb: float = key(
-        2.0, "memory of a card that context, collectives and allocator take", low=0
+        2.0, "memory of a card that context, collectives and allocator take", low=0, high=1e9
     )
     efficiency: float = key(
         0.6, "part of its FLOP/s that a card reaches in large products", above=0, high=1

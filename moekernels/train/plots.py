@@ -12,6 +12,8 @@ from moekernels import files
 from moekernels.balance.record import Record
 from moekernels.errors import one_line
 
+MOST = 40.0  # inches of a side of a picture, 120 pixels each
+
 
 def draw(
     folder: Path,
@@ -87,12 +89,17 @@ def plot_loss(path: Path, lines: list[dict], unigram_entropy: float | None = Non
     _save(figure, path)
 
 
+def _inches(least: float, wanted: float) -> float:
+    """Of a heat map's side: beyond `MOST` its cells become smaller."""
+    return min(max(least, wanted), MOST)
+
+
 def plot_experts(path: Path, counts: np.ndarray, record: Record | None = None) -> None:
     """Heat map of counts [layers, experts], each expert's load over its layer's mean; with a record
     also the ranks' loads, and in the layer that has the closest pair who is chosen with whom."""
     layers, experts = counts.shape
-    width, height = max(6.0, experts * 0.16), max(2.5, layers * 0.25)
-    panels = [width] if record is None else [width, max(3.0, record.ranks * 0.4), 5.0]
+    width, height = _inches(6.0, experts * 0.16), _inches(2.5, layers * 0.25)
+    panels = [width] if record is None else [width, _inches(3.0, record.ranks * 0.4), 5.0]
     figure, axes = _figure(sum(panels), height if record is None else max(4.5, height), panels)
     from matplotlib.colors import TwoSlopeNorm  # behind the figure, which minds MPLBACKEND
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import threading
@@ -215,6 +216,13 @@ def test_pictures_do_not_hang_on_a_notebooks_settings(tmp_path):
     )
     assert done.stdout == "[]\n" and not done.stderr
     assert sorted(os.listdir(tmp_path)) == ["experts.png", "loss.png"]
+
+
+def test_a_picture_of_many_experts_is_of_a_picture_s_size(tmp_path):
+    """It grew with them: minutes and gigabytes for 65,536."""
+    plots.plot_experts(tmp_path / "a.png", np.ones((600, 8192)))
+    width, height = struct.unpack(">II", (tmp_path / "a.png").read_bytes()[16:24])
+    assert width <= 5000 and height <= 5000
 
 
 def test_a_picture_that_fails_is_said(tmp_path, monkeypatch):

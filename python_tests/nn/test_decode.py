@@ -77,6 +77,7 @@ def test_choices_follow_temperature_and_top_p():
         (1.0, 0.81, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0.0]),
         (1.0, 1e-6, [1.0, 0.0, 0.0, 0.0]),
         (0.5, 1.0, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
+        (1e-320, 1.0, [1.0, 0.0, 0.0, 0.0]),  # logits over it are infinite
         (0.0, 1.0, [1.0, 0.0, 0.0, 0.0]),
     ):
         drawn = choose(logits.expand(4000, 4), temperature, top_p, generators)

@@ -208,6 +208,26 @@ def test_sqrt_softplus_far_below_zero(backend, renormalize):
         torch.testing.assert_close(ours[0][0], torch.tensor([0.5, 0.5]))
 
 
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("score", reference.SCORES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_a_confident_router(backend, score, renormalize):
+    """To fp32's rounding, where a score of nearly one leaves 1 - score nothing of its digits."""
+    logits = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    logits[:, 3] = logits.amax(1) + torch.tensor([5.0, 12.0, 15.0, 17.0, 19.0, 21.0] * 2)
+    weigh, share = torch.tensor([0.7, -1.3]), torch.linspace(-1, 1, 8)
+
+    def gradient(gate, x):
+        x = x.clone().requires_grad_()
+        out = gate(x, 2, score=score, renormalize=renormalize)
+        loss = (out[0] * weigh.to(x.dtype)).sum() + (out[2] * share.to(x.dtype)).sum()
+        return torch.autograd.grad(loss, x)[0].double()
+
+    with backend():
+        ours = gradient(ops.gate, logits)
+    torch.testing.assert_close(ours, gradient(reference.gate, logits.double()), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("score", reference.SCORES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rank_of_not_a_number(backend, score):

@@ -24,7 +24,7 @@ MOEKERNELS_BOTH inline V score_of(V x) {
 template <GateScore kind, class Math, class S, class V>
 MOEKERNELS_BOTH inline V score_slope(V x, V value) {
   if constexpr (kind == GateScore::sigmoid) {
-    return value * (S(1) - value);
+    return value * Math::sigmoid(-x);  // 1 - value would leave nothing of a large x
   } else {
     return Math::sqrt_softplus_slope(x, value);
   }
