@@ -15,6 +15,7 @@ class SpanClock:
 
     def __init__(self) -> None:
         self.running = False
+        self.now = time.perf_counter  # of the host
         self._seconds, self._count = 0.0, 0
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -31,9 +32,9 @@ class SpanClock:
             end.record()
             self._spans.append((begin, end))
         else:
-            before = time.perf_counter()
+            before = self.now()
             yield
-            self._seconds += time.perf_counter() - before
+            self._seconds += self.now() - before
 
     def take(self) -> tuple[float, int]:
         """(seconds, count) since the last call; waits for the device where it has spans to read."""

@@ -207,13 +207,14 @@ class Moves:
         new = [after[layers] for layers in self.rows]
         moved = migrate(self.chunks, self.optimizer, self.mesh, before, new)
         self._tell()
-        own = torch.zeros(self.mesh.world.size, 2, dtype=torch.float64, device=self.mesh.device)
+        own = torch.zeros(self.mesh.world.size, 3, dtype=torch.float64, device=self.mesh.device)
         own[self.mesh.world.rank, 0] = time.perf_counter() - began
         own[self.mesh.world.rank, 1] = moved.bytes
-        seconds, size = all_reduce(own, self.mesh.world).amax(0).tolist()
+        own[self.mesh.world.rank, 2] = moved.messages
+        seconds, size, messages = all_reduce(own, self.mesh.world).amax(0).tolist()
         if size:
             self.rate = size / seconds
         each = self.slot_of.shape[1] // self.mesh.layout.ep
         count = int((self.slot_of // each != after // each).sum())
         self.slot_of, self.moved = after, True
-        return {"moved_experts": count, "move_seconds": seconds}
+        return {"moved_experts": count, "move_seconds": seconds, "move_messages": int(messages)}
