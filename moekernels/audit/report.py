@@ -18,6 +18,8 @@ from moekernels.audit.document import (
     readings,
     recomputes,
 )
+from moekernels.errors import UsageError
+from moekernels.plan import replicas
 from moekernels.plan.evaluate import Plan, Problem, evaluate, timeline
 from moekernels.plan.problem import configured
 from moekernels.plan.search import Result, Space, _class, search
@@ -50,6 +52,11 @@ def make(
 ) -> Report:
     """Search, and judge the claims if there are any. `source`: the flags that name the model."""
     result = search(problem, space)
+    found = result.best.strategy
+    if problem.replicas and not found.replicas:
+        where = found.layout, found.dispatcher, problem.replicas, problem.cluster.loads
+        reason = replicas.why_not(problem.model, *where)
+        raise UsageError(f"--replicas {problem.replicas}: {reason}; leave it out, or give --ep")
     claims = run.claims
     claimed = any(asdict(claims).values())
     best = evaluate(problem, result.best.strategy, exact_order=True)
@@ -98,6 +105,7 @@ def launch_line(plan: Plan, problem: Problem, source: list[str]) -> str:
     words.append(f"--dispatcher {s.dispatcher}")
     words += [f"--dtype {s.dtype}", f"--optimizer-state {s.optimizer_state}"]
     words += ["--shard-optimizer"] if s.shard_optimizer else []
+    words += [f"--replicas {s.replicas}"] if s.replicas else []
     words += [f"--offload-optimizer {s.offload_optimizer:g}"] if s.offload_optimizer else []
     line = " ".join(words)
     if layout.world <= c.gpus_per_node:
@@ -114,6 +122,7 @@ def strategy_text(s: Strategy) -> str:
         f"{_class(s)}, {schedule}, {s.microbatches} micro-batches, layers "
         f"{','.join(map(str, s.layers))}, checkpointed {ranges_text(s.checkpoint_layers)}, "
         f"{s.optimizer_state} moments{split}{away}, {s.dispatcher}"
+        f"{f', {s.replicas} replicas a rank and layer' if s.replicas else ''}"
     )
 
 
@@ -136,6 +145,7 @@ def plan_dict(plan: Plan) -> dict:
             "optimizer_state": s.optimizer_state,
             "shard_optimizer": s.shard_optimizer,
             "offload_optimizer": s.offload_optimizer,
+            "replicas": s.replicas,
             "dtype": s.dtype,
             "dispatcher": s.dispatcher,
         },

@@ -54,7 +54,7 @@ def show(report: Report, console: Console | None = None, *, everything: bool = F
     if best.border_bytes:
         sent = f"{best.border_bytes / GB:.3g} GB a step by all cards, {best.strategy.dispatcher}"
         console.print(f"[bold]between nodes[/] the experts' exchange sends {sent}")
-    skew = c.skew(best.strategy.layout)
+    skew = c.skew(best.strategy)
     if skew > 1.0:
         console.print(f"[bold]routing[/] the busiest rank has {skew:.2f}x the mean rows")
     console.print(f"[dim]{c.calibrated or UNCALIBRATED}[/]", soft_wrap=False)

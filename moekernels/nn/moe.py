@@ -46,9 +46,10 @@ class MoE(nn.Module):
         # [W, E] int32: where each expert lies for the tokens of each of W lanes, which own tokens
         # are dealt to in turn, spare slots counted; None: expert x in slot x, and no spare ones.
         self.slots: Tensor | None = None
-        self.sent = torch.zeros(self.ranks, dtype=torch.int64)  # own rows to each rank, of `deal`
+        self.sent = torch.zeros(0, dtype=torch.int64)  # own rows to each rank, with spare slots
         if self.experts.spare.count:
-            self.place(torch.arange(config.num_experts))
+            self.sent = torch.zeros(self.ranks, dtype=torch.int64)
+            self._deal_to_owners(torch.arange(config.num_experts))
         self.watch: Watch | None = None  # of steps that are looked at
         self.tp, self.replicated = mesh.tp, not home.sequence_parallel
 
@@ -63,6 +64,9 @@ class MoE(nn.Module):
         expert_at = torch.argsort(slot_of)
         held = expert_at[self.first_held :][: self.experts.count].tolist()
         self.experts.hold(held)
+        self._deal_to_owners(slot_of)
+
+    def _deal_to_owners(self, slot_of: Tensor) -> None:
         self.deal(slots_of_owners(slot_of, self.ranks, self.experts.spare.count)[None])
 
     def deal(self, lanes: Tensor) -> None:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from moekernels.model.dispatch import WAYS
 from moekernels.model.layout import Layout, divisors
 from moekernels.pipeline.build import by_clock, offered
-from moekernels.plan import cost
+from moekernels.plan import cost, replicas
 from moekernels.plan.evaluate import Problem
 from moekernels.plan.strategy import Strategy, nodes_of_exchange
 
@@ -76,6 +76,12 @@ def splits(layers: int, depth: int, heavy_loss: bool) -> tuple[tuple[int, ...], 
     return tuple(found)
 
 
+def _spare(problem: Problem, layout: Layout, way: str) -> int:
+    """Slots for copies of experts, where there is a use for those that are wanted."""
+    count, loads = problem.replicas, problem.cluster.loads
+    return 0 if count and replicas.why_not(problem.model, layout, way, count, loads) else count
+
+
 def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]:
     """Every strategy on `world` cards; nothing is checkpointed yet."""
     model = problem.model
@@ -87,6 +93,7 @@ def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]
         ways = [name for name, way in WAYS.items() if way.suits(model, layout, nodes)]
         if layout.exchange == 1:
             ways = ways[:1]  # nothing moves, whatever it is called
+        spare = {way: _spare(problem, layout, way) for way in ways}
         most = sequences // layout.dp
         counts = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
         if space.microbatches is not None:
@@ -108,4 +115,5 @@ def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]
                         yield Strategy(
                             layout, layers, (0,) * len(layers), microbatches, name, virtual, way,
                             problem.dtype, shard_optimizer=problem.shard_optimizer, nodes=nodes,
+                            replicas=spare[way],
                         )  # fmt: skip

@@ -16,6 +16,7 @@ from moekernels.model.dispatch import routed_rows, way_of
 from moekernels.model.spec import WIDTH, Place
 from moekernels.plan.memory import owned_parameters, place_of, rank_parameters
 from moekernels.plan.overlap import exposed
+from moekernels.plan.replicas import spare_parameters
 from moekernels.plan.strategy import STATE_BYTES, Cluster, Strategy
 
 GRADIENT = 4  # bytes of an accumulated gradient
@@ -89,7 +90,7 @@ def layer_flops(model: DecoderSpec, tokens: float, squares: float, layer: int = 
 def layer_cost(model: DecoderSpec, cluster: Cluster, s: Strategy, layer: int = 0) -> LayerCost:
     """Of layer number `layer` (0: the last) on one rank, for a micro-batch of T tokens per
     tensor-parallel group."""
-    at = place_of(s, 1.0, imbalance=cluster.skew(s.layout))
+    at = place_of(s, 1.0, imbalance=cluster.skew(s))
     return _layer_cost(model, cluster, at, layer or model.num_layers)
 
 
@@ -235,6 +236,9 @@ def update_seconds(model: DecoderSpec, cluster: Cluster, s: Strategy) -> dict[st
                 summed += (
                     size / (link * c.bandwidth_efficiency) + 2 * c.latency * ranks.bit_length()
                 )
+        if spare := spare_parameters(model, layout.ep, s.replicas, parts.get("experts", 0)):
+            link = c.bandwidth(layout.exchange)  # of what comes to copies and goes from them
+            summed += spare * (GRADIENT + WIDTH[s.dtype]) / link + 2 * c.latency
         worst["gradient sum"] = max(worst["gradient sum"], summed)
         owned = sum(owned_parameters(model, s, parts).values())
         size = owned * (per_parameter - GRADIENT) + sum(parts.values()) * GRADIENT  # all are zeroed

@@ -27,6 +27,7 @@ class Problem:
     dtype: str = "bf16"
     objective: Objective = Objective()
     shard_optimizer: bool = False
+    replicas: int = 0
 
 
 Costs = dict[tuple[int, Kind], np.ndarray]  # (virtual stage, kind): seconds [m]
@@ -162,7 +163,7 @@ class Plan:
 
 def memory_of(problem: Problem, s: Strategy, rank: int, tokens: int) -> StageMemory:
     c = problem.cluster
-    skew = c.skew(s.layout)
+    skew = c.skew(s)
     device, parts, bound = c.device, c.exchange_parts, c.exchange_bound
     stage = stage_memory(
         problem.model, s, rank, tokens, imbalance=skew, device=device, parts=parts, bound=bound

@@ -22,6 +22,7 @@ from moekernels.pipeline import greedy
 from moekernels.pipeline.build import build, by_clock, held_limits, splits
 from moekernels.pipeline.check import SENDS_IN_FLIGHT
 from moekernels.pipeline.schedule import Schedule
+from moekernels.plan.replicas import spare_parameters
 from moekernels.plan.strategy import STATE_BYTES, Strategy
 
 # --- activations
@@ -268,6 +269,7 @@ def stage_memory(
     at = place_of(s, tokens, imbalance=imbalance, device=device, parts=parts)
     parameters = rank_parameters(model, s, rank)
     total = sum(parameters.values())
+    total += spare_parameters(model, s.layout.ep, s.replicas, parameters.get("experts", 0))
     weight, gradient, master, moments = STATE_BYTES[s.dtype, s.optimizer_state]
 
     held = [

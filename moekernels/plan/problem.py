@@ -12,6 +12,7 @@ from moekernels import files
 from moekernels.errors import UsageError
 from moekernels.model import dispatch
 from moekernels.model.spec import LONGEST, MOST
+from moekernels.plan import replicas
 from moekernels.plan.evaluate import Problem
 from moekernels.plan.search import SHARES, Space
 from moekernels.plan.strategy import Batch, Cluster, Objective, Strategy, nodes_of_exchange
@@ -171,6 +172,7 @@ def problem_of(run: cfg.RunConfig, lengths: tuple[int, ...] | None = None) -> Pr
         run.train.dtype,
         Objective(run.objective.best, run.objective.at_least),
         run.train.shard_optimizer,
+        run.train.replicas,
     )
 
 
@@ -189,11 +191,15 @@ def space_of(flags: dict[tuple[str, str], Any]) -> Space:
 
 
 def configured(run: cfg.RunConfig) -> Strategy:
-    """The strategy that the configuration itself describes."""
+    """The strategy that the configuration itself describes; without copies of experts where its
+    layout has no use for them."""
     from moekernels import assembly
 
-    layout, lay = assembly.layout_of(run), run.layout
+    whole = replace(run, train=replace(run.train, replicas=0))
+    layout, lay = assembly.layout_of(whole), run.layout
     nodes = nodes_of_exchange(layout, run.hardware.gpus_per_node)
+    way = dispatch.choose(lay.dispatcher, run.model, layout, nodes)
+    useless = replicas.why_not(run.model, layout, way, run.train.replicas, ())
     ranges = assembly.layer_ranges(run)
     again = assembly.checkpointed(run)
     return Strategy(
@@ -203,10 +209,11 @@ def configured(run: cfg.RunConfig) -> Strategy:
         microbatches=run.batch.microbatches * run.batch.accumulation,
         schedule=lay.schedule,
         virtual_stages=lay.virtual_stages,
-        dispatcher=dispatch.choose(lay.dispatcher, run.model, layout, nodes),
+        dispatcher=way,
         dtype=run.train.dtype,
         optimizer_state=run.train.optimizer_state,
         shard_optimizer=run.train.shard_optimizer,
+        replicas=0 if useless else run.train.replicas,
         offload_optimizer=max(0.0, run.train.offload_optimizer),  # auto: what is left to choose
         nodes=nodes,
     )

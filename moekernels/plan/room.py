@@ -37,6 +37,12 @@ def needed(run: RunConfig) -> dict[str, float]:
     return {
         "weights and gradients": float(copies * (WIDTH[t.dtype] + gradient)),
         "moments of the optimizer": float(everything * moments),
+        "copies of experts": t.replicas
+        * model.moe_layers
+        * one_expert(model)
+        * lay.ep
+        * edp
+        * (WIDTH[t.dtype] + gradient),
         "batches": batch,
         "processes": RANK * (lay.tp * lay.dp * lay.pp - 1),
     }
@@ -69,6 +75,7 @@ def check(run: RunConfig, world: int | None, local: int | None, device: str = "c
     flags = {
         "batches": "a smaller --sequences, --eval-sequences or --lengths",
         "processes": "smaller degrees",
+        "copies of experts": "fewer --replicas",
     }
     instead = flags.get(worst, "fewer --layers or --experts, a smaller width or vocabulary")
     raise UsageError(

@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 
 from moekernels.model.decoder import DecoderSpec, alike
 from moekernels.model.layout import Layout
+from moekernels.plan import replicas
 
 # bytes of (weight, gradient, master, both moments) a parameter, by (dtype, optimizer_state)
 STATE_BYTES = {
@@ -41,6 +42,7 @@ class Strategy:
     optimizer_state: str = "fp32"
     shard_optimizer: bool = False
     offload_optimizer: float = 0.0  # part of masters and moments in the host's memory
+    replicas: int = 0  # spare slots of a rank and layer for copies of hot experts
     sequence_parallel: bool = True
     nodes: float = 1  # that the ranks of an exchange lie on
 
@@ -165,11 +167,16 @@ class Cluster:
     calibrated: str = ""  # when and where the constants were measured
     error_band: float = 0.0  # which 90 % of the measurements lie within
 
-    def skew(self, layout: Layout) -> float:
+    def skew(self, s: Strategy) -> float:
         """Rows of the busiest rank over the mean: 1 where every rank has all experts whole."""
+        layout = s.layout
         if layout.exchange == 1:
             return 1.0
-        return busiest(self.loads, layout.ep) if self.loads else self.imbalance
+        if not self.loads:
+            return self.imbalance
+        if s.replicas:
+            return replicas.busiest(self.loads, layout, s.replicas)
+        return busiest(self.loads, layout.ep)
 
     def bandwidth(self, ranks: int, stride: int = 1) -> float:
         """Of a collective over `ranks` ranks that lie `stride` apart."""

@@ -68,7 +68,8 @@ def layout_report(
         layers=" ".join(layers),
         modules=held,
         parameters=sum(p.numel() for c in chunks for p in c.parameters()),
-        bytes=optimizer.bytes(),
+        bytes=optimizer.bytes()
+        + sum(moe.experts.spare.bytes() for chunk in chunks for moe in chunk.experts_layers),
         host=optimizer.host_bytes(),
     )
     ranks = gather(mine, mesh.world.size)

@@ -138,6 +138,25 @@ def test_state_is_the_optimisers(dtype, moments, bare):
     assert counted.state - head * per_parameter == optimizer.bytes()
 
 
+@pytest.mark.parametrize("layout", [Layout(dp=8, ep=8), Layout(tp=2, dp=4, ep=4, etp=2)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copies_of_experts_are_the_modules(layout, dtype, bare, fake_world):
+    model = cfg.resolve("tiny", None, {}).model
+    mesh = fake_world(layout, 0)
+    with FakeTensorMode():
+        chunk = StageModel(
+            model, mesh, range(1, 17), True, True, dtype=DTYPES[dtype], replicas=3,
+            dispatcher="all_to_all",
+        )  # fmt: skip
+    held = sum(moe.experts.spare.bytes() for moe in chunk.experts_layers)
+    without, with_ = (
+        stage_memory(model, Strategy(layout, (16,), (0,), 1, dtype=dtype, replicas=n), 0, 128)
+        for n in (0, 3)
+    )
+    assert with_.state - without.state == held > 0
+    assert with_.optimizer == without.optimizer
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
 @pytest.mark.parametrize("etp, moments", [(1, "fp32"), (2, "bf16")])
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
