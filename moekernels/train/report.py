@@ -116,8 +116,9 @@ def layout_report(
             f"{r.bytes / 2**20:>5.0f} MiB"
         )
     text = "         memory: weights, gradients and optimizer state; activations come on top"
-    if away := [r.host / 2**20 for r in ranks if r.host]:
-        text += f"; {min(away):.0f} to {max(away):.0f} MiB of a rank's state lie in the host's"
+    if away := sorted({f"{r.host / 2**20:.0f}" for r in ranks if r.host}, key=int):
+        ends = away if len(away) == 1 else (away[0], away[-1])
+        text += f"; {' to '.join(ends)} MiB of a rank's state lie in the host's"
     lines.append(text)
     return "\n".join(lines)
 
