@@ -5,8 +5,10 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from moekernels.cli import main
 from moekernels.errors import UsageError
@@ -71,6 +73,21 @@ if me.rank == 0:
 else:
     me.store.set("gone", "")
 """
+
+
+def test_a_restart_reads_nothing_of_the_attempt_before(environment, monkeypatch):
+    """torchrun's store outlives its workers: what they said of themselves does, and must not be
+    taken for their successors'. Only the run's folder is kept."""
+    store, attempts = torch.distributed.HashStore(), []
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    for attempt in ("0", "1"):
+        place = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": attempt}
+        environment(WHOLE | place)
+        attempts.append(launched())
+    first, second = attempts
+    first.tell("digest", "of a checkpoint that is gone")
+    assert first.store.check(["tell/digest"]) and not second.store.check(["tell/digest"])
+    assert first.folder(lambda: Path("a")) == second.folder(lambda: Path("b")) == Path("a")
 
 
 def test_a_scheduler_that_sets_ranks_alone():
