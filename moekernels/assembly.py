@@ -79,10 +79,10 @@ def _check_pairs(run: cfg.RunConfig, layout: Layout) -> None:
             f"--schedule {name} hides the exchange of rows, and with ep 1 x etp 1 there is none; "
             f"give --ep, or --schedule 1f1b"
         )
-    if dispatch.choose(lay.dispatcher, run.model, layout) != "all_to_all":
+    if (way := dispatch.choose(lay.dispatcher, run.model, layout)) != "all_to_all":
         raise UsageError(
-            f"--schedule {name} hides rows that are posted and waited for, and the all-gather form "
-            f"gathers at once; give --dispatcher all_to_all, or --schedule 1f1b"
+            f"--schedule {name} hides rows that are posted and waited for, and {way} exchanges at "
+            f"once; give --dispatcher all_to_all, or --schedule 1f1b"
         )
     if run.train.exchange_parts > 1:
         raise UsageError(

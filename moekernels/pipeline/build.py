@@ -42,15 +42,18 @@ SCHEDULES = {
         lambda rank, stages, *_: stages - 1 - rank, several=None, owed=lambda rank: rank
     ),
     # twice 1F1B's, and one: what a rank needs comes while it computes the pair before
-    "overlap": ScheduleKind(
-        lambda rank, stages, *_: 2 * (stages - 1 - rank) + 1, offered=False, pairs=True
-    ),
+    "overlap": ScheduleKind(lambda rank, stages, *_: 2 * (stages - 1 - rank) + 1, pairs=True),
 }
 
 
 def splits(name: str) -> bool:
     """Whether a schedule's backward is I and W."""
     return name != "forward" and SCHEDULES[name].owed is not None
+
+
+def in_pairs(name: str) -> bool:
+    """Whether a schedule's forwards and backwards run in pairs."""
+    return name != "forward" and SCHEDULES[name].pairs
 
 
 def offered(several: bool) -> list[str]:

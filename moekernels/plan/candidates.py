@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from moekernels.model.dispatch import WAYS
 from moekernels.model.layout import Layout, divisors
-from moekernels.pipeline.build import by_clock, offered
+from moekernels.pipeline.build import by_clock, in_pairs, offered
 from moekernels.plan import cost, replicas
 from moekernels.plan.evaluate import Problem
 from moekernels.plan.strategy import Strategy, nodes_of_exchange
@@ -101,8 +101,10 @@ def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]
         for virtual in [1, 2, 4] if layout.pp > 1 else [1]:
             names = [n for n in offered(virtual > 1) if space.allows("schedule", n)]
             names = [n for n in names if not by_clock(n, virtual)]
-            if layout.pp == 1:
-                names = names[:1]  # nobody waits, whatever the order
+            if layout.pp == 1:  # nobody waits, whatever the order, but for rows
+                names = names[:1] + [n for n in names[1:] if in_pairs(n)]
+            if layout.exchange == 1 or problem.cluster.exchange_parts > 1:
+                names = [n for n in names if not in_pairs(n)]  # nothing to hide, or hidden in parts
             if layout.pp * virtual > model.num_layers:
                 continue
             for layers in splits(model.num_layers, layout.pp * virtual, heavy):
@@ -112,6 +114,8 @@ def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]
                     for name, way in itertools.product(names, ways):
                         if not space.allows("dispatcher", way):
                             continue
+                        if in_pairs(name) and (way != "all_to_all" or microbatches == 1):
+                            continue  # what goes at once cannot be hidden, nor is it without pairs
                         yield Strategy(
                             layout, layers, (0,) * len(layers), microbatches, name, virtual, way,
                             problem.dtype, shard_optimizer=problem.shard_optimizer, nodes=nodes,

@@ -19,6 +19,7 @@ from moekernels.plan.overlap import exposed
 from moekernels.plan.replicas import spare_parameters
 from moekernels.plan.strategy import STATE_BYTES, Cluster, Strategy
 
+EXCHANGE = "expert exchange"
 GRADIENT = 4  # bytes of an accumulated gradient
 
 
@@ -52,6 +53,7 @@ class LayerTotal(NamedTuple):
     again: Affine
     through: Affine
     weights: Affine
+    computed: Affine  # forward and backward without exchanges of rows
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,17 @@ class LayerCost:
     through: dict[str, Affine]
     weights: dict[str, Affine]
 
+    def compute(self, way: str) -> Affine:
+        """What a pass takes beside its exchanges of rows."""
+        parts = getattr(self, way)
+        return sum((x for name, x in parts.items() if name != EXCHANGE), Affine())
+
     @cached_property  # a planner asks for the same again and again
     def total(self) -> LayerTotal:
         ways = (self.forward, self.backward, self.again, self.through, self.weights)
-        return LayerTotal(*(sum(parts.values(), Affine()) for parts in ways))
+        forward, backward, again, through, weights = (sum(w.values(), Affine()) for w in ways)
+        computed = self.compute("forward") + self.compute("backward")
+        return LayerTotal(forward, backward, again, through, weights, computed)
 
 
 def forward_flops(model: DecoderSpec, tokens: float, squares: float) -> float:
@@ -121,7 +130,6 @@ def _layer_cost(model: DecoderSpec, c: Cluster, at: Place, layer: int) -> LayerC
     if layer > model.dense_layers:
         hops = way_of(at).traffic(model, at)
         exchange = sum((_collective(c, h.ranks, h.stride, h.size, h.calls) for h in hops), Affine())
-        exchange = exchange * (1.0 - c.overlap)
     there, home, bare = _over_link(model, c, at, layer, experts)
 
     forward = {
@@ -129,7 +137,7 @@ def _layer_cost(model: DecoderSpec, c: Cluster, at: Place, layer: int) -> LayerC
         "experts": experts,
         "memory-bound": elementwise,
         "tensor exchange": shuffle,
-        "expert exchange": exchange + there,
+        EXCHANGE: exchange + there,
         "overhead": Affine(c.overhead),
     }
     squares = Affine(0.0, 0.0, attention.per_square)
@@ -139,17 +147,17 @@ def _layer_cost(model: DecoderSpec, c: Cluster, at: Place, layer: int) -> LayerC
         "experts": experts,
         "memory-bound": elementwise * 2.0,
         "tensor exchange": shuffle,
-        "expert exchange": exchange + bare,
+        EXCHANGE: exchange + bare,
         "overhead": Affine(c.backward_overhead),
     }
     backward = {
         **through,
         "attention": attention * 2.0 + squares * 0.5,
         "experts": experts * 2.0,
-        "expert exchange": exchange + home,
+        EXCHANGE: exchange + home,
     }
     # What the exchange brought is kept; the results' way back is made again.
-    again = {**forward, "expert exchange": exchange * 0.5 + there * 0.5}
+    again = {**forward, EXCHANGE: exchange * 0.5 + there * 0.5}
     return LayerCost(forward, backward, again, through, weights)
 
 

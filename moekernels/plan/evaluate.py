@@ -9,10 +9,10 @@ import numpy as np
 
 from moekernels.data.batch_plan import BatchPlan, Cost, plan_batch
 from moekernels.model.decoder import DecoderSpec, alike
-from moekernels.pipeline.build import splits
+from moekernels.pipeline.build import in_pairs, splits
 from moekernels.pipeline.schedule import Kind
 from moekernels.pipeline.simulate import Simulator, Timeline
-from moekernels.plan import cost
+from moekernels.plan import cost, overlap
 from moekernels.plan.memory import StageMemory, cached_schedule, stage_memory
 from moekernels.plan.strategy import Batch, Cluster, Objective, Strategy
 
@@ -202,13 +202,53 @@ def flush_costs(problem: Problem, s: Strategy, sl: BatchSizes) -> Costs:
     return costs
 
 
+@dataclass(frozen=True)
+class PairCosts:
+    """Of a pair's passes on every virtual stage: what each takes of [m] beside its exchanges, and
+    what a pair waits for those."""
+
+    forward: list[list[float]]
+    backward: list[list[float]]
+    exposed: list[float]
+
+    def __call__(self, stage: int, forward: int, backward: int) -> float:
+        passes = self.forward[stage][forward] + self.backward[stage][backward]
+        return passes + self.exposed[stage]
+
+
+def pair_costs(problem: Problem, s: Strategy, sl: BatchSizes, costs: Costs) -> PairCosts:
+    """What is exposed is that of a mean micro-batch."""
+    model, c = problem.model, problem.cluster
+    mean = float(sl.tokens.mean()), float(sl.squares.mean())
+    made = PairCosts([], [], [])
+    for v in range(s.depth):
+        forward, backward = costs[v, Kind.F], costs[v, Kind.B]
+        layers: list[overlap.LayerTimes] = []
+        for number, count, redone in s.kinds_of_layers(model, v):
+            if number <= model.dense_layers:
+                continue
+            layer = cost.layer_cost(model, c, s, number)
+            there, back = layer.forward[cost.EXCHANGE], layer.backward[cost.EXCHANGE]
+            forward = forward - count * there(sl.tokens, sl.squares).max(0)
+            backward = backward - count * back(sl.tokens, sl.squares).max(0)
+            if redone:
+                layers += [overlap.of_layer(layer, True, mean)] * redone
+            if redone < count:
+                layers += [overlap.of_layer(layer, False, mean)] * (count - redone)
+        made.forward.append(forward.tolist())
+        made.backward.append(backward.tolist())
+        made.exposed.append(overlap.exposed_in_pair(tuple(layers)))
+    return made
+
+
 def play(problem: Problem, s: Strategy, sl: BatchSizes) -> tuple[Timeline, Costs]:
     """The flush on the schedule that the runtime would run, and what its actions cost."""
     costs = flush_costs(problem, s, sl)
     run = simulator(s.schedule, s.layout.pp, s.microbatches, s.virtual_stages)
     run.latency = cost.message_seconds(problem.model, problem.cluster, s, float(sl.tokens.mean()))
     lists = {key: values.tolist() for key, values in costs.items()}
-    return run.run(lambda stage, microbatch, kind: lists[stage, kind][microbatch]), costs
+    pair = pair_costs(problem, s, sl, costs) if in_pairs(s.schedule) else None
+    return run.run(lambda stage, microbatch, kind: lists[stage, kind][microbatch], pair), costs
 
 
 def lower_bound(problem: Problem, s: Strategy, sl: BatchSizes) -> float:
@@ -220,7 +260,7 @@ def lower_bound(problem: Problem, s: Strategy, sl: BatchSizes) -> float:
     and has no more to do meanwhile than the F that 1F1B has it do ahead.
     """
     tokens, squares = sl.sums
-    m, split = s.microbatches, splits(s.schedule)
+    m, split, pairs = s.microbatches, splits(s.schedule), in_pairs(s.schedule)
 
     def whole(a: cost.Affine) -> float:
         return a.fixed * m + a.per_token * tokens + a.per_square * squares
@@ -233,8 +273,10 @@ def lower_bound(problem: Problem, s: Strategy, sl: BatchSizes) -> float:
     model = problem.model
     for number, count in alike(model, range(1, model.num_layers + 1)):
         layer = cost.layer_cost(model, problem.cluster, s, number).total
-        both += [whole(layer.forward + layer.backward)] * count
-        ahead = layer.forward if split else layer.forward + layer.backward
+        # pairs may hide all exchanges
+        passes = layer.computed if pairs else layer.forward + layer.backward
+        both += [whole(passes)] * count
+        ahead = layer.forward if split else passes
         shortest += [ahead(*sl.least)] * count
         if split:
             there_and_back += [(layer.forward + layer.through)(*sl.least)] * count
@@ -304,6 +346,10 @@ def _evaluate(problem: Problem, s: Strategy, exact_order: bool) -> tuple[Plan, T
         if v == s.depth - 1:
             loss = cost.loss_cost(model, c, s)(sl.tokens, sl.squares)
             parts["head and loss"] = float(loss.mean(0).sum())
+    if in_pairs(s.schedule):  # what pairs hide, nobody waits for
+        alone = sum(float(x.sum()) for (v, _), x in costs.items() if v % layout.pp == rank)
+        hidden = alone - played.busy[rank]
+        parts[cost.EXCHANGE] = max(0.0, parts[cost.EXCHANGE] - hidden)
     parts["waiting"] = max(0.0, played.makespan - sum(parts.values()))
     parts |= cost.update_seconds(model, c, s)
 

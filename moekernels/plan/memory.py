@@ -19,7 +19,7 @@ from moekernels.model.ffn import ffn_working
 from moekernels.model.spec import Owed, Place
 from moekernels.parallel.offload import CHUNK
 from moekernels.pipeline import greedy
-from moekernels.pipeline.build import build, by_clock, held_limits, splits
+from moekernels.pipeline.build import build, by_clock, held_limits, in_pairs, splits
 from moekernels.pipeline.check import SENDS_IN_FLIGHT
 from moekernels.pipeline.schedule import Schedule
 from moekernels.plan.replicas import spare_parameters
@@ -157,12 +157,13 @@ def cached_schedule(name: str, stages: int, microbatches: int, virtual_stages: i
 class ChunkBytes(NamedTuple):
     """Of a chunk and one micro-batch. kept: until its backward, working: the most that is held
     besides at any moment, owed: left by a backward that puts the weights' gradients off, split:
-    as working, where backward does so."""
+    as working, where backward does so. layer_owed: the most of owed that is a single layer's."""
 
     kept: float
     working: float
     owed: float
     split: float
+    layer_owed: float = 0.0
 
 
 @lru_cache(maxsize=1 << 14)  # ranks and strategies share most of their chunks
@@ -175,16 +176,18 @@ def chunk_activations(
 ) -> ChunkBytes:
     """Of a chunk with `layers` (as `Strategy.kinds_of_layers`) and one micro-batch."""
     beside, loss, working = chunk_bytes(model, at, first, last)
-    kept, owed, beyond = beside + loss, 0.0, 0.0
+    kept, owed, beyond, layer_owed = beside + loss, 0.0, 0.0, 0.0
     for layer, count, again in layers:
         one = layer_bytes(model, at, layer)
         kept += (count - again) * one.total + again * one.checkpointed
         owed += count * (one.owed.inputs + one.owed.gradients)
+        layer_owed = max(layer_owed, one.owed.inputs + one.owed.gradients)
         beyond = max(beyond, one.beyond_owed(again > 0))
         # What the loss keeps is gone by the time a layer works.
         working = max(working, one.besides(again > 0) - loss)
     # Layer by layer what is kept becomes what is owed: the most is held in the last of them.
-    return ChunkBytes(kept, working, owed, max(working, beside + owed + beyond - kept))
+    split = max(working, beside + owed + beyond - kept)
+    return ChunkBytes(kept, working, owed, split, layer_owed)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -289,11 +292,15 @@ def stage_memory(
         )
     split = splits(s.schedule)
     working = max([chunk.split if split else chunk.working for chunk in held])
+    receives = 2
+    if in_pairs(s.schedule):  # two passes work at once, and one's layer may owe its weights
+        working = 2 * working + max(chunk.layer_owed for chunk in held)
+        receives = 4
     state = sum(owned_parameters(model, s, parameters).values()) * (master + moments)
     host = host_bytes(model, s, rank)
     on_the_way = min(2 * CHUNK * (master + moments), 2 * host)
     message = at.residual * model.d_model * at.width
-    messages = (2 + 2 * SENDS_IN_FLIGHT) * message if stages > 1 else 0.0
+    messages = (receives + 2 * SENDS_IN_FLIGHT) * message if stages > 1 else 0.0
     if bound and device == "cuda":
         messages += slab_bytes(model, at)
     return StageMemory(

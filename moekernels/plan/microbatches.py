@@ -23,6 +23,7 @@ import torch.distributed as dist
 from moekernels import assembly
 from moekernels.errors import UsageError
 from moekernels.parallel.mesh import Mesh
+from moekernels.pipeline.build import in_pairs
 from moekernels.pipeline.simulate import idle_microbatches
 from moekernels.run import buffers
 from moekernels.run import files as cfg
@@ -107,7 +108,12 @@ def memory_of(device: torch.device, local_ranks: int) -> float:
 
 
 def check(run: cfg.RunConfig, done: int) -> None:
-    if run.train.steps - done <= STEPS:
+    if in_pairs(run.layout.schedule) and run.layout.pp == 1:
+        raise UsageError(
+            f"--microbatches auto takes the fewest that fit where one stage waits for nobody, and "
+            f"--schedule {run.layout.schedule} hides more with more; give a number of 2 or more"
+        )
+    if run.layout.pp > 1 and run.train.steps - done <= STEPS:
         raise UsageError(
             f"--microbatches auto measures for {STEPS} steps, --steps is {run.train.steps}"
             + (f", {done} of them done" if done else "")

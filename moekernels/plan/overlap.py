@@ -1,10 +1,19 @@
-"""How much of an exchange over a set link is waited for, by playing its parts one after the other.
+"""How much of an exchange is waited for, by playing its parts, or a pair's pieces, under a clock.
 
-The link carries one message at a time, the core computes one part at a time, and rows of the first
-part must be there before anything is computed: what `parallel.chunks` does, under a clock.
+The link carries one message at a time and the core computes one part at a time. In parts, rows of
+the first must be there before anything is computed: what `parallel.chunks` does. In pairs, pieces
+run as `pipeline.interleave` has them.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from moekernels.pipeline.interleave import GRAD_OUT, OUT, Border, Piece, interleave, passes, play
+
+if TYPE_CHECKING:
+    from moekernels.plan.cost import LayerCost
 
 
 def exposed(parts: int, flight: float, compute: float, afterwards: float = 0.0) -> float:
@@ -23,3 +32,59 @@ def exposed(parts: int, flight: float, compute: float, afterwards: float = 0.0) 
         core = max(core, ready) + work
         link = max(link, core) + each  # its results
     return max(link, core + afterwards) - compute - afterwards
+
+
+class LayerTimes(NamedTuple):
+    """Seconds of a layer that exchanges rows, for one micro-batch: before its rows are posted and
+    in its experts, forward and, without the weights' gradients, backward; these; and how long an
+    exchange flies."""
+
+    ahead: float
+    experts: float
+    experts_back: float
+    behind: float
+    weights: float
+    flight: float
+    flight_back: float
+
+
+def of_layer(layer: LayerCost, again: bool, sizes: tuple[float, float]) -> LayerTimes:
+    """`sizes` as an `Affine` has them. Computed again, a layer also waits once more."""
+    forward, through = layer.forward, layer.through
+    experts, back = forward["experts"](*sizes), through["experts"](*sizes)
+    return LayerTimes(
+        layer.compute("forward")(*sizes) - experts,
+        experts,
+        back + (layer.total.again(*sizes) if again else 0.0),
+        layer.compute("through")(*sizes) - back,
+        layer.total.weights(*sizes),
+        forward["expert exchange"](*sizes) / 2,
+        through["expert exchange"](*sizes) / 2,
+    )
+
+
+@lru_cache(maxsize=4096)
+def exposed_in_pair(layers: tuple[LayerTimes, ...]) -> float:
+    """Seconds that a pair of passes through `layers` waits for rows."""
+    numbers = range(len(layers))
+
+    def takes(piece: Piece) -> float:
+        begins, posts = piece.begins, piece.posts
+        if piece.forward:
+            if begins is not None and begins.name == OUT:
+                return layers[begins.layer].experts
+            return layers[posts.layer].ahead if posts is not None else 0.0
+        if begins is None:
+            return 0.0
+        if not begins.waits:  # of the layer behind
+            return layers[begins.layer + 1].weights if begins.layer + 1 < len(layers) else 0.0
+        if begins.name == GRAD_OUT:
+            return layers[begins.layer].experts_back
+        return layers[begins.layer].behind + (layers[0].weights if begins.layer == 0 else 0.0)
+
+    def flies(border: Border) -> float:
+        return layers[border.layer].flight if border.forward else layers[border.layer].flight_back
+
+    order = interleave(*passes(numbers))
+    pieces, _ = play(order, takes, flies)
+    return pieces[-1].end - sum(span.end - span.start for span in pieces)

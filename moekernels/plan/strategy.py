@@ -158,7 +158,6 @@ class Cluster:
     step_overhead: float = 0.0  # of a step, whatever its flush
     imbalance: float = 1.10  # rows of the busiest rank over the mean, where `loads` is not known
     loads: tuple[tuple[float, ...], ...] = ()  # [L, E] rows of each expert, to any scale
-    overlap: float = 0.0  # of the exchange, hidden behind computation
     exchange_latency: float = 0.0  # of a set link (`run.link`), which the exchange goes over
     exchange_rate: float = 0.0  # bytes a second of it; 0: there is none
     exchange_parts: int = 1

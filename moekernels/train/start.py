@@ -81,7 +81,7 @@ def train(
     check([2] * b.sequences, b.microbatches * b.accumulation, layout.dp, layout.tp, b.policy)
     changes = resume.compare(path, facts, run, tune) if path else []
     notes = [f"resume   {change}" for change in changes]
-    if tune and run.layout.pp > 1:
+    if tune:
         microbatches.check(run, facts.get("step", 0))
 
     device = launch.choose_device(run.train.device, told.local_size if told else layout.world)

@@ -13,7 +13,7 @@ from moekernels.model.beside import BESIDE
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.dispatch import WAYS
 from moekernels.parallel.nodes import Nodes
-from moekernels.pipeline.build import offered, splits
+from moekernels.pipeline.build import in_pairs, offered, splits
 from moekernels.run import files as cfg
 from moekernels.run.buffers import EXACT
 from moekernels.run.sections import LayoutSection
@@ -75,7 +75,9 @@ def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
     """Every variant that is promised for a layout."""
     run = cfg.RunConfig()
     cfg.set_degrees(run.layout, degrees)
-    found = [Variant(name, steps=steps) for name in offered(several=False)]
+    exchange = run.layout.ep * run.layout.etp > 1
+    names = [name for name in offered(several=False) if exchange or not in_pairs(name)]
+    found = [Variant(name, steps=steps) for name in names]
     chunks = [name for name in offered(several=True) if run.layout.pp > 1 or splits(name)]
     found += [Variant(name, steps=steps, virtual_stages=2) for name in chunks]
     found += [Variant(top_k=k, steps=1) for k in range(1, 9) if k != 2]

@@ -59,13 +59,20 @@ def test_zb_over_virtual_stages_resumes(text, tmp_path, cache):
     assert (losses(tmp_path), norms(tmp_path)) == expected
 
 
-@pytest.mark.parametrize("chunks", ["1", "2"])
-def test_micro_batches_are_chosen_under_zb(chunks, text, tmp_path, cache, capfd):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--schedule zb",
+        "--schedule zb --virtual-stages 2",
+        "--schedule overlap --tp 1 --dp 2 --ep 2",
+    ],
+)
+def test_micro_batches_are_chosen_under_any_schedule(flags, text, tmp_path, cache, capfd):
     """Without a loss of each micro-batch's own, and in fp64, all numbers train alike."""
     more = "--pp 2 --steps 8 --balance-coef 0 --dtype fp64".split()
     chosen, fixed = tmp_path / "auto", tmp_path / "fixed"
-    zb = ("--schedule", "zb", "--virtual-stages", chunks, "--microbatches", "auto")
-    assert main(argv(text, chosen, *more, *zb)) == 0
+    flags = [*more, *flags.split(), "--microbatches", "auto"]
+    assert main(argv(text, chosen, *flags)) == 0
     assert "m* = " in capfd.readouterr().out
     assert main(argv(text, fixed, *more)) == 0
     assert losses(chosen) == pytest.approx(losses(fixed), rel=1e-9)
@@ -102,6 +109,7 @@ def test_overlap_trains_bit_for_bit_as_1f1b_and_resumes(text, tmp_path, cache):
     [
         (("--dp", "2", "--ep", "1"), "with ep 1 x etp 1 there is none"),
         (("--dp", "2", "--ep", "2", "--top-k", "3"), "give --dispatcher all_to_all"),
+        (("--dp", "2", "--ep", "2", "--microbatches", "auto"), "give a number of 2 or more"),
         (("--dp", "2", "--ep", "2", "--exchange-parts", "2"), "--exchange-parts 2 cuts what"),
         (("--dp", "2", "--ep", "2", "--pp", "2", "--virtual-stages", "2"), "--virtual-stages 2"),
     ],

@@ -38,14 +38,16 @@ def test_the_variants_are_those_promised():
     found = variants_of({"tp": 2, "pp": 4}, 3)
     assert {v.top_k for v in found if v.experts == 8} == set(range(1, 9))
     schedules = {(v.schedule, v.virtual_stages) for v in found}
-    assert schedules == {("1f1b", 1), ("zb", 1), ("interleaved", 2), ("zb", 2)}
+    assert schedules == {("1f1b", 1), ("zb", 1), ("overlap", 1), ("interleaved", 2), ("zb", 2)}
     assert any(v.experts == 6 for v in found)
     assert any(v.guests for v in found)
     assert {v.dispatcher for v in variants_of({"dp": 8, "ep": 8}, 3)} == {"auto", *WAYS}
     assert {v.dispatcher for v in found} == {"auto", *WAYS} - {"hierarchical"}, "one rank a node"
     assert not any(v.experts == 6 for v in variants_of({"dp": 8, "ep": 8}, 3)), "8 do not divide 6"
     schedules = {(v.schedule, v.virtual_stages) for v in variants_of({"tp": 4}, 3)}
-    assert schedules == {("1f1b", 1), ("zb", 1), ("zb", 2)}
+    assert schedules == {("1f1b", 1), ("zb", 1), ("zb", 2), ("overlap", 1)}
+    alone = {v.schedule for v in variants_of({"tp": 4, "ep": 1}, 3)}
+    assert alone == {"1f1b", "zb"}, "where no rows are exchanged none are hidden"
 
 
 @pytest.mark.parametrize("mistake", ["gradient", "reduction", "loss", "choice", "parameter"])
