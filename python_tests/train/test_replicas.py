@@ -17,6 +17,7 @@ from moekernels.nn.replicas import Replicas
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.nodes import Nodes
 from moekernels.parallel.optimizer import Optimizer, main_grad_of
 from moekernels.run.folder import read_metrics
 from moekernels.train import manifest
@@ -159,15 +160,18 @@ def test_weights_come_in_one_message_and_gradients_return_in_one_in_rank_order()
         assert sent == ({"calls": 1} if number == 0 else {"calls": 1, "peers": 1})
 
 
-def biased(rank, parts, degrees):
-    run = configure(degrees, Variant(top_k=1, steps=1, replicas=3), "fp64", None)
+def biased(rank, parts, degrees, dispatcher="all_to_all"):
+    run = configure(
+        degrees, Variant(top_k=1, steps=1, replicas=3, dispatcher=dispatcher), "fp64", None
+    )
     run.model = replace(run.model, expert_bias=True, num_layers=2)
     run.batch.microbatches, run.batch.context = 2, 24
     run.train.exchange_parts, run.train.steps = parts, 1
     run.layout.checkpoint_layers = "none" if parts > 1 else "all"
     steps = compare.record(run, torch.device("cpu"))
     lay = run.layout
-    mesh = Mesh(Layout(lay.tp, lay.dp, lay.pp, lay.ep, lay.etp))
+    nodes = Nodes((0, 0, 1, 1)) if dispatcher == "hierarchical" else None
+    mesh = Mesh(Layout(lay.tp, lay.dp, lay.pp, lay.ep, lay.etp), nodes=nodes)
     verdict = compare.compare(run, mesh, steps)
     return verdict.loss, verdict.gradient, verdict.name, set(steps[0].gradients) - verdict.seen
 
@@ -178,6 +182,11 @@ def biased(rank, parts, degrees):
 def test_biases_parts_and_recomputation(parts, degrees):
     world = degrees.get("tp", 1) * degrees.get("dp", 1)
     for loss, gradient, name, _ in run_ranks(world, biased, parts, degrees):
+        assert loss < 1e-12 and gradient < 1e-9, name
+
+
+def test_one_copy_of_a_token_a_node():
+    for loss, gradient, name, _ in run_ranks(4, biased, 1, {"dp": 4, "ep": 4}, "hierarchical"):
         assert loss < 1e-12 and gradient < 1e-9, name
 
 
