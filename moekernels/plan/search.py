@@ -97,6 +97,12 @@ def search(problem: Problem, space: Space | None = None) -> Result:
     found: list[Plan] = []
     least: tuple[float, str] | None = None
     worlds = divisors(problem.cluster.gpus) if space.gpus is None else [space.gpus]
+    c = problem.cluster
+    if space.dispatcher == "hierarchical" and max(worlds) <= c.gpus_per_node:
+        raise UsageError(
+            f"plan: --dispatcher hierarchical is one of several nodes, and {max(worlds)} cards are "
+            f"of one with {c.gpus_per_node}; give all_to_all, or more --gpus"
+        )
     for world in sorted(worlds, reverse=True):
         best = _best_of(problem, world, space, seen)
         if isinstance(best, Plan):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moekernels.cli import main
 from moekernels.model import dispatch
 from moekernels.model.layout import Layout
 from moekernels.model.router import RouterSpec
@@ -261,6 +262,11 @@ def test_auto_takes_it_where_it_saves_a_third() -> None:
     assert dispatch.choose("auto", spec(8), layout) == "all_to_all"
     assert dispatch.choose("auto", spec(8), Layout(dp=4, ep=4), nodes=2) == "hierarchical"
     assert dispatch.choose("auto", spec(8), Layout(dp=4, ep=4)) == "all_gather"
+
+
+def test_the_planner_refuses_it_on_one_node(capsys) -> None:
+    assert main(["plan", "--preset", "tiny", "--gpus", "8", "--dispatcher", "hierarchical"]) == 2
+    assert "8 cards are of one with 8; give all_to_all, or more --gpus" in capsys.readouterr().err
 
 
 def _choices(rank: int) -> list[str]:
