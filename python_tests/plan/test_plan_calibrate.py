@@ -123,7 +123,9 @@ def test_a_run_beside_the_prediction(tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.toml").write_text(cfg.to_toml(run))
-    (folder / "metrics.jsonl").write_text(json.dumps({"tokens": 8192, "seconds": 2.0}) + "\n")
+    (folder / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "tokens": 8192, "seconds": 2.0}) + "\n"
+    )
     events = [
         {"ph": "X", "pid": p, "tid": 0, "name": f"{k}0", "dur": 1e4, "args": {"chunk": 0}}
         for p in range(4)
