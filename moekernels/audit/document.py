@@ -9,7 +9,9 @@ from moekernels.errors import UsageError
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.experts import ACTIVATIONS, one_expert
 from moekernels.model.layout import Layout
+from moekernels.pipeline.build import in_pairs, offered
 from moekernels.plan import cost
+from moekernels.plan.candidates import splits
 from moekernels.plan.evaluate import Plan, Problem, batch_sizes, evaluate, memory_of
 from moekernels.plan.search import SHARES, fit
 from moekernels.plan.strategy import Strategy, ranges_text
@@ -228,6 +230,47 @@ def on_hosts(problem: Problem, s: Strategy) -> list[OnHost]:
         found.append(OnHost(share, text, plan.step, plan.memory, plan.host_memory, fits))
     fewest = next((x for x in found if x.fits and x.layers == "none"), None)
     return [x for x in found if x.share in (0.0, 1.0) or x is fewest]
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """A schedule in a layout, with as few layers computed again as fit, and what it comes to."""
+
+    schedule: str
+    virtual_stages: int
+    layers: str  # computed again
+    step: float
+    idle: float  # of the flush
+    memory: float  # of the fullest card
+    fits: bool
+
+
+def in_orders(problem: Problem, s: Strategy) -> list[InOrder]:
+    """The same layout under every schedule worth running, with one and two virtual stages a rank;
+    none where no stage waits for another."""
+    found: list[InOrder] = []
+    room = problem.cluster.memory - problem.cluster.reserve
+    # As in `candidates`: pairs need an exchange that they hide whole, and a second micro-batch.
+    hides = s.dispatcher == "all_to_all" and s.layout.exchange > 1 and s.microbatches > 1
+    hides &= problem.cluster.exchange_parts <= 1
+    for chunks in (1, 2) if s.layout.pp > 1 else ():
+        depth = s.layout.pp * chunks
+        if depth > problem.model.num_layers:
+            continue
+        layers = s.layers if s.depth == depth else splits(problem.model.num_layers, depth, False)[0]
+        for name in offered(chunks > 1):
+            if in_pairs(name) and not hides:
+                continue
+            trial = replace(
+                s, layers=layers, checkpointed=(0,) * depth, schedule=name, virtual_stages=chunks
+            )
+            fitted = fit(problem, trial)
+            kept = fitted if isinstance(fitted, Strategy) else replace(trial, checkpointed=layers)
+            plan = evaluate(problem, kept)
+            text = ranges_text(kept.checkpoint_layers)
+            fits = plan.memory <= room
+            found.append(InOrder(name, chunks, text, plan.step, plan.bubble, plan.memory, fits))
+    return found
 
 
 @dataclass(frozen=True)

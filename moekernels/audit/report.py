@@ -8,11 +8,13 @@ from moekernels import assembly
 from moekernels.audit.claims import Contradiction, Verdict, contradictions, verdicts
 from moekernels.audit.document import (
     Format,
+    InOrder,
     NamedLayout,
     OnHost,
     Reading,
     Recompute,
     formats,
+    in_orders,
     named_layouts,
     on_hosts,
     readings,
@@ -44,6 +46,7 @@ class Report:
     formats: list[Format]
     recomputes: list[Recompute]
     on_hosts: list[OnHost]
+    in_orders: list[InOrder]
     launch: str
 
 
@@ -63,10 +66,16 @@ def make(
     result.pareto = [best if p is result.best else p for p in result.pareto]
     result.best = best
     report = Report(
-        name, problem, result, None, [], [], [], [], [], [], [], launch_line(best, problem, source)
+        name,
+        problem,
+        result,
+        None,
+        *([], [], [], [], [], [], [], []),
+        launch_line(best, problem, source),
     )
     report.formats = formats(problem, best.strategy)
     report.on_hosts = on_hosts(problem, best.strategy)
+    report.in_orders = in_orders(problem, best.strategy)
     if not claimed:
         return report
     if run.batch.microbatches == cfg.AUTO:
@@ -82,6 +91,7 @@ def make(
     report.layouts = named_layouts(problem, claims)
     report.formats = formats(problem, s)
     report.on_hosts = on_hosts(problem, s)
+    report.in_orders = in_orders(problem, s)
     if claims.checkpoint_layers:
         run.layout.checkpoint_layers = claims.checkpoint_layers
         again = tuple(sorted(assembly.checkpointed(run)))
@@ -201,6 +211,7 @@ def as_dict(report: Report) -> dict:
         "formats": [asdict(f) for f in report.formats],
         "checkpoint_sets": [asdict(r) for r in report.recomputes],
         "state_on_host": [asdict(x) for x in report.on_hosts],
+        "schedules": [asdict(x) for x in report.in_orders],
         "considered": result.considered,
         "played": result.played,
         "launch": report.launch,

@@ -67,6 +67,8 @@ def show(report: Report, console: Console | None = None, *, everything: bool = F
         _digest(report, console)
     if report.on_hosts:
         console.print(f"[bold]optimizer state on the host[/] {_on_hosts(report)}")
+    if report.in_orders:
+        console.print(f"[bold]schedules[/] {_in_orders(report)}")
     slower = [r for r in report.result.rejected if not r.reason.endswith("checkpointed")]
     over = [r for r in report.result.rejected if r.reason.endswith("checkpointed")]
     shown = slower if everything else slower[:4]
@@ -178,6 +180,18 @@ def _on_hosts(report: Report) -> str:
         for x in report.on_hosts
     )
     return f"{name}: {shares}; [dim]--offload-optimizer auto searches it in all layouts[/]"
+
+
+def _in_orders(report: Report) -> str:
+    """What each schedule is worth in one layout."""
+    name = "as recommended" if report.own is None else "as written"
+    orders = "; ".join(
+        f"{x.schedule}{f' x{x.virtual_stages}' * (x.virtual_stages > 1)}: {x.step:.2f} s, idle "
+        f"{100 * x.idle:.1f} %, {x.memory / GB:.0f} GB, again {x.layers}"
+        + ("" if x.fits else " [red](does not fit)[/]")
+        for x in report.in_orders
+    )
+    return f"{name}: {orders}"
 
 
 def _summary(p: Plan, band: float) -> str:

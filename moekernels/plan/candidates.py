@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from moekernels.model.dispatch import WAYS
 from moekernels.model.layout import Layout, divisors
-from moekernels.pipeline.build import by_clock, in_pairs, offered
+from moekernels.pipeline.build import in_pairs, offered
 from moekernels.plan import cost, replicas
 from moekernels.plan.evaluate import Problem
 from moekernels.plan.strategy import Strategy, nodes_of_exchange
@@ -100,7 +100,6 @@ def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]
             counts = [space.microbatches] if space.microbatches <= most else []
         for virtual in [1, 2, 4] if layout.pp > 1 else [1]:
             names = [n for n in offered(virtual > 1) if space.allows("schedule", n)]
-            names = [n for n in names if not by_clock(n, virtual)]
             if layout.pp == 1:  # nobody waits, whatever the order, but for rows
                 names = names[:1] + [n for n in names[1:] if in_pairs(n)]
             if layout.exchange == 1 or problem.cluster.exchange_parts > 1:

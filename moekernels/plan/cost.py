@@ -90,10 +90,16 @@ def forward_flops(model: DecoderSpec, tokens: float, squares: float) -> float:
 
 def layer_flops(model: DecoderSpec, tokens: float, squares: float, layer: int = 0) -> float:
     """Forward FLOPs of layer number `layer`; 0: the last."""
+    a_token, a_square = _layer_flops(model, layer or model.num_layers)
+    return a_token * tokens + a_square * squares
+
+
+@lru_cache(maxsize=1024)
+def _layer_flops(model: DecoderSpec, layer: int) -> tuple[float, float]:
     one = Place(tokens=1.0)
-    works = [part.work(model, one) for _, part in layer_parts(model, layer or model.num_layers)]
+    works = [part.work(model, one) for _, part in layer_parts(model, layer)]
     a_token = sum(w.dense + w.wide + w.grouped * model.top_k for w in works)
-    return a_token * tokens + sum(w.pairs for w in works) * squares
+    return a_token, sum(w.pairs for w in works)
 
 
 def layer_cost(model: DecoderSpec, cluster: Cluster, s: Strategy, layer: int = 0) -> LayerCost:

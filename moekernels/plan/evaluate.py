@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import numpy as np
 
@@ -168,8 +169,12 @@ def memory_of(problem: Problem, s: Strategy, rank: int, tokens: int) -> StageMem
     stage = stage_memory(
         problem.model, s, rank, tokens, imbalance=skew, device=device, parts=parts, bound=bound
     )
+    # The gradients' sum comes after all that; a planner asks for it often.
+    passing = stage.activations + stage.working + stage.messages
+    if cost.GRADIENT * max(stage.parameters.values(), default=0) <= passing:
+        return stage
     copy = cost.reduction_bytes(s, stage.parameters, c.device)
-    if copy > stage.activations + stage.working + stage.messages:  # the gradients' sum comes after
+    if copy > passing:
         stage = replace(stage, activations=0.0, working=copy, messages=0.0)
     return stage
 
@@ -283,13 +288,15 @@ def lower_bound(problem: Problem, s: Strategy, sl: BatchSizes) -> float:
             longest += [layer.forward(*sl.most)] * count
     loss = cost.loss_cost(problem.model, problem.cluster, s)
     ranges, stages = s.layer_ranges, s.layout.pp
+    before = [0.0, *accumulate(both)]  # of the layers in front of each
+    ahead_of = [0.0, *accumulate(shortest)]
     best = 0.0
     for rank in range(stages):
         own = whole(loss) if rank == stages - 1 else 0.0
         for layers in ranges[rank::stages]:
-            own += sum(both[layers.start - 1 : layers.stop - 1])
+            own += before[layers.stop - 1] - before[layers.start - 1]
         mine = slice(ranges[rank].start - 1, ranges[rank].stop - 1)
-        own += sum(shortest[: mine.start])
+        own += ahead_of[mine.start]
         if split and s.virtual_stages == 1 and rank < stages - 1:
             waits = loss(*sl.least) + sum(there_and_back[mine.stop :])
             own += max(0.0, waits - (stages - 1 - rank) * sum(longest[mine]))

@@ -224,6 +224,8 @@ def owned_parameters(
 
 def host_bytes(model: DecoderSpec, s: Strategy, rank: int) -> float:
     """Masters and moments of a rank of pipeline stage `rank` that lie in its host's memory."""
+    if not s.offload_optimizer:
+        return 0.0
     owned = owned_parameters(model, s, rank_parameters(model, s, rank))
     a_parameter = sum(STATE_BYTES[s.dtype, s.optimizer_state][2:])
     return sum(owned.values()) * s.offload_optimizer * a_parameter

@@ -70,7 +70,8 @@ def fit(problem: Problem, s: Strategy, *, everything: bool = False) -> Strategy 
             for v in mine:  # the first chunks keep theirs longest
                 spread[v] = min(count, s.layers[v])
                 count -= spread[v]
-            trial = replace(s, checkpointed=tuple(spread))
+            again = tuple(spread)
+            trial = s if again == s.checkpointed else replace(s, checkpointed=again)
             chosen[:] = spread
             return memory_of(problem, trial, rank, largest).total
 
@@ -150,6 +151,7 @@ def _best_of(
     seen.considered += len(bounded)
     bounded.sort(key=lambda entry: entry[:2])
     best: Plan | None = None
+    behind: dict[tuple, float] = {}
     nearest: tuple[float, str] | None = None
     for bound, _, s in bounded:
         key = f"{world}: {_class(s)}"
@@ -163,7 +165,8 @@ def _best_of(
             kept = replace(s, optimizer_state=state)
             for share in _shares(problem, kept, space):
                 trial = replace(kept, offload_optimizer=share)
-                if share and _loses(problem, bound, trial, best):
+                if _loses(problem, bound, trial, best, behind):
+                    seen.classes.setdefault(key, (bound, "slower"))
                     break
                 fitted = fit(problem, trial)
                 if isinstance(fitted, float):
@@ -208,10 +211,17 @@ def _away(share: float) -> str:
     return f" with {100 * share:g} % of its state on the host," if share else ""
 
 
-def _loses(problem: Problem, flush: float, s: Strategy, best: Plan | None) -> bool:
-    """Whether `s` is slower for certain: no flush of it is shorter than that."""
-    behind = cost.update_seconds(problem.model, problem.cluster, s)
-    return best is not None and flush + sum(behind.values()) >= best.step
+def _loses(
+    problem: Problem, flush: float, s: Strategy, best: Plan | None, known: dict[tuple, float]
+) -> bool:
+    """Whether `s` is slower for certain: no flush of it is shorter than that. `known`: what comes
+    behind the flush, which most candidates of a search share."""
+    if best is None:
+        return False
+    key = s.layout, s.layers, s.optimizer_state, s.offload_optimizer, s.replicas
+    if key not in known:
+        known[key] = sum(cost.update_seconds(problem.model, problem.cluster, s).values())
+    return flush + known[key] >= best.step
 
 
 def _leanest_of(problem: Problem, best: Plan) -> Plan | None:

@@ -71,9 +71,15 @@ class Strategy:
     def kinds_of_layers(self, model: DecoderSpec, stage: int) -> tuple[tuple[int, int, int], ...]:
         """(number of a layer, how many of the virtual stage's are made as it is, how many of them
         are computed again), for each kind; those checkpointed come first."""
-        layers = self.layer_range(stage)
-        redone = dict(alike(model, layers[: self.checkpointed[stage]]))
-        return tuple((layer, count, redone.get(layer, 0)) for layer, count in alike(model, layers))
+        return _kinds_of_layers(model, self.layer_range(stage), self.checkpointed[stage])
+
+
+@lru_cache(maxsize=4096)  # the candidates of a search share most of them
+def _kinds_of_layers(
+    model: DecoderSpec, layers: range, again: int
+) -> tuple[tuple[int, int, int], ...]:
+    redone = dict(alike(model, layers[:again]))
+    return tuple((layer, count, redone.get(layer, 0)) for layer, count in alike(model, layers))
 
 
 def ranges_text(numbers: tuple[int, ...]) -> str:

@@ -22,7 +22,7 @@ def document() -> Problem:
 
 
 @pytest.mark.parametrize("memory", [0.8e9, 0.45e9, 0.3e9])
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb"])
 def test_search_is_exhaustive(memory, schedule):
     """Every candidate, every checkpointed set that is alike within a rank: none is faster."""
     asked = problem(memory)
