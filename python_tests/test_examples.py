@@ -35,8 +35,9 @@ def test_two_ranks():
 
 def test_plan_from_python():
     plans = run("plan_from_python")
-    assert [plan.gpus for plan in plans] == [8, 32]
-    assert plans[0].sequences_per_second < plans[1].sequences_per_second
+    assert [plan.gpus for plan in plans] == [4, 8, 32]  # two cards do not hold it
+    assert [plan.strategy.offload_optimizer > 0 for plan in plans] == [True, False, False]
+    assert sorted(plans, key=lambda plan: plan.sequences_per_second) == plans
 
 
 def test_finetune_lora():

@@ -113,10 +113,10 @@ def search(problem: Problem, space: Space | None = None) -> Result:
                 found.append(lean)
         elif best is not None and (least is None or best[0] < least[0]):
             least = best
-    if not found and not space.shares and problem.cluster.host_memory:
+    if least is not None and not found and not space.shares and problem.cluster.host_memory:
         return search(problem, replace(space, shares=SHARES))
     if not found:
-        raise UsageError(_infeasible(problem, least, space))
+        raise UsageError(_infeasible(problem, least, space, seen.considered))
     objective = problem.objective
     if objective.best in ("memory", "latency"):
         if (special := _best_by(problem, sorted(worlds, reverse=True), space)) is not None:
@@ -320,9 +320,11 @@ def _reasons(best: Plan, seen: Seen) -> list[Rejection]:
     return [entry[1] for entry in rejected]
 
 
-def _infeasible(problem: Problem, nearest: tuple[float, str] | None, space: Space) -> str:
+def _infeasible(
+    problem: Problem, nearest: tuple[float, str] | None, space: Space, considered: int
+) -> str:
     c = problem.cluster
-    if nearest is None and any(space.shares):
+    if nearest is None and considered:
         return (
             f"plan: a node's {c.host_memory / 1e9:g} GB do not hold {space.shares[-1]:g} of the "
             f"optimizer's state of its cards; use a smaller --offload-optimizer, or a larger "

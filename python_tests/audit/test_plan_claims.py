@@ -203,7 +203,9 @@ def test_bad_input_is_one_line(text, tmp_path, capsys):
         (["--lengths-from", "/nowhere"], "cannot be read"),
         (["--html", "/nowhere/x.html"], "cannot be written"),
         (["--gpus", "0"], "--gpus must be at least 1"),
-        (["--memory-gb", "40"], "memory binds"),
+        (["--memory-gb", "40", "--offload-optimizer", "0"], "memory binds"),
+        (["--memory-gb", "20"], "memory binds"),
+        (["--tp", "3", "--offload-optimizer", "1"], "no layout of 8 cards"),
     ],
 )
 def test_bad_flags_are_one_line(flags, says, capsys):
