@@ -152,7 +152,7 @@ def main() -> int:
     parser.add_argument("--parts", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--share", type=float, default=0.3)
-    parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch and rank")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a microbatch and rank")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--microbatches", type=int, default=8)

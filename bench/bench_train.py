@@ -45,7 +45,7 @@ class Shape:
     top_k: int
     ffn: int
     vocab: int
-    rows: int  # of one micro-batch
+    rows: int  # of one microbatch
     length: int
     microbatches: int  # of one optimiser step
 
@@ -55,7 +55,7 @@ class Shape:
 
 
 SHAPES = {
-    # The tiny preset: its micro-batches too, but experts not lifted (transformers has no such).
+    # The tiny preset: its microbatches too, but experts not lifted (transformers has no such).
     "tiny": Shape(16, 64, 4, 4, 64, 2, 64, 1024, 1, 256, 8),
     "small": Shape(8, 256, 8, 4, 32, 4, 256, 4096, 8, 256, 4),
     "small, no accumulation": Shape(8, 256, 8, 4, 32, 4, 256, 4096, 8, 256, 1),
@@ -87,7 +87,7 @@ def their_model(shape: Shape) -> Qwen3MoeForCausalLM:
 
 
 def their_step(model: Qwen3MoeForCausalLM) -> Callable[[Tensor], float]:
-    """tokens [micro-batches, rows, length] -> the loss, after one update."""
+    """tokens [microbatches, rows, length] -> the loss, after one update."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LR, betas=BETAS, weight_decay=0.0, fused=True
     )

@@ -21,7 +21,7 @@ STEP = {("batch", "microbatches"): 2, ("batch", "accumulation"): 1}
 
 
 def train(env: launch.RankEnv, run: files.RunConfig, steps: int) -> list[float]:
-    """What each rank does; all ranks see the same micro-batches, as dp is 1."""
+    """What each rank does; all ranks see the same microbatches, as dp is 1."""
     mesh = Mesh(assembly.layout_of(run), device=env.device)
     chunks = assembly.build_chunks(run, mesh)
     runtime = assembly.build_runtime(run, mesh, chunks)

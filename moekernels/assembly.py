@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BACKWARD_COST = 2.0  # of a forward pass, for the order of micro-batches
+BACKWARD_COST = 2.0  # of a forward pass, for the order of microbatches
 
 
 def layout_of(run: cfg.RunConfig) -> Layout:
@@ -324,7 +324,7 @@ def build_runtime(run: cfg.RunConfig, mesh: Mesh, chunks: list[StageModel]) -> P
 
 
 def build_loader(run: cfg.RunConfig, corpus: Corpus, dp_rank: int = 0) -> BatchLoader:
-    """The batches of a data-parallel rank; micro-batches ordered on the simulated schedule."""
+    """The batches of a data-parallel rank; microbatches ordered on the simulated schedule."""
     from moekernels.data.batch_plan import Cost
     from moekernels.data.loader import BatchLoader
 

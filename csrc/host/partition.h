@@ -1,4 +1,4 @@
-// Partitions of equal cost, for packing sequences into micro-batches.
+// Partitions of equal cost, for packing sequences into microbatches.
 #pragma once
 
 #include <vector>

@@ -2,7 +2,7 @@
 
 A verdict is about the document's own strategy: its layout on its cards, played and counted. A
 contradiction is harder: a smallest set of claims that nothing satisfies together, whatever the
-reading of the dimensions, the layout, the number of micro-batches and the efficiency up to 100 % of
+reading of the dimensions, the layout, the number of microbatches and the efficiency up to 100 % of
 the cards' FLOP/s.
 """
 
@@ -105,7 +105,7 @@ def verdicts(
 ) -> list[Verdict]:
     """Each claim, judged on the document's own strategy `own`; `best` is the recommended plan.
 
-    `unfolded`: the micro-batches of one accumulation step, where a flush holds several steps'."""
+    `unfolded`: the microbatches of one accumulation step, where a flush holds several steps'."""
     model, layout = problem.model, own.strategy.layout
     values: dict[str, float] = {
         "parameters": float(model.parameters_count()),
@@ -128,10 +128,10 @@ def verdicts(
         if name in recommended and best.strategy != own.strategy:
             instead += f" ({text_of(name, _tidy(recommended[name]))} as recommended)"
         if name == "layer_ms":
-            instead += f", forward, micro-batches of {own.mean_tokens / 1e3:.1f} k tokens"
+            instead += f", forward, microbatches of {own.mean_tokens / 1e3:.1f} k tokens"
             if 0 < unfolded < own.strategy.microbatches:
                 coarse = evaluate(problem, replace(own.strategy, microbatches=unfolded))
-                instead += f"; {1e3 * coarse.layer_seconds:.1f} ms at {unfolded} micro-batches"
+                instead += f"; {1e3 * coarse.layer_seconds:.1f} ms at {unfolded} microbatches"
         found.append(Verdict(name, text_of(name, claimed), "holds" if holds else "fails", instead))
     if claims.checkpoint_layers:
         found.append(_checkpoints(problem, own.strategy, claims.checkpoint_layers))
@@ -177,7 +177,7 @@ def _layouts(claims: ClaimsSection, model: DecoderSpec) -> Iterator[Layout]:
 
 
 def points(problem: Problem, claims: ClaimsSection, microbatches: set[int]) -> list[Point]:
-    """Every reading, layout, number of micro-batches and utilisation that tells claims apart."""
+    """Every reading, layout, number of microbatches and utilisation that tells claims apart."""
     lengths = problem.batch.lengths
     tokens, squares = sum(lengths), sum(n * n for n in lengths)
     found = []

@@ -250,7 +250,7 @@ def in_orders(problem: Problem, s: Strategy) -> list[InOrder]:
     none where no stage waits for another."""
     found: list[InOrder] = []
     room = problem.cluster.memory - problem.cluster.reserve
-    # As in `candidates`: pairs need an exchange that they hide whole, and a second micro-batch.
+    # As in `candidates`: pairs need an exchange that they hide whole, and a second microbatch.
     hides = s.dispatcher == "all_to_all" and s.layout.exchange > 1 and s.microbatches > 1
     hides &= problem.cluster.exchange_parts <= 1
     for chunks in (1, 2) if s.layout.pp > 1 else ():

@@ -129,7 +129,7 @@ def strategy_text(s: Strategy) -> str:
     split = " and masters split" if s.shard_optimizer else ""
     away = f" ({s.offload_optimizer:g} of the state on the host)" if s.offload_optimizer else ""
     return (
-        f"{_class(s)}, {schedule}, {s.microbatches} micro-batches, layers "
+        f"{_class(s)}, {schedule}, {s.microbatches} microbatches, layers "
         f"{','.join(map(str, s.layers))}, checkpointed {ranges_text(s.checkpoint_layers)}, "
         f"{s.optimizer_state} moments{split}{away}, {s.dispatcher}"
         f"{f', {s.replicas} replicas a rank and layer' if s.replicas else ''}"

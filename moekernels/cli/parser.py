@@ -71,7 +71,7 @@ def _verify(parent) -> None:
     parser = parent.add_parser(
         "verify",
         help="prove that a layout computes what one process computes",
-        description="Runs the same micro-batches and parameters in one process and on the layout "
+        description="Runs the same microbatches and parameters in one process and on the layout "
         "and compares the loss and every gradient. Exit code 0 if all agree, 1 if not.",
         allow_abbrev=False,
     )

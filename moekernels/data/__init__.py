@@ -1,4 +1,4 @@
-"""Text in, micro-batches out: sources -> corpus (tokenised, cached) -> batch plan -> loader.
+"""Text in, microbatches out: sources -> corpus (tokenised, cached) -> batch plan -> loader.
 
 Only `MicroBatch` is exported here: models take it and need torch alone, while the rest of the
 package is imported from its modules and needs numpy and tokenizers.

@@ -1,4 +1,4 @@
-"""One micro-batch: several sequences laid end to end, as every stage of the pipeline sees it."""
+"""One microbatch: several sequences laid end to end, as every stage of the pipeline sees it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class MicroBatch:
     positions: Tensor  # [T] int64, from 0 in every segment
     cu_seqlens: list[int]  # segment boundaries, on the host: 0 ... T
     num_tokens: int  # valid tokens
-    loss_scale: float  # 1 / labels in the step: all micro-batches, all data-parallel ranks
+    loss_scale: float  # 1 / labels in the step: all microbatches, all data-parallel ranks
     valid: Tensor | None = None  # [T] bool, None where all are valid
 
     @property
     def rows(self) -> int:
-        """T, padding included: the size of this micro-batch's activations."""
+        """T, padding included: the size of this microbatch's activations."""
         return self.cu_seqlens[-1]
 
     @property

@@ -1,7 +1,7 @@
-"""Which sequences share a micro-batch, and in which order the micro-batches go down the pipeline.
+"""Which sequences share a microbatch, and in which order the microbatches go down the pipeline.
 
 The lengths of a step are known on every rank, so every rank computes the same plan and knows every
-shape of the step without a message. A pipeline wants micro-batches of equal cost, not of equal
+shape of the step without a message. A pipeline wants microbatches of equal cost, not of equal
 sequence lengths: `packed` lays sequences end to end without padding and balances the sums.
 """
 
@@ -50,9 +50,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """`groups[d][m]`: the sequences of micro-batch m on data-parallel rank d.
+    """`groups[d][m]`: the sequences of microbatch m on data-parallel rank d.
 
-    Micro-batches m of all ranks cost about the same and run at the same time, so ranks that
+    Microbatches m of all ranks cost about the same and run at the same time, so ranks that
     exchange tokens between experts do not wait for each other.
     """
 
@@ -82,10 +82,10 @@ def plan_batch(
     """Lengths of a step's sequences -> dp x microbatches groups, every sequence in exactly one.
 
     policy: `packed` (Karmarkar-Karp on cost, no padding), `buckets` (sorted by length, padded to
-    the longest of the micro-batch) or `padded` (in the given order, padded likewise).
-    align: rows of a micro-batch become a multiple of it (the tensor-parallel size).
-    max_tokens: the largest number of rows of a micro-batch that memory allows.
-    makespan: time of a pipeline flush given the micro-batches' costs in order; chooses their order
+    the longest of the microbatch) or `padded` (in the given order, padded likewise).
+    align: rows of a microbatch become a multiple of it (the tensor-parallel size).
+    max_tokens: the largest number of rows of a microbatch that memory allows.
+    makespan: time of a pipeline flush given the microbatches' costs in order; chooses their order
     (`pipeline.simulate.Simulator(schedule).makespan` over forward and backward costs).
     """
     cost = cost or Cost()
@@ -131,9 +131,9 @@ def check(lengths: list[int], microbatches: int, dp: int, align: int, policy: st
         raise UsageError(f"batch: policy {policy!r} is unknown; use one of {', '.join(POLICIES)}")
     if len(lengths) < dp * microbatches:
         split = f"{dp} data-parallel ranks x {microbatches}" if dp > 1 else f"{microbatches}"
-        fewer = f", or at most {len(lengths) // dp} micro-batches" if len(lengths) >= dp else ""
+        fewer = f", or at most {len(lengths) // dp} microbatches" if len(lengths) >= dp else ""
         raise UsageError(
-            f"batch: {len(lengths)} sequences cannot fill {split} micro-batches; "
+            f"batch: {len(lengths)} sequences cannot fill {split} microbatches; "
             f"use at least {dp * microbatches} sequences{fewer}"
         )
     if min(lengths) < 1:
@@ -147,10 +147,10 @@ def _too_large(
         fault = f"a sequence of {longest} tokens"
         remedy = f"sequences of at most {max_tokens // align * align}"
     else:
-        fault = f"a micro-batch of {most} tokens ({policy})"
-        remedy = f"more micro-batches than {microbatches}, fewer sequences than {len(lengths)}"
+        fault = f"a microbatch of {most} tokens ({policy})"
+        remedy = f"more microbatches than {microbatches}, fewer sequences than {len(lengths)}"
     return (
-        f"batch: {fault} exceeds the limit of {max_tokens} per micro-batch; use {remedy}, "
+        f"batch: {fault} exceeds the limit of {max_tokens} per microbatch; use {remedy}, "
         f"or a limit of at least {most}"
     )
 

@@ -104,7 +104,7 @@ def _extent(spans: np.ndarray) -> int:
 
 @dataclass
 class BatchLoader:
-    """Micro-batches of one data-parallel rank.
+    """Microbatches of one data-parallel rank.
 
     sequences: in a step, over all data-parallel ranks. microbatches: in a step on each rank,
     accumulation steps included. align: the tensor-parallel size. Other options: see `plan_batch`.
@@ -184,7 +184,7 @@ class BatchLoader:
         return Sampler(start=int(spans[0, 0]), count=(tokens - 1) // high, low=low, high=high)
 
     def batch(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a step; steps count from 1."""
+        """This rank's microbatches of a step; steps count from 1."""
         return self._microbatches(*self._drawn(step), self.corpus.tokens)
 
     def plan(self, step: int) -> BatchPlan:

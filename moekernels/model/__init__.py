@@ -4,7 +4,7 @@ Each part is a module: a dataclass of its fields (TOML keys, flags, help, limits
 functions of the whole specification that count what the part holds and does,
 
     parameters(spec, at, active)   weights on a rank
-    kept(spec, at)                 bytes kept from forward to backward of a micro-batch
+    kept(spec, at)                 bytes kept from forward to backward of a microbatch
     work(spec, at)                 FLOPs and bytes of a forward pass, a token
 
 `decoder` puts the parts together. Modules are built from the specification, the planner folds the

@@ -28,7 +28,7 @@ class Hop(NamedTuple):
 
 
 class Border(NamedTuple):
-    """Bytes that a rank sends to other nodes for a layer and micro-batch, on each of the four ways
+    """Bytes that a rank sends to other nodes for a layer and microbatch, on each of the four ways
     of an exchange: rows to experts, results home, and their gradients'. `numbers` of rows go once,
     before the first."""
 
@@ -44,7 +44,7 @@ class Way:
     """rows: R that the experts' tensors have room for. routing: bytes kept of the routing.
     arriving: bytes of the rows, or the tokens behind them, that the experts see. keeps: bytes that
     outlive the first forward of a checkpointed layer, so that nothing is exchanged twice. traffic:
-    what a rank sends a micro-batch and forward pass. border: what of it and of the backward goes to
+    what a rank sends a microbatch and forward pass. border: what of it and of the backward goes to
     other nodes, if experts are chosen evenly. view: the experts see rows through `token_of`.
     defers: the experts' weight gradients are computed while the rows'
     gradients travel home, so that what they read is held until then. peaks: (within a backward,

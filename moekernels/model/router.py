@@ -15,8 +15,8 @@ class RouterSpec(Width):
     """How tokens choose experts, and what keeps the choice balanced.
 
     The load-balancing loss multiplies an expert's share of choices by its share of scores, so it
-    depends on which tokens the shares are of. `balance_scope` "microbatch": those of a micro-batch,
-    as most programs have it; another number of micro-batches, of data-parallel ranks, or another
+    depends on which tokens the shares are of. `balance_scope` "microbatch": those of a microbatch,
+    as most programs have it; another number of microbatches, of data-parallel ranks, or another
     packing is then another loss. "sequence": those of each sequence, weighted by its tokens
     (DeepSeek-V3): the same loss whatever the split, and a stricter one, for it asks for balance
     within every sequence. All other losses and statistics are sums over tokens.
@@ -38,7 +38,7 @@ class RouterSpec(Width):
     balance_coef: float = key(0.01, "coefficient of the load-balancing loss", low=0)
     balance_scope: str = key(
         "microbatch",
-        "tokens that the load-balancing loss compares: of a micro-batch, which depends on how the "
+        "tokens that the load-balancing loss compares: of a microbatch, which depends on how the "
         "step is split, or of each sequence, which does not",
         choices=SCOPES,
     )

@@ -1,6 +1,6 @@
 """What the parts of a decoder share: fields that say what they take, and where a part is counted.
 
-Legend: T tokens of a micro-batch, t own tokens (T/tp), R routed rows that arrive at a rank.
+Legend: T tokens of a microbatch, t own tokens (T/tp), R routed rows that arrive at a rank.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Width:
 
 @dataclass(frozen=True)
 class Place:
-    """A micro-batch of `tokens` (T, of a tensor-parallel group) on one rank, as far as sizes depend
+    """A microbatch of `tokens` (T, of a tensor-parallel group) on one rank, as far as sizes depend
     on it.
 
     runs: groups of neighbouring equal segments, which attention on the CPU takes one by one.
@@ -103,7 +103,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Work:
-    """Of a forward pass on one rank, a token of its tensor-parallel group's micro-batch."""
+    """Of a forward pass on one rank, a token of its tensor-parallel group's microbatch."""
 
     dense: float = 0.0  # FLOPs of products with weights that all tokens meet
     wide: float = 0.0  # the same, computed in fp32 at least

@@ -73,9 +73,9 @@ def join(loss: Tensor, auxiliary: Tensor | None, *, alone: bool) -> Tensor:
 
 
 class Auxiliary(nn.Module):
-    """Load-balancing and z-loss of a micro-batch over its tp ranks, and the counts behind them.
+    """Load-balancing and z-loss of a microbatch over its tp ranks, and the counts behind them.
 
-    Each layer's loss weighs what its micro-batch's tokens weigh in the step. The z-loss is a sum
+    Each layer's loss weighs what its microbatch's tokens weigh in the step. The z-loss is a sum
     over tokens and does not depend on the split; the load-balancing loss does, unless it is made of
     sequences (`RouterSpec.balance_scope`). The chunk's layers share one message over tp.
     """
@@ -99,7 +99,7 @@ class Auxiliary(nn.Module):
         if not self.weighs:
             return None
         experts = counts.shape[1]
-        # Counts are exact in fp32 up to 2^24 choices of an expert in a micro-batch.
+        # Counts are exact in fp32 up to 2^24 choices of an expert in a microbatch.
         message = torch.cat([score_sum, counts.to(score_sum.dtype), z_sum[:, None]], dim=1)
         score_sum, counts, z_sum = reduce_from(message, self.tp).split([experts, experts, 1], dim=1)
         # Segments weigh by their tokens, and layers have equally many: the mean over layers.
@@ -118,7 +118,7 @@ class Auxiliary(nn.Module):
 
 
 def own_segments(cu_seqlens: list[int], tp: Group, device: torch.device) -> Tensor:
-    """cu_seqlens 0 ... T of a micro-batch -> [S+1] int64 within this rank's [T/tp] tokens; a
+    """cu_seqlens 0 ... T of a microbatch -> [S+1] int64 within this rank's [T/tp] tokens; a
     sequence that lies elsewhere is empty here."""
     own = cu_seqlens[-1] // tp.size
     first = tp.rank * own

@@ -1,4 +1,4 @@
-"""What the model needs of a micro-batch; `moekernels.data.MicroBatch` is one."""
+"""What the model needs of a microbatch; `moekernels.data.MicroBatch` is one."""
 
 from __future__ import annotations
 

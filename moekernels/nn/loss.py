@@ -119,7 +119,7 @@ def cross_entropy(
     split: bool,
     vocabulary: int | None = None,
 ) -> Tensor:
-    """Summed loss of a micro-batch, in fp32 at least, the same on every rank of the group.
+    """Summed loss of a microbatch, in fp32 at least, the same on every rank of the group.
 
     hidden [T/P, H] where `split` by tokens, else [T, H]; weight [V/P, H] beginning at token
     `first`; labels [T], each in [0, V) or `NO_LABEL`, else ValueError; V is `vocabulary`, None:

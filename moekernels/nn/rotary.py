@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """What attention needs to know of a micro-batch, made once for all layers."""
+    """What attention needs to know of a microbatch, made once for all layers."""
 
     cos: Tensor  # [T, 1, rd/2] fp32 at least
     sin: Tensor

@@ -3,7 +3,7 @@
     embed -> [attention, gate -> route -> exchange -> experts -> exchange -> combine] x layers
           -> loss
 
-Legend: T tokens of a micro-batch, H hidden, E experts, K top-k, L layers of the chunk.
+Legend: T tokens of a microbatch, H hidden, E experts, K top-k, L layers of the chunk.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import ShardInfo
 from moekernels.parallel.tensor import copy_to, own_part
 
-# (micro-batch, layer, logits and ids of own tokens) -> ids to use instead, or None; see
+# (microbatch, layer, logits and ids of own tokens) -> ids to use instead, or None; see
 # `RouteHook`.
 BatchRouteHook = Callable[[Batch, int, Tensor, Tensor], Tensor | None]
 
@@ -93,7 +93,7 @@ class StageModel(nn.Module):
 
     `loads` [L, E] counts how often own tokens chose each expert since `take_statistics`.
     `route_hook` sees and may replace every choice of experts (see `BatchRouteHook`); own tokens of
-    a micro-batch are `parallel.tensor.own_part(whole, mesh.tp)`.
+    a microbatch are `parallel.tensor.own_part(whole, mesh.tp)`.
     """
 
     def __init__(
@@ -150,9 +150,9 @@ class StageModel(nn.Module):
         """x [T/tp, H] from the chunk before (None for the first) -> x for the chunk after, or the
         last chunk's loss.
 
-        The loss is this micro-batch's share of the step's mean loss, sum over tokens times
+        The loss is this microbatch's share of the step's mean loss, sum over tokens times
         `batch.loss_scale`: a scalar in fp32 at least, the same on every tp rank. Shares add up over
-        micro-batches and dp ranks. The auxiliary losses of the layers have no part in its value,
+        microbatches and dp ranks. The auxiliary losses of the layers have no part in its value,
         and in its gradient as if they were added, scaled as it is; where chunks before this one
         hold some, only `batch.loss_scale` may scale it. Without sequence parallel activations are
         whole, [T, H], on every tp rank.

@@ -27,7 +27,7 @@ from moekernels.parallel.mesh import Group
 
 @dataclass(eq=False)
 class ExchangePlan:
-    """Where the rows of one micro-batch go in one layer."""
+    """Where the rows of one microbatch go in one layer."""
 
     group: Group
     exchange: Exchange

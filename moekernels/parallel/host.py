@@ -26,7 +26,7 @@ def bound_primitives() -> None:
 
     For bf16 products on the CPU one is made for each number of rows, and torch and oneDNN keep
     1,024 of them each: 400 token counts grew a process by 2.9 GB, and by 13 MB with both at 16. A
-    step uses about twelve a micro-batch, the same in all layers, and 64 outlast it.
+    step uses about twelve a microbatch, the same in all layers, and 64 outlast it.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")

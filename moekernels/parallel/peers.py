@@ -30,7 +30,7 @@ SPINS, SPINS_ALONE = 50, 2000  # before a wait sleeps; where every rank has a co
 
 class PeerLost(RuntimeError):
     """A peer is gone, or did not come in time; the message says who waited for what of whom, and
-    whoever knows more (a micro-batch, a layer) adds a note."""
+    whoever knows more (a microbatch, a layer) adds a note."""
 
     def __str__(self) -> str:
         return "; ".join([super().__str__(), *getattr(self, "__notes__", [])])

@@ -21,7 +21,7 @@ Held = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def limit(stages: int, microbatches: int, virtual_stages: int) -> int:
-    """(chunk, microbatch) pairs that a rank holds at most: those of as many whole micro-batches as
+    """(chunk, microbatch) pairs that a rank holds at most: those of as many whole microbatches as
     there are stages. Interleaved 1F1B's first stage keeps no fewer."""
     return virtual_stages * min(stages, microbatches)
 
@@ -30,7 +30,7 @@ def limit(stages: int, microbatches: int, virtual_stages: int) -> int:
 def orders(stages: int, microbatches: int, virtual_stages: int) -> tuple[Order, ...]:
     """Each rank's computations, in order."""
     depth, most = stages * virtual_stages, limit(stages, microbatches, virtual_stages)
-    # ahead[s]: micro-batches that have come to virtual stage s, back[s]: that have left it again
+    # ahead[s]: microbatches that have come to virtual stage s, back[s]: that have left it again
     ahead = [microbatches] + [0] * depth
     back = [0] * depth + [microbatches]
     held = [0] * stages
@@ -44,7 +44,7 @@ def orders(stages: int, microbatches: int, virtual_stages: int) -> tuple[Order, 
             if back[stage] < ahead[stage + 1] and back[stage] < back[stage + 1]:
                 return Action(Kind.I, stage // stages, back[stage])
         for stage in latest_first[rank]:
-            # Its micro-batch can come round to the last chunk: none ever waits for room for good.
+            # Its microbatch can come round to the last chunk: none ever waits for room for good.
             chunk = stage // stages
             room = held[rank] + virtual_stages - chunk <= most
             if room and ahead[stage + 1] < ahead[stage]:

@@ -109,7 +109,7 @@ def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]
             for layers in splits(model.num_layers, layout.pp * virtual, heavy):
                 for microbatches in counts:
                     if microbatches < layout.pp and microbatches < most:
-                        continue  # a pipeline that never fills: more micro-batches are better
+                        continue  # a pipeline that never fills: more microbatches are better
                     for name, way in itertools.product(names, ways):
                         if not space.allows("dispatcher", way):
                             continue

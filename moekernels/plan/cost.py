@@ -1,4 +1,4 @@
-"""What an action takes: a roofline whose terms are affine in a micro-batch's tokens T and in the
+"""What an action takes: a roofline whose terms are affine in a microbatch's tokens T and in the
 sum S2 of its squared sequence lengths, so that a whole flush is a few array operations.
 
 A product of m rows a weight matrix runs at `efficiency * m / (m + half_rows)` of the peak; its time
@@ -103,7 +103,7 @@ def _layer_flops(model: DecoderSpec, layer: int) -> tuple[float, float]:
 
 
 def layer_cost(model: DecoderSpec, cluster: Cluster, s: Strategy, layer: int = 0) -> LayerCost:
-    """Of layer number `layer` (0: the last) on one rank, for a micro-batch of T tokens per
+    """Of layer number `layer` (0: the last) on one rank, for a microbatch of T tokens per
     tensor-parallel group."""
     at = place_of(s, 1.0, imbalance=cluster.skew(s))
     return _layer_cost(model, cluster, at, layer or model.num_layers)
@@ -115,7 +115,7 @@ def _layer_cost(model: DecoderSpec, c: Cluster, at: Place, layer: int) -> LayerC
     grouped = c.flops * c.grouped_efficiency
     bandwidth = c.memory_bandwidth * c.bandwidth_efficiency
     slower = 8 if at.width < 4 else 1  # products in fp32 at least
-    rows = routed_rows(model, at)  # a token of the micro-batch
+    rows = routed_rows(model, at)  # a token of the microbatch
 
     products = {"attention": Affine(), "experts": Affine()}
     traffic = 0.0
@@ -224,7 +224,7 @@ def loss_cost(model: DecoderSpec, cluster: Cluster, s: Strategy) -> Affine:
 
 
 def message_seconds(model: DecoderSpec, cluster: Cluster, s: Strategy, tokens: float) -> float:
-    """A micro-batch's activations from one stage to the next."""
+    """A microbatch's activations from one stage to the next."""
     if s.layout.pp == 1:
         return 0.0
     size = tokens / s.layout.tp * model.d_model * WIDTH[s.dtype]

@@ -36,7 +36,7 @@ Costs = dict[tuple[int, Kind], np.ndarray]  # (virtual stage, kind): seconds [m]
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Micro-batches by data-parallel rank: tokens and squared lengths [dp, m]."""
+    """Microbatches by data-parallel rank: tokens and squared lengths [dp, m]."""
 
     tokens: np.ndarray
     squares: np.ndarray
@@ -105,7 +105,7 @@ class Plan:
     strategy: Strategy
     flush: float
     parts: dict[str, float]  # of the step, by the slowest stage's reckoning; they add up to it
-    layer_seconds: float  # one layer's forward over the mean micro-batch
+    layer_seconds: float  # one layer's forward over the mean microbatch
     mean_tokens: float
     largest_tokens: int
     bubble: float
@@ -222,7 +222,7 @@ class PairCosts:
 
 
 def pair_costs(problem: Problem, s: Strategy, sl: BatchSizes, costs: Costs) -> PairCosts:
-    """What is exposed is that of a mean micro-batch."""
+    """What is exposed is that of a mean microbatch."""
     model, c = problem.model, problem.cluster
     mean = float(sl.tokens.mean()), float(sl.squares.mean())
     made = PairCosts([], [], [])
@@ -258,10 +258,10 @@ def play(problem: Problem, s: Strategy, sl: BatchSizes) -> tuple[Timeline, Costs
 
 def lower_bound(problem: Problem, s: Strategy, sl: BatchSizes) -> float:
     """A flush of `s` takes no less, whatever is checkpointed: a stage's own work, behind and
-    before the shortest micro-batch of the stages in front of it.
+    before the shortest microbatch of the stages in front of it.
 
     Where weights' gradients are put off only its forward pass is in front for certain. But behind
-    its first F a stage waits for the stages that follow to take that micro-batch forward and back,
+    its first F a stage waits for the stages that follow to take that microbatch forward and back,
     and has no more to do meanwhile than the F that 1F1B has it do ahead.
     """
     tokens, squares = sl.sums
@@ -305,12 +305,12 @@ def lower_bound(problem: Problem, s: Strategy, sl: BatchSizes) -> float:
 
 
 def evaluate(problem: Problem, s: Strategy, *, exact_order: bool = False) -> Plan:
-    """The whole plan. `exact_order`: micro-batches in the order that the loader would choose."""
+    """The whole plan. `exact_order`: microbatches in the order that the loader would choose."""
     return _evaluate(problem, s, exact_order)[0]
 
 
 def timeline(problem: Problem, s: Strategy) -> Timeline:
-    """The flush's actions, as the loader would order its micro-batches."""
+    """The flush's actions, as the loader would order its microbatches."""
     return _evaluate(problem, s, True)[1]
 
 

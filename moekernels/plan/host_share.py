@@ -52,7 +52,7 @@ def choose(run: cfg.RunConfig, device: str) -> tuple[float, str]:
         text += f" ({without / 1e9:.1f} GB without)"
     text += f" of {card / 1e9:.1f}"
     if needs > card - problem.cluster.reserve:
-        text += ", which may be too little; use fewer tokens a micro-batch, or --checkpoint-layers"
+        text += ", which may be too little; use fewer tokens a microbatch, or --checkpoint-layers"
     return share, text
 
 

@@ -30,7 +30,7 @@ MOST_RANKS = 16  # as many as the samples have experts
 
 @dataclass(frozen=True)
 class Sample:
-    """A chunk and its micro-batch: `tokens` in equal segments; the last chunk has the loss."""
+    """A chunk and its microbatch: `tokens` in equal segments; the last chunk has the loss."""
 
     model: DecoderSpec
     layout: Layout

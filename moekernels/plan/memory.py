@@ -30,7 +30,7 @@ from moekernels.plan.strategy import STATE_BYTES, Strategy
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Of one layer and one micro-batch: kept from forward to backward by part, kept of it when the
+    """Of one layer and one microbatch: kept from forward to backward by part, kept of it when the
     layer is checkpointed, and the most that its backward, its forward and, where it is
     checkpointed, its second forward within the backward hold besides. cut: what both hold in
     addition where the exchange is cut, which one that is checkpointed is not. owed: what a backward
@@ -82,7 +82,7 @@ def place_of(
 
 @lru_cache(maxsize=4096)  # the stages of a plan share it
 def layer_bytes(model: DecoderSpec, at: Place, layer: int = 0) -> LayerBytes:
-    """The activations of layer number `layer` (0: the last) for a micro-batch on one rank."""
+    """The activations of layer number `layer` (0: the last) for a microbatch on one rank."""
     parts = list(layer_parts(model, layer or model.num_layers))
     kept = {name: part.kept(model, at) for name, part in parts}
     owed = sum((part.owed(model, at) for _, part in parts), Owed())
@@ -103,7 +103,7 @@ def layer_bytes(model: DecoderSpec, at: Place, layer: int = 0) -> LayerBytes:
 def chunk_bytes(
     model: DecoderSpec, at: Place, first: bool, last: bool
 ) -> tuple[float, float, float]:
-    """Of a chunk and one micro-batch, beside its layers: (kept until its end, kept by the loss,
+    """Of a chunk and one microbatch, beside its layers: (kept until its end, kept by the loss,
     which its backward lets go first, and what the loss holds besides while it runs)."""
     kept = at.tokens * model.turning(model.head_dim) * at.wide  # sine and cosine
     if first and at.layout.tp > 1:
@@ -155,7 +155,7 @@ def cached_schedule(name: str, stages: int, microbatches: int, virtual_stages: i
 
 
 class ChunkBytes(NamedTuple):
-    """Of a chunk and one micro-batch. kept: until its backward, working: the most that is held
+    """Of a chunk and one microbatch. kept: until its backward, working: the most that is held
     besides at any moment, owed: left by a backward that puts the weights' gradients off, split:
     as working, where backward does so. layer_owed: the most of owed that is a single layer's."""
 
@@ -174,7 +174,7 @@ def chunk_activations(
     first: bool,
     last: bool,
 ) -> ChunkBytes:
-    """Of a chunk with `layers` (as `Strategy.kinds_of_layers`) and one micro-batch."""
+    """Of a chunk with `layers` (as `Strategy.kinds_of_layers`) and one microbatch."""
     beside, loss, working = chunk_bytes(model, at, first, last)
     kept, owed, beyond, layer_owed = beside + loss, 0.0, 0.0, 0.0
     for layer, count, again in layers:
@@ -265,7 +265,7 @@ def stage_memory(
     parts: int = 1,
     bound: float = 0.0,
 ) -> StageMemory:
-    """Memory of a rank of pipeline stage `rank` when the largest micro-batches have `tokens`.
+    """Memory of a rank of pipeline stage `rank` when the largest microbatches have `tokens`.
     `bound`: of the rows that a rank has room for over the mean, whatever their imbalance is."""
     stages = s.layout.pp
     if bound:

@@ -1,6 +1,6 @@
-"""`--microbatches auto`: how many micro-batches a flush has, from what the first steps take.
+"""`--microbatches auto`: how many microbatches a flush has, from what the first steps take.
 
-One of m micro-batches costs a pipeline stage alpha + W/m seconds: alpha however small it is, W for
+One of m microbatches costs a pipeline stage alpha + W/m seconds: alpha however small it is, W for
 the step's tokens. A flush of m fills and drains for `idle` of them besides, whatever m is: p-1 over
 p stages, (p-1)/v where they have v chunks each, less where weights' gradients fill what is idle. So
 
@@ -34,7 +34,7 @@ ROOM = 0.9  # of the memory, that a count may be predicted to take
 
 
 def fit(few: tuple[int, float], many: tuple[int, float]) -> tuple[float, float]:
-    """(alpha, W) through two (micro-batches, stage seconds of one), neither below 0."""
+    """(alpha, W) through two (microbatches, stage seconds of one), neither below 0."""
     (a, slow), (b, fast) = few, many
     work = max(0.0, (slow - fast) / (1 / a - 1 / b))
     return max(0.0, fast - work / b), work
@@ -63,13 +63,13 @@ def settings(least: int, most: int, stages: int) -> tuple[int, int] | None:
 
 
 def with_count(run: cfg.RunConfig, count: int) -> cfg.RunConfig:
-    """The configuration with so many micro-batches in a flush; AUTO: still to be measured."""
+    """The configuration with so many microbatches in a flush; AUTO: still to be measured."""
     batch = dataclasses.replace(run.batch, microbatches=count, accumulation=1)
     return dataclasses.replace(run, batch=batch)
 
 
 def most(run: cfg.RunConfig) -> int:
-    """A micro-batch holds a sequence at least."""
+    """A microbatch holds a sequence at least."""
     return max(1, run.batch.sequences // run.layout.dp)
 
 
@@ -117,7 +117,7 @@ def check(run: cfg.RunConfig, done: int) -> None:
         raise UsageError(
             f"--microbatches auto measures for {STEPS} steps, --steps is {run.train.steps}"
             + (f", {done} of them done" if done else "")
-            + "; give more steps, or a number of micro-batches"
+            + "; give more steps, or a number of microbatches"
         )
 
 
@@ -159,7 +159,7 @@ class Tuner:
         alpha, work = fit(few, many)
         chosen = choose(alpha, work, self.idle, self.least, self.most)
         return chosen, (
-            f"auto     a stage takes {1e3 * few[1]:.1f} ms for one of {few[0]} micro-batches, "
+            f"auto     a stage takes {1e3 * few[1]:.1f} ms for one of {few[0]} microbatches, "
             f"{1e3 * many[1]:.1f} ms for one of {many[0]}: alpha {1e3 * alpha:.2f} ms, "
             f"W {1e3 * work:.1f} ms, m* = {optimum(alpha, work, self.idle):.1f}; "
             f"of {self.least} to {self.most}: {chosen}"
@@ -181,7 +181,7 @@ def begin(run: cfg.RunConfig, corpus, mesh: Mesh, done: int) -> tuple[Tuner | No
     if tried is None:
         return None, low, f"auto     nothing to choose: {low}"
     text = (
-        f"auto     {tried[0]}, then {tried[1]} micro-batches for {STEPS // 2} steps each, then "
+        f"auto     {tried[0]}, then {tried[1]} microbatches for {STEPS // 2} steps each, then "
         f"the best of {low} to {high}"
     )
     idle = idle_microbatches(lay.schedule, lay.pp, lay.virtual_stages)

@@ -35,7 +35,7 @@ def exposed(parts: int, flight: float, compute: float, afterwards: float = 0.0) 
 
 
 class LayerTimes(NamedTuple):
-    """Seconds of a layer that exchanges rows, for one micro-batch: before its rows are posted and
+    """Seconds of a layer that exchanges rows, for one microbatch: before its rows are posted and
     in its experts, forward and, without the weights' gradients, backward; these; and how long an
     exchange flies."""
 

@@ -1,7 +1,7 @@
 """The best strategy, and why not the others.
 
 For every number of cards that divides the cluster, branch and bound over (tp, ep, etp, dp, pp,
-schedule, virtual stages, micro-batches, layers per stage, dispatcher, optimiser state): a bound
+schedule, virtual stages, microbatches, layers per stage, dispatcher, optimiser state): a bound
 from below on each candidate's step orders them, and they are played on their schedules until no
 bound is below the best. A stage checkpoints as few layers as fit: more never make it faster.
 """

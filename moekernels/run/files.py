@@ -27,7 +27,7 @@ from moekernels.run.sections import FLAG_SECTIONS, SECTIONS, LayoutSection, RunC
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 LARGEST = 1 << 20  # bytes of a configuration
-FLUSH = 1 << 14  # micro-batches of a flush: its schedule is built before anything runs
+FLUSH = 1 << 14  # microbatches of a flush: its schedule is built before anything runs
 PASSES = 1 << 18  # forward passes of it, over all stages: likewise
 DEGREES = ("tp", "dp", "pp", "ep", "etp")
 
@@ -234,13 +234,13 @@ def check(config: RunConfig, world: int | None = None) -> None:
     if b.microbatches * b.accumulation > FLUSH:
         raise UsageError(
             f"--microbatches {b.microbatches} x --accumulation {b.accumulation} = "
-            f"{b.microbatches * b.accumulation} micro-batches in a flush; use at most {FLUSH}"
+            f"{b.microbatches * b.accumulation} microbatches in a flush; use at most {FLUSH}"
         )
     chunks = lay.pp * lay.virtual_stages
     if chunks * b.microbatches * b.accumulation > PASSES:
         raise UsageError(
             f"--pp {lay.pp} x --virtual-stages {lay.virtual_stages} x {b.microbatches} x "
-            f"{b.accumulation} micro-batches = {chunks * b.microbatches * b.accumulation} forward "
+            f"{b.accumulation} microbatches = {chunks * b.microbatches * b.accumulation} forward "
             f"passes in a flush; use at most {PASSES}"
         )
     if lay.pp * lay.virtual_stages > config.model.num_layers:

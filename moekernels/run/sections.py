@@ -47,7 +47,7 @@ class BatchSection:
     context: int = key(10240, "longest sequence", low=2, high=LONGEST)
     microbatches: int = key(
         8,
-        "micro-batches of one accumulation step, per data-parallel rank; auto: of the whole flush, "
+        "microbatches of one accumulation step, per data-parallel rank; auto: of the whole flush, "
         "chosen from what the first steps take",
         low=1,
         auto=True,
@@ -57,7 +57,7 @@ class BatchSection:
         4, "accumulation steps, folded into one pipeline flush", low=1, high=MOST
     )
     policy: str = key(
-        "packed", "how sequences become micro-batches", choices=("packed", "buckets", "padded")
+        "packed", "how sequences become microbatches", choices=("packed", "buckets", "padded")
     )
 
 

@@ -56,7 +56,7 @@ class Job:
     corpus: Corpus
     found: resume.Found  # what the run goes on from, if anything
     identity: str  # of the run: its checkpoints carry it
-    tune: bool = False  # the number of micro-batches is still to be measured
+    tune: bool = False  # the number of microbatches is still to be measured
     weights: weights.Weights | None = None  # that a run begins with which goes on from nothing
 
     @property
@@ -115,7 +115,7 @@ class Trainer:
         )
 
     def _begin_tuning(self) -> str:
-        """Settle how many micro-batches the run begins with; what to say of it."""
+        """Settle how many microbatches the run begins with; what to say of it."""
         run, job = self.run, self.job
         count = run.batch.microbatches * run.batch.accumulation
         self.chosen = count if job.facts.get("microbatches") == count else None
@@ -229,7 +229,7 @@ class Trainer:
         if self.run.train.save_every == 0:
             return "nothing is saved under --save-every 0"
         if self.tuner is not None:
-            return "nothing is saved before the number of micro-batches is chosen"
+            return "nothing is saved before the number of microbatches is chosen"
         return f"saved in {self.checkpoints.folder}, --resume goes on"
 
     def step(self, step: int) -> tuple[dict, list[Event]]:

@@ -1,6 +1,6 @@
 """`--profile 10:12`: what torch.profiler sees of those steps, all ranks in one file.
 
-Actions of the pipeline appear by their names (`F3`: forward of micro-batch 3), as `pipeline.trace`
+Actions of the pipeline appear by their names (`F3`: forward of microbatch 3), as `pipeline.trace`
 marks them under any profiler.
 """
 

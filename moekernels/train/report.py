@@ -98,7 +98,7 @@ def layout_report(
         f"modules  {modules}{copies}{parts} / {layout.world} ranks = {each} per rank (checked)",
         f"data     {loader.describe()}",
         f"batch    {b.sequences} sequences, about {loader.global_tokens(1)} tokens, in "
-        f"{b.microbatches} micro-batches x "
+        f"{b.microbatches} microbatches x "
         f"{b.accumulation} accumulation steps = one flush of {schedule.microbatches} ({b.policy}, "
         f"imbalance {plan.imbalance:.3f})",
         f"schedule {run.layout.schedule}, {100 * sum(bubble) / len(bubble):.1f} % idle if all "

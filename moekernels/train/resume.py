@@ -156,7 +156,7 @@ def compare(path: Path, facts: dict, run: cfg.RunConfig, tune: bool = False) -> 
     """What the run does otherwise than the one that saved the checkpoint, a line each.
 
     UsageError, naming the key, where the tensors would mean something else. `tune`: the number of
-    micro-batches is not known yet.
+    microbatches is not known yet.
     """
     then, notes = facts.get("run", {}), []
     for section in cfg.FLAG_SECTIONS:
@@ -191,7 +191,7 @@ def compare(path: Path, facts: dict, run: cfg.RunConfig, tune: bool = False) -> 
         )
         if was != count and not tune:
             effect = _of_another_split(run)
-            notes.append(f"a step had {was} micro-batches, has {count}: {effect}")
+            notes.append(f"a step had {was} microbatches, has {count}: {effect}")
     if "train" in then and then["train"]["steps"] != run.train.steps:
         notes.append(_longer(facts["step"] + 1, then["train"], asdict(run.train)))
     return notes
@@ -201,11 +201,11 @@ TO_ROUNDING = "sums run in another order, so losses agree to rounding, not bit f
 
 
 def _of_another_split(run: cfg.RunConfig) -> str:
-    """What other tokens in each micro-batch change."""
+    """What other tokens in each microbatch change."""
     if run.model.balance_coef == 0 or run.model.balance_scope == "sequence":
         return TO_ROUNDING
     return (
-        "the load-balancing loss of a micro-batch is another one; --balance-scope sequence has one "
+        "the load-balancing loss of a microbatch is another one; --balance-scope sequence has one "
         "that does not depend on it"
     )
 

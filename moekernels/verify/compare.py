@@ -52,7 +52,7 @@ class Verdict:
 
 @dataclass
 class Recorded:
-    """A step as one process computes it: full tensors by name, choices by (micro-batch, layer)."""
+    """A step as one process computes it: full tensors by name, choices by (microbatch, layer)."""
 
     loss: float
     parameters: dict[str, Tensor]
@@ -105,7 +105,7 @@ class Side:
 
 
 def record(run: cfg.RunConfig, device: torch.device) -> list[Recorded]:
-    """All steps in one process: the micro-batches of every data-parallel rank, one by one."""
+    """All steps in one process: the microbatches of every data-parallel rank, one by one."""
     alone = replace(
         run,
         layout=LayoutSection(checkpoint_layers=run.layout.checkpoint_layers),
@@ -135,7 +135,7 @@ def compare(run: cfg.RunConfig, mesh: Mesh, steps: list[Recorded]) -> Verdict:
         for name, p, info in side.shards:
             p.data.copy_(info.take(recorded.parameters[name]))
         mine = [b.to(mesh.device) for b in draw_batches(run, number)[mesh.dp_index]]
-        first = mesh.dp_index * len(mine)  # of this rank's micro-batches among all
+        first = mesh.dp_index * len(mine)  # of this rank's microbatches among all
         # (choices, ties, wrong): a recomputed layer asks twice, and so does a repeated step.
         seen: dict[tuple[int, int], tuple[int, int, int]] = {}
 

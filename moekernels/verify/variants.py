@@ -153,7 +153,7 @@ def configure(
 
 
 def draw_batches(run: cfg.RunConfig, step: int) -> list[list[MicroBatch]]:
-    """Micro-batches [dp][m] of random tokens and uneven lengths, planned as training plans them."""
+    """Microbatches [dp][m] of random tokens and uneven lengths, planned as training plans them."""
     from moekernels.data.batch_plan import Cost, plan_batch
 
     random = np.random.default_rng(step)

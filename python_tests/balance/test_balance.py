@@ -99,7 +99,7 @@ def test_losses_of_an_even_router_are_one_a_layer() -> None:
 
 
 SEQUENCES = [7, 2, 12, 5, 1, 9, 3, 3]
-SPLITS = {  # places of the sequences in each micro-batch, and rows that each segment is padded to
+SPLITS = {  # places of the sequences in each microbatch, and rows that each segment is padded to
     "one": ([[0, 1, 2, 3, 4, 5, 6, 7]], None),
     "two": ([[0, 1, 2], [3, 4, 5, 6, 7]], None),
     "each": ([[i] for i in range(8)], None),
@@ -147,7 +147,7 @@ def test_balance_by_sequence_does_not_depend_on_the_split(name: str) -> None:
 
 
 def test_balance_by_sequence_is_each_sequences_own_loss() -> None:
-    """Weighted by its tokens: what one micro-batch a sequence gives in the other scope."""
+    """Weighted by its tokens: what one microbatch a sequence gives in the other scope."""
     losses, gradients = step_of(replace(TINY, balance_coef=1.0, z_coef=0.0), "each")
     config = replace(TINY, balance_coef=1.0, z_coef=0.0, balance_scope="sequence")
     other, others = step_of(config, "one")

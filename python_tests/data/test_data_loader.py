@@ -31,7 +31,7 @@ def loader(corpus, **options):
 
 
 def pairs(batches):
-    """(tokens, labels) of every sequence in micro-batches, padding removed, sorted."""
+    """(tokens, labels) of every sequence in microbatches, padding removed, sorted."""
     found = []
     for batch in batches:
         for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:]):
@@ -182,12 +182,12 @@ def test_resume_with_other_data_is_refused(corpus):
         ({"sequences": 0}, "batch: 0 sequences per step; use at least 1"),
         (
             {"sequences": 3},
-            "batch: 3 sequences cannot fill 4 micro-batches; use at least 4 sequences, or at most "
-            "3 micro-batches",
+            "batch: 3 sequences cannot fill 4 microbatches; use at least 4 sequences, or at most "
+            "3 microbatches",
         ),
         (
             {"max_tokens": 20},
-            "batch: a sequence of 64 tokens exceeds the limit of 20 per micro-batch; use sequences "
+            "batch: a sequence of 64 tokens exceeds the limit of 20 per microbatch; use sequences "
             "of at most 20, or a limit of at least ",
         ),
     ],

@@ -156,13 +156,13 @@ def test_padded_keeps_the_given_order_and_buckets_sort():
         (
             [5] * 3,
             {"microbatches": 4},
-            "batch: 3 sequences cannot fill 4 micro-batches; use at least 4 sequences, or at most "
-            "3 micro-batches",
+            "batch: 3 sequences cannot fill 4 microbatches; use at least 4 sequences, or at most "
+            "3 microbatches",
         ),
         (
             [5] * 3,
             {"microbatches": 2, "dp": 4},
-            "batch: 3 sequences cannot fill 4 data-parallel ranks x 2 micro-batches; "
+            "batch: 3 sequences cannot fill 4 data-parallel ranks x 2 microbatches; "
             "use at least 8 sequences",
         ),
         ([5], {"microbatches": 0}, "batch: microbatches is 0; use at least 1"),
@@ -175,14 +175,14 @@ def test_padded_keeps_the_given_order_and_buckets_sort():
         (
             [5, 99],
             {"microbatches": 2, "align": 4, "max_tokens": 50},
-            "batch: a sequence of 100 tokens exceeds the limit of 50 per micro-batch; "
+            "batch: a sequence of 100 tokens exceeds the limit of 50 per microbatch; "
             "use sequences of at most 48, or a limit of at least 100",
         ),
         (
             [40, 40, 40],
             {"microbatches": 2, "max_tokens": 50},
-            "batch: a micro-batch of 80 tokens (packed) exceeds the limit of 50 per micro-batch; "
-            "use more micro-batches than 2, fewer sequences than 3, or a limit of at least 80",
+            "batch: a microbatch of 80 tokens (packed) exceeds the limit of 50 per microbatch; "
+            "use more microbatches than 2, fewer sequences than 3, or a limit of at least 80",
         ),
     ],
 )
@@ -237,7 +237,7 @@ def relative_time(policy, microbatches, seed, makespan=None):
 
 @pytest.mark.parametrize(
     ("microbatches", "gain", "gap"),
-    # Against padding with as many micro-batches; within `gap` of the bound 1 + 3 / microbatches.
+    # Against padding with as many microbatches; within `gap` of the bound 1 + 3 / microbatches.
     [(8, 1.9, 0.001), (32, 1.8, 0.01)],
 )
 def test_packing_halves_the_time_of_padding_and_meets_the_bound(microbatches, gain, gap):

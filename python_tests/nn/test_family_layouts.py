@@ -31,7 +31,7 @@ from moekernels.verify.compare import Side
 from python_tests.support.transformers_models import tiny_model, worst
 
 TOLERANCE = 1e-5
-LENGTHS = [[17, 5], [5, 1], [23], [6, 8]]  # a micro-batch each
+LENGTHS = [[17, 5], [5, 1], [23], [6, 8]]  # a microbatch each
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {},

@@ -18,7 +18,7 @@ CONFIG = variant(expert_d_in=24, qk_norm=True, init_std=0.1)
 
 
 def gradients(config: DecoderSpec, dtype: torch.dtype, scale: float = 1.0) -> dict[str, Tensor]:
-    """Accumulated over two micro-batches in the optimiser's main gradients; experts chosen as fp64
+    """Accumulated over two microbatches in the optimiser's main gradients; experts chosen as fp64
     chooses.
     """
     torch.manual_seed(0)

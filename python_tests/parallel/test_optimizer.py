@@ -51,7 +51,7 @@ def train(optimizer, parameters, steps):
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         for name, p in parameters.items():
-            # Twice half a gradient, as two micro-batches give it; autograd adds the second to the
+            # Twice half a gradient, as two microbatches give it; autograd adds the second to the
             # first.
             for _ in range(2):
                 (p * (gradient(name, step) / 2).to(p.dtype)).sum().backward()

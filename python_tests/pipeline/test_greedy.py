@@ -17,7 +17,7 @@ from python_tests.support.counting import at_most_calls
 
 
 @settings(max_examples=25, deadline=None)
-@example(4, 8, 3)  # a chunk's micro-batches are made in another order than they are taken in
+@example(4, 8, 3)  # a chunk's microbatches are made in another order than they are taken in
 @example(8, 40, 3)
 @example(2, 1, 2)
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(2, 4))
@@ -52,7 +52,7 @@ def idle(name: str, stages: int, microbatches: int, virtual_stages: int) -> floa
     "size, most", [((4, 8, 2), 0.06), ((4, 32, 2), 0.02), ((2, 4, 2), 0.04), ((4, 32, 3), 0.018)]
 )
 def test_little_of_a_flush_is_idle(size, most):
-    """At no more memory than 1F1B's first stage keeps; at 8 micro-batches over 4 stages 1F1B idles
+    """At no more memory than 1F1B's first stage keeps; at 8 microbatches over 4 stages 1F1B idles
     for 27 % of a flush, interleaved 1F1B for 16 % and ZB-H1 for 11 %."""
     behind = idle("zb", *size)
     assert behind / (behind + 3 * size[1] * size[2]) <= most

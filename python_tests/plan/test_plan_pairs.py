@@ -62,7 +62,7 @@ def test_the_hidden_part_is_no_part_of_the_step():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_planner_counts_what_pairs_hold(rank):
-    """Twice the micro-batches of 1F1B, two passes at work, and a layer's weights to come."""
+    """Twice the microbatches of 1F1B, two passes at work, and a layer's weights to come."""
     task, tokens = problem(), 512
     s = strategy("overlap", pp=2)
     one, two = (

@@ -37,7 +37,7 @@ TINY = DecoderSpec(
 def micro_batches(
     lengths: list[list[int]], *, align: int = 4, vocab: int = 61, seed: int = 0
 ) -> list[MicroBatch]:
-    """One micro-batch of random tokens for each list of sequence lengths."""
+    """One microbatch of random tokens for each list of sequence lengths."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(map(sum, lengths))
 
@@ -54,7 +54,7 @@ def micro_batches(
 def run_model(
     layout: Layout, config: DecoderSpec, batches: list[MicroBatch], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """One step on this rank: dp rank i takes micro-batches i, i + dp, ..."""
+    """One step on this rank: dp rank i takes microbatches i, i + dp, ..."""
     mesh = Mesh(layout)
     model = StageModel(config, mesh, range(1, config.num_layers + 1), True, True, **options)
     for parameter in model.parameters():

@@ -266,7 +266,7 @@ def facts_of(run, step=3):
         ("batch", "data", "b.txt", "--data was 'stdlib' when the checkpoint was saved"),
         ("batch", "policy", "padded", "--policy was 'packed'"),
         ("model", "balance_scope", "sequence", "--balance-scope was 'microbatch'"),
-        ("batch", "microbatches", 4, "had 32 micro-batches, has 16: the load-balancing loss of"),
+        ("batch", "microbatches", 4, "had 32 microbatches, has 16: the load-balancing loss of"),
         ("layout", "dp", 2, "the layout was dp 1, is dp 2: the load-balancing loss of"),
         ("layout", "tp", 2, "the layout was tp 1, is tp 2: sums run in another order"),
         ("train", "lr", 1e-4, "--lr was 0.003 when the checkpoint was saved, is 0.0001"),
@@ -290,7 +290,7 @@ def test_only_a_loss_of_micro_batches_changes_with_their_number(change):
     facts = facts_of(run)
     run.batch.microbatches = 4
     assert resume.compare("step", facts, run) == [
-        f"a step had 32 micro-batches, has 16: {resume.TO_ROUNDING}"
+        f"a step had 32 microbatches, has 16: {resume.TO_ROUNDING}"
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a step reports and learns does not depend on how it is split: micro-batches, accumulation,
+"""What a step reports and learns does not depend on how it is split: microbatches, accumulation,
 data, tensor and pipeline ranks, policy."""
 
 import pytest
@@ -10,7 +10,7 @@ RUN = (
     "--sequences 8 --warmup 1 --eval-sequences 8 --dtype fp64 --steps 2 --balance-coef 1"
 ).split()
 SPLITS = {
-    "8 micro-batches": "--microbatches 8",
+    "8 microbatches": "--microbatches 8",
     "2 x 2 accumulated": "--microbatches 2 --accumulation 2",
     "dp": "--microbatches 2 --dp 2 --ep 2",
     "buckets": "--microbatches 2 --policy buckets",

@@ -80,7 +80,7 @@ def test_traces_hold_every_pass_of_every_stage(whole):
 
 
 def test_the_trace_draws_the_exchange_on_a_track_of_its_own(whole):
-    """Of 4 layers and 4 micro-batches: there and back, and their gradients."""
+    """Of 4 layers and 4 microbatches: there and back, and their gradients."""
     events = json.loads((whole[0] / "trace.json").read_text())["traceEvents"]
     tracks = {(e["pid"], e["tid"]) for e in events if e["args"].get("name") == "exchange"}
     assert tracks == {(0, 2), (1, 2)}
@@ -167,8 +167,8 @@ def test_killed_at_any_moment_and_resumed_has_the_same_losses(text, whole, tmp_p
     assert "from step 3" in stdout or "from step 6" in stdout
 
 
-# A micro-batch has a load-balancing loss of its own: without it, and in fp64, where no rounding
-# sends a token to another expert, all numbers of micro-batches train alike.
+# A microbatch has a load-balancing loss of its own: without it, and in fp64, where no rounding
+# sends a token to another expert, all numbers of microbatches train alike.
 AUTO = (*LAYOUT, "--steps", "10", "--save-every", "4", "--balance-coef", "0", "--dtype", "fp64")
 
 
@@ -178,11 +178,11 @@ def counts(out):
 
 def test_micro_batches_chosen_while_training(text, tmp_path, cache, capfd):
     """Measured in the first six steps, recorded, resumed bit for bit; the losses are those of any
-    other number of micro-batches."""
+    other number of microbatches."""
     out, fixed = tmp_path / "auto", tmp_path / "fixed"
     assert main(argv(text, out, *AUTO, "--microbatches", "auto")) == 0
     said = capfd.readouterr().out
-    assert "2, then 8 micro-batches for 3 steps each" in said and "m* = " in said
+    assert "2, then 8 microbatches for 3 steps each" in said and "m* = " in said
     chosen = counts(out)[-1]
     assert counts(out) == [2] * 3 + [8] * 3 + [chosen] * 4 and 1 <= chosen <= 16
     written = tomllib.loads((out / "config.toml").read_text())["batch"]
@@ -200,7 +200,7 @@ def test_micro_batches_chosen_while_training(text, tmp_path, cache, capfd):
     for resumed in (argv(text, out, *AUTO, "--microbatches", "auto", "--resume"), None):
         shutil.rmtree(out / "checkpoints" / "step-0000010")
         assert main(resumed or ["train", "--resume", "--out", str(out)]) == 0
-        assert "micro-batches for 3 steps each" not in capfd.readouterr().out
+        assert "microbatches for 3 steps each" not in capfd.readouterr().out
         assert losses(out) == expected and counts(out)[-1] == chosen
 
 

@@ -42,7 +42,7 @@ def test_zb_trains_bit_for_bit_as_1f1b_and_resumes(text, tmp_path, cache):
 
 
 def test_zb_over_virtual_stages_trains_bit_for_bit_as_interleaved_1f1b(text, tmp_path, cache):
-    """Of micro-batches that cost alike: others are put in the order that suits the schedule."""
+    """Of microbatches that cost alike: others are put in the order that suits the schedule."""
     more = "--pp 2 --virtual-stages 2 --steps 3 --checkpoint-layers 2-3 --lr 1e-2".split()
     whole, split = tmp_path / "interleaved", tmp_path / "zb"
     assert main(argv(text, whole, *more, "--schedule", "interleaved")) == 0
@@ -68,7 +68,7 @@ def test_zb_over_virtual_stages_resumes(text, tmp_path, cache):
     ],
 )
 def test_micro_batches_are_chosen_under_any_schedule(flags, text, tmp_path, cache, capfd):
-    """Without a loss of each micro-batch's own, and in fp64, all numbers train alike."""
+    """Without a loss of each microbatch's own, and in fp64, all numbers train alike."""
     more = "--pp 2 --steps 8 --balance-coef 0 --dtype fp64".split()
     chosen, fixed = tmp_path / "auto", tmp_path / "fixed"
     flags = [*more, *flags.split(), "--microbatches", "auto"]

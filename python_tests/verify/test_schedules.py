@@ -48,7 +48,7 @@ def _assert_same(found: list, expected: list) -> None:
 
 
 def _both(rank: int, pp: int, chunks: int, dtypes: list[str]) -> float:
-    """How many products a micro-batch has put off, on this rank."""
+    """How many products a microbatch has put off, on this rank."""
     name = "1f1b" if chunks == 1 else "interleaved"
     run = configure({"pp": pp}, Variant(), "fp32", pp)
     mesh = Mesh(layout_of(run), device=torch.device("cpu"))
@@ -73,7 +73,7 @@ def test_zb_is_1f1b_bit_for_bit(pp, chunks):
     """Interleaved 1F1B, if a rank has several virtual stages."""
     with RankPool(pp) as pool:
         put_off = pool.run(_both, pp, chunks, ["fp32", "bf16"])
-    # Of each micro-batch: attention's 2 products, and the first layer's FFN's 2, or of another the
+    # Of each microbatch: attention's 2 products, and the first layer's FFN's 2, or of another the
     # router's 1, the experts' 4 (they lift and lower), and the shared expert's 3.
     first, other = 2 + 2, 2 + 1 + 4 + 3
     last = chunks - 1 if pp > 1 else 0  # layers of a rank's later chunks
