@@ -23,6 +23,8 @@ from moekernels.plan.strategy import Strategy
 # taken where that is faster; that they are a few per cent less traffic is no reason alone.
 MOMENT_DTYPES = ("fp32", "bf16")
 SHARES = tuple(n / 10 for n in range(11))  # of the optimiser's state, in the host's memory
+# In the schedules of all candidates. A search takes its time from them: 81 million took 20 s.
+MOST_PASSES = 1 << 27
 
 
 @dataclass
@@ -104,8 +106,12 @@ def search(problem: Problem, space: Space | None = None) -> Result:
             f"plan: --dispatcher hierarchical is one of several nodes, and {max(worlds)} cards are "
             f"of one with {c.gpus_per_node}; give all_to_all, or more --gpus"
         )
+    tried = {world: list(candidates(problem, world, space)) for world in worlds}
+    passes = sum(len(s.layers) * s.microbatches for each in tried.values() for s in each)
+    if passes > MOST_PASSES:
+        raise UsageError(_endless(problem, passes))
     for world in sorted(worlds, reverse=True):
-        best = _best_of(problem, world, space, seen)
+        best = _best_of(problem, world, tried[world], space, seen)
         if isinstance(best, Plan):
             found.append(best)
             lean = _leanest_of(problem, best)
@@ -140,12 +146,12 @@ def search(problem: Problem, space: Space | None = None) -> Result:
 
 
 def _best_of(
-    problem: Problem, world: int, space: Space, seen: Seen
+    problem: Problem, world: int, tried: list[Strategy], space: Space, seen: Seen
 ) -> Plan | tuple[float, str] | None:
-    """The fastest plan on `world` cards; or (bytes over, what) of what comes nearest to fitting;
-    None where no layout exists."""
+    """The fastest plan of those tried on `world` cards; or (bytes over, what) of what comes nearest
+    to fitting; None where no layout exists."""
     bounded: list[tuple[float, int, Strategy]] = []
-    for s in candidates(problem, world, space):
+    for s in tried:
         sl = batch_sizes(problem.model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp)
         bounded.append((lower_bound(problem, s, sl), len(bounded), s))
     seen.considered += len(bounded)
@@ -318,6 +324,14 @@ def _reasons(best: Plan, seen: Seen) -> list[Rejection]:
             rejected.append((value, Rejection(what, f"{value / best.step:.2f}x the step or more")))
     rejected.sort(key=lambda entry: entry[0])
     return [entry[1] for entry in rejected]
+
+
+def _endless(problem: Problem, passes: int) -> str:
+    return (
+        f"plan: {len(problem.batch.lengths)} sequences and {problem.model.num_layers} layers on "
+        f"{problem.cluster.gpus} cards have schedules of {passes} forward passes to search, more "
+        f"than {MOST_PASSES}; give --dp, --pp or --microbatches, or fewer sequences or layers"
+    )
 
 
 def _infeasible(

@@ -114,7 +114,7 @@ def assert_same_layer(theirs: MoELayer, ours: MoELayer) -> None:
         dict(gated_linear_unit=False, activation_func=activations.squared_relu),
         dict(gated_linear_unit=False, activation_func=F.gelu),
     ],
-    ids=str,
+    ids=lambda given: "-".join(getattr(v, "__name__", f"{k}={v}") for k, v in given.items()),
 )
 def test_experts_are_megatrons(given):
     assert_same_layer(layer(False, **given), layer(True, **given))
