@@ -7,6 +7,7 @@ that they share needs a lock, and each computes what it computes alone, to the b
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -178,3 +179,12 @@ def _backwards() -> SimpleQueue[Callable[[], None]]:
         threading.Thread(target=serve, name="backward", daemon=True).start()
         _queue = queue
     return _queue
+
+
+def _forget_thread() -> None:
+    """A fork has the queue of its parent, but none of its threads."""
+    global _queue
+    _queue = None
+
+
+os.register_at_fork(after_in_child=_forget_thread)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from contextlib import contextmanager
 
@@ -108,3 +109,13 @@ def test_a_pass_that_leaves_its_order_is_noticed():
 
 def test_borders_mean_nothing_where_no_pair_runs():
     border("dispatch", 1, forward=True)
+
+
+def test_a_fork_takes_turns_after_its_parent_did():
+    Pair([1]).take_turns()
+    child = multiprocessing.get_context("fork").Process(target=Pair([1]).take_turns)
+    child.start()
+    child.join(60)
+    hangs = child.exitcode is None
+    child.kill()
+    assert not hangs and child.exitcode == 0
