@@ -95,7 +95,8 @@ def combine(
         >>> ops.combine(rows, routing.row_of, routing.token_of).tolist()  # 30 + 1, 2 + 40
         [[31.0], [42.0]]
     """
-    require_tensor(token_of)
+    if token_of is None:
+        require_tensor(token_of)
     rows = rows.contiguous()
     if weights is None:
         if rows.requires_grad and torch.is_grad_enabled():

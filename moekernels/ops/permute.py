@@ -65,7 +65,8 @@ def permute(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
         >>> x.grad.flatten().tolist()
         [20.0, 10.0, 30.0]
     """
-    require_tensor(row_of)
+    if row_of is None:
+        require_tensor(row_of)
     x = x.contiguous()
     if x.requires_grad and torch.is_grad_enabled():
         return _Permute.apply(x, token_of, row_of)
