@@ -123,16 +123,17 @@ def check_virtual_stages(name: str, virtual_stages: int) -> None:
     if name not in SCHEDULES:
         raise UsageError(f"unknown schedule {name!r}: one of {', '.join(SCHEDULES)}")
     several = SCHEDULES[name].several
-    others = offered(several=not several)
+    *others, last = offered(several=not several)
+    use = f"use schedule {', '.join(others)} or {last}" if others else f"use schedule {last}"
     if several and virtual_stages < 2:
         raise UsageError(
             f"schedule {name} needs at least 2 virtual stages per rank, got {virtual_stages}: "
-            f"use schedule {' or '.join(others)}, or 2 virtual stages"
+            f"{use}, or 2 virtual stages"
         )
     if several is False and virtual_stages > 1:
         raise UsageError(
             f"schedule {name} has one virtual stage a rank, got {virtual_stages}: "
-            f"use schedule {' or '.join(others)}, or 1 virtual stage"
+            f"{use}, or 1 virtual stage"
         )
 
 

@@ -245,12 +245,12 @@ def _stranger(rank: int, gone: bool) -> str:
         if rank == 1:
             told = peers.gather
 
-            def wrong(value: Any, world: int) -> list:
+            def wrong(value: Any, world: int, group: Any = None) -> list:
                 if isinstance(value, tuple) and isinstance(value[1], dict):
                     pid, opened, complaint = value
                     there = {ranks: (fd, bytes(peers.MARK)) for ranks, (fd, _) in opened.items()}
                     value = (NOBODY, opened, complaint) if gone else (pid, there, complaint)
-                return told(value, world)
+                return told(value, world, group)
 
             patch.setattr(peers, "gather", wrong)
         try:
@@ -271,7 +271,7 @@ def test_machines_of_one_name_are_told_apart(gone: bool) -> None:
 
 def test_ranks_of_one_process_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As under torch's fake backend, whose gathers bring every rank's own value."""
-    monkeypatch.setattr(peers, "gather", lambda value, world: [value] * world)
+    monkeypatch.setattr(peers, "gather", lambda value, world, group=None: [value] * world)
     nodes, cpu = Nodes((0, 0)), torch.device("cpu")
     said = "several ranks are of one process"
     assert peers.share([(0, 1)], 0, nodes, "auto", cpu) == ({}, said)

@@ -170,7 +170,7 @@ def test_batches_hold_one_direction_and_at_most_a_send_and_a_receive():
         (("1f1b", 4, 0), "microbatches must be at least 1, got 0"),
         (("interleaved", 4, 8, -1), "virtual stages must be at least 1, got -1"),
         (("1f1b", 4, 8, 2), "use schedule interleaved or zb, or 1 virtual stage"),
-        (("interleaved", 4, 8), "use schedule 1f1b or zb, or 2 virtual stages"),
+        (("interleaved", 4, 8), "use schedule 1f1b, zb or overlap, or 2 virtual stages"),
     ],
 )
 def test_what_cannot_be_built(arguments, message):
