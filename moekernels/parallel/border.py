@@ -58,11 +58,14 @@ def _numbers(dtype: torch.dtype) -> torch.dtype:
     return torch.int64 if dtype == torch.float64 else torch.int32
 
 
+def _send(plan: ExchangePlan, x: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+    """x [T, H] and parts [T, K] of every peer's copies, [T', H] and [T', K] each."""
+    rows = plan.exchange.post_out(_beside(x, *parts), None, plan).wait().rows
+    return _apart(rows, x.shape[1], *(part.dtype for part in parts))
+
+
 def _out(x: Tensor, weights: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
-    """x [T, H], weights [T, K] of every peer's copies, [T', H] and [T', K]."""
-    message = _beside(x, weights.to(wide(x.dtype)))
-    rows = plan.exchange.post_out(message, None, plan).wait().rows
-    x2, weights2 = _apart(rows, x.shape[1], wide(x.dtype))
+    x2, weights2 = _send(plan, x, weights.to(wide(x.dtype)))
     return x2, weights2
 
 
@@ -85,10 +88,7 @@ class _Cross(torch.autograd.Function):
         ctx.set_materialize_grads(True)
 
         def arrive() -> tuple[Tensor, ...]:
-            narrow = wide(x.dtype)
-            message = _beside(x, weights.to(narrow), ids.to(_numbers(x.dtype)))
-            rows = plan.exchange.post_out(message, None, plan).wait().rows
-            return _apart(rows, x.shape[1], narrow, _numbers(x.dtype))
+            return _send(plan, x, weights.to(wide(x.dtype)), ids.to(_numbers(x.dtype)))
 
         x2, weights2, ids2 = _kept(kept, arrive)
         ctx.mark_non_differentiable(ids2)

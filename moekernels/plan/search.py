@@ -125,7 +125,7 @@ def search(problem: Problem, space: Space | None = None) -> Result:
         raise UsageError(_infeasible(problem, least, space, seen.considered))
     objective = problem.objective
     if objective.best in ("memory", "latency"):
-        if (special := _best_by(problem, sorted(worlds, reverse=True), space)) is not None:
+        if (special := _best_by(problem, tried, space)) is not None:
             found.append(special)
     enough = [p for p in found if p.sequences_per_second >= objective.at_least]
     if not enough:
@@ -237,14 +237,14 @@ def _leanest_of(problem: Problem, best: Plan) -> Plan | None:
     return evaluate(problem, fitted) if isinstance(fitted, Strategy) else None
 
 
-def _best_by(problem: Problem, worlds: list[int], space: Space) -> Plan | None:
+def _best_by(problem: Problem, tried: dict[int, list[Strategy]], space: Space) -> Plan | None:
     """The plan with the least memory or the shortest layer that is fast enough; candidates in the
     order of a bound from below, until none can be better."""
     objective, memory = problem.objective, problem.objective.best == "memory"
     state = "bf16" if memory and space.allows("optimizer_state", "bf16") else MOMENT_DTYPES[0]
     bounded: list[tuple[float, int, Strategy]] = []
-    for world in worlds:
-        for s in candidates(problem, world, space):
+    for world in sorted(tried, reverse=True):
+        for s in tried[world]:
             s = replace(s, optimizer_state=space.optimizer_state or state)
             sl = batch_sizes(problem.model, problem.batch, s.layout.dp, s.microbatches, s.layout.tp)
             if memory:
