@@ -111,11 +111,15 @@ def build_mesh(run: cfg.RunConfig, device: torch.device, nodes: Nodes | None = N
             )
     if wanted and mesh.exchange.size > 1:
         if memory is None:
-            why = mesh.alone or "ranks that exchange rows are of several machines"
-            raise UsageError(f"--link {t.link} is one of the shared exchange: {why}")
+            raise UsageError(_needs_shared(f"--link {t.link}", mesh))
         memory.set_link(*wanted)
     bound_rows(run, mesh)
     return mesh
+
+
+def _needs_shared(flag: str, mesh: Mesh) -> str:
+    why = mesh.alone or "ranks that exchange rows are of several machines"
+    return f"{flag} is one of the shared exchange: {why}"
 
 
 def bound_of(run: cfg.RunConfig) -> float | None:
@@ -150,10 +154,8 @@ def bound_rows(run: cfg.RunConfig, mesh: Mesh) -> None:
         mesh.exchange = replace(group, bound=None)
         return
     if group.memory is None and group.device_memory is None:
-        why = mesh.alone or "ranks that exchange rows are of several machines"
-        raise UsageError(
-            f"--exchange-buffers {run.train.exchange_buffers} is one of the shared exchange: {why}"
-        )
+        flag = f"--exchange-buffers {run.train.exchange_buffers}"
+        raise UsageError(_needs_shared(flag, mesh))
     mesh.exchange = replace(group, bound=Bound(bound, group, mesh.device))
 
 
