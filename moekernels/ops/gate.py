@@ -136,8 +136,8 @@ def gate(
         weights, score_sum and z_sum are differentiable with respect to the logits.
 
     Raises:
-        RuntimeError: a wrong dtype, rank, shape, an unknown `score` or `group_score`, a number out
-        of range.
+        RuntimeError: a wrong dtype, rank or shape, a number out of range, an unknown `score` or
+            `group_score`.
 
     Notes:
         Experts rank by their logits, under a bias or "sum2" by their scores; where these tie the
