@@ -148,7 +148,7 @@ def ours(*folders: str) -> set[str]:
 # Every room of the package, from the bottom up. A room imports those on floors below it only,
 # inside functions, too; rooms on one floor do not know each other.
 FLOORS = (
-    ("errors", "jsonio", "files", "console", "reference", "_host"),
+    ("errors", "jsonio", "files", "console", "canvas", "reference", "_host"),
     ("model", "pipeline", "ops", "data", "balance", "interop", "predict"),
     ("run", "parallel"),
     ("nn",),

@@ -1,134 +1,110 @@
-"""The report as one HTML file with its plots inside: no script, no other file."""
+"""The report as one HTML file with its pictures inside: no script, no other file.
+
+Readable on a phone: every picture is there twice, for a narrow and for a wide screen, and a
+table's rows become blocks where it would not fit.
+"""
 
 from __future__ import annotations
 
 import io
 from html import escape
+from typing import Any
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from moekernels.audit.figures import FIGURES, HUES, NARROW, WIDE, svg
 from moekernels.audit.report import Report
 from moekernels.audit.screen import show
-from moekernels.plan.evaluate import timeline
 
-COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c6b4e", "#97bbf5",
-           "#9498a0", "#ff8ab7", "#2f4b7c")  # fmt: skip
-WIDTH, ROW = 900, 26
+STYLE = f"""
+body {{ font: 16px/1.45 sans-serif; color: #212529; margin: 0 auto; padding: 0 16px;
+  max-width: 1100px; overflow-wrap: anywhere }}
+h1 {{ font-size: 24px }} h2 {{ font-size: 20px }}
+figure {{ margin: 0 0 24px; max-width: {WIDE}px }} figcaption {{ color: #495057 }}
+svg {{ display: block; width: 100%; height: auto }}
+svg * {{ stroke-linejoin: round; stroke-linecap: butt }}
+table {{ border-collapse: collapse; font-size: 14px; margin: 16px 0 }}
+caption {{ text-align: left; font-weight: bold }}
+th, td {{ text-align: right; vertical-align: top; padding: 2px 8px; border-top: 1px solid #dee2e6 }}
+th {{ border-top: 0 }} .left {{ text-align: left }}
+.key span {{ display: inline-block; width: 14px; height: 14px; margin: 0 6px 0 0 }}
+.key {{ list-style: none; padding: 0 }}
+@media (min-width: {WIDE + 32}px) {{ .narrow {{ display: none }} }}
+@media (max-width: {WIDE + 31}px) {{
+  .wide, thead {{ display: none }}
+  figure {{ max-width: {int(1.5 * NARROW)}px }}
+  table, tbody, tr, caption {{ display: block }} tr {{ border-top: 1px solid #adb5bd }}
+  td {{ display: flex; justify-content: space-between; gap: 16px; border: 0; padding: 1px 0 }}
+  td::before {{ content: attr(data-name); color: #495057; text-align: left; flex: 0 0 30% }}
+  td > div {{ text-align: right }}
+}}
+"""
 
 
-def _legend(names: list[str], y: float) -> tuple[str, float]:
-    """The legend from height y on, in as many lines as it takes, and where it ends."""
-    out, x = [], 0
-    for i, name in enumerate(names):
-        if x + 30 + 7 * len(name) > WIDTH:
-            x, y = 0, y + 16
-        colour = COLOURS[i % len(COLOURS)]
-        out.append(f'<rect x="{x}" y="{y}" width="10" height="10" fill="{colour}"/>')
-        out.append(f'<text x="{x + 14}" y="{y + 9}">{escape(name)}</text>')
-        x += 30 + 7 * len(name)
-    return "".join(out), y + 18
+class _Html(Console):
+    """A console whose lines and tables become elements of a page."""
 
+    def __init__(self) -> None:
+        super().__init__(file=io.StringIO(), width=1000, highlight=False, color_system="truecolor")
+        self.elements: list[str] = []
 
-def bars(rows: list[tuple[str, dict[str, float]]], unit: str, limit: float | None = None) -> str:
-    """Stacked horizontal bars; `limit` is drawn as a line."""
-    names = list(dict.fromkeys(name for _, parts in rows for name in parts))
-    largest = max([sum(parts.values()) for _, parts in rows] + ([limit] if limit else []))
-    scale = (WIDTH - 190) / largest if largest > 0 else 0.0
-    out = []
-    for i, (label, parts) in enumerate(rows):
-        y, x = i * ROW, 70.0
-        out.append(f'<text x="0" y="{y + 16}">{escape(label)}</text>')
-        for name, value in parts.items():
-            w = value * scale
-            colour = COLOURS[names.index(name) % len(COLOURS)]
-            out.append(
-                f'<rect x="{x:.1f}" y="{y + 3}" width="{w:.1f}" height="{ROW - 8}" fill="{colour}">'
-                f"<title>{escape(name)}: {value:.3g} {unit}</title></rect>"
+    def print(self, *objects: Any, **_: Any) -> None:
+        for x in objects:
+            self.elements.append(self._table(x) if isinstance(x, Table) else self._line(str(x)))
+
+    def _line(self, text: str) -> str:
+        return f"<p>{self._inline(text.strip())}</p>"
+
+    def _inline(self, markup: str) -> str:
+        parts = []
+        for segment in Text.from_markup(markup, end="").render(self):
+            rule = segment.style.get_html_style() if segment.style else ""
+            text = escape(segment.text)
+            parts.append(f'<span style="{escape(rule)}">{text}</span>' if rule else text)
+        return "".join(parts)
+
+    def _table(self, table: Table) -> str:
+        names = [str(column.header) for column in table.columns]
+        places = [' class="left"' * (column.justify == "left") for column in table.columns]
+        head = "".join(f"<th{at}>{escape(name)}</th>" for name, at in zip(names, places))
+        rows = []
+        for cells in zip(*(column.cells for column in table.columns)):
+            each = zip(cells, names, places)
+            rows.append(
+                "".join(
+                    f'<td{at} data-name="{escape(name)}"><div>{self._inline(str(cell))}</div></td>'
+                    for cell, name, at in each
+                )
             )
-            x += w
-        out.append(f'<text x="{x + 6:.1f}" y="{y + 16}">{sum(parts.values()):.3g} {unit}</text>')
-    height = len(rows) * ROW
-    if limit:
-        x = 70 + limit * scale
-        out.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="#c00"/>')
-    legend, end = _legend(names, height + 6)
-    return _svg("".join([*out, legend]), end)
-
-
-def scatter(points: list[tuple[float, float, str]], x_name: str, y_name: str) -> str:
-    """Points from the origin; each with its label."""
-    high_x = max(p[0] for p in points) * 1.1
-    high_y = max(p[1] for p in points) * 1.1
-    height, left = 260, 50
-    out = [
-        f'<line x1="{left}" y1="{height}" x2="{WIDTH}" y2="{height}" stroke="#888"/>',
-        f'<line x1="{left}" y1="0" x2="{left}" y2="{height}" stroke="#888"/>',
-        f'<text x="{WIDTH - 120}" y="{height + 28}">{x_name}</text>',
-        f'<text x="{left + 6}" y="12">{y_name}</text>',
-    ]
-    for part in (0.25, 0.5, 0.75, 1.0):
-        px, py = left + part * (WIDTH - left - 160), height - part * height
-        out.append(f'<text x="{px - 12:.1f}" y="{height + 14}">{part * high_x:.3g}</text>')
-        out.append(f'<text x="0" y="{py + 10:.1f}">{part * high_y:.3g}</text>')
-    for x, y, label in points:
-        px = left + x / high_x * (WIDTH - left - 160)
-        py = height - y / high_y * height
-        out.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{COLOURS[0]}"/>')
-        out.append(f'<text x="{px + 7:.1f}" y="{py + 4:.1f}">{escape(label)}</text>')
-    return _svg("".join(out), height + 34)
-
-
-def gantt(report: Report) -> str:
-    """The planned flush: forward and backward of every stage."""
-    played = timeline(report.problem, report.result.best.strategy)
-    scale = (WIDTH - 70) / played.makespan
-    out = []
-    stages = report.result.best.strategy.layout.pp
-    for stage in range(stages):
-        out.append(f'<text x="0" y="{stage * ROW + 16}">stage {stage}</text>')
-    for e in played.events:
-        if not e.kind.computes:
-            continue
-        colour = COLOURS[0] if e.kind.forward else COLOURS[4]
-        out.append(
-            f'<rect x="{70 + e.start * scale:.1f}" y="{e.stage * ROW + 3}" '
-            f'width="{max(0.3, (e.end - e.start) * scale - 0.4):.1f}" height="{ROW - 8}" '
-            f'fill="{colour}"><title>{e.kind}{e.microbatch} chunk {e.chunk}</title></rect>'
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        return (
+            f"<table><caption>{self._inline(str(table.title))}</caption>"
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         )
-    return _svg("".join(out), stages * ROW + 4)
-
-
-def _svg(body: str, height: float) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" role="img" font-size="12" '
-        f'font-family="sans-serif">{body}</svg>'
-    )
 
 
 def page(report: Report) -> str:
-    best = report.result.best
-    with io.StringIO() as nowhere:
-        console = Console(record=True, width=150, file=nowhere, highlight=False)
-        show(report, console, everything=True)
-        text = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-    memory = [
-        (f"stage {i}", {name: value / 1e9 for name, value in stage.parts().items()})
-        for i, stage in enumerate(best.stages)
-    ]
-    pareto = [
-        (p.step, p.memory / 1e9, f"{p.gpus} cards, {p.strategy.optimizer_state}")
-        for p in report.result.pareto
-    ]
-    sections = [
-        ("Memory by stage", bars(memory, "GB", report.problem.cluster.memory / 1e9)),
-        ("Step by part", bars([("step", {k: v for k, v in best.parts.items() if v > 0})], "s")),
-        ("Step and memory", scatter(pareto, "seconds per step", "GB per card")),
-        ("The flush as planned", gantt(report)),
-    ]
-    plots = "".join(f"<h2>{title}</h2>{plot}" for title, plot in sections)
+    """The whole file."""
+    console = _Html()
+    show(report, console, everything=True)
+    key = "".join(
+        f'<li><span style="background:{shades.split()[0]}"></span>{meaning}</li>'
+        for meaning, shades in HUES.values()
+    )
+    figures = "".join(
+        f"<h2>{name}</h2><figure>"
+        f'<div class="narrow">{svg(name, report, NARROW)}</div>'
+        f'<div class="wide">{svg(name, report, WIDE)}</div>'
+        f"<figcaption>{escape(text)}</figcaption></figure>"
+        for name, (text, _) in FIGURES.items()
+    )
+    title = f"Plan: {escape(report.name)}"
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Plan: {escape(report.name)}'
-        "</title><style>body{font-family:sans-serif;max-width:1100px;margin:2em auto}"
-        f"pre{{overflow-x:auto;font-size:12px}}</style><h1>Plan: {escape(report.name)}</h1>"
-        f"{plots}<h2>In numbers</h2>{text}</html>\n"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>' + title + "</title>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1>"
+        f'<ul class="key">{key}</ul>{figures}<h2>In numbers</h2>'
+        f"{''.join(console.elements)}</body></html>\n"
     )

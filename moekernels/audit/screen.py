@@ -12,6 +12,13 @@ from moekernels.plan.evaluate import Plan
 from moekernels.plan.strategy import ranges_text
 
 GB = 1e9
+UNBROKEN = 100_000  # columns
+
+
+def _console() -> Console:
+    """As wide as the terminal; where there is none, no line is broken."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=UNBROKEN)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -31,7 +38,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def show(report: Report, console: Console | None = None, *, everything: bool = False) -> None:
     """What an engineer asks first, on one screen; `everything`: every table in full."""
-    console = console or Console(highlight=False)
+    console = console or _console()
     problem, best = report.problem, report.result.best
     c, model, objective = problem.cluster, problem.model, problem.objective
     console.print(

@@ -6,6 +6,7 @@ interrupted, 143 terminated.
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -25,7 +26,9 @@ NEEDS = {
     "generate": ("numpy", "tokenizers", "safetensors"),
     "train": RUNS,
     "experts": RUNS,
-    "plan": RUNS,
+    "plan": ("numpy", "rich"),
+    "plan --json": ("numpy",),
+    "plan --html": ("numpy", "rich", "matplotlib"),
     "verify": ("numpy",),
     "bench": (*RUNS, "pytest-benchmark"),
 }
@@ -38,6 +41,16 @@ def _require(command: str) -> None:
         raise UsageError(
             f"{command} needs packages that are not here: pip install {' '.join(missing)}"
         )
+
+
+def _asked(args: argparse.Namespace) -> str:
+    """The command, with what of its flags asks for other packages."""
+    if args.command != "plan":
+        return args.command
+    if args.html is not None:
+        return "plan --html"
+    plain = args.json or args.calibrate or args.against is not None
+    return "plan --json" if plain else "plan"
 
 
 def _check_environment() -> None:
@@ -66,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             rest = argv[1:] if argv[:1] == ["bench"] else []
             args = build_parser().parse_args(argv[: len(argv) - len(rest)])
             args.rest = rest
-            _require(args.command)
+            _require(_asked(args))
             _check_environment()
             with handled(end_now, (signal.SIGTERM,)):
                 return args.run(args)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 
 from moekernels import files
 from moekernels.balance.record import Record
+from moekernels.canvas import canvas
 from moekernels.errors import one_line
 
 MOST = 40.0  # inches of a side of a picture, 120 pixels each
@@ -37,17 +37,8 @@ def draw(
 
 
 def _figure(width: float, height: float, panels: list[float] | None = None):
-    """A figure that is drawn into memory, whatever a notebook or a file of settings asks for, and
-    its axes; a list of them for panels of these widths."""
-    asked = os.environ.pop("MPLBACKEND", None)  # read, and perhaps refused, on import
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    finally:
-        if asked is not None:
-            os.environ["MPLBACKEND"] = asked
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
+    """A figure and its axes; a list of them for panels of these widths."""
+    figure = canvas(width, height)
     if panels is None:
         return figure, figure.subplots()
     axes = figure.subplots(1, len(panels), width_ratios=panels, squeeze=False)
