@@ -183,8 +183,8 @@ def row(line: dict) -> str:
         best["tflops"] = line["best"]["tflops"] * line["best"]["ms"] / default
     least = line["T"] * line["K"] // line["E"]
     least_m = line["m"] if line["op"] == "wgrad" else 0
-    prefetch = "true" if best["prefetch"] else "false"
-    order = f"{{{best['band']}, {best['grid']}, {best['promotion']}, {prefetch}}}"
+    flags = ", ".join(str(best[name]).lower() for name in ("prefetch", "bulk_sums"))
+    order = f"{{{best['band']}, {best['grid']}, {best['promotion']}, {flags}}}"
     setting = setting_in(other) if other else "none"
     reason = (
         f"measured, {line['card']}, driver {line['driver']}, {line['date']}: "

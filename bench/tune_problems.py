@@ -44,6 +44,7 @@ class Setting:
     grid: int = 0
     promotion: int = 0
     prefetch: bool = True
+    bulk_sums: bool = True
 
     def __str__(self) -> str:
         told = [f"{n} {v}" for n, v in asdict(self).items() if v != Setting.__dict__[n]]
@@ -59,6 +60,7 @@ def settings_of(op: str, multiprocessors: int) -> list[Setting]:
         (0, fewer),
         (0, 128),
         (True, False) if op in PREFETCHING else (True,),
+        (True, False) if op == "wgrad" else (True,),
     )
     return [Setting(*values) for values in axes]
 

@@ -159,7 +159,8 @@ class Copies(Waits):
         if races is not None:
             cells, _ = races.cells(store.shared, store.chunk)
             row = self.machine.warp[[store.thread_id]]
-            store.epoch = races.async_read(cells, row, [store.thread_id], store.ins)
+            actor = races.store_actor(int(row[0]))
+            store.epoch = races.async_read(cells, row, [store.thread_id], store.ins, actor)
         block = int(self.machine.block_of[store.thread_id])
         self.machine.note("store", block, store.thread_id, 0, store.target.size * store.chunk)
         store.late = self.lazy or self.machine.scheduler.delays()
@@ -172,8 +173,8 @@ class Copies(Waits):
         target = self.machine.memory.globals.data.reshape(-1, store.chunk)
         at = store.target // store.chunk
         if store.adds:
-            there = np.ascontiguousarray(target[at])
-            values = (there.view(np.float32) + values.view(np.float32)).view(np.uint8)
+            there = np.ascontiguousarray(target[at]).view(np.float32)
+            values = _flushed(_flushed(there) + _flushed(values.view(np.float32))).view(np.uint8)
         target[at] = values
 
     def _read_source(self, store: BulkStore) -> np.ndarray:
@@ -203,7 +204,7 @@ class Copies(Waits):
         races = self.machine.memory.shared_races
         if races is not None:
             row = self.machine.warp[[thread_id]]
-            races.async_done(row, races.async_actor(int(row[0])), store.epoch)
+            races.async_done(row, races.store_actor(int(row[0])), store.epoch)
 
     def _complete(self, thread_id: int, store: BulkStore) -> None:
         if store.late:
@@ -225,6 +226,11 @@ class Copies(Waits):
         if self.loads:
             what = "the kernel ended with a bulk load that nobody has waited for"
             self.machine.fail(AsyncHazard, what, self.loads[0].thread_id, self.loads[0].ins)
+
+
+def _flushed(values: np.ndarray) -> np.ndarray:
+    """Without subnormal numbers, which sums in L2 take for zeros of their sign."""
+    return np.where(np.abs(values) < np.finfo(np.float32).tiny, values * np.float32(0), values)
 
 
 def _select(copy: ThreadCopy, chosen: np.ndarray) -> ThreadCopy:

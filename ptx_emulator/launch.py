@@ -351,9 +351,11 @@ class Prepared:
         scheduler.idle = [machine.copies.deliver, machine.mbarriers.refuse_some]
         scheduler.check_in_flight = machine.products.refuse_touch
         if races:
-            asynchronous = any(i.op in _ASYNC_OPS for i in self.kernel.code)
+            actors = "loads" if any(i.op in _ASYNC_OPS for i in self.kernel.code) else ""
+            if any(i.op == "cp" and "bulk_group" in i.mods for i in self.kernel.code):
+                actors = "stores"
             memory.shared_races = SharedRaces(
-                machine, len(memory.shared), memory.stride, self.grain("shared"), asynchronous
+                machine, len(memory.shared), memory.stride, self.grain("shared"), actors
             )
         return machine
 

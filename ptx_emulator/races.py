@@ -1,9 +1,9 @@
 """Shared-memory races by vector clocks: what an access conflicts with must have happened before.
 
 Actors are the warps of a block (of all blocks of a cluster) and, for asynchronous work, one more
-for every warp (wgmma, cp.async and TMA stores it issued) and eight a block for TMA loads (by
-mbarrier). `seen[w, a]` is the last epoch of actor a that warp w is ordered after; of its own epochs
-that is the one the last barrier finished.
+for every warp (wgmma and cp.async that it issued), eight a block for TMA loads (by mbarrier), and
+where there are TMA stores another for every warp. `seen[w, a]` is the last epoch of actor a that
+warp w is ordered after; of its own epochs that is the one the last barrier finished.
 """
 
 import numpy as np
@@ -18,11 +18,12 @@ _MANY = -2  # several lanes of a warp
 
 
 class SharedRaces:
-    def __init__(self, machine: Machine, nbytes: int, stride: int, grain: int, asynchronous: bool):
+    def __init__(self, machine: Machine, nbytes: int, stride: int, grain: int, actors: str):
         self.machine, self.grain, self.stride = machine, grain, stride
         # The blocks of a cluster see one another's memory: their warps are actors of one unit.
         warps = self.warps = machine.warps_per_block * machine.cluster
-        self.actors = warps + (warps + _LOADS * machine.cluster if asynchronous else 0)
+        loads = warps + _LOADS * machine.cluster
+        self.actors = warps + {"": 0, "loads": loads, "stores": loads + warps}[actors]
         cells = nbytes // grain
         self.seen = np.zeros((machine.num_blocks * warps, self.actors), np.int32)
         self.write_actor = np.full(cells, -1, np.int16)
@@ -159,13 +160,19 @@ class SharedRaces:
     def async_actor(self, row: int) -> int:
         return self.warps + row % self.warps
 
+    def store_actor(self, row: int) -> int:
+        return self.actors - self.warps + row % self.warps
+
     def load_actor(self, block: int, mbarrier_address: int) -> int:
         rank = block % self.machine.cluster
         return 2 * self.warps + rank * _LOADS + (mbarrier_address // 8) % _LOADS
 
-    def async_read(self, cells: np.ndarray, rows: np.ndarray, ids, ins: Instruction) -> int:
+    def async_read(
+        self, cells: np.ndarray, rows: np.ndarray, ids, ins: Instruction, actor: int | None = None
+    ) -> int:
         """wgmma or a TMA store, issued by the warps `rows`, reads cells; gives the read's epoch."""
-        unit, actor = int(rows[0]) // self.warps, self.async_actor(int(rows[0]))
+        unit = int(rows[0]) // self.warps
+        actor = self.async_actor(int(rows[0])) if actor is None else actor
         writer, epoch = self.write_actor[cells], self.write_epoch[cells]
         if (writer < 0).any():
             cell = cells[np.flatnonzero(writer < 0)[0]]

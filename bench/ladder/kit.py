@@ -85,6 +85,11 @@ class Kit:
         room = torch.empty(offset + value.numel(), dtype=value.dtype, device="cuda")
         return room[offset:].view(value.shape).copy_(value)
 
+    def settings(self, **settings) -> None:
+        """Of the products' launches, inside `ops`; none: the defaults."""
+        library = torch.ops.moekernels if self.hardware else torch.ops.moekernels_emulated
+        library._sm90_settings(**settings)
+
     @contextlib.contextmanager
     def ops(self) -> Iterator[list[str]]:
         """The ops run their Hopper kernels inside; the products launched, by epilogue.
@@ -103,7 +108,7 @@ class Kit:
         launched += products([event.key for event in profile.key_averages()])
 
 
-EPILOGUES = ("StoreRows", "StoreGradient", "StoreUp", "StoreDAct")
+EPILOGUES = ("StoreRows", "StoreGradient", "AddGradient", "StoreUp", "StoreDAct")
 
 
 def products(kernels: list[str]) -> list[str]:

@@ -99,20 +99,52 @@ def rows_many_tiles(kit: Kit) -> dict:
 )
 def wgrad(kit: Kit) -> dict:
     """Sets in 16 bits and adds to fp32; an empty expert; one row; rows that fill no step."""
-    counts, m, n = (0, 40, 129, 1), 136, 264
-    inputs = {"rows": normal(BF16, 170, n), "drows": normal(BF16, 170, m, seed=2)}
-    inputs["offsets"] = offsets_of(*counts)
-    begin = normal(F32, 4, m, n, seed=3)
-    placed, total = kit.place(inputs), kit.place({"total": begin.clone()})["total"]
+    inputs, begin = _gradient((0, 40, 129, 1), 136, 264)
+    placed = kit.place(inputs)
     with kit.ops() as launched:
         dw = ops.grouped_gemm_wgrad(**placed)
-        ops.grouped_gemm_wgrad(**placed, out=total)
+    total = _added(kit, inputs, begin, False)
     expect_products(kit, launched, {"StoreGradient"})
     wanted = reference.grouped_gemm_wgrad(**exact(inputs))
     close("dw", dw, wanted, BF16)
-    close("fp32 +=", total.cpu() - begin, wanted, F32, factor=64)
+    close("fp32 +=", total - begin, wanted, F32, factor=64)
     same("an empty expert's total", total[0], begin[0])
     return {"experts": 4}
+
+
+def _gradient(counts: tuple[int, ...], m: int, n: int) -> tuple[dict, Tensor]:
+    """Inputs of a gradient, and what it is added to."""
+    rows = sum(counts)
+    inputs = {"rows": normal(BF16, rows, n), "drows": normal(BF16, rows, m, seed=2)}
+    return {**inputs, "offsets": offsets_of(*counts)}, normal(F32, len(counts), m, n, seed=3)
+
+
+def _added(kit: Kit, inputs: dict, begin: Tensor, bulk_sums: bool) -> Tensor:
+    """The total after one of the two ways to add, on the CPU."""
+    placed, total = kit.place(inputs), kit.place({"total": begin.clone()})["total"]
+    with kit.ops() as launched:
+        kit.settings(bulk_sums=bulk_sums)
+        try:
+            ops.grouped_gemm_wgrad(**placed, out=total)
+        finally:
+            kit.settings()
+    expect_products(kit, launched, {"AddGradient" if bulk_sums else "StoreGradient"})
+    return total.cpu()
+
+
+@rung(
+    8, "wgrad", look="sm90/add.cuh: boxes and their swizzle, waits for bulk groups, the map's edges"
+)
+def wgrad_sums(kit: Kit) -> dict:
+    """L2 adds, by bulk reductions: the bits of a thread that loads, adds and stores; twice the
+    same."""
+    shapes = (((0, 40, 129, 1), 136, 264), ((70,), 24, 40))
+    for counts, m, n in shapes:
+        inputs, begin = _gradient(counts, m, n)
+        by_threads = _added(kit, inputs, begin, False)
+        for _ in range(2):
+            same(f"sums of {m} x {n}", _added(kit, inputs, begin, True), by_threads)
+    return {"shapes": len(shapes)}
 
 
 @rung(8, "wgrad", look="rows_that_count, clear_stage_rows, fence_async_proxy and its barrier")

@@ -37,7 +37,7 @@ std::string build_name() {
 }
 
 void settings(int64_t stages, int64_t band, int64_t grid, int64_t promotion,
-              std::optional<bool> prefetch) {
+              std::optional<bool> prefetch, std::optional<bool> bulk_sums) {
   const char* op = "sm90_settings";
   check_built(op);
   check(stages == 0 || (stages >= 2 && stages <= 8), op,
@@ -49,8 +49,9 @@ void settings(int64_t stages, int64_t band, int64_t grid, int64_t promotion,
   check(promotion == 0 || promotion == 64 || promotion == 128 || promotion == 256, op,
         ": promotion must be 0 (the default), 64, 128 or 256 bytes, got ", promotion);
   if constexpr (kBuilt) {
+    const auto told = [](std::optional<bool> flag) { return flag ? static_cast<int>(*flag) : -1; };
     sm90::set({static_cast<int>(stages), static_cast<int>(band), static_cast<int>(grid),
-               static_cast<int>(promotion), prefetch ? static_cast<int>(*prefetch) : -1});
+               static_cast<int>(promotion), told(prefetch), told(bulk_sums)});
   }
 }
 
@@ -98,7 +99,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def("_sm90_build() -> str");
   m.def(
       "_sm90_settings(int stages=0, int band=0, int grid=0, int promotion=0, "
-      "bool? prefetch=None) -> ()");
+      "bool? prefetch=None, bool? bulk_sums=None) -> ()");
   m.def("_sm90_watchdog(float seconds) -> ()");
   m.def("_sm90_stuck() -> str");
   m.def("_sm90_launched() -> str");

@@ -15,7 +15,8 @@ from moekernels.predict.ours import kernel_of, product
 
 KEYS = ("T", "H", "F", "E", "K")
 DTYPES = ("bf16", "fp16", "fp32")
-ORDER = {"band": 0, "grid": 0, "promotion": 0, "prefetch": True}  # where the table says nothing
+# Where the table says nothing.
+ORDER = {"band": 0, "grid": 0, "promotion": 0, "prefetch": True, "bulk_sums": True}
 OPS = {  # of the products, as the timing model names them
     "up (forward)": "up",
     "down (forward)": "down",
@@ -94,6 +95,7 @@ def predicted_tflops(name: str, shape: dict, chosen: dict, card: Card) -> float:
     tile_m, tile_n, _ = chosen["tile"]
     how = {"tile_m": tile_m, "tile_n": tile_n, "stages": chosen["stages"]}
     how |= {key: chosen["order"][key] for key in ("band", "grid")}
+    how["bulk_sums"] = chosen["order"]["bulk_sums"] and "wgrad" in OPS[name]
     return product(OPS[name], layer, card, kernel_of(OPS[name], **how)).tflops
 
 

@@ -113,7 +113,7 @@ class Machine:
 def epilogue_cycles(problem: Problem, kernel: Kernel, card: Card, share: float = 1.0) -> float:
     """Of a tile of which a share of the rows exists: its instructions or bytes, whichever is
     longer."""
-    moved = kernel.tile_m * kernel.tile_n * share * (problem.reads + problem.writes)
+    moved = kernel.tile_m * kernel.tile_n * share * kernel.passes(problem)
     instructions = kernel.issue / (4 * card.ipc) * share
     return max(instructions, moved / card.link_rate) + EPILOGUE_GAP
 
@@ -171,12 +171,11 @@ class Unit:
         self.step += 1
         return self.step >= tile.steps
 
-    def end(self) -> tuple[float, float]:
-        """The tile's epilogue -> when it moves how many bytes."""
+    def end(self) -> tuple[float, float, float]:
+        """The tile's epilogue -> when it moves how many bytes of L2 and of DRAM."""
         kernel, problem, tile = self.kernel, self.problem, self.tile
         share = min(1.0, tile.rows / (kernel.tile_m * (2 if kernel.pair == "m" else 1)))
         elements = kernel.tile_m * kernel.tile_n * share
-        moved = elements * (problem.reads + problem.writes)
         takes = epilogue_cycles(problem, kernel, self.card, share)
         begin = self.multiplied
         if kernel.epilogue == "hidden":
@@ -187,7 +186,8 @@ class Unit:
         else:
             self.stored = [begin + takes, begin + takes]
         self.done.append((self.stored[1], tile.steps * tile.rows))
-        return begin, moved * self.sms
+        elements *= self.sms
+        return begin, elements * kernel.passes(problem), elements * (problem.reads + problem.writes)
 
 
 @functools.cache
@@ -217,27 +217,28 @@ def play(problem: Problem, kernel: Kernel, card: Card) -> Predicted:
     count = min(count, len(played))
     units = [Unit(machine, kernel, problem) for _ in range(count)]
     queues = [played[i::count] for i in range(count)]
-    # (when, which unit, its tile's place, 0), or for an epilogue (when, -1, 0, its bytes)
-    heap: list[tuple[float, int, int, float]] = []
+    # (when, which unit, its tile's place, 0, 0), or for an epilogue (when, -1, 0, its bytes of L2
+    # and of DRAM)
+    heap: list[tuple[float, int, int, float, float]] = []
     for i, unit in enumerate(units):
         unit.begin(queues[i][0])
-        heap.append((unit.ready(), i, 0, 0.0))
+        heap.append((unit.ready(), i, 0, 0.0, 0.0))
     heapq.heapify(heap)
     while heap:
-        at, i, place, moved = heapq.heappop(heap)
+        at, i, place, passed, moved = heapq.heappop(heap)
         if i < 0:
-            machine.from_l2(at, moved)
+            machine.from_l2(at, passed)
             machine.from_dram(at, moved)
             continue
         unit = units[i]
         if unit.tile.steps == 0 or unit.load(at):
-            begin, moved = unit.end()
-            heapq.heappush(heap, (begin, -1, 0, moved))
+            begin, passed, moved = unit.end()
+            heapq.heappush(heap, (begin, -1, 0, passed, moved))
             place += 1
             if place == len(queues[i]):
                 continue
             unit.begin(queues[i][place])
-        heapq.heappush(heap, (unit.ready(), i, place, 0.0))
+        heapq.heappush(heap, (unit.ready(), i, place, 0.0, 0.0))
     end = max(u.done[-1][0] for u in units)
     done = sum(t.steps * t.rows for t in played)
     if done < work:

@@ -18,6 +18,7 @@ class Kernel:
     issue: instructions that all warps together issue for a tile's epilogue, from the machine code.
     pack: cycles that a hidden epilogue still stops the consumers for.
     gathered: A comes row by row, by cp.async, not by TMA.
+    bulk_sums: L2 adds to what is there, so that what an epilogue reads passes no SM.
     """
 
     tile_m: int = 128
@@ -28,6 +29,7 @@ class Kernel:
     issue: float = 5600.0
     pack: float = 900.0
     gathered: bool = False
+    bulk_sums: bool = False
     band: int = 0
     grid: int = 0
 
@@ -45,8 +47,12 @@ class Kernel:
     def name(self) -> str:
         parts = [f"{self.tile_m}x{self.tile_n}", f"{self.stages} stages", self.epilogue]
         parts += [f"pairs along {self.pair.upper()}"] * bool(self.pair)
-        parts += ["gathered"] * self.gathered
+        parts += ["gathered"] * self.gathered + ["bulk sums"] * self.bulk_sums
         return ", ".join(parts)
+
+    def passes(self, problem: Problem) -> float:
+        """Bytes that pass between an SM and L2 for an element of C."""
+        return problem.writes + (0.0 if self.bulk_sums else problem.reads)
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,18 @@ from moekernels.predict.layer import Layer, Recipe
 # Instructions of a warp for 8 elements of SwiGLU, from the machine code (test_sass.py holds them).
 UP_PER_CHUNK, DACT_PER_CHUNK = 102, 175
 WARPS = 8
-# Of a warp besides: what stages a tile, and the whole of an epilogue that only stores or adds.
-UP_STAGE, DACT_STAGE, ROWS, ADD = 200, 400, 450, 1250
+# Of a warp besides: what stages a tile, and the whole of an epilogue that only stores, adds, or
+# hands its sums to L2.
+UP_STAGE, DACT_STAGE, ROWS, ADD, SUMS = 200, 400, 450, 1250, 490
 
 
-def issue(op: str, tile_n: int = 256) -> float:
+def issue(op: str, tile_n: int = 256, bulk_sums: bool = False) -> float:
     """Instructions that the warps of a block issue for the epilogue of a tile of 128 rows."""
     chunks = 16 * tile_n / 8 / 32  # of a lane, of C
     of_warp = {
         "up": chunks / 2 * UP_PER_CHUNK + UP_STAGE,  # a gate and an up column make one element
         "dact": chunks * DACT_PER_CHUNK + DACT_STAGE,
-        "wgrad": ADD * tile_n / 256,
+        "wgrad": (SUMS if bulk_sums else ADD) * tile_n / 256,
     }.get(op, ROWS * tile_n / 256)
     return WARPS * of_warp
 
@@ -28,7 +29,7 @@ def issue(op: str, tile_n: int = 256) -> float:
 def kernel_of(op: str, **how) -> Kernel:
     """The kernel of an op; `how`: the fields that a variant changes."""
     op = op.rstrip("12")
-    return Kernel(issue=issue(op, how.get("tile_n", 256)), **how)
+    return Kernel(issue=issue(op, how.get("tile_n", 256), how.get("bulk_sums", False)), **how)
 
 
 DEFAULT = Recipe(
@@ -36,7 +37,7 @@ DEFAULT = Recipe(
     down=kernel_of("down"),
     dact=kernel_of("dact"),
     dgrad=kernel_of("dgrad"),
-    wgrad=kernel_of("wgrad"),
+    wgrad=kernel_of("wgrad", bulk_sums=True),
 )
 
 
@@ -51,5 +52,5 @@ VARIANTS: dict[str, tuple[dict, ...]] = {
     "down": ({}, {"tile_n": 128, "stages": 6}),
     "dact": ({},),
     "dgrad": ({}, {"tile_n": 128, "stages": 6}),
-    "wgrad": ({},),
+    "wgrad": ({"bulk_sums": True}, {}),
 }

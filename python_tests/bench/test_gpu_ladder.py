@@ -102,7 +102,7 @@ INSTANCE = """
 #include "sm90/product.cuh"
 #include "{header}"
 namespace moekernels::cuda::sm90 {{
-const void* planted() {{ return reinterpret_cast<const void*>(product<{kind}, {flags}>); }}
+const void* planted() {{ return reinterpret_cast<const void*>({kernel}); }}
 }}
 """
 ROWS = ("sm90/rows.cuh", "StoreRows<__nv_bfloat16, 256>", "false, false", "grouped_gemm_sm90")
@@ -114,6 +114,7 @@ ADD = (
     "true, true",
     "grouped_gemm_sm90",
 )
+SUMS = ("sm90/add.cuh", "AddGradient<__nv_bfloat16>", "", "grouped_gemm_sm90")
 SET = (
     "sm90/rows.cuh",
     "StoreGradient<__nv_bfloat16, 256, false>",
@@ -130,7 +131,8 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
     planted.copy_headers(ROOT, folder)
     planted.plant(folder, file, (right, wrong))
     source = folder / "planted.cu"
-    source.write_text(INSTANCE.format(header=header, kind=kind, flags=flags))
+    kernel = f"product<{kind}, {flags}>" if flags else f"product_into_sums<{kind}>"
+    source.write_text(INSTANCE.format(header=header, kernel=kernel))
     buggy = ptx.Module(
         ptx.compile_ptx(
             source,
@@ -198,6 +200,14 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
             "= {sum[j][half].x + part[0],",
             "= {part[0],",
             r"fp32 \+= is wrong.*column % 8 in \{0, 2, 4, 6\}",
+        ),
+        (
+            "wgrad_sums",
+            SUMS,
+            "sm90/add.cuh",
+            "^ (odd << 2)",
+            "",
+            "sums of 136 x 264 has other bits",
         ),
         (
             "wgrad_tail",

@@ -123,7 +123,7 @@ def test_rows_go_into_the_table_and_are_replaced_there(tmp_path, rehearsed):
     assert (
         found.count("GemmKernel::wgmma") == 7 and '"measured, rehearsal, driver none, 20' in found
     )
-    assert "{8, 0, 128, false}" in found and max(map(len, found.splitlines())) <= 120
+    assert "{8, 0, 128, false, true}" in found and max(map(len, found.splitlines())) <= 120
 
 
 def test_rows_compile_and_are_taken_where_they_fit(tmp_path):
@@ -132,7 +132,7 @@ def test_rows_compile_and_are_taken_where_they_fit(tmp_path):
     if (compiler := ptx.launch.shutil.which("g++")) is None:
         pytest.skip("g++ is not on PATH")
     base = {"card": "H", "driver": "1", "date": "today", "default_ms": 1.0, "k": 2048}
-    found = Setting(stages=3, band=-8, grid=128, promotion=64, prefetch=False)
+    found = Setting(stages=3, band=-8, grid=128, promotion=64, prefetch=False, bulk_sums=False)
     best = {"ms": 0.9, "tflops": 600.0, **tune.asdict(found)}
     as_before = {"ms": 0.999, "tflops": 600.0, **tune.asdict(Setting(band=32))}
     lines = [
@@ -153,11 +153,12 @@ def test_rows_compile_and_are_taken_where_they_fit(tmp_path):
                               16, false, 90, true};
           const GemmChoice c = choose_gemm(p);
           const GemmOrder o = cuda::sm90::order_of(c, asked, 132);
-          std::printf("%d %d %d %d %d\\n", c.stages, o.band, o.grid, o.promotion, o.prefetch);
+          std::printf("%d %d %d %d %d %d\\n", c.stages, o.band, o.grid, o.promotion, o.prefetch,
+                      o.bulk_sums);
         }
         int main() {
           for (int64_t rows : {511, 512, 2047, 2048}) say(rows, {});
-          say(512, {2, 4, 100, 256, 1});
+          say(512, {2, 4, 100, 256, 1, 1});
         }"""
     )
     command = [compiler, "-std=c++17", f"-I{tmp_path}", f"-I{ROOT / 'csrc' / 'include'}"]
@@ -165,13 +166,13 @@ def test_rows_compile_and_are_taken_where_they_fit(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = subprocess.run([tmp_path / "main"], capture_output=True, text=True).stdout
-    ours = "3 -8 128 64 0"
+    ours = "3 -8 128 64 0 0"
     assert said.splitlines() == [
-        "4 16 132 256 1",
+        "4 16 132 256 1 1",
         ours,
         ours,
-        "4 16 132 256 1",
-        "3 4 100 256 1",  # stages are settled with the room that there is
+        "4 16 132 256 1 1",
+        "3 4 100 256 1 1",  # stages are settled with the room that there is
     ]
 
 

@@ -22,7 +22,7 @@ WHEELS = [
     str(Path(at) / "cu13" / "bin") for at in (NVIDIA.submodule_search_locations if NVIDIA else ())
 ]
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), *WHEELS])
-KERNELS = ("StoreRows", "StoreGradient", "StoreUp", "StoreDAct")
+KERNELS = ("StoreRows", "StoreGradient", "AddGradient", "StoreUp", "StoreDAct")
 
 
 def cuobjdump(*args: str) -> str:
@@ -118,7 +118,8 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 
 def products(kind: str) -> list[str]:
-    return [n for n in resources() if "cuda4sm907product" in n and re.search(rf"\d+{kind}I", n)]
+    wanted = re.compile(rf"cuda4sm90\d+product.*\d+{kind}I")
+    return [name for name in resources() if wanted.search(name)]
 
 
 def test_no_kernel_of_the_products_spills():
@@ -152,6 +153,14 @@ def test_epilogues_store_whole_vectors():
         code = cuobjdump("-sass", "-fun", name, "-arch", "sm_90a")
         stores = re.findall(r"\bSTG[.\w]* ", code)
         assert stores and {(re.findall(r"\.(\d+) ", s) or ["32"])[0] for s in stores} <= allowed
+
+
+def test_sums_leave_by_bulk_reductions_alone():
+    """A tile's eight parts; nothing that they add to passes the SM."""
+    for name in products("AddGradient"):
+        code = cuobjdump("-sass", "-fun", name, "-arch", "sm_90a")
+        assert len(re.findall(r"UTMAREDG\.3D\.ADD", code)) == 8
+        assert not re.search(r"\b(STG|RED|ATOM)[.\w]* ", code)
 
 
 def budget(code: list[tuple[int, str]], change: str) -> tuple[int, int]:

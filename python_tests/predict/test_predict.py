@@ -73,6 +73,17 @@ def test_memory_bounds_a_gradient_of_few_rows():
     assert product("wgrad1", few, H200).tflops > 1.2 * found.tflops
 
 
+def test_sums_in_l2_pass_an_sm_once():
+    """The epilogue that reads what it adds to takes twice the bytes; where DRAM is what bounds, it
+    is the same."""
+    by_l2, by_threads = (rate("wgrad1", bulk_sums=bulk) for bulk in (True, False))
+    assert 1.04 * by_threads < by_l2 < 1.1 * by_threads
+    few = Layer(16384, 2048, 4096, 64, 2)
+    kernels = (kernel_of("wgrad", bulk_sums=bulk) for bulk in (True, False))
+    found, before = (product("wgrad1", few, H100, kernel) for kernel in kernels)
+    assert found.dram == before.dram and found.tflops < 1.02 * before.tflops
+
+
 def test_any_size_takes_no_time_to_predict():
     huge = Layer(1 << 30, 1 << 16, 1 << 16, 4, 1)
     assert product("up", huge, H100).tflops > 600 and product("wgrad1", huge, H100).tflops > 600

@@ -198,6 +198,14 @@ def test_bulk_reductions_add_tiles(sums, schedule, lazy):
     np.testing.assert_array_equal(total, begin)
 
 
+def test_bulk_reductions_take_subnormal_numbers_for_zero(sums):
+    small = np.float32(1e-40)
+    total = np.full((8, 32), small)
+    total[0, 0], total[0, 1] = -small, -1 - np.float32(2**-23)  # the tile's first are 1 and 2
+    sums.launch("add_tiles", 1, 32, [ptx.TensorMap(total, (8, 32)), np.zeros(1, np.int32)])
+    assert total[0, 0] == 1 and total[7, 31] == 256
+
+
 def test_bulk_reductions_of_one_place_in_no_order_are_a_race(sums):
     for schedule, lazy in MODES:
         maps = ptx.TensorMap(np.zeros((16, 32), np.float32), (8, 32))

@@ -3,6 +3,7 @@ it is one of sm_90. A test module that imports `where` runs every test in both p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,11 +18,12 @@ from python_tests.support import emulated
 EPILOGUES = {
     "grouped_gemm_sm90": "StoreRows",
     "grouped_wgrad_sm90": "StoreGradient",
+    "grouped_wgrad_add_sm90": "AddGradient",
     "experts_up_sm90": "StoreUp",
     "experts_down_sm90": "StoreRows",
     "experts_dact_sm90": "StoreDAct",
 }
-PRODUCT = "cuda4sm907product"
+PRODUCT = re.compile(r"cuda4sm90\d+product")
 
 
 def why_not_emulated() -> str | None:
@@ -83,8 +85,17 @@ def products(device) -> list[str]:
     if isinstance(device, Gpu):
         device.names += filter(None, raw._sm90_launched().split(","))
         return [EPILOGUES[name] for name in device.names]
-    launched = [name for name in device.launches if PRODUCT in name]
+    launched = [name for name in device.launches if PRODUCT.search(name)]
     return [next(kind for kind in EPILOGUES.values() if kind in name) for name in launched]
+
+
+def set_products(**settings) -> None:
+    """Settings of the launches (`_sm90_settings`) where the ops run now; none: the defaults."""
+    if _place == "gpu":
+        raw._sm90_settings(**settings)
+    else:
+        emulated.device()
+        torch.ops.moekernels_emulated._sm90_settings(**settings)
 
 
 def placed(t: Tensor, device) -> Tensor:

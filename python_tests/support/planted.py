@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-PRODUCT = "sm90/product.cuh"
+PRODUCT, ADD = "sm90/product.cuh", "sm90/add.cuh"
 BUGS = {
     "freed_early": (
         ("wait_products<1>();", "release(s, ring.stage, lane);\n    wait_products<1>();"),
@@ -24,6 +24,12 @@ BUGS = {
     ),
     "no_tail_fence": (("fence_async_proxy();\n  sync_named", "sync_named"),),
 }
+BUGS_OF_ADD = {
+    "box_overwritten": (("part == 0 ? wait_bulk<0>() : wait_bulk_read<1>()", "wait_bulk<8>()"),),
+    "last_box_overwritten": (("wait_bulk<0>() : ", "wait_bulk_read<1>() : "),),
+    "no_add_fence": (("      fence_async_proxy();\n", ""),),
+    "left_early": (("  wait_bulk_read<0>();  //", "  //"),),
+}
 
 
 def plant(headers: Path, file: str, *exchanged: tuple[str, str]) -> None:
@@ -40,6 +46,7 @@ def headers_with(bug: str, root: Path, folder: Path) -> Path:
     """A copy of csrc/cuda's headers whose product has this bug; "none": as it is."""
     copy_headers(root, folder)
     plant(folder, PRODUCT, *BUGS.get(bug, ()))
+    plant(folder, ADD, *BUGS_OF_ADD.get(bug, ()))
     return folder
 
 

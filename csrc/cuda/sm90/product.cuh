@@ -354,20 +354,20 @@ __device__ __forceinline__ void consume(const ProductArgs& args, const typename 
   }
 }
 
-// kOverRows: C [M, N] of a group sums over its rows, both operands lie along M and N; otherwise C
-// has the rows, and the weights lie along K or (kAlongN) along N.
+// What a block does. kOverRows: C [M, N] of a group sums over its rows, both operands lie along M
+// and N; otherwise C has the rows, and the weights lie along K or (kAlongN) along N.
 template <class Epilogue, bool kOverRows, bool kAlongN>
-__global__ void __launch_bounds__(kProductThreads, 1)
-    product(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
-            const ProductArgs args, const typename Epilogue::Args to, const Probe probe) {
+__device__ __forceinline__ void run_product(const CUtensorMap* a_map, const CUtensorMap* b_map,
+                                            const ProductArgs& args,
+                                            const typename Epilogue::Args& to, const Probe& probe) {
   extern __shared__ __align__(1024) char shared[];
   const ProductShared s = product_shared<Epilogue::kColumns>(shared, args);
   const int warpgroup = threadIdx.x / kWarpgroup, warp = threadIdx.x / kWarp % 4,
             lane = threadIdx.x % kWarp;
   if (threadIdx.x == 0) {
     if (s.stages % 1024 != 0) __trap();  // where the 128-byte swizzle begins
-    prefetch_map(&a_map);
-    prefetch_map(&b_map);
+    prefetch_map(a_map);
+    prefetch_map(b_map);
     for (int i = 0; i < args.stages; ++i) {
       init_barrier(s.full + 8 * i, 1);
       init_barrier(s.empty + 8 * i, kConsumerWarps);
@@ -378,11 +378,18 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   Observer observer(probe, warpgroup * 4 + warp, lane);
   if (warpgroup == kConsumers) {
     give_registers<40>();
-    produce<Epilogue, kOverRows, kAlongN>(&a_map, &b_map, args, to, s, grid, observer, warp, lane);
+    produce<Epilogue, kOverRows, kAlongN>(a_map, b_map, args, to, s, grid, observer, warp, lane);
   } else {
     take_registers<232>();
     consume<Epilogue, kOverRows, kAlongN>(args, to, s, grid, observer, warpgroup, warp, lane);
   }
+}
+
+template <class Epilogue, bool kOverRows, bool kAlongN>
+__global__ void __launch_bounds__(kProductThreads, 1)
+    product(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
+            const ProductArgs args, const typename Epilogue::Args to, const Probe probe) {
+  run_product<Epilogue, kOverRows, kAlongN>(&a_map, &b_map, args, to, probe);
 }
 
 }  // namespace moekernels::cuda::sm90

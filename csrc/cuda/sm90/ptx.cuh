@@ -81,6 +81,29 @@ __device__ inline void prefetch_bytes(const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
 }
 
+// Adds a tile of fp32 in shared memory to global memory; what lies outside the map is left out.
+__device__ inline void add_tile(const CUtensorMap* map, uint32_t from, int32_t x, int32_t y,
+                                int32_t z) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group "
+      "[%0, {%2, %3, %4}], [%1];" ::"l"(map),
+      "r"(from), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+__device__ inline void commit_bulk() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// All but the latest kLeft groups of this thread have ended, or have read shared memory.
+template <int kLeft>
+__device__ inline void wait_bulk() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+template <int kLeft>
+__device__ inline void wait_bulk_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kLeft) : "memory");
+}
+__device__ inline void put_pair(uint32_t to, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(first), "f"(second) : "memory");
+}
+
 // ---- registers and barriers of warpgroups
 template <int kRegisters>
 __device__ inline void take_registers() {

@@ -37,22 +37,33 @@ inline GemmOrder order_of(const GemmChoice& choice) {
   return order_of(choice, settings(), multiprocessors());
 }
 
-// `tiles`: the most there can be.
+struct ProductLaunch {
+  int64_t blocks, bytes;
+};
+
+// Completes `args` by the choice and lets the kernel have its shared memory. `tiles`: the most
+// there can be.
+template <class Kernel>
+ProductLaunch prepare(const char* name, Kernel kernel, int columns, const GemmChoice& choice,
+                      int64_t tiles, ProductArgs& args) {
+  set_stages(args, name, columns, choice.stages);
+  const GemmOrder order = order_of(choice);
+  args.band = order.band;
+  args.prefetch = order.prefetch;
+  const int64_t bytes = product_shared_bytes(columns, args.stages, args.experts);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        name);
+  return {std::min<int64_t>(tiles, order.grid), bytes};
+}
+
 template <class Epilogue, bool kOverRows, bool kAlongN>
 void launch_product(const char* name, const GemmChoice& choice, int64_t tiles, const CUtensorMap& a,
                     const CUtensorMap& b, ProductArgs args, const typename Epilogue::Args& to,
                     Stream stream) {
-  set_stages(args, name, Epilogue::kColumns, choice.stages);
-  const GemmOrder order = order_of(choice);
-  args.band = order.band;
-  args.prefetch = order.prefetch;
-  const int64_t bytes = product_shared_bytes(Epilogue::kColumns, args.stages, args.experts);
   const auto kernel = product<Epilogue, kOverRows, kAlongN>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
-        name);
-  launch(name, kernel, std::min<int64_t>(tiles, order.grid), kProductThreads, bytes, stream, a, b,
-         args, to, note_launch(name));
+  const auto [blocks, bytes] = prepare(name, kernel, Epilogue::kColumns, choice, tiles, args);
+  launch(name, kernel, blocks, kProductThreads, bytes, stream, a, b, args, to, note_launch(name));
 }
 
 // rows [R, depth] of each expert times its w: [E, width, depth], or [E, depth, width] when it lies

@@ -25,26 +25,31 @@ inline auto tensor_map_encoder() {
   return encode;
 }
 
-// A map of a contiguous array of 16-bit floats that is cut into boxes of 64 elements by `box_lines`
-// lines, with the 128-byte swizzle; what lies outside loads as zeros, and `promotion` bytes come to
-// L2 at once. `shape` begins with the innermost dimension.
+constexpr int kNoPromotion = 0;  // of what is written alone
+
+// A map of a contiguous array of floats that is cut into boxes of 128 bytes by `box_lines` lines,
+// with the 128-byte swizzle; what lies outside loads as zeros, and `promotion` bytes come to L2 at
+// once. `shape` begins with the innermost dimension.
 inline CUtensorMap tensor_map(DType dtype, const void* data, std::initializer_list<int64_t> shape,
                               int box_lines, int promotion) {
-  cuuint64_t sizes[3], strides[3];
-  cuuint32_t box[3] = {64, static_cast<cuuint32_t>(box_lines), 1}, steps[3] = {1, 1, 1};
-  cuuint32_t rank = 0;
-  cuuint64_t bytes = 2;
+  cuuint64_t sizes[3], strides[3], bytes = static_cast<cuuint64_t>(size_of(dtype));
+  cuuint32_t box[3] = {static_cast<cuuint32_t>(128 / bytes), static_cast<cuuint32_t>(box_lines), 1};
+  cuuint32_t steps[3] = {1, 1, 1}, rank = 0;
   for (int64_t size : shape) {
     sizes[rank] = static_cast<cuuint64_t>(size);
     strides[rank++] = bytes *= static_cast<cuuint64_t>(size);
   }
-  const CUtensorMapL2promotion promoted = promotion == 64    ? CU_TENSOR_MAP_L2_PROMOTION_L2_64B
+  const CUtensorMapL2promotion promoted = promotion == kNoPromotion
+                                              ? CU_TENSOR_MAP_L2_PROMOTION_NONE
+                                          : promotion == 64  ? CU_TENSOR_MAP_L2_PROMOTION_L2_64B
                                           : promotion == 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B
                                                              : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
   CUtensorMap map;
   const CUresult error = tensor_map_encoder()(
       &map,
-      dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      dtype == DType::f32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+      : dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                            : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       rank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, promoted, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS) {

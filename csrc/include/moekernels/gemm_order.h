@@ -14,7 +14,8 @@ inline GemmOrder order_of(const GemmChoice& choice, const Settings& asked, int m
   return {either(asked.band, choice.order.band, kTileBand),
           either(asked.grid, choice.order.grid, multiprocessors),
           either(asked.promotion, choice.order.promotion, 256),
-          asked.prefetch >= 0 ? asked.prefetch != 0 : choice.order.prefetch};
+          asked.prefetch >= 0 ? asked.prefetch != 0 : choice.order.prefetch,
+          asked.bulk_sums >= 0 ? asked.bulk_sums != 0 : choice.order.bulk_sums};
 }
 
 }  // namespace moekernels::cuda::sm90

@@ -18,11 +18,11 @@ enum class GemmKernel : int { mma, fma, wgmma };
 constexpr unsigned gemm_op_bit(GemmOp op) { return 1u << static_cast<int>(op); }
 constexpr unsigned kEveryGemm = 63;
 
-// How a wgmma product walks its tiles and loads them; no bit of a result depends on it. 0: as the
-// launcher's arithmetic says, and moekernels/sm90.h what the numbers mean.
+// How a wgmma product walks its tiles, loads and adds them; no bit of a result depends on it. 0: as
+// the launcher's arithmetic says, and moekernels/sm90.h what the numbers mean.
 struct GemmOrder {
   int band = 0, grid = 0, promotion = 0;
-  bool prefetch = true;
+  bool prefetch = true, bulk_sums = true;
 };
 
 struct GemmTuned {

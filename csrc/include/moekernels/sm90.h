@@ -16,6 +16,8 @@ struct Settings {
   int promotion = 0;  // bytes that a load brings to L2: 64, 128 or 256
   int prefetch =
       -1;  // 1: what an epilogue reads comes to L2 while the product runs; -1: as the table says
+  int bulk_sums = -1;  // 1: L2 adds to fp32 gradients; 0: threads load, add and store; -1: as the
+                       // table says
 };
 constexpr int kMostBand = 64, kMostGrid = 1024, kLoggedLaunches = 64;
 

@@ -1,6 +1,7 @@
-// One row product and one gradient of csrc/cuda/sm90/product.cuh, as the library has them;
-// tests compile it over headers with a planted bug, for the emulator to find, or as the watchdog
-// and trace builds have them.
+// A row product, a gradient and one added to sums of csrc/cuda/sm90/product.cuh, as the library has
+// them; tests compile it over headers with a planted bug, for the emulator to find, or as the
+// watchdog and trace builds have them.
+#include "sm90/add.cuh"
 #include "sm90/product.cuh"
 #include "sm90/rows.cuh"
 
@@ -15,4 +16,8 @@ template __global__ void product<Gradient, true, true>(const __grid_constant__ C
                                                        const __grid_constant__ CUtensorMap,
                                                        const ProductArgs, const Gradient::Args,
                                                        const Probe);
+template __global__ void product_into_sums<AddGradient<__nv_bfloat16>>(
+    const __grid_constant__ CUtensorMap, const __grid_constant__ CUtensorMap,
+    const __grid_constant__ CUtensorMap, const ProductArgs, void*, const int64_t, const int64_t,
+    const Probe);
 }  // namespace moekernels::cuda::sm90
