@@ -5,6 +5,7 @@
 
 #if defined(MOEKERNELS_ISA_avx512)
 
+#include "amx.h"
 #include "gemm_dot.h"
 #include "gemm_pack.h"
 #include "gemm_tile.h"
@@ -21,43 +22,7 @@ struct PairDot {
   }
 };
 
-// ---- AMX: C tile [16, 16] fp32 += A tile [16, 32 k] B tile [16 pairs, 16]. A block is 2 x 2 tiles
-// of C.
-
-constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileBytes = 64;  // of a tile's row
-constexpr int64_t kTileK = 32;      // bf16 along k
-constexpr int64_t kColumns = 2 * kTileRows;
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Tiles 0-3 hold C, 4-5 A, 6-7 B.
-template <int tile>
-inline void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(tile));
-}
-template <int tile>
-inline void tile_load(const void* from, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
-}
-template <int tile>
-inline void tile_store(void* to, int64_t stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(tile) : "memory");
-}
-template <int c, int a, int b>
-inline void tile_dot() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
-}
-
-void enter_tiles() {
-  static const TileConfig config;
-  asm volatile("ldtilecfg %0" ::"m"(config));
-}
-void leave_tiles() { asm volatile("tilerelease"); }
+// ---- AMX (amx.h): tiles 0-3 hold C, 4-5 A, 6-7 B. A block is 2 x 2 tiles of C.
 
 // C [16 * row_tiles, 16 * column_tiles] to `to`.
 template <int row_tiles, int column_tiles>

@@ -38,12 +38,16 @@ Bf16Unit detect_bf16_unit() {
 #if defined(__x86_64__)
   if (isa() != Isa::avx512) return best;
   if (__builtin_cpu_supports("avx512bf16")) best = Bf16Unit::dot;
+#if defined(MOEKERNELS_AMX_IN_C)
+  if (best == Bf16Unit::dot) best = Bf16Unit::tiles;
+#else
   // The kernel grants a process its tile registers on request; a sandbox may refuse.
   constexpr long kRequestState = 0x1023, kTileData = 18;
   if (__builtin_cpu_supports("amx-bf16") &&
       syscall(SYS_arch_prctl, kRequestState, kTileData) == 0) {
     best = Bf16Unit::tiles;
   }
+#endif
 #endif
   if (const char* wanted = std::getenv("MOEKERNELS_ISA")) {
     Bf16Unit limit = !std::strcmp(wanted, "avx512")        ? Bf16Unit::none

@@ -206,21 +206,31 @@ def test_right_results_agree_however_far_apart_and_a_wrong_element_does_not():
         wrong.copy_(right)
 
 
-@pytest.mark.parametrize("level", LEVELS[:-1])
+@pytest.mark.parametrize("level", LEVELS)
 def test_isa_level(level):
-    """The kernels of each lower ISA level; above avx512 only the products in bf16 differ."""
-    if LEVELS.index(level) >= LEVELS.index(raw._cpu_isa()):
+    """The kernels of each lower ISA level; above avx512 only the products in bf16 differ. AMX's run
+    with tiles in memory (_C_amx), wherever there is avx512_bf16."""
+    here = LEVELS.index(raw._cpu_isa())
+    environment = {**os.environ, "MOEKERNELS_ISA": level}
+    if level == "amx":
+        library = ROOT / "moekernels" / "_C_amx.so"
+        if not library.exists():
+            pytest.skip("the build has no _C_amx, MOEKERNELS_EMULATED=1 makes it")
+        if here < LEVELS.index("avx512_bf16"):
+            pytest.skip(f"this machine's own level is {raw._cpu_isa()}")
+        environment["MOEKERNELS_LIBRARY"] = str(library)
+    elif LEVELS.index(level) >= here:
         pytest.skip(f"this machine's own level is {raw._cpu_isa()}")
     files = [f"python_tests/ops/test_{stem}.py" for stem in ("contract", "combine", "gate", "fuzz")]
     chosen = "threads or values and not float64"
-    if level.startswith("avx512"):
+    if level.startswith(("avx512", "amx")):
         chosen = f"({chosen}) and bfloat16 and (grouped_gemm or experts)"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     command += ["-k", f"isa_is or fuzz or {chosen}"]
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "MOEKERNELS_ISA": level},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=300,
