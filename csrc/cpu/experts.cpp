@@ -84,19 +84,6 @@ inline void join(const Halves<S>& halves, T* pairs, int64_t count) {
   }
 }
 
-// h (+ bias) rounded to T, written to `keep` where h is kept, and left in `out`.
-template <class T, class S = Wide<T>>
-inline void round_row(const S* c, const T* bias, T* keep, S* out, int64_t count) {
-  for_vectors<S>(count, [&](int64_t j, auto n) {
-    Vec<S> x = load(c + j, n);
-    if (bias != nullptr) x = x + load(bias + j, n);
-    T rounded[kLanes<S>];
-    store(rounded, x);
-    store(out + j, load(rounded), n);
-    if (keep != nullptr) store(keep + j, x, n);
-  });
-}
-
 // The block of h's product in C: gate and up as they lie in h, or, where they lie far apart there,
 // side by side, each `columns` wide.
 template <class S>
@@ -109,33 +96,38 @@ struct UpBlock {
   }
 };
 
-// A row's columns [j, j + count) of F: h rounded as it is kept, and gate and up of it apart.
-template <class T, class S = Wide<T>>
-inline void round_h(const HLayout& layout, const UpBlock<S>& block, int64_t row, int64_t j,
-                    int64_t count, const T* bias, T* h, Halves<S>& halves) {
-  const auto round = [&](const S* from, int64_t column, S* out, int64_t width) {
-    round_row<T>(from, bias ? bias + column : nullptr, h ? h + column : nullptr, out, width);
+// A row's columns [j, j + count) of F: h (+ bias), rounded to T and written where it is kept, and
+// the activation of what was rounded, where it is wanted.
+template <Activation kind, class T, class S = Wide<T>>
+inline void finish_h(const ExpertsArgs& of, const HLayout& layout, const UpBlock<S>& block,
+                     int64_t row, int64_t j, int64_t count, const T* bias, T* h, T* a) {
+  const auto round = [&](const S* from, int64_t column, auto n) {
+    Vec<S> x = load(from, n);
+    if (bias != nullptr) x = x + load(bias + column, n);
+    if (h != nullptr) store(h + column, x, n);
+    return rounded_to<T>(x);
+  };
+  const auto finish = [&](Vec<S> gate, Vec<S> up, int64_t i, auto n) {
+    if (a != nullptr)
+      store(a + i, activate<kind, Math<S>>(gate, up, S(of.alpha), S(of.limit)).a, n);
   };
   const S* gate = block.gate(layout, row, j);
-  if (layout.interleaved) {
-    alignas(64) S pairs[kColumns];
-    round(gate, 2 * j, pairs, 2 * count);
-    for (int64_t i = 0; i < count; ++i) {
-      halves.gate[i] = pairs[2 * i];
-      halves.up[i] = pairs[2 * i + 1];
-    }
+  if (!layout.interleaved) {
+    for_vectors<S>(count, [&](int64_t i, auto n) {
+      const Vec<S> g = round(gate + i, j + i, n);
+      Vec<S> u{};
+      if constexpr (is_gated(kind)) u = round(gate + block.columns + i, layout.ffn + j + i, n);
+      finish(g, u, j + i, n);
+    });
     return;
   }
-  round(gate, j, halves.gate, count);
-  if (layout.gated) round(gate + block.columns, layout.ffn + j, halves.up, count);
-}
-
-template <Activation kind, class T, class S = Wide<T>>
-inline void activate_row(const ExpertsArgs& of, const Halves<S>& h, T* a, int64_t count) {
-  for_vectors<S>(count, [&](int64_t j, auto n) {
-    const auto activated =
-        activate<kind, Math<S>>(load(h.gate + j), load(h.up + j), S(of.alpha), S(of.limit));
-    store(a + j, activated.a, n);
+  alignas(64) S pairs[kColumns];
+  for_vectors<S>(2 * count,
+                 [&](int64_t i, auto n) { store(pairs + i, round(gate + i, 2 * j + i, n), n); });
+  Halves<S> halves{};
+  split<S>(pairs, halves, count);
+  for_vectors<S>(count, [&](int64_t i, auto n) {
+    finish(load(halves.gate + i), load(halves.up + i), j + i, n);
   });
 }
 
@@ -175,16 +167,13 @@ void up(const ExpertsUpArgs& args, int64_t worker, int64_t workers) {
     const UpBlock<S> product{.c = c, .ldc = ldc, .first = block.n0, .columns = columns};
     const T* bias = of.b1 ? row_at<T>(of.b1, e, layout.width()) : nullptr;
     with_activation(of.activation, [&](auto kind) {
-      Halves<S> halves{};
       for (int64_t j = block.n0; j < block.n1; j += slice) {
         const int64_t count = std::min(block.n1 - j, slice);
         for (int64_t r = 0; r < block.m1 - block.m0; ++r) {
           const int64_t row = first + block.m0 + r;
           T* h = args.h ? row_at<T>(args.h, row, layout.width()) : nullptr;
-          round_h<T>(layout, product, r, j, count, bias, h, halves);
-          if (args.a == nullptr) continue;
-          activate_row<decltype(kind)::value, T>(of, halves, row_at<T>(args.a, row, of.ffn) + j,
-                                                 count);
+          T* a = args.a ? row_at<T>(args.a, row, of.ffn) : nullptr;
+          finish_h<decltype(kind)::value, T>(of, layout, product, r, j, count, bias, h, a);
         }
       }
     });

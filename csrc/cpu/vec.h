@@ -131,11 +131,29 @@ inline void store(f16* p, Float v) {
 // --- store, rounding to nearest even
 inline void store(float* p, Float v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof(v)); }
-inline void store(bf16* p, Float v) {
+// The upper halves of floats rounded to nearest even, in 32 bits each.
+inline Uint bf16_bits(Float v) {
   const Uint u = bits_as<Uint>(v);
   const Uint rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const Half h = __builtin_convertvector(v == v ? rounded : Uint{} + 0x7fc0, Half);
+  return v == v ? rounded : Uint{} + 0x7fc0;
+}
+inline void store(bf16* p, Float v) {
+  const Half h = __builtin_convertvector(bf16_bits(v), Half);
   std::memcpy(p, &h, sizeof(h));
+}
+
+// What loading T after storing it gives, without the way through memory where T allows it.
+template <class T>
+inline Vec<Wide<T>> rounded_to(Vec<Wide<T>> v) {
+  if constexpr (std::is_same_v<T, Wide<T>>) {
+    return v;
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    return bits_as<Float>(bf16_bits(v) << 16);
+  } else {
+    T some[kLanes<Wide<T>>];
+    store(some, v);
+    return load(some);
+  }
 }
 
 // The last n < lanes elements; what is past them is `fill` on loading and left alone on storing.
