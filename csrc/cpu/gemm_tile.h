@@ -179,6 +179,11 @@ void direct_vectors(int64_t units, int64_t block, const typename Math::Unit* b, 
   const auto at = [&](int64_t column) { return ct + column * NV * kLanes<typename Math::Acc>; };
   for (; j + rows <= cols; j += rows)
     direct_of<Math, rows, NV>(units, block, b + j * ldb, ldb, a, at(j));
+  if (j < cols && cols >= rows) {
+    // Reaching back over rows already done: one at a time they would wait for their own sums.
+    direct_of<Math, rows, NV>(units, block, b + (cols - rows) * ldb, ldb, a, at(cols - rows));
+    return;
+  }
   for (; j < cols; ++j) direct_of<Math, 1, NV>(units, block, b + j * ldb, ldb, a, at(j));
 }
 
