@@ -22,6 +22,19 @@ constexpr int dot_streams(int rows) { return std::min(4, kDotSums / rows); }
 // hardware alone 5 % slower).
 constexpr int64_t kDotLead = 2048;
 
+// c [i, j c_apart] = or += the lanes of sums [streams, rows, lanes].
+template <class Acc>
+__attribute__((noinline)) void put_sums(const Acc* sums, int64_t streams, int64_t rows, Acc* c,
+                                        int64_t ldc, int64_t c_apart, bool add) {
+  for (int64_t j = 0; j < streams; ++j) {
+    for (int64_t i = 0; i < rows; ++i, sums += kLanes<Acc>) {
+      const Acc total = sum_lanes<Acc>(load(sums));
+      Acc* at = c + i * ldc + j * c_apart;
+      *at = add ? *at + total : total;
+    }
+  }
+}
+
 // Row b + j apart of each stream j: c [i, j c_apart] = or += A row i times it.
 template <class Math, class T, int rows, int streams>
 __attribute__((noinline)) void dot_of(int64_t depth, const T* const* a, const T* b, int64_t apart,
@@ -52,15 +65,15 @@ __attribute__((noinline)) void dot_of(int64_t depth, const T* const* a, const T*
     products(k, step);
   }
   if (k < depth) products(k, depth - k);
+  // Through a copy and a call: sums whose lanes are taken apart here would live in memory all
+  // along.
+  alignas(64) Acc copy[streams][rows][kLanes<Acc>];
 #pragma GCC unroll 4
   for (int j = 0; j < streams; ++j) {
 #pragma GCC unroll 12
-    for (int i = 0; i < rows; ++i) {
-      const Acc total = sum_lanes<Acc>(sum[j][i]);
-      Acc* at = c + i * ldc + j * c_apart;
-      *at = add ? *at + total : total;
-    }
+    for (int i = 0; i < rows; ++i) store(copy[j][i], sum[j][i]);
   }
+  put_sums(&copy[0][0][0], streams, rows, c, ldc, c_apart, add);
 }
 
 // Each stream is a run of whole rows of B, so that the hardware, which follows one stream a page,
