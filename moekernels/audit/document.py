@@ -220,7 +220,8 @@ def on_hosts(problem: Problem, s: Strategy) -> list[OnHost]:
     again as fit: none, what lets all be kept, all."""
     found: list[OnHost] = []
     room = problem.cluster.memory - problem.cluster.reserve
-    for share in SHARES if problem.cluster.host_memory else ():
+    lends = problem.cluster.host_memory and s.optimizer != "muon"
+    for share in SHARES if lends else ():
         trial = replace(s, offload_optimizer=share, checkpointed=(0,) * s.depth)
         fitted = fit(problem, trial)
         kept = fitted if isinstance(fitted, Strategy) else replace(trial, checkpointed=s.layers)

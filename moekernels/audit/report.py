@@ -115,6 +115,8 @@ def launch_line(plan: Plan, problem: Problem, source: list[str]) -> str:
     words.append(f"--dispatcher {s.dispatcher}")
     words += [f"--dtype {s.dtype}", f"--optimizer-state {s.optimizer_state}"]
     words += ["--shard-optimizer"] if s.shard_optimizer else []
+    words += [f"--optimizer {s.optimizer}"] if s.optimizer != "adamw" else []
+    words += [f"--ema {s.ema:g}"] if s.ema else []
     words += [f"--replicas {s.replicas}"] if s.replicas else []
     words += [f"--offload-optimizer {s.offload_optimizer:g}"] if s.offload_optimizer else []
     line = " ".join(words)
@@ -127,6 +129,8 @@ def launch_line(plan: Plan, problem: Problem, source: list[str]) -> str:
 def strategy_text(s: Strategy) -> str:
     schedule = s.schedule if s.virtual_stages == 1 else f"{s.schedule} x{s.virtual_stages}"
     split = " and masters split" if s.shard_optimizer else ""
+    split += ", their average" if s.ema else ""
+    split += ", muon" if s.optimizer == "muon" else ""
     away = f" ({s.offload_optimizer:g} of the state on the host)" if s.offload_optimizer else ""
     return (
         f"{_class(s)}, {schedule}, {s.microbatches} microbatches, layers "
@@ -155,6 +159,8 @@ def plan_dict(plan: Plan) -> dict:
             "optimizer_state": s.optimizer_state,
             "shard_optimizer": s.shard_optimizer,
             "offload_optimizer": s.offload_optimizer,
+            "optimizer": s.optimizer,
+            "ema": s.ema,
             "replicas": s.replicas,
             "dtype": s.dtype,
             "dispatcher": s.dispatcher,

@@ -44,7 +44,7 @@ def import_(args) -> int:
 def export(args) -> int:
     from moekernels.train import exporting
 
-    return exporting.export(args.source, args.out, args.dtype or "")
+    return exporting.export(args.source, args.out, args.dtype or "", kind=args.weights)
 
 
 def experts(args) -> int:
@@ -66,6 +66,7 @@ def generate(args) -> int:
         device=args.device,
         expert_cache=args.expert_cache,
         expert_policy=args.expert_policy,
+        kind=args.weights,
     )
 
 

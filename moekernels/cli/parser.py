@@ -172,6 +172,7 @@ def _export(parent) -> None:
         choices=("fp32", "bf16", "fp16"),
         help="of the weights (default: as they are kept)",
     )
+    _which_weights(parser)
     parser.set_defaults(run=commands.export)
 
 
@@ -219,7 +220,17 @@ def _generate(parent) -> None:
         parse, metavar = (word, None) if kind is str else (number(kind), kind.__name__.upper())
         text += default_text(value)
         parser.add_argument(f"--{flag}", type=parse, default=value, metavar=metavar, help=text)
+    _which_weights(parser)
     parser.set_defaults(run=commands.generate)
+
+
+def _which_weights(parser) -> None:
+    parser.add_argument(
+        "--weights",
+        choices=("model", "ema"),
+        default="model",
+        help="the model's, or the moving average of a run with --ema" + default_text("model"),
+    )
 
 
 def _bench(parent) -> None:

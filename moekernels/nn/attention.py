@@ -87,7 +87,8 @@ class Attention(nn.Module):
             return first * width + mesh.tp.rank * part, first * width + (mesh.tp.rank + 1) * part
 
         rows = [mine(0, heads), mine(heads, kv_heads), mine(heads + kv_heads, kv_heads)]
-        qkv = shard(((heads + 2 * kv_heads) * hd, hidden), {0: rows})
+        each = (heads * hd, kv_heads * hd, kv_heads * hd)
+        qkv = shard((sum(each), hidden), {0: rows}, stacked=each)
         out = shard((hidden, heads * hd), {1: [mine(0, heads)]})
         self.shards = {"qkv": qkv, "out": out}
         std = config.init_std

@@ -71,7 +71,14 @@ class Experts(nn.Module):
         std = config.init_std
         narrow = std / (2 * config.num_layers) ** 0.5  # what ends in the residual stream
 
-        def add(key: str, shape: Sequence[int], ranges: dict, std: float, copies: str) -> None:
+        def add(
+            key: str,
+            shape: Sequence[int],
+            ranges: dict,
+            std: float,
+            copies: str,
+            stacked: Sequence[int] = (),
+        ) -> None:
             full_shape = (config.num_experts, *shape)
             self.shards[key] = shard(
                 full_shape,
@@ -79,6 +86,7 @@ class Experts(nn.Module):
                 reduce_over=copies,
                 copies=copies,
                 apart=True,
+                stacked=stacked,
             )
             # Every expert has its own generator: a rank makes only those that it holds.
             one = shard(shape, {d - 1: spans for d, spans in ranges.items()})
@@ -90,7 +98,8 @@ class Experts(nn.Module):
             setattr(self, key, nn.Parameter(weight))
 
         self.lifted, self.adds_b2 = config.lifted, mesh.etp_index == 0
-        add("w1", (config.up_rows * d_ff, d_in), {1: up}, std, "edp")
+        each = (d_ff,) * config.up_rows
+        add("w1", (sum(each), d_in), {1: up}, std, "edp", each)
         add("w2", (d_in, d_ff), {2: [hidden]}, std if self.lifted else narrow, "edp")
         self.b1 = self.b2 = None
         if config.expert_bias:

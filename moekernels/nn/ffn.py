@@ -39,7 +39,11 @@ class FeedForward(nn.Module):
             up.append((d_ff + mine[0], d_ff + mine[1]))
         narrow = config.init_std / (2 * config.num_layers) ** 0.5
         self.shards = {
-            "w1": shard((1, config.up_rows * d_ff, config.d_model), {1: up}),
+            "w1": shard(
+                (1, config.up_rows * d_ff, config.d_model),
+                {1: up},
+                stacked=(d_ff,) * config.up_rows,
+            ),
             "w2": shard((1, config.d_model, d_ff), {2: [mine]}),
         }
         for key, std in (("w1", config.init_std), ("w2", narrow)):

@@ -1,4 +1,4 @@
-"""What AdamW is told, and the learning rate of every step."""
+"""What the optimiser is told, and the learning rate of every step."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ class AdamWConfig:
     seed: int = 0  # of the rounding of bf16 moments
     lr_schedule: str = "cosine"
     decay_steps: int = 0  # of wsd; 0: a fifth of all steps
+    optimizer: str = "adamw"  # muon: of the matrices of hidden layers, see there
+    momentum: float = 0.95  # of muon
+    ema: float = 0.0  # decay of a moving average of the masters; 0: there is none
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 1, 2, ...: a line up over `warmup` steps, then to the last step

@@ -1,4 +1,5 @@
-"""AdamW over flat buffers: fp32 gradients and master weights, whatever dtype the model computes in.
+"""AdamW, or Muon (see there), over flat buffers: fp32 gradients and master weights, whatever dtype
+the model computes in.
 
 All parameters of one kind (gradients summed over the same ranks, held by the same ranks, decayed
 or not) lie in one flat tensor, so that a reduction, a norm and an update are each one call. fp32
@@ -22,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from moekernels.parallel import average, muon
 from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Group, Mesh
 from moekernels.parallel.nodes import gather
-from moekernels.parallel.offload import KINDS, Held, Streamed, host_zeros
+from moekernels.parallel.offload import Held, Streamed, host_zeros
 from moekernels.parallel.rounding import Noise
 from moekernels.parallel.shard import ShardInfo, boxes
 from moekernels.parallel.tensor import all_gather, all_reduce, in_rank_order, reduce_scatter
@@ -52,11 +54,17 @@ class Optimizer:
     ) -> None:
         self.mesh, self.config, self.steps_done = mesh, config, 0
         self.parameters = {name: (parameter, info) for name, parameter, info in shards}
-        kinds: dict[tuple[str, str, bool, bool, torch.dtype], list[str]] = {}
+        kinds: dict[tuple[str, str, bool, bool, torch.dtype, bool], list[str]] = {}
+        asked = config.optimizer == "muon"
         for name, (parameter, info) in self.parameters.items():
             decay = decays(name, info.full_shape)
-            key = (info.reduce_over, info.copies, decay, info.apart, parameter.dtype)
+            matrix = asked and muon.takes(name, info)
+            key = (info.reduce_over, info.copies, decay, info.apart, parameter.dtype, matrix)
             kinds.setdefault(key, []).append(name)
+        matrices = {
+            name: self.parameters[name][1] for key in kinds if key[-1] for name in kinds[key]
+        }
+        self._peers = muon.peers_of(matrices, mesh) if asked else {}
         # Where each expert tensor begins among all squares, and how many there are.
         self._places: tuple[dict[str, int], int] | None = None
         self._hooks: list[RemovableHandle] = []
@@ -70,6 +78,7 @@ class Optimizer:
         decay: bool,
         apart: bool,
         kept: torch.dtype,
+        matrices: bool,
         names: list[str],
     ) -> Bucket:
         """Take over the storage of these parameters, which are `kept` in one dtype."""
@@ -122,8 +131,11 @@ class Optimizer:
             weights=weights,
             master=master,  # a view where that is its dtype
             exp_avg=Held.zeros(near, far, moments, device),
-            exp_avg_sq=Held.zeros(near, far, moments, device),
+            exp_avg_sq=Held.zeros(*((0, 0) if matrices else (near, far)), moments, device),
+            muon=matrices,
+            ema=Held.zeros(near, far, dtype, device) if self.config.ema else None,
         )
+        average.begin(bucket)
         self._draw(bucket)
         return bucket
 
@@ -260,22 +272,28 @@ class Optimizer:
                 for bucket in self.buckets:
                     bucket.grads[bucket.own] /= divisor
             divisor = divisor.float()
+        infos = {name: info for name, (_, info) in self.parameters.items()}
         for bucket in self.buckets:
-            update(bucket, c, self.steps_done, lr, divisor, self._streamed)
-        self._gather()
+            when = (c, self.steps_done, lr, divisor)
+            if bucket.muon:
+                muon.update(bucket, infos, self._peers, self.mesh, *when)
+            else:
+                update(bucket, *when, self._streamed)
+        self.gather_weights()
         return norm, lr
 
     def state(self) -> Iterator[tuple[str, Tensor, ShardInfo]]:
         """What a checkpoint keeps, as views: `master.<name>`, `exp_avg.<name>`,
-        `exp_avg_sq.<name>`; of a sharded tensor the boxes that lie in this rank's slice, and of one
-        that lies partly in the host's memory those here and there, each by itself."""
+        `exp_avg_sq.<name>` and, where there is an average, `ema.<name>`; of a sharded tensor the
+        boxes that lie in this rank's slice, and of one that lies partly in the host's memory those
+        here and there, each by itself."""
         self._streamed.lanes.settle()
         for bucket in self.buckets:
             for name, (begin, _) in zip(bucket.names, bucket.spans):
                 parameter, info = self.parameters[name]
                 low, high = self._owned(bucket, begin, parameter.numel())
                 first = begin - bucket.own.start
-                for kind in KINDS:
+                for kind in bucket.kinds:
                     for (a, b), flat in getattr(bucket, kind).parts(first + low, first + high):
                         done = 0
                         for at, size in boxes(tuple(parameter.shape), a - first, b - first):
@@ -293,7 +311,7 @@ class Optimizer:
                 experts = len(self.parameters[name][0])
                 each = (end - begin) // experts
                 starts = range(begin - bucket.own.start, end - bucket.own.start, each)
-                for kind in KINDS:
+                for kind in bucket.kinds:
                     held = getattr(bucket, kind)
                     yield (
                         f"{kind}.{name}",
@@ -306,10 +324,13 @@ class Optimizer:
         low, high = (min(max(x - begin, 0), numel) for x in (bucket.own.start, bucket.own.stop))
         return low, high
 
-    def loaded(self, steps_done: int) -> None:
-        """Tell that the tensors of `state` came from a checkpoint made after that many steps."""
+    def loaded(self, steps_done: int, *, averaged: bool = True) -> None:
+        """Tell that the tensors of `state` came from a checkpoint made after that many steps; not
+        `averaged`: but for the average, which begins with these weights."""
         self.steps_done = steps_done
         self._take_over()
+        for bucket in () if averaged else self.buckets:
+            average.begin(bucket)
 
     def moved(self, shards: Iterable[tuple[str, Tensor, ShardInfo]]) -> None:
         """Tell that the tensors of `state` were filled with those of other experts: `shards` as
@@ -327,9 +348,9 @@ class Optimizer:
             for (begin, end), master in bucket.master.parts(0, bucket.own.stop - bucket.own.start):
                 if bucket.lifted:
                     bucket.weights[bucket.own][begin:end].copy_(master)
-        self._gather()
+        self.gather_weights()
 
-    def _gather(self) -> None:
+    def gather_weights(self) -> None:
         """Sharded weights from the ranks that update them."""
         for bucket in self.buckets:
             if bucket.sharded:
@@ -342,12 +363,13 @@ class Optimizer:
         for bucket in self.buckets:
             kept = [bucket.grads, bucket.weights, bucket.exp_avg.near, bucket.exp_avg_sq.near]
             kept += [bucket.master.near] if bucket.lifted else []
+            kept += [bucket.ema.near] if bucket.ema else []
             total += sum(x.nbytes for x in kept)
         return total
 
     def host_bytes(self) -> int:
         """Memory of this rank's state in the host's memory."""
-        return sum(getattr(b, kind).far.nbytes for b in self.buckets for kind in KINDS)
+        return sum(getattr(b, kind).far.nbytes for b in self.buckets for kind in b.kinds)
 
 
 def main_grad_of(parameter: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ class ShardInfo:
 
     `reduce_over`: the ranks whose gradients are to be summed; `copies`: the ranks that hold the
     same pieces. `apart`: dimension 0 counts experts, which may lie on any rank in any order; the
-    optimiser sums squares an expert at a time.
+    optimiser sums squares an expert at a time. `stacked`: the rows of each matrix, where several
+    lie one below the other in the last two dimensions.
     """
 
     full_shape: tuple[int, ...]
@@ -43,6 +44,7 @@ class ShardInfo:
     reduce_over: str = "dp"
     copies: str = "dp"
     apart: bool = False
+    stacked: tuple[int, ...] = ()
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -102,6 +104,7 @@ def shard(
     reduce_over: str = "dp",
     copies: str = "dp",
     apart: bool = False,
+    stacked: Sequence[int] = (),
 ) -> ShardInfo:
     """Describe a shard by the ranges (begin, end) of each split dimension that it holds, one after
     the other."""
@@ -113,7 +116,7 @@ def shard(
             local += end - begin
         per_dim.append(spans)
     pieces = tuple(Piece(*map(tuple, zip(*spans))) for spans in product(*per_dim))
-    return ShardInfo(tuple(full_shape), pieces, reduce_over, copies, apart)
+    return ShardInfo(tuple(full_shape), pieces, reduce_over, copies, apart, tuple(stacked))
 
 
 def boxes(

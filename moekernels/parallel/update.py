@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 
 from moekernels.parallel import offload
 from moekernels.parallel.adamw import AdamWConfig
+from moekernels.parallel.average import EMA, approach
 from moekernels.parallel.offload import KINDS, Held, Span, Streamed
 from moekernels.parallel.rounding import Noise, round_
 
@@ -35,6 +36,14 @@ class Bucket:
     exp_avg: Held
     exp_avg_sq: Held
     noise: Noise | None = None  # for moments that are rounded
+    ema: Held | None = None  # moving average of the masters, in their dtype
+    muon: bool = False  # matrices, of which `exp_avg` alone is kept, the momentum
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is kept of each parameter, by the names of these fields."""
+        kinds = KINDS[:-1] if self.muon else KINDS
+        return kinds if self.ema is None else (*kinds, EMA)
 
     @property
     def lifted(self) -> bool:
@@ -65,7 +74,7 @@ def update(
 ) -> None:
     """Masters, moments and, from those, this rank's weights, by its gradients over `divisor`: no
     pass of their own over them."""
-    own, cut, held = bucket.own, bucket.cut, [getattr(bucket, kind) for kind in KINDS]
+    own, cut, held = bucket.own, bucket.cut, [getattr(bucket, kind) for kind in bucket.kinds]
     for begin, end, bits in _bits(bucket, step, _spans(bucket, own.start, cut, cut - own.start)):
         part = slice(begin - own.start, end - own.start)
         _adamw(bucket, begin, [x.near[part] for x in held], bits, config, step, lr, divisor)
@@ -110,8 +119,8 @@ def _adamw(
     lr: float,
     divisor: Tensor | None,
 ) -> None:
-    """state: master and moments [n] of what begins there."""
-    master, *moments = state
+    """state: master, moments and, where there is one, average [n] of what begins there."""
+    master, *moments = state[:3]
     wide = moments if bits is None else [moment.float() for moment in moments]
     adamw(
         [master],
@@ -133,3 +142,5 @@ def _adamw(
     if bits is not None:
         round_(wide[0], bits & 0xFFFF, moments[0])
         round_(wide[1], bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF), moments[1])
+    for average in state[3:]:
+        approach(average, master, config.ema)

@@ -54,6 +54,8 @@ def layouts(problem: Problem, world: int, space: Space) -> Iterator[Layout]:
             for etp in divisors(tp):
                 if model.expert_d_ff % etp or not space.allows("etp", etp):
                     continue
+                if etp > 1 and problem.optimizer == "muon":  # which takes whole matrices
+                    continue
                 for ep in divisors(tp * dp // etp):
                     if model.num_experts % ep == 0 and space.allows("ep", ep):
                         yield Layout(tp, dp, pp, ep, etp)
@@ -118,5 +120,6 @@ def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]
                         yield Strategy(
                             layout, layers, (0,) * len(layers), microbatches, name, virtual, way,
                             problem.dtype, shard_optimizer=problem.shard_optimizer, nodes=nodes,
-                            replicas=spare[way],
+                            replicas=spare[way], ema=problem.ema,
+                            optimizer=problem.optimizer,
                         )  # fmt: skip

@@ -14,10 +14,10 @@ from typing import NamedTuple
 from moekernels.model.decoder import DecoderSpec, copies, layer_parts
 from moekernels.model.dispatch import routed_rows, way_of
 from moekernels.model.spec import WIDTH, Place
-from moekernels.plan.memory import owned_parameters, place_of, rank_parameters
+from moekernels.plan.memory import owned_parameters, place_of, rank_parameters, state_bytes
 from moekernels.plan.overlap import exposed
 from moekernels.plan.replicas import spare_parameters
-from moekernels.plan.strategy import STATE_BYTES, Cluster, Strategy
+from moekernels.plan.strategy import NO_MATRICES, STATE_BYTES, Cluster, Strategy
 
 EXCHANGE = "expert exchange"
 GRADIENT = 4  # bytes of an accumulated gradient
@@ -236,7 +236,6 @@ def update_seconds(model: DecoderSpec, cluster: Cluster, s: Strategy) -> dict[st
     layout, c = s.layout, cluster
     worst = {"gradient sum": 0.0, "optimizer": 0.0, "step overhead": c.step_overhead}
     bandwidth = c.update_bandwidth or c.memory_bandwidth * c.bandwidth_efficiency
-    per_parameter = update_bytes(s)
     for rank in {0, layout.pp - 1}:
         parts = rank_parameters(model, s, rank)
         summed = 0.0
@@ -254,21 +253,38 @@ def update_seconds(model: DecoderSpec, cluster: Cluster, s: Strategy) -> dict[st
             link = c.bandwidth(layout.exchange)  # of what comes to copies and goes from them
             summed += spare * (GRADIENT + WIDTH[s.dtype]) / link + 2 * c.latency
         worst["gradient sum"] = max(worst["gradient sum"], summed)
-        owned = sum(owned_parameters(model, s, parts).values())
-        size = owned * (per_parameter - GRADIENT) + sum(parts.values()) * GRADIENT  # all are zeroed
+        owned = owned_parameters(model, s, parts)
+        size = sum(n * (update_bytes(s, part) - GRADIENT) for part, n in owned.items())
+        size += sum(parts.values()) * GRADIENT  # all are zeroed
         time = size / bandwidth
-        away = owned * s.offload_optimizer * 2 * sum(STATE_BYTES[s.dtype, s.optimizer_state][2:])
+        if s.optimizer == "muon":
+            time += orthogonal_flops(model, s, owned) / (c.flops * c.gemm_efficiency)
+        away = s.offload_optimizer * 2 * state_bytes(s, owned)
         # What comes and goes is updated meanwhile.
         time += max(0.0, away / c.host_bandwidth - s.offload_optimizer * time)
         worst["optimizer"] = max(worst["optimizer"], time)
     return worst
 
 
-def update_bytes(s: Strategy) -> int:
+def orthogonal_flops(model: DecoderSpec, s: Strategy, owned: dict[str, float]) -> float:
+    """Of five steps of Newton-Schulz over the matrices of so many parameters by part: an estimate,
+    as if each were as narrow as the narrowest of its part, and square at the worst."""
+    narrow = {"attention": model.d_model, "experts": min(model.d_in, model.expert_d_ff)}
+    flops = 0.0
+    for part, n in owned.items():
+        if part in NO_MATRICES:
+            continue
+        width = narrow.get(part, model.d_model)
+        whole = 1 if part == "experts" else s.layout.tp  # every tensor-parallel rank makes all
+        flops += 5 * 6 * width * n * whole
+    return flops
+
+
+def update_bytes(s: Strategy, part: str = "") -> int:
     """Read and written a parameter: the gradient for its norm, clipping, update and zeroing, the
-    master, the moments, the weight."""
-    moments = STATE_BYTES[s.dtype, s.optimizer_state][3]
-    return 5 * GRADIENT + 2 * 4 + 2 * moments + WIDTH[s.dtype]
+    master, the moments, the weight; with an average that, and the master once more."""
+    moments = s.moment_bytes(part) if part else STATE_BYTES[s.dtype, s.optimizer_state][3]
+    return 5 * GRADIENT + 2 * 4 + 2 * moments + WIDTH[s.dtype] + 3 * 4 * (s.ema > 0)
 
 
 def reduction_bytes(s: Strategy, parameters: dict[str, int], device: str = "cuda") -> float:

@@ -29,6 +29,8 @@ class Problem:
     objective: Objective = Objective()
     shard_optimizer: bool = False
     replicas: int = 0
+    ema: float = 0.0
+    optimizer: str = "adamw"
 
 
 Costs = dict[tuple[int, Kind], np.ndarray]  # (virtual stage, kind): seconds [m]

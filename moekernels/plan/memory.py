@@ -222,13 +222,17 @@ def owned_parameters(
     return owned
 
 
+def state_bytes(s: Strategy, owned: dict[str, float]) -> float:
+    """Of masters, moments and averages of so many parameters by part."""
+    return sum(n * s.kept_bytes(part) for part, n in owned.items())
+
+
 def host_bytes(model: DecoderSpec, s: Strategy, rank: int) -> float:
-    """Masters and moments of a rank of pipeline stage `rank` that lie in its host's memory."""
+    """Masters, moments and averages of a rank of pipeline stage `rank` in its host's memory."""
     if not s.offload_optimizer:
         return 0.0
     owned = owned_parameters(model, s, rank_parameters(model, s, rank))
-    a_parameter = sum(STATE_BYTES[s.dtype, s.optimizer_state][2:])
-    return sum(owned.values()) * s.offload_optimizer * a_parameter
+    return state_bytes(s, owned) * s.offload_optimizer
 
 
 def _in_turn(pairs: int, chunks: list[float]) -> float:
@@ -275,7 +279,7 @@ def stage_memory(
     parameters = rank_parameters(model, s, rank)
     total = sum(parameters.values())
     total += spare_parameters(model, s.layout.ep, s.replicas, parameters.get("experts", 0))
-    weight, gradient, master, moments = STATE_BYTES[s.dtype, s.optimizer_state]
+    weight, gradient, *_ = STATE_BYTES[s.dtype, s.optimizer_state]
 
     held = [
         chunk_activations(model, at, s.kinds_of_layers(model, v), v == 0, v == s.depth - 1)
@@ -298,9 +302,9 @@ def stage_memory(
     if in_pairs(s.schedule):  # two passes work at once, and one's layer may owe its weights
         working = 2 * working + max(chunk.layer_owed for chunk in held)
         receives = 4
-    state = sum(owned_parameters(model, s, parameters).values()) * (master + moments)
+    state = state_bytes(s, owned_parameters(model, s, parameters))
     host = host_bytes(model, s, rank)
-    on_the_way = min(2 * CHUNK * (master + moments), 2 * host)
+    on_the_way = min(2 * CHUNK * s.kept_bytes(""), 2 * host)
     message = at.residual * model.d_model * at.width
     messages = (receives + 2 * SENDS_IN_FLIGHT) * message if stages > 1 else 0.0
     if bound and device == "cuda":

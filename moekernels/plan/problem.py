@@ -173,6 +173,8 @@ def problem_of(run: cfg.RunConfig, lengths: tuple[int, ...] | None = None) -> Pr
         Objective(run.objective.best, run.objective.at_least),
         run.train.shard_optimizer,
         run.train.replicas,
+        run.train.ema,
+        run.train.optimizer,
     )
 
 
@@ -216,4 +218,6 @@ def configured(run: cfg.RunConfig) -> Strategy:
         replicas=0 if useless else run.train.replicas,
         offload_optimizer=max(0.0, run.train.offload_optimizer),  # auto: what is left to choose
         nodes=nodes,
+        ema=run.train.ema,
+        optimizer=run.train.optimizer,
     )

@@ -119,7 +119,8 @@ def search(problem: Problem, space: Space | None = None) -> Result:
                 found.append(lean)
         elif best is not None and (least is None or best[0] < least[0]):
             least = best
-    if least is not None and not found and not space.shares and problem.cluster.host_memory:
+    lends = problem.cluster.host_memory and problem.optimizer != "muon"
+    if least is not None and not found and not space.shares and lends:
         return search(problem, replace(space, shares=SHARES))
     if not found:
         raise UsageError(_infeasible(problem, least, space, seen.considered))

@@ -21,6 +21,10 @@ STATE_BYTES = {
 }
 
 
+# Parts of a model whose parameters Muon leaves to AdamW; of the others it takes all but vectors.
+NO_MATRICES = ("router", "norms", "vocabulary")
+
+
 @lru_cache(maxsize=1024)
 def _layer_ranges(layers: tuple[int, ...]) -> tuple[range, ...]:
     ends = accumulate(layers, initial=1)
@@ -43,8 +47,20 @@ class Strategy:
     shard_optimizer: bool = False
     offload_optimizer: float = 0.0  # part of masters and moments in the host's memory
     replicas: int = 0  # spare slots of a rank and layer for copies of hot experts
+    optimizer: str = "adamw"
+    ema: float = 0.0  # decay of a moving average of the masters beside them; 0: there is none
     sequence_parallel: bool = True
     nodes: float = 1  # that the ranks of an exchange lie on
+
+    def moment_bytes(self, part: str) -> int:
+        """Of both moments of a parameter of that part, or of Muon's momentum."""
+        moments = STATE_BYTES[self.dtype, self.optimizer_state][3]
+        return moments // 2 if self.optimizer == "muon" and part not in NO_MATRICES else moments
+
+    def kept_bytes(self, part: str) -> int:
+        """Of master, moments and average of a parameter of that part."""
+        weight, _, master, _ = STATE_BYTES[self.dtype, self.optimizer_state]
+        return master + self.moment_bytes(part) + (max(weight, master) if self.ema else 0)
 
     @property
     def depth(self) -> int:

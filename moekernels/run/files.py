@@ -258,6 +258,21 @@ def check(config: RunConfig, world: int | None = None) -> None:
             f"--beta2 {t.beta2} with --optimizer-state bf16: rounded by chance, a moment that slow "
             f"is noise by a fifth and more; give at most 0.9999, or --optimizer-state fp32"
         )
+    if t.optimizer == "muon" and lay.etp > 1:
+        raise UsageError(
+            f"--optimizer muon: it takes whole matrices, and --etp {lay.etp} parts each expert's "
+            f"among ranks; give --etp 1, or --optimizer adamw"
+        )
+    if t.optimizer == "muon" and t.offload_optimizer:
+        raise UsageError(
+            "--optimizer muon: its matrices are updated whole, which no chunk from the host is; "
+            "leave --offload-optimizer out, or give --optimizer adamw"
+        )
+    if t.eval_weights == "ema" and not t.ema:
+        raise UsageError(
+            "--eval-weights ema: there is no moving average without --ema; give a decay, as in "
+            "--ema 0.999, or --eval-weights model"
+        )
     if link.parse(t.link) and t.exchange == "collective":
         raise UsageError(f"--link {t.link} is one of the shared exchange; give --exchange shared")
     several = SCHEDULES[lay.schedule].several

@@ -110,6 +110,13 @@ class TrainSection:
     weight_decay: float = key(
         0.1, "decay of matrices; norms, biases and embeddings have none", low=0
     )
+    optimizer: str = key(
+        "adamw",
+        "adamw, or muon for the matrices of hidden layers, every expert's on its own, with adamw "
+        "for all else",
+        choices=("adamw", "muon"),
+    )
+    momentum: float = key(0.95, "momentum of muon", low=0, high=0.9999)
     beta1: float = key(0.9, "AdamW beta1", low=0, high=0.9999)
     beta2: float = key(0.95, "AdamW beta2", low=0, high=0.99999)
     eps: float = key(1e-8, "AdamW epsilon", low=1e-30, high=1)
@@ -133,6 +140,17 @@ class TrainSection:
         low=0,
         high=1,
         auto=True,
+    )
+    ema: float = key(
+        0.0,
+        "decay of a moving average of the weights, kept beside the masters, as in 0.999; 0: none",
+        low=0,
+        high=0.9999999,
+    )
+    eval_weights: str = key(
+        "model",
+        "which weights the held-out loss is of: the model's, or their moving average (--ema)",
+        choices=("model", "ema"),
     )
     seed: int = key(0, "seed of parameters and data order", low=0, high=2**31 - 1)
     device: str = key("auto", "where to run", choices=("auto", "cpu", "cuda"))

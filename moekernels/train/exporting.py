@@ -35,10 +35,12 @@ SHARD = 5_000_000_000  # bytes of a file, one tensor more at the most
 KEPT = ""  # the dtype that the weights have
 
 
-def export(run: Path, out: Path, dtype: str = KEPT, family: str | None = None) -> int:
-    """Write the folder; the exit code."""
+def export(
+    run: Path, out: Path, dtype: str = KEPT, family: str | None = None, kind: str = "model"
+) -> int:
+    """Write the folder; the exit code. `kind`: of weights, see `weights.find`."""
     check_place(out)
-    found = weights.find(run)
+    found = weights.find(run, kind=kind)
     held = found.tensors["embedding.weight"].dtype
     names = {"": held, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     if dtype not in names:

@@ -36,9 +36,10 @@ def generate(
     device: str,
     expert_cache: int = 0,
     expert_policy: str = "lru",
+    kind: str = "model",
 ) -> int:
     """Print what follows each prompt; the exit code. `expert_cache`: slots of each layer, whose
-    experts stay in the host's memory; 0: none."""
+    experts stay in the host's memory; 0: none. `kind`: of weights, see `weights.find`."""
     for name, value, low, high in (
         ("tokens", tokens, 1, 1 << 20),
         ("temperature", temperature, 0, 100),
@@ -55,7 +56,7 @@ def generate(
             f"--expert-policy {expert_policy} is of a cache; give --expert-cache as well"
         )
     prompts = [_as_utf8(prompt) for prompt in prompts]
-    found = weights.find(source)
+    found = weights.find(source, kind=kind)
     if found.tokenizer is None:
         raise UsageError(f"{source}: has no tokenizer.json; put the model's there")
     tokenizer = Tokenizer.load(found.tokenizer)

@@ -20,7 +20,6 @@ from moekernels.errors import RunError
 from moekernels.model.tensors import SELECTION_BIAS
 from moekernels.nn.transformer import StageModel
 from moekernels.parallel import launch
-from moekernels.parallel.bound import stands
 from moekernels.parallel.measure import Measure
 from moekernels.parallel.nodes import cores
 from moekernels.parallel.shard import blank, shard
@@ -30,6 +29,7 @@ from moekernels.pipeline.trace import Event
 from moekernels.plan import microbatches
 from moekernels.run import files as cfg
 from moekernels.train import checkpoint, resume, weights
+from moekernels.train.evaluating import evaluate
 from moekernels.train.finish import finish
 from moekernels.train.loggers import Log
 from moekernels.train.metrics import Progress, RunFolder
@@ -134,12 +134,15 @@ class Trainer:
         path, manifest = job.found.path, job.found.manifest
         if path is not None and manifest is not None:
             self.moves.restore(job.facts, manifest.layout, str(path))
-            checkpoint.load(path, manifest.tensors, self.state())
-            self.optimizer.loaded(job.facts.get("updates", self.first_step))
+            averaged = any(name.startswith(weights.AVERAGE) for name in manifest.tensors)
+            state = (x for x in self.state() if averaged or not x[0].startswith(weights.AVERAGE))
+            checkpoint.load(path, manifest.tensors, state)
+            done = job.facts.get("updates", self.first_step)
+            self.optimizer.loaded(done, averaged=averaged)
             self.hot.restore(job.facts, manifest.layout, str(path))
         elif job.weights is not None:
             weights.load(job.weights, self.state())
-            self.optimizer.loaded(0)
+            self.optimizer.loaded(0, averaged=False)
 
     def _announce(self, tuning: str) -> None:
         """What the user reads before the first step; and the run's folder begins."""
@@ -206,7 +209,7 @@ class Trainer:
                 self.progress.say(f"profile  {written}")
             line.update(self.moves.look(step, last) | self.hot.look(step, last, self.progress.say))
             if step == t.steps or (t.eval_every and step % t.eval_every == 0):
-                line["eval_loss"] = self.evaluate()
+                line["eval_loss"] = evaluate(self)
             if self.env.leader:
                 self.job.folder.write(line)
                 self.log.write(line)
@@ -368,30 +371,6 @@ class Trainer:
         lengths = [b - a for x in batches for a, b in zip(x.cu_seqlens, x.cu_seqlens[1:])]
         attended = sum(n * n for n in lengths) / max(1, sum(lengths)) / 2
         return 6 * active + 12 * m.num_layers * m.attention_width * attended
-
-    def evaluate(self) -> float:
-        """Loss of the held-out sequences, in nats per token."""
-        if self.held_out is None:
-            count = -(-self.run.train.eval_sequences // self.run.batch.sequences)
-            self.held_out = [
-                [b.to(self.env.device) for b in step] for step in self.loader.eval_batches(count)
-            ]
-        sums = torch.zeros(2, dtype=torch.float64, device=self.env.device)
-        for batches in self.held_out:
-            assembly.begin_bound(self.run, self.mesh, batches)
-            losses = self.runtime.evaluate(batches).losses
-            while not stands(self.mesh.exchange.bound, self.mesh.world):
-                losses = self.runtime.evaluate(batches).losses
-            if losses and self.mesh.tp.rank == 0:
-                tokens = 1 / batches[0].loss_scale  # of the step, over all data-parallel ranks
-                sums += torch.stack(
-                    [
-                        torch.stack(losses).double().sum() * tokens,
-                        sums.new_tensor(tokens / self.mesh.dp.size),
-                    ]
-                )
-        total, tokens = all_reduce(sums, self.mesh.world).tolist()
-        return total / tokens
 
     def save(self, step: int) -> None:
         if self.env.leader:

@@ -148,6 +148,7 @@ NO_MATTER = (
     "link",
     "replan",
     "offload_optimizer",
+    "eval_weights",
 )
 TOLD_APART = {"batch": ("microbatches", "accumulation"), "train": ("steps", *NO_MATTER)}
 
@@ -175,6 +176,12 @@ def compare(path: Path, facts: dict, run: cfg.RunConfig, tune: bool = False) -> 
                 raise UsageError(
                     f"{path}: the checkpoint was saved with {flag} {before[key]!r}, this run has "
                     f"{now[key]!r}; a run keeps its tokens: leave it out, or give another --out"
+                )
+            if section == "train" and key == "optimizer":
+                raise UsageError(
+                    f"{path}: the checkpoint was saved with {flag} {before[key]}, this run has "
+                    f"{now[key]}, which keeps other moments; give the same, or begin another --out "
+                    f"with its weights by --init-from"
                 )
             if section == "layout" or key in TOLD_APART.get(section, ()):
                 continue

@@ -15,12 +15,14 @@ from moekernels import files
 from moekernels.errors import UsageError
 from moekernels.model import tensors
 from moekernels.model.decoder import DecoderSpec
+from moekernels.parallel.average import EMA
 from moekernels.parallel.shard import ShardInfo
 from moekernels.train import checkpoint, folder, resume
 from moekernels.train.manifest import Saved
 from moekernels.train.metrics import TOKENIZER
 
-MASTER = "master."
+MASTER, AVERAGE = "master.", f"{EMA}."
+KINDS = {"model": MASTER, "ema": AVERAGE}  # of weights that a checkpoint holds, by what users say
 SOURCE = "source"  # in a run's folder: what lay beside the weights that it began with
 
 
@@ -46,11 +48,14 @@ class Weights:
         return next((path for path in places if path.is_file()), None)
 
 
-def find(path: Path, peers: resume.Peers | None = None) -> Weights:
-    """The weights that a user names; UsageError where there are none that are whole."""
+def find(path: Path, peers: resume.Peers | None = None, kind: str = "model") -> Weights:
+    """The weights that a user names, or of a run their moving average (`kind` ema); UsageError
+    where there are none that are whole."""
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder; give a Hugging Face folder, or a run's")
     if folder.is_folder(path):
+        if kind != "model":
+            raise UsageError(f"--weights {kind}: {path} is no run's folder; leave it out")
         hf = folder.read(path)
         return Weights(
             path, path, hf.spec, hf.tensors, {}, beside=path, imported=True, files=hf.files
@@ -65,10 +70,16 @@ def find(path: Path, peers: resume.Peers | None = None) -> Weights:
         spec = DecoderSpec(**found.facts["run"]["model"])
     except (KeyError, TypeError):
         raise UsageError(f"{found.path}: does not say of which model it is") from None
+    prefix = KINDS[kind]
+    if kind == "ema" and not any(name.startswith(prefix) for name in found.manifest.tensors):
+        raise UsageError(
+            f"--weights {kind}: {found.path} has no moving average of its weights; leave it out, "
+            f"or train with --ema"
+        )
     held = {
-        name.removeprefix(MASTER): saved
+        name.removeprefix(prefix): saved
         for name, saved in found.manifest.tensors.items()
-        if name.startswith(MASTER) or name.endswith(tensors.SELECTION_BIAS)
+        if name.startswith(prefix) or name.endswith(tensors.SELECTION_BIAS)
     }
     beside = path / SOURCE
     return Weights(
