@@ -54,10 +54,6 @@ def layout_of(run: cfg.RunConfig) -> Layout:
         d_ff=m.expert_d_ff,
         vocab_size=m.vocab_size,
     )
-    if m.tie_embeddings and lay.pp > 1:
-        raise UsageError(
-            f"--tie-embeddings: pp {lay.pp} parts the embedding from the head; give --pp 1"
-        )
     layer_ranges(run)
     checkpointed(run)
     nccl.rows_of(run.nccl)
@@ -99,7 +95,8 @@ def build_mesh(run: cfg.RunConfig, device: torch.device, nodes: Nodes | None = N
     if device.type == "cuda":
         nccl.check_environment(os.environ)
         rows = nccl.rows_of(run.nccl)
-    mesh = Mesh(layout_of(run), None, device, t.exchange, nodes, rows)
+    ends = run.model.tie_embeddings
+    mesh = Mesh(layout_of(run), None, device, t.exchange, nodes, rows, ends=ends)
     memory = mesh.exchange.memory
     if mesh.exchange.device_memory is not None:
         if wanted:
@@ -277,8 +274,9 @@ def build_chunks(run: cfg.RunConfig, mesh: Mesh) -> list[StageModel]:
     lay, ranges = run.layout, layer_ranges(run)
     # Pairs hide rows that are posted and waited for, over nodes or not: see `_check_pairs`.
     way = "all_to_all" if SCHEDULES[lay.schedule].pairs else lay.dispatcher
-    return [
-        StageModel(
+    chunks: list[StageModel] = []
+    for stage in range(mesh.pp_index, len(ranges), lay.pp):
+        chunk = StageModel(
             run.model,
             mesh,
             ranges[stage],
@@ -292,9 +290,10 @@ def build_chunks(run: cfg.RunConfig, mesh: Mesh) -> list[StageModel]:
             replicas=run.train.replicas,
             checkpoint_layers=checkpointed(run),
             seed=run.train.seed,
+            tied_to=chunks[0].embedding if chunks else None,
         )
-        for stage in range(mesh.pp_index, len(ranges), lay.pp)
-    ]
+        chunks.append(chunk)
+    return chunks
 
 
 def build_optimizer(

@@ -117,10 +117,13 @@ def alike(spec: DecoderSpec, layers: range) -> list[tuple[int, int]]:
     return [(layer, count) for layer, count in kinds if count]
 
 
-def copies(layout: Layout, part: str) -> tuple[int, int]:
+def copies(spec: DecoderSpec, layout: Layout, part: str) -> tuple[int, int]:
     """(ranks that share a part's gradient, how far apart they lie)."""
     if part == "norms":
         return layout.stage_ranks, 1
+    if part == "vocabulary" and spec.tie_embeddings and layout.pp > 1:
+        ranks = 2 * layout.dp  # of the first stage and the last
+        return ranks, -(-layout.world // ranks)
     return PARTS[part].copies(layout) if part in PARTS else (layout.dp, layout.tp)
 
 

@@ -24,10 +24,17 @@ class VocabularyWeight(nn.Module):
         *,
         std: float,
         name: str,
+        group: str = "dp",
     ) -> None:
+        """group: of the mesh, the ranks that hold these rows and whose gradients are summed."""
         super().__init__()
         self.first, self.end = even_range(vocab_size, mesh.tp.rank, mesh.tp.size)
-        info = shard((vocab_size, d_model), {0: [(self.first, self.end)]})
+        info = shard(
+            (vocab_size, d_model),
+            {0: [(self.first, self.end)]},
+            reduce_over=group,
+            copies=group,
+        )
         self.weight = home.normal(info, std, f"{name}.weight")
         self.shards = {"weight": info}
 

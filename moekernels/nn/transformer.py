@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moekernels.errors import UsageError
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.rotary import frequencies
 from moekernels.nn.attention import Attention
@@ -93,7 +92,8 @@ class StageModel(nn.Module):
 
     `loads` [L, E] counts how often own tokens chose each expert since `take_statistics`.
     `route_hook` sees and may replace every choice of experts (see `BatchRouteHook`); own tokens of
-    a microbatch are `parallel.tensor.own_part(whole, mesh.tp)`.
+    a microbatch are `parallel.tensor.own_part(whole, mesh.tp)`. `tied_to`: for a last chunk, the
+    tied embedding of the first one where this rank has that, too.
     """
 
     def __init__(
@@ -113,12 +113,9 @@ class StageModel(nn.Module):
         replicas: int = 0,
         checkpoint_layers: Collection[int] = (),
         seed: int = 0,
+        tied_to: VocabularyWeight | None = None,
     ) -> None:
         super().__init__()
-        if config.tie_embeddings and first != last:
-            raise UsageError(
-                f"layout: pp {mesh.layout.pp} parts the tied embedding from the head; use pp 1"
-            )
         mesh.layout.validate(vocab_size=config.vocab_size)
         device = torch.device(device)
         self.config, self.mesh, self.dtype = config, mesh, dtype
@@ -128,8 +125,15 @@ class StageModel(nn.Module):
         self.route_hook: BatchRouteHook | None = None
         home = Home(dtype, device, seed, self.sequence_parallel, experts_device, replicas)
         table = partial(VocabularyWeight, config.vocab_size, config.d_model, mesh, home)
-        embedding_std = config.embedding_std or config.init_std
-        self.embedding = table(name="embedding", std=embedding_std) if first else None
+        # A tied table lies at both ends of the pipeline, or once on a rank that has both.
+        tied_end = config.tie_embeddings and last
+        self._tied_to = (tied_to,) if tied_end else (None,)  # no parameter of this chunk
+        self.embedding: VocabularyWeight | None = None
+        if first or (tied_end and tied_to is None):
+            std = config.embedding_std or config.init_std
+            parted = config.tie_embeddings and first != last and mesh.layout.pp > 1
+            group = "ends" if parted else "dp"
+            self.embedding = table(name="embedding", std=std, group=group)
         self.layers = nn.ModuleDict(
             {
                 str(layer): Block(config, mesh, layer, dispatcher, home, exchange_parts)
@@ -158,7 +162,8 @@ class StageModel(nn.Module):
         whole, [T, H], on every tp rank.
         """
         mesh, config = self.mesh, self.config
-        if self.embedding is not None:
+        if self.first:
+            assert self.embedding is not None
             x = embed(self.embedding, batch.tokens, mesh, sequence_parallel=self.sequence_parallel)
         assert x is not None  # a later chunk is given what the one before it made
         valid = None if batch.valid is None else own_part(batch.valid, mesh.tp)
@@ -208,7 +213,7 @@ class StageModel(nn.Module):
     @property
     def output_table(self) -> VocabularyWeight:
         """What the last chunk makes logits with: the head, or the embedding where they are tied."""
-        table = self.head or self.embedding
+        table = self.head or self.embedding or self._tied_to[0]
         assert table is not None
         return table
 

@@ -63,6 +63,8 @@ class Mesh:
     edp           the copies of this rank's experts
     expert_copies the ranks that hold the same experts, their etp shards included (edp*etp)
     stage, world  all ranks of the stage, and of the run
+    ends          with `ends`: the dp ranks of the first and of the last stage, which hold a tied
+                  embedding; elsewhere a stage's own
     self          this rank
     order         the rank in each place; the world alone is in the launcher's order
     members       all groups of the run, by those names
@@ -80,6 +82,7 @@ class Mesh:
     edp: Group
     expert_copies: Group
     stage: Group
+    ends: Group
     world: Group
     _rows: dict[str, Row] = {}  # noqa: RUF012, never written to
 
@@ -91,6 +94,8 @@ class Mesh:
         exchange_mode: str = "auto",
         nodes: Nodes | None = None,
         nccl_rows: dict[str, Row] | None = None,
+        *,
+        ends: bool = False,
     ) -> None:
         self.layout = layout
         self.device = torch.device(device)
@@ -108,7 +113,7 @@ class Mesh:
         self._rows = nccl_rows or {}
         self.nodes = nodes or Nodes.named(gather(node_name(), layout.world))
         self.order = self.nodes.order()
-        self._place()
+        self._place(ends)
         shared: dict[tuple[int, ...], PeerMemory] = {}
         self.alone = ""
         if layout.world > 1:
@@ -124,7 +129,7 @@ class Mesh:
                     f"not of one node; give auto or collective"
                 )
         self.self = Group(None, 0, 1, (rank,))
-        for name in GROUPS:
+        for name in (*GROUPS, *(["ends"] if ends else [])):
             group = getattr(self, name)
             far = set(group.ranks).difference(self.nodes.mates(rank))
             places = tuple(i for i, peer in enumerate(group.ranks) if peer in far)
@@ -133,7 +138,7 @@ class Mesh:
             memory = SymmetricMemory(self.exchange.process_group, self.device)
             self.exchange = replace(self.exchange, device_memory=memory)
 
-    def _place(self) -> None:
+    def _place(self, ends: bool) -> None:
         """This rank's indices and groups. Every rank walks through every group in the same order,
         as new_group demands.
         """
@@ -151,6 +156,9 @@ class Mesh:
             "edp": lambda stage, s: (stage, s % layout.exchange),
             "expert_copies": lambda stage, s: (stage, s // layout.etp % layout.ep),
         }
+        if ends:
+            last = layout.pp - 1
+            keys["ends"] = lambda stage, s: (0 if stage == last else stage, s % layout.tp)
         self.members = {"world": [tuple(range(layout.world))]}
         for name, key in keys.items():  # ranks that share a key(stage, place in the stage)
             found: dict[object, list[int]] = {}

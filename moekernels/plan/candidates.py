@@ -47,7 +47,7 @@ def layouts(problem: Problem, world: int, space: Space) -> Iterator[Layout]:
             continue
         for pp in divisors(world // tp):
             dp = world // tp // pp
-            if pp > model.num_layers or dp > sequences or (pp > 1 and model.tie_embeddings):
+            if pp > model.num_layers or dp > sequences:
                 continue
             if not (space.allows("pp", pp) and space.allows("dp", dp)):
                 continue

@@ -240,7 +240,7 @@ def update_seconds(model: DecoderSpec, cluster: Cluster, s: Strategy) -> dict[st
         parts = rank_parameters(model, s, rank)
         summed = 0.0
         for part, count in parts.items():
-            ranks, stride = copies(layout, part)
+            ranks, stride = copies(model, layout, part)
             if ranks > 1:
                 near = max(1, min(ranks, c.gpus_per_node // stride))
                 link = c.link_bandwidth if near == ranks else c.network_bandwidth
@@ -287,9 +287,11 @@ def update_bytes(s: Strategy, part: str = "") -> int:
     return 5 * GRADIENT + 2 * 4 + 2 * moments + WIDTH[s.dtype] + 3 * 4 * (s.ema > 0)
 
 
-def reduction_bytes(s: Strategy, parameters: dict[str, int], device: str = "cuda") -> float:
+def reduction_bytes(
+    model: DecoderSpec, s: Strategy, parameters: dict[str, int], device: str = "cuda"
+) -> float:
     """The copy that the sum of the gradients over ranks makes of the largest bucket, or the
     gathering of its weights."""
-    shared = [n for part, n in parameters.items() if copies(s.layout, part)[0] > 1]
+    shared = [n for part, n in parameters.items() if copies(model, s.layout, part)[0] > 1]
     width = WIDTH[s.dtype] if s.shard_optimizer and device == "cuda" else GRADIENT
     return float(max(shared, default=0) * width)

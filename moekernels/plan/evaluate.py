@@ -175,7 +175,7 @@ def memory_of(problem: Problem, s: Strategy, rank: int, tokens: int) -> StageMem
     passing = stage.activations + stage.working + stage.messages
     if cost.GRADIENT * max(stage.parameters.values(), default=0) <= passing:
         return stage
-    copy = cost.reduction_bytes(s, stage.parameters, c.device)
+    copy = cost.reduction_bytes(problem.model, s, stage.parameters, c.device)
     if copy > passing:
         stage = replace(stage, activations=0.0, working=copy, messages=0.0)
     return stage

@@ -199,6 +199,8 @@ def _rank_parameters(
         part = chunk_parameters(model, at, layers[v], v == 0, v == len(layers) - 1)
         for name, count in part.items():
             counts[name] = counts.get(name, 0) + count
+    if model.tie_embeddings and stages == 1 < len(layers):  # the first and the last share a table
+        counts["vocabulary"] //= 2
     return counts
 
 
@@ -215,7 +217,7 @@ def owned_parameters(
     attention, some hundred, count as the rest of it."""
     if not s.shard_optimizer:
         return dict(parameters)
-    owned = {part: n / copies(s.layout, part)[0] for part, n in parameters.items()}
+    owned = {part: n / copies(model, s.layout, part)[0] for part, n in parameters.items()}
     if "experts" in owned:  # what each etp shard holds whole is split over those, too
         etp = s.layout.etp
         owned["experts"] *= 1 - experts.whole_share(model, etp) * (1 - 1 / etp)

@@ -30,6 +30,8 @@ def needed(run: RunConfig) -> dict[str, float]:
     everything = model.parameters_count()
     edp = max(1, lay.tp * lay.dp // (lay.ep * lay.etp))
     copies = (everything - experts) * lay.dp + experts * edp
+    if model.tie_embeddings and lay.pp > 1:  # the table lies at both ends
+        copies += model.vocab_size * model.d_model * lay.dp
     moments = 2 * (2 if t.optimizer_state == "bf16" else max(4, WIDTH[t.dtype]))
     gradient = max(4, WIDTH[t.dtype])
     low = (cfg.length_range(b.lengths, b.context) or (2, 2))[0]

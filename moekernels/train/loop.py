@@ -27,6 +27,7 @@ from moekernels.parallel.tensor import all_reduce
 from moekernels.pipeline.runtime import StepResult
 from moekernels.pipeline.trace import Event
 from moekernels.plan import microbatches
+from moekernels.plan.cost import forward_flops
 from moekernels.run import files as cfg
 from moekernels.train import checkpoint, resume, weights
 from moekernels.train.evaluating import evaluate
@@ -366,11 +367,9 @@ class Trainer:
 
     def flops_per_token(self, batches) -> float:
         """Of a forward and backward pass, recomputation not counted."""
-        m = self.run.model
-        active = m.parameters_count(active=True) - m.vocab_size * m.d_model
         lengths = [b - a for x in batches for a, b in zip(x.cu_seqlens, x.cu_seqlens[1:])]
-        attended = sum(n * n for n in lengths) / max(1, sum(lengths)) / 2
-        return 6 * active + 12 * m.num_layers * m.attention_width * attended
+        tokens, squares = max(1, sum(lengths)), sum(n * n for n in lengths)
+        return 3 * forward_flops(self.run.model, tokens, squares) / tokens
 
     def save(self, step: int) -> None:
         if self.env.leader:

@@ -116,7 +116,8 @@ def _work(
     """A rank's part; the exit code, the same on every rank."""
     if env.leader:
         print(layout.describe(), flush=True)
-    here = assembly.build_mesh(runs[0], env.device)
+    tied = [run for run in runs if run.model.tie_embeddings]  # whose mesh has one group more
+    here = assembly.build_mesh([*tied, *runs][0], env.device)
     shares = here.exchange.memory is not None or here.exchange.device_memory is not None
     apart = None  # the same ranks, as if half of each exchange's lay elsewhere
     known: dict[tuple, list[Recorded]] = {}  # on rank 0: one recording for all schedules

@@ -46,6 +46,7 @@ class Variant:
     dispatcher: str = "auto"
     guests: bool = False  # all that stands beside experts, and a first layer without any
     attention: str = ""  # other than the small model's own, by its name in `ATTENTIONS`
+    tied: bool = False  # one matrix for the embedding and the head
     shard_optimizer: bool = False
     buffers: str = EXACT  # of the rows that come
     virtual_stages: int = 1
@@ -54,7 +55,7 @@ class Variant:
     @property
     def model(self) -> tuple:
         """What its recording in one process depends on."""
-        return self.experts, self.top_k, self.balance_scope, self.guests, self.attention
+        return self.experts, self.top_k, self.balance_scope, self.guests, self.attention, self.tied
 
     def __str__(self) -> str:
         text = self.schedule + f" x{self.virtual_stages}" * (self.virtual_stages > 1)
@@ -65,6 +66,7 @@ class Variant:
             text += f", {self.dispatcher}"
         if self.attention:
             text += f", {self.attention} attention"
+        text += ", tied embeddings" * self.tied
         text += f", {' and '.join(BESIDE)} expert and a dense layer" * self.guests
         text += f", {self.buffers} buffers" * (self.buffers != EXACT)
         text += f", {self.replicas} copies of experts a rank" * (self.replicas > 0)
@@ -77,9 +79,10 @@ def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
     cfg.set_degrees(run.layout, degrees)
     exchange = run.layout.ep * run.layout.etp > 1
     names = [name for name in offered(several=False) if exchange or not in_pairs(name)]
-    found = [Variant(name, steps=steps) for name in names]
+    orders = [Variant(name, steps=steps) for name in names]
     chunks = [name for name in offered(several=True) if run.layout.pp > 1 or splits(name)]
-    found += [Variant(name, steps=steps, virtual_stages=2) for name in chunks]
+    orders += [Variant(name, steps=steps, virtual_stages=2) for name in chunks]
+    found = [*orders]
     found += [Variant(top_k=k, steps=1) for k in range(1, 9) if k != 2]
     found.append(Variant(steps=1, balance_scope="sequence"))
     found.append(Variant(steps=1, guests=True))
@@ -93,6 +96,10 @@ def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
         found.append(Variant(steps=1, shard_optimizer=True))
     if run.layout.ep > 1:
         found.append(Variant("zb", top_k=1, steps=1, replicas=2))
+    ends = [v for v in orders if run.layout.pp * v.virtual_stages > 1]  # the first is not the last
+    found += [replace(v, steps=1, tied=True) for v in ends]
+    if run.layout.pp > 1:
+        found.append(Variant(steps=1, tied=True, shard_optimizer=True))
     if 6 % run.layout.ep == 0:
         found.append(Variant(experts=6, top_k=3, steps=1))
     return found
@@ -133,6 +140,7 @@ def configure(
         num_experts=variant.experts,
         top_k=variant.top_k,
         balance_scope=variant.balance_scope,
+        tie_embeddings=variant.tied,
         renormalize=False,
         expert_d_in=48,
         expert_d_ff=32,

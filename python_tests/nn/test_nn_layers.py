@@ -271,9 +271,25 @@ def test_impossible_models_say_why(changes: dict, message: str) -> None:
         variant(**changes)
 
 
-def test_tied_embeddings_need_both_ends_on_a_stage() -> None:
-    with pytest.raises(UsageError, match="use pp 1"):
-        StageModel(variant(tie_embeddings=True), Mesh(Layout()), range(1, 2), True, False)
+def test_two_chunks_of_a_rank_share_a_tied_embedding() -> None:
+    """One parameter, whose gradient is what one chunk's is."""
+    config, mesh, batch = variant(tie_embeddings=True), Mesh(Layout()), micro_batches([[9]])[0]
+    kept = {"dtype": torch.float64}
+    first = StageModel(config, mesh, range(1, 2), True, False, **kept)
+    last = StageModel(config, mesh, range(2, 3), False, True, tied_to=first.embedding, **kept)
+    assert "embedding.weight" not in {name for name, _, _ in last.named_shards()}
+    whole = whole_model(config)
+    for model in (whole, lambda batch: last(batch, first(batch))):
+        model(batch).backward()
+    assert torch.equal(first.embedding.weight.grad, whole.embedding.weight.grad)
+
+
+def test_a_last_stage_begins_with_the_first_ones_table() -> None:
+    config, mesh = variant(tie_embeddings=True, embedding_std=0.7), Mesh(Layout())
+    first = StageModel(config, mesh, range(1, 2), True, False)
+    last = StageModel(config, mesh, range(2, 3), False, True)
+    assert torch.equal(first.embedding.weight, last.output_table.weight)
+    assert [name for name, _, _ in last.named_shards()][0] == "embedding.weight"
 
 
 def test_unknown_dispatcher() -> None:

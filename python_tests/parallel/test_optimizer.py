@@ -237,6 +237,54 @@ def test_every_layout_has_one_norm_and_one_update(layout, shard_optimizer):
             torch.testing.assert_close(p, info.take(expected[name].data), rtol=1e-5, atol=1e-6)
 
 
+def tied_ends(rank, layout, settings):
+    """A table at both ends of a pipeline, each rank with a part of its gradient: the norm, the
+    table after two steps, and its state."""
+    mesh = Mesh(layout, ends=True)
+    rows = {0: [even_range(40, mesh.tp.rank, mesh.tp.size)]}
+    info = shard(SHAPES["embed.weight"], rows, reduce_over="ends", copies="ends")
+    shards = []
+    if mesh.pp_index in (0, layout.pp - 1):
+        table = torch.nn.Parameter(info.take(model()["embed.weight"].data))
+        shards.append(("embed.weight", table, info))
+    optimizer = Optimizer(shards, mesh, settings)
+    for step in (1, 2):
+        optimizer.zero_grad()
+        for name, p, _ in shards:
+            p.main_grad.add_(info.take(gradient(name, step)) / mesh.ends.size)
+        optimizer.reduce()
+        norm, _ = optimizer.step()
+    state = [(key, x.clone(), i, getattr(mesh, i.copies).rank) for key, x, i in optimizer.state()]
+    return norm.item(), [(p.data, i) for _, p, i in shards], state
+
+
+@pytest.mark.parametrize("shard_optimizer", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize(
+    "layout", [Layout(pp=2), Layout(pp=3), Layout(dp=2, pp=2), Layout(tp=2, pp=2)], ids=str
+)
+def test_a_table_at_both_ends_is_one_parameter(layout, shard_optimizer):
+    """Summed over both, counted once in the norm, saved once, and the same bits at both."""
+    alone = run_ranks(1, tied_ends, Layout(), config())
+    settings = config(shard_optimizer=shard_optimizer)
+    results = run_ranks(layout.world, tied_ends, layout, settings)
+    (norm, [(expected, _)], _) = alone[0]
+    seen = torch.zeros(SHAPES["embed.weight"])
+    for got, tables, state in results:
+        assert got == pytest.approx(norm, rel=1e-6)
+        for table, info in tables:
+            torch.testing.assert_close(table, info.take(expected), rtol=1e-5, atol=1e-6)
+        for key, x, info, speaker in state:
+            if key == "exp_avg.embed.weight" and speaker == 0:
+                count = torch.zeros(info.full_shape)
+                info.put(torch.ones_like(x), count)
+                seen += count
+    assert (seen == 1).all(), "every element is written by one rank"
+    held = [table for _, tables, _ in results for table, _ in tables]
+    assert len(held) == 2 * layout.dp * layout.tp
+    for i, table in enumerate(held):  # tp ranks are neighbours
+        assert torch.equal(table, held[i % layout.tp])
+
+
 def sharded_state(rank, layout, state):
     """What each rank keeps, sharded and not, without a clip: its bits hang on the norm's."""
     kept = []

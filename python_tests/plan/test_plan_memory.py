@@ -19,7 +19,7 @@ from moekernels.parallel.exchange import Collective
 from moekernels.parallel.expert import ExchangePlan
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.optimizer import Optimizer
-from moekernels.plan.memory import layer_bytes, place_of, stage_memory
+from moekernels.plan.memory import layer_bytes, place_of, rank_parameters, stage_memory
 from moekernels.plan.strategy import Strategy
 from moekernels.run import files as cfg
 from python_tests.support.activations import DTYPES, counted, measure, small, total
@@ -75,10 +75,10 @@ def fake_world():
     """Process groups that exist in name only; `start(layout, rank)` gives a mesh."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    def start(layout: Layout, rank: int = 0) -> Mesh:
+    def start(layout: Layout, rank: int = 0, **options) -> Mesh:
         if layout.world > 1:
             dist.init_process_group("fake", rank=rank, world_size=layout.world, store=FakeStore())
-        return Mesh(layout, device="cpu")
+        return Mesh(layout, device="cpu", **options)
 
     yield start
     if dist.is_initialized():
@@ -136,6 +136,27 @@ def test_state_is_the_optimisers(dtype, moments, bare):
     head = model.vocab_size * model.d_model + model.d_model  # this chunk has none
     per_parameter = counted.state / sum(counted.parameters.values())
     assert counted.state - head * per_parameter == optimizer.bytes()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_tied_table_is_counted_at_both_ends(stage, sharded, bare, fake_world):
+    """To the byte: weights and gradients on both, the state split over both where it is split."""
+    model, layout = small(tie_embeddings=True), Layout(dp=2, pp=4)
+    mesh = fake_world(layout, stage * layout.stage_ranks, ends=True)
+    with FakeTensorMode():
+        chunk = StageModel(model, mesh, range(1, 2), stage == 0, stage == 3)
+        optimizer = Optimizer(chunk.named_shards(), mesh, AdamWConfig(shard_optimizer=sharded))
+    s = Strategy(layout, (1,) * 4, (0,) * 4, 8, dtype="fp32", shard_optimizer=sharded)
+    counted = stage_memory(model, s, stage, 128)
+    assert sum(counted.parameters.values()) == sum(p.numel() for p in chunk.parameters())
+    assert counted.state == optimizer.bytes()
+
+
+def test_chunks_of_one_rank_count_a_tied_table_once():
+    model = small(tie_embeddings=True)
+    s = Strategy(Layout(), (2, 2), (0, 0), 8, "zb", virtual_stages=2, dtype="fp32")
+    assert sum(rank_parameters(model, s, 0).values()) == model.parameters_count()
 
 
 @pytest.mark.parametrize("layout", [Layout(dp=8, ep=8), Layout(tp=2, dp=4, ep=4, etp=2)], ids=str)

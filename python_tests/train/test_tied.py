@@ -1,0 +1,45 @@
+"""Tied embeddings with a table at both ends of a pipeline: the training of one stage."""
+
+import json
+
+import pytest
+import torch
+
+from moekernels.cli import main
+from moekernels.train.metrics import read_metrics
+from python_tests.support.small_runs import argv
+
+TINY = (
+    "--layers 2 --experts 4 --d-model 16 --heads 2 --vocab-size 258 --tp 1 --tie-embeddings "
+    "--lr-schedule constant --keep 9 --eval-sequences 4"
+).split()
+
+
+@pytest.fixture
+def train(text, cache, capfd, tmp_path):
+    torch.set_num_threads(1)
+
+    def run(*more, out="run"):
+        code = main(argv(text, tmp_path / out, *TINY, *more))
+        said = capfd.readouterr()
+        assert code == 0, said.err
+        return read_metrics(tmp_path / out)
+
+    return run
+
+
+def test_a_table_at_both_ends_trains_resumes_and_is_saved_once(train, tmp_path, capfd):
+    """From one stage to two and back, and out to a file that has no head."""
+    expected = train("--steps", "6", out="one")
+    train("--steps", "2", out="moves")
+    train("--pp", "2", "--steps", "4", "--resume", out="moves")
+    train("--pp", "2", "--dp", "2", "--schedule", "zb", "--steps", "5", "--resume", out="moves")
+    got = train("--pp", "1", "--steps", "6", "--resume", out="moves")
+    for key in ("loss", "grad_norm"):
+        lines = [[line[key] for line in lines] for lines in (got, expected)]
+        assert lines[0] == pytest.approx(lines[1], rel=2e-4), key
+    assert got[-1]["eval_loss"] == pytest.approx(expected[-1]["eval_loss"], rel=2e-4)
+    manifest = tmp_path / "moves" / "checkpoints" / "step-0000005" / "manifest.json"
+    saved = json.loads(manifest.read_text())["tensors"]["master.embedding.weight"]
+    covered = sum(torch.Size(box["size"]).numel() for box in saved["boxes"])
+    assert covered == torch.Size(saved["shape"]).numel() == 258 * 16
