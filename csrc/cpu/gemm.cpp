@@ -39,6 +39,7 @@ constexpr Engine plain_engine() {
                 .row_granule = 1,
                 .k_block = 256,
                 .fetch_units = kFetchUnits,
+                .narrows = false,
                 .pack_a = &pack<Unit, T>,
                 .pack_b = &pack<Unit, T>,
                 .pack_rows = &pack_rows<Unit, T>,
@@ -49,6 +50,7 @@ constexpr Engine plain_engine() {
     engine.direct = {.passes = 2,
                      .rows_per_pass = kDirectVectors * kLanes<float>,
                      .granule = kLanes<float>,
+                     .most_over = kDotTail,
                      .multiply = &direct<Math, 256>};
   }
   return engine;
@@ -127,23 +129,30 @@ void transpose_block(const float* ct, int64_t width, int64_t rows, int64_t colum
   }
 }
 
-void Workspace::multiply_dots(const Engine& engine, const Product& p) {
+void Workspace::multiply_dots(const Engine& engine, const Product& p, int64_t m, int64_t count,
+                              int64_t j, int64_t columns) {
   const void* rows[kDotRows];
-  const int64_t count = p.block.rows(), bytes = p.depth * engine.element_bytes;
+  const int64_t bytes = p.depth * engine.element_bytes;
   for (int64_t i = 0; i < count; ++i) {
-    rows[i] = stored_row(p.a, p.block.m0 + i, p.a.ld * engine.element_bytes);
+    rows[i] = stored_row(p.a, p.block.m0 + m + i, p.a.ld * engine.element_bytes);
     if (rows[i] == nullptr) rows[i] = std::memset(room(Room::zero_row, bytes), 0, bytes);
   }
-  const char* b = static_cast<const char*>(p.b.data) + p.block.n0 * p.b.ld * engine.element_bytes;
-  engine.dots.multiply(p.depth, rows, count, b, p.b.ld, p.block.columns(), p.c, p.ldc,
-                       p.mode == Store::add);
+  const char* b =
+      static_cast<const char*>(p.b.data) + (p.block.n0 + j) * p.b.ld * engine.element_bytes;
+  char* c = static_cast<char*>(p.c) + (m * p.ldc + j) * engine.acc_bytes;
+  engine.dots.multiply(p.depth, rows, count, b, p.b.ld, columns, c, p.ldc, p.mode == Store::add);
 }
 
 void Workspace::multiply_directly(const Engine& engine, const Product& p) {
   const DirectRows& direct = engine.direct;
-  const int64_t rows = p.block.rows(), columns = p.block.columns();
-  const int64_t granule = direct.granule, width = ceil_div(rows, granule) * granule;
+  const int64_t all_rows = p.block.rows(), columns = p.block.columns();
+  const int64_t granule = direct.granule, past = all_rows % granule;
   const int64_t units = p.depth / engine.k_unit;
+  // Rows past a whole granule, where they are few: dot by dot, while B is in the second cache. In
+  // less depth adding up their lanes would cost more than a granule's products.
+  const bool dots = past <= direct.most_over && past < all_rows && units >= 4 * granule;
+  const int64_t over = dots ? past : 0;
+  const int64_t rows = all_rows - over, width = ceil_div(rows, granule) * granule;
   const int64_t passes = ceil_div(rows, direct.rows_per_pass);
   const auto pass_begin = [&](int64_t i) { return width / granule * i / passes * granule; };
   char* panels = static_cast<char*>(room(Room::a_panels, units * width * engine.unit_bytes));
@@ -153,7 +162,7 @@ void Workspace::multiply_directly(const Engine& engine, const Product& p) {
   constexpr int64_t kCache = 1 << 20, kRowsOfB = 120;
   const int64_t row_bytes = std::max(p.depth, int64_t{1}) * engine.element_bytes;
   const int64_t fitting = kCache / row_bytes / kRowsOfB * kRowsOfB;
-  const int64_t columns_at_once = passes == 1 ? columns : std::max(kRowsOfB, fitting);
+  const int64_t columns_at_once = passes == 1 && over == 0 ? columns : std::max(kRowsOfB, fitting);
   float* ct = static_cast<float*>(room(Room::transposed_c, columns * width * sizeof(float)));
   if (engine.enter != nullptr) engine.enter();
   for (int64_t j = 0; j < columns; j += columns_at_once) {
@@ -172,6 +181,7 @@ void Workspace::multiply_directly(const Engine& engine, const Product& p) {
       float* c = static_cast<float*>(p.c) + m * p.ldc + j;
       transpose_block(ct, m_width, m_rows, count, c, p.ldc, p.mode == Store::add);
     }
+    if (over > 0) multiply_dots(engine, p, rows, over, j, count);
   }
   if (engine.leave != nullptr) engine.leave();
 }
@@ -254,6 +264,7 @@ void Workspace::multiply_packed(const Engine& engine, const Product& p) {
   const int64_t all_units = ceil_div(p.depth, engine.k_unit);
   const int64_t block_units = units_at_once(engine, columns);
   const Store mode = mode_of(engine, p, all_units <= block_units);
+  const int64_t c_bytes = mode == Store::narrow ? engine.element_bytes : engine.acc_bytes;
   const auto bytes = [&](int64_t units) { return units * engine.unit_bytes; };
   char* a_panels = static_cast<char*>(room(Room::a_panels, bytes(all_units * heights.padded)));
   char* b_panels = static_cast<char*>(room(Room::b_panels, bytes(panels * block_units * tiles.nr)));
@@ -280,7 +291,7 @@ void Workspace::multiply_packed(const Engine& engine, const Product& p) {
       for (int64_t i = 0; i < heights.count; ++i) {
         const int64_t m = heights.begin(i);
         tiles.multiply(units, a_block + bytes(m * units), b_panels + n / tiles.nr * panel_bytes,
-                       static_cast<char*>(p.c) + (m * p.ldc + n) * engine.acc_bytes, p.ldc,
+                       static_cast<char*>(p.c) + (m * p.ldc + n) * c_bytes, p.ldc,
                        heights.height(i), std::min(tiles.nr, columns - n),
                        u > 0 ? Store::add : mode, ahead);
       }
@@ -289,18 +300,21 @@ void Workspace::multiply_packed(const Engine& engine, const Product& p) {
   if (engine.leave != nullptr) engine.leave();
 }
 
+bool Workspace::narrows(const Engine& engine, int64_t depth, int64_t columns) {
+  return engine.tiles.narrows && ceil_div(depth, engine.k_unit) <= units_at_once(engine, columns);
+}
+
 void Workspace::multiply(const Engine& engine, const Product& p) {
   const int64_t rows = p.block.rows(), columns = p.block.columns();
   if (p.depth == 0) {  // there is nothing to sum
-    for (int64_t r = 0; r < rows && p.mode != Store::add; ++r) {
-      std::memset(static_cast<char*>(p.c) + r * p.ldc * engine.acc_bytes, 0,
-                  columns * engine.acc_bytes);
-    }
+    const int64_t bytes = p.mode == Store::narrow ? engine.element_bytes : engine.acc_bytes;
+    for (int64_t r = 0; r < rows && p.mode != Store::add; ++r)
+      std::memset(static_cast<char*>(p.c) + r * p.ldc * bytes, 0, columns * bytes);
     return;
   }
   const DirectRows& direct = engine.direct;
   if (rows <= engine.dots.most_rows && p.a.k_contiguous && p.b.k_contiguous) {
-    multiply_dots(engine, p);
+    multiply_dots(engine, p, 0, rows, 0, columns);
   } else if (rows <= direct.passes * direct.rows_per_pass && columns >= direct.least_columns &&
              p.b.k_contiguous && p.depth % direct.k_divisor == 0 &&
              p.b.ld % direct.k_divisor == 0) {

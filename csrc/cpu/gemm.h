@@ -22,9 +22,9 @@ struct Operand {
   bool gather = false;
 };
 
-// What becomes of a tile: written, added to what is there, or written past the caches (aligned, not
-// read again soon).
-enum class Store { set, add, stream };
+// What becomes of a tile: written, added to what is there, written past the caches (aligned, not
+// read again soon), or that rounded to B's dtype, which c and ldc then are of (Workspace::narrows).
+enum class Store { set, add, stream, narrow };
 
 // Memory that will be packed next, brought into the second cache in small bursts while tiles are
 // computed: otherwise the cores would wait for memory while they pack, and memory for the cores
@@ -51,6 +51,7 @@ struct PackedTiles {
   int64_t row_granule;  // panels of A are padded to this many rows
   int64_t k_block;      // how many k are summed before a tile goes back to memory
   int64_t fetch_units;  // a fetch of memory ahead every so many units; 0: none
+  bool narrows;         // knows Store::narrow
   void (*pack_a)(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k,
                  int64_t nk);
   void (*pack_b)(void* to, const Operand& from, int64_t i, int64_t ni, int64_t width, int64_t k,
@@ -69,7 +70,8 @@ struct PackedTiles {
 struct DirectRows {
   int64_t passes = 1, rows_per_pass = 0;  // at most so many rows
   int64_t granule = 1;                    // to whose multiple they are padded
-  int64_t k_divisor = 1;                  // what the depth must be a multiple of
+  int64_t most_over = 0;  // so many rows past a multiple are left to RowDots rather than padded
+  int64_t k_divisor = 1;  // what the depth must be a multiple of
   int64_t least_columns = 1;
   void (*multiply)(int64_t units, const void* b, int64_t ldb, int64_t cols, const void* a,
                    int64_t width, float* ct) = nullptr;
@@ -134,6 +136,9 @@ class Workspace {
     return room(Room::c, count * engine.acc_bytes);
   }
   void multiply(const Engine& engine, const Product& product);
+  // Whether a product of this depth, neither side running along k, may be stored rounded: its tiles
+  // hold whole sums.
+  static bool narrows(const Engine& engine, int64_t depth, int64_t columns);
 
  private:
   enum class Room : int { a_panels, b_panels, c, transposed_c, zero_row, count };
@@ -149,7 +154,9 @@ class Workspace {
   void* room(Room which, int64_t bytes);
   // Whether the panels hold these rows of A already; from now on they are to.
   bool claim_panels(const Product& product, int64_t units);
-  void multiply_dots(const Engine& engine, const Product& product);
+  // Rows [m, m + count) of the block's, times columns [j, j + columns) of its.
+  void multiply_dots(const Engine& engine, const Product& product, int64_t m, int64_t count,
+                     int64_t j, int64_t columns);
   void multiply_directly(const Engine& engine, const Product& product);
   void multiply_packed(const Engine& engine, const Product& product);
   void* memory_[kRooms] = {};

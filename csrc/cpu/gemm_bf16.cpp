@@ -13,9 +13,25 @@
 namespace moekernels::cpu::MOEKERNELS_ISA {
 namespace {
 
+// The first `count` of 32 sums as bf16, past the caches where they are a line of memory. Sums too
+// small for a normal number become zero, as the products' own.
+inline void store_line(bf16* to, Vec<float> low, Vec<float> high, int64_t count) {
+  __m512i line;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(line) : "v"(high), "v"(low));
+  if (count == 2 * kLanes<float> && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line);
+  } else {
+    std::memcpy(to, &line, count * sizeof(bf16));
+  }
+}
+
 struct PairDot {
   using Unit = Pair;
   using Acc = float;
+  using Narrow = bf16;
+  static void narrow(bf16* to, const Vec<float> (&sum)[kVectors], int64_t count) {
+    store_line(to, sum[0], sum[1], count);
+  }
   static Vec<float> multiply_add(Vec<float> sum, Vec<Pair> a, Vec<Pair> b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
@@ -35,8 +51,9 @@ inline void store_tiles(float* to, int64_t ld) {
 }
 
 template <int row_tiles, int column_tiles>
-void amx_block(int64_t units, const char* a, const char* b, float* c, int64_t ldc, int64_t rows,
+void amx_block(int64_t units, const char* a, const char* b, void* c_at, int64_t ldc, int64_t rows,
                int64_t cols, Store mode) {
+  auto* c = static_cast<float*>(c_at);
   tile_zero<0>();
   tile_zero<1>();
   tile_zero<2>();
@@ -57,12 +74,19 @@ void amx_block(int64_t units, const char* a, const char* b, float* c, int64_t ld
     a += row_tiles * kTileRows * kTileBytes;
     b += kTileRows * kColumns * sizeof(Pair);
   }
-  if (mode != Store::add && rows == row_tiles * kTileRows && cols == column_tiles * kTileRows) {
+  if ((mode == Store::set || mode == Store::stream) && rows == row_tiles * kTileRows &&
+      cols == column_tiles * kTileRows) {
     store_tiles<row_tiles, column_tiles>(c, ldc);
     return;
   }
   alignas(64) float whole[2 * kTileRows][kColumns];
   store_tiles<row_tiles, column_tiles>(&whole[0][0], kColumns);
+  if (mode == Store::narrow) {
+    bf16* to = static_cast<bf16*>(c_at);
+    for (int64_t r = 0; r < rows; ++r)
+      store_line(to + r * ldc, load(whole[r]), load(whole[r] + kTileRows), cols);
+    return;
+  }
   for (int64_t r = 0; r < rows; ++r) {
     for_vectors<float>(cols, [&](int64_t j, auto n) {
       const Vec<float> sum = load(&whole[r][j]);
@@ -73,12 +97,11 @@ void amx_block(int64_t units, const char* a, const char* b, float* c, int64_t ld
 
 void amx_tile(int64_t units, const void* a, const void* b, void* c, int64_t ldc, int64_t rows,
               int64_t cols, Store mode, Ahead&) {
-  using Block = void(int64_t, const char*, const char*, float*, int64_t, int64_t, int64_t, Store);
+  using Block = void(int64_t, const char*, const char*, void*, int64_t, int64_t, int64_t, Store);
   static constexpr Block* blocks[2][2] = {{amx_block<1, 1>, amx_block<1, 2>},
                                           {amx_block<2, 1>, amx_block<2, 2>}};
   blocks[rows > kTileRows][cols > kTileRows](units, static_cast<const char*>(a),
-                                             static_cast<const char*>(b), static_cast<float*>(c),
-                                             ldc, rows, cols, mode);
+                                             static_cast<const char*>(b), c, ldc, rows, cols, mode);
 }
 
 // to [units][width rows][32 k].
@@ -205,12 +228,14 @@ const Engine& bf16_engine(Bf16Unit unit) {
                 .row_granule = 1,
                 .k_block = 512,
                 .fetch_units = kFetchUnits,
+                .narrows = true,
                 .pack_a = &pack<Pair, bf16>,
                 .pack_b = &pack<Pair, bf16>,
                 .pack_rows = &pack_rows<Pair, bf16>,
                 .multiply = &tile<PairDot>},
       .direct = {.rows_per_pass = kDirectVectors * kLanes<float>,
                  .granule = kLanes<float>,
+                 .most_over = kDotTail,
                  .k_divisor = 2,
                  .multiply = &direct<PairDot, 256>},
       .dots = {.most_rows = kDotRows, .multiply = &dot<PairDot, bf16>},
@@ -225,6 +250,7 @@ const Engine& bf16_engine(Bf16Unit unit) {
                 .row_granule = kTileRows,
                 .k_block = 512,
                 .fetch_units = 0,  // done before memory is: a fetch would only hold them up
+                .narrows = true,
                 .pack_a = &pack_amx_a,
                 .pack_b = &pack_amx_b,
                 .pack_rows = &pack_amx_rows,

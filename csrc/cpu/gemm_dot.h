@@ -15,6 +15,8 @@ constexpr int kDotSums = 24, kDotRows = 12;
 #else
 constexpr int kDotSums = 10, kDotRows = 5;
 #endif
+// So many rows past a whole vector of them cost less dot by dot than a vector padded with zeros.
+constexpr int kDotTail = 3 * kLanes<float> / 8;
 // Rows of B at a time. Four streams read memory fastest (measured: 1, 4, 12 streams 30.5, 32, 31.5
 // GB/s).
 constexpr int dot_streams(int rows) { return std::min(4, kDotSums / rows); }

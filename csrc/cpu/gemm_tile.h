@@ -43,6 +43,14 @@ inline __attribute__((always_inline)) void tile_body(int64_t units, const void* 
       b += NV * lanes;
     }
   }
+  if constexpr (requires { Math::narrow; }) {
+    if (mode == Store::narrow) {
+      auto* to = static_cast<typename Math::Narrow*>(c_at);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) Math::narrow(to + r * ldc, sum[r], cols);
+      return;
+    }
+  }
   const auto each = [&](const auto& put) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
@@ -55,6 +63,7 @@ inline __attribute__((always_inline)) void tile_body(int64_t units, const void* 
       case Store::set: return each([](Acc* at, Vec<Acc> x) { store(at, x); });
       case Store::add: return each([](Acc* at, Vec<Acc> x) { store(at, load(at) + x); });
       case Store::stream: return each([](Acc* at, Vec<Acc> x) { stream(at, x); });
+      case Store::narrow: return;  // done
     }
   }
   // Through a copy: sums with an address would be cleared in memory for every tile.

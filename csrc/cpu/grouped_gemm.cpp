@@ -83,13 +83,16 @@ void grouped_wgrad(const GroupedWgradArgs& args, int64_t worker, int64_t workers
                     .c = dw,
                     .ldc = args.n,
                     .mode = args.accumulate ? Store::add : Store::stream};
-    if (!direct) {
+    const bool narrow = !direct && Workspace::narrows(engine, depth, block.columns());
+    if (narrow) {
+      product.mode = Store::narrow;
+    } else if (!direct) {
       product.c = workspace.block(engine, block.rows() * block.columns());
       product.ldc = block.columns();
       product.mode = Store::set;
     }
     workspace.multiply(engine, product);
-    if (!direct) {
+    if (!direct && !narrow) {
       write_block(args.dtype, product.c, block.rows(), block.columns(), dw, args.n, true);
     }
   });

@@ -21,6 +21,8 @@ ROWS = (
     15,
     16,
     17,
+    22,
+    23,
     33,
     47,
     48,
@@ -60,7 +62,8 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, size: torch.Tensor, dept
 @pytest.mark.parametrize("dtype", EPS, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
-    "width,out", [(64, 96), (160, 33), (67, 35), (1, 5), (1100, 18), (300, 1100)]
+    "width,out",
+    [(64, 96), (160, 33), (67, 35), (1, 5), (1100, 18), (300, 1100), (672, 40)],
 )
 def test_every_row_count(dtype: torch.dtype, transposed: bool, width: int, out: int):
     torch.manual_seed(0)
