@@ -155,16 +155,37 @@ void pack_amx_rows(void* to, int64_t panel_bytes, const Operand& from, int64_t i
   }
 }
 
-// ct [16, 16 tiles] = 16 rows of B, `apart` units from each other and read as they lie, times
+// Tiles 0 to `tiles` - 1, side by side, from or to 16 rows of ct.
+template <int tiles>
+inline void load_row_of_tiles(const float* ct, int64_t stride) {
+  tile_load<0>(ct, stride);
+  if constexpr (tiles > 1) tile_load<1>(ct + 16, stride);
+  if constexpr (tiles > 2) tile_load<2>(ct + 32, stride);
+  if constexpr (tiles > 3) tile_load<3>(ct + 48, stride);
+}
+template <int tiles>
+inline void store_row_of_tiles(float* ct, int64_t stride) {
+  tile_store<0>(ct, stride);
+  if constexpr (tiles > 1) tile_store<1>(ct + 16, stride);
+  if constexpr (tiles > 2) tile_store<2>(ct + 32, stride);
+  if constexpr (tiles > 3) tile_store<3>(ct + 48, stride);
+}
+
+// ct [16, 16 tiles] = or += 16 rows of B, `apart` units from each other and read as they lie, times
 // `tiles` column tiles of packed A; rows of ct lie ct_apart apart.
 template <int tiles>
 void amx_direct_rows(int64_t units, const char* b, int64_t ldb, int64_t apart, const char* a,
-                     int64_t width, float* ct, int64_t ct_apart) {
+                     int64_t width, float* ct, int64_t ct_apart, bool add) {
   const int64_t pair_row = width * sizeof(Pair), row_bytes = apart * kTileBytes;
-  tile_zero<0>();
-  tile_zero<1>();
-  tile_zero<2>();
-  tile_zero<3>();
+  const int64_t stride = ct_apart * sizeof(float);
+  if (add) {
+    load_row_of_tiles<tiles>(ct, stride);
+  } else {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+  }
   for (int64_t u = 0; u < units; ++u) {
     tile_load<4>(b + u * kTileBytes, row_bytes);
     const char* panel = a + u * kTileRows * pair_row;
@@ -186,33 +207,37 @@ void amx_direct_rows(int64_t units, const char* b, int64_t ldb, int64_t apart, c
     const char* ahead = b + (ldb + u) * kTileBytes;
     for (int64_t r = 0; r < kTileRows; ++r) __builtin_prefetch(ahead + r * row_bytes, 0, 2);
   }
-  const int64_t stride = ct_apart * sizeof(float);
-  tile_store<0>(ct, stride);
-  if constexpr (tiles > 1) tile_store<1>(ct + 16, stride);
-  if constexpr (tiles > 2) tile_store<2>(ct + 32, stride);
-  if constexpr (tiles > 3) tile_store<3>(ct + 48, stride);
+  store_row_of_tiles<tiles>(ct, stride);
 }
 
 void amx_direct(int64_t units, const void* b, int64_t ldb, int64_t cols, const void* a,
                 int64_t width, float* ct) {
-  using Rows = void(int64_t, const char*, int64_t, int64_t, const char*, int64_t, float*, int64_t);
+  using Rows =
+      void(int64_t, const char*, int64_t, int64_t, const char*, int64_t, float*, int64_t, bool);
   static constexpr Rows* of[] = {amx_direct_rows<1>, amx_direct_rows<2>, amx_direct_rows<3>,
                                  amx_direct_rows<4>};
   const int64_t all = width / kTileRows, groups = ceil_div(all, 4);
-  const auto tile_of_rows = [&](int64_t j, int64_t apart) {
-    const char* rows = static_cast<const char*>(b) + j * ldb * kTileBytes;
+  // Units [u, u + count) of 16 rows of B.
+  const auto tile_of_rows = [&](int64_t j, int64_t apart, int64_t u, int64_t count) {
+    const char* rows = static_cast<const char*>(b) + (j * ldb + u) * kTileBytes;
+    const char* panel = static_cast<const char*>(a) + u * width * kTileBytes;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t t0 = all * g / groups, t1 = all * (g + 1) / groups;
-      of[t1 - t0 - 1](units, rows, ldb, apart * ldb, static_cast<const char*>(a) + t0 * kTileBytes,
-                      width, ct + j * width + t0 * kTileRows, apart * width);
+      of[t1 - t0 - 1](count, rows, ldb, apart * ldb, panel + t0 * kTileBytes, width,
+                      ct + j * width + t0 * kTileRows, apart * width, u > 0);
     }
   };
   // Each row of a tile runs through its own sixteenth of B: the hardware's prefetcher follows one
-  // stream a page.
-  const int64_t each = cols / kTileRows;
-  for (int64_t j = 0; j < each; ++j) tile_of_rows(j, each);
+  // stream a page. So much of packed A is multiplied by all of them before what follows: it stays
+  // in the first cache. Tiles of C are taken up again as they were left, no bit depends on it.
+  constexpr int64_t kFirstCache = 32 << 10;
+  const int64_t each = cols / kTileRows, block = kFirstCache / (width * kTileBytes);
+  for (int64_t u = 0; u < units; u += block) {
+    const int64_t count = std::min(block, units - u);
+    for (int64_t j = 0; j < each; ++j) tile_of_rows(j, each, u, count);
+  }
   // The last tile reaches back over rows already done.
-  if (each * kTileRows < cols) tile_of_rows(cols - kTileRows, 1);
+  if (each * kTileRows < cols) tile_of_rows(cols - kTileRows, 1, 0, units);
 }
 
 }  // namespace

@@ -225,6 +225,9 @@ def test_isa_level(level):
     chosen = "threads or values and not float64"
     if level.startswith(("avx512", "amx")):
         chosen = f"({chosen}) and bfloat16 and (grouped_gemm or experts)"
+    if level == "amx":
+        files.append("python_tests/ops/test_grouped_gemm.py")
+        chosen += " or every_row_count and bfloat16"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     command += ["-k", f"isa_is or fuzz or {chosen}"]
     done = subprocess.run(
