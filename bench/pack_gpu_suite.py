@@ -173,7 +173,7 @@ def product_cubins(library: Path, folder: Path) -> int:
                     name = match[1]
                 elif name:
                     used = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
-                    if "cuda4sm907product" in name:
+                    if re.search(r"cuda4sm90\d+(\w+_)?product", name):
                         kernels[name] = {"registers": used["REG"], "local": used["LOCAL"]}
                     name = None
             if kernels:

@@ -31,6 +31,7 @@ from tune_problems import (  # noqa: E402
     LAYERS,
     PRODUCTS,
     QUICK,
+    STAGES,
     TINY,
     Problem,
     Setting,
@@ -184,7 +185,11 @@ def row(line: dict) -> str:
     least = line["T"] * line["K"] // line["E"]
     least_m = line["m"] if line["op"] == "wgrad" else 0
     flags = ", ".join(str(best[name]).lower() for name in ("prefetch", "bulk_sums"))
-    order = f"{{{best['band']}, {best['grid']}, {best['promotion']}, {flags}}}"
+    order = f"{{{best['band']}, {best['grid']}, {best['promotion']}, {flags}"
+    if best["style"] != "direct":
+        order += f", GemmStyle::{best['style']}, GemmPair::{best['pair']}"
+    order += "}"
+    tile_n = 128 if best["style"] == "pingpong" else 256
     setting = setting_in(other) if other else "none"
     reason = (
         f"measured, {line['card']}, driver {line['driver']}, {line['date']}: "
@@ -195,7 +200,7 @@ def row(line: dict) -> str:
         reason += f"; next {setting}: {other['ms']:.3f} ms"
     return (
         f"    {{GemmKernel::wgmma, gemm_op_bit(GemmOp::{line['op']}), {least}, {least_m}, "
-        f"{line['n']}, 128, 256, 64, {best['stages'] or 4}, {order},\n"
+        f"{line['n']}, 128, {tile_n}, 64, {best['stages'] or STAGES[best['style']]}, {order},\n"
         f'     "{reason}"}},\n'
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from moekernels.predict.layer import Layer
 
 OPS = ("up", "down", "dact", "dgrad", "wgrad")  # of a layer; forward is grouped_gemm by itself
 PREFETCHING = ("dact", "wgrad")  # whose epilogues read what a prefetch brings
+STYLES = {"dact": "pingpong", "wgrad": None}  # beside direct; of the others: hidden
+STAGES = {"direct": 4, "hidden": 3, "pingpong": 6}
 
 
 # Ours, OLMoE, Qwen3-30B, and SonicMoE's 30B and 120B.
@@ -37,7 +39,9 @@ TINY = (Layer(24, 136, 136, 2, 2),)
 
 @dataclass(frozen=True)
 class Setting:
-    """What a launch may be told (moekernels/sm90.h); 0: the default. stages 0: the table's."""
+    """What a launch may be told (moekernels/sm90.h); 0: the default. stages 0: the table's.
+
+    style, pair: how the epilogue goes, and what two blocks share (moekernels/gemm_tuned.h)."""
 
     stages: int = 0
     band: int = 0
@@ -45,6 +49,8 @@ class Setting:
     promotion: int = 0
     prefetch: bool = True
     bulk_sums: bool = True
+    style: str = "direct"
+    pair: str = "none"
 
     def __str__(self) -> str:
         told = [f"{n} {v}" for n, v in asdict(self).items() if v != Setting.__dict__[n]]
@@ -52,7 +58,7 @@ class Setting:
 
 
 def settings_of(op: str, multiprocessors: int) -> list[Setting]:
-    """Every setting of an op, the default first."""
+    """Every setting of an op, the default first; those of other styles with the table's stages."""
     fewer = multiprocessors // 8 * 8 if multiprocessors % 8 else multiprocessors - 4
     axes = itertools.product(
         (0, 3),
@@ -62,7 +68,13 @@ def settings_of(op: str, multiprocessors: int) -> list[Setting]:
         (True, False) if op in PREFETCHING else (True,),
         (True, False) if op == "wgrad" else (True,),
     )
-    return [Setting(*values) for values in axes]
+    found = [Setting(*values) for values in axes]
+    if style := STYLES.get(op, "hidden"):
+        of_style = [s for s in found if not s.stages and not s.grid]
+        found += [
+            replace(s, style=style, pair=pair) for pair in ("none", "n", "m") for s in of_style
+        ]
+    return found
 
 
 @dataclass(frozen=True)

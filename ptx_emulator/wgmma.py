@@ -247,7 +247,9 @@ def _bind_product(machine: Machine, ins: Instruction):
                 left = fragment(words, a_type, True).reshape(64, -1)
             else:
                 left = fetch(a_chunks, a_transposed)
-            product = left @ fetch(b_chunks, b_transposed).T * sign  # [64, N]
+            # In double, so that an element is the same whatever N is: float32 sums of BLAS are not.
+            right = fetch(b_chunks, b_transposed).T.astype(np.float64)
+            product = (left.astype(np.float64) @ right).astype(np.float32) * sign  # [64, N]
             # Rows are (warp, half, 8 groups), columns (block of 8, 4 in a group, pair).
             parts = product.reshape(4, 2, 8, columns // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
             at = lanes.at

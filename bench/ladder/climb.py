@@ -52,7 +52,7 @@ def load_rungs(products: bool) -> None:
     from ladder import probe_rungs  # noqa: F401
 
     if products:
-        from ladder import exchange_rungs, product_rungs, whole_rungs  # noqa: F401
+        from ladder import exchange_rungs, product_rungs, style_rungs, whole_rungs  # noqa: F401
 
 
 def _work(pipe, name: str, kit: Kit) -> None:

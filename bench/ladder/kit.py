@@ -51,6 +51,7 @@ class Kit:
     pack: Path | None = None
     how: dict = field(default_factory=dict)  # schedule, lazy, races of the emulator
     planted: dict = field(default_factory=dict)
+    kernels: list[str] = field(default_factory=list)  # of the last ops, where they were emulated
 
     @functools.cached_property
     def program(self) -> ptx_hardware.Program:
@@ -100,12 +101,24 @@ class Kit:
             with emulated.emulated_cuda(capability=90, **self.how) as device:
                 yield launched
             launched += products(device.launches)
+            self.kernels = list(device.launches)
             return
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
             yield launched
             torch.cuda.synchronize()
         launched += products([event.key for event in profile.key_averages()])
+
+
+def expect_styles(kit: Kit, launched: list[str], style: str) -> None:
+    """The products have run in this style; on a GPU the library itself refuses what it has not."""
+    if kit.hardware:
+        return
+    found = {name for name in kit.kernels if "product" in name and "sm90" in name}
+    require(
+        found and all(f"{style}_product" in name for name in found),
+        f"expected products in the style {style}, launched were {sorted(found) or 'none'}",
+    )
 
 
 EPILOGUES = ("StoreRows", "StoreGradient", "AddGradient", "StoreUp", "StoreDAct")

@@ -5,6 +5,7 @@
 #include "sm90/entry.cuh"
 #include "sm90/product.cuh"
 #include "sm90/run.cuh"
+#include "sm90/styles.cuh"
 
 namespace moekernels::cuda::sm90 {
 namespace {
@@ -78,6 +79,8 @@ void wgrad_of(const GroupedWgradArgs& args, const GemmChoice& choice, Stream str
 
 void store_product(const char* name, const RowProduct& product, const GemmChoice& choice, void* out,
                    const void* bias, const RowUse& use, Stream stream) {
+  if (takes(name, choice, GemmStyle::hidden))
+    return store_product_hidden(product, choice, out, bias, use, stream);
   const bool half = product.dtype == DType::f16, narrow = choice.tile_n == 128;
   const auto run = half     ? narrow ? store_as<__half, 128> : store_as<__half, 256>
                    : narrow ? store_as<__nv_bfloat16, 128>
@@ -100,6 +103,7 @@ void grouped_gemm(const GroupedGemmArgs& args, const GemmChoice& choice, Stream 
 }
 
 void grouped_wgrad(const GroupedWgradArgs& args, const GemmChoice& choice, Stream stream) {
+  takes("grouped_wgrad_sm90", choice, GemmStyle::direct);
   args.dtype == DType::f16 ? wgrad_of<__half>(args, choice, stream)
                            : wgrad_of<__nv_bfloat16>(args, choice, stream);
 }

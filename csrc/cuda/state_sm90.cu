@@ -30,7 +30,13 @@ State& state() {
 }
 
 const char* role_of(int warp) {
-  return warp < 4 ? "consumer 0" : warp < 8 ? "consumer 1" : "producer";
+  return warp < 4 ? "consumer 0" : warp < 8 ? "consumer 1" : warp == 8 ? "producer" : "storer";
+}
+
+// By Awaited.
+std::string awaited_of(int awaited) {
+  constexpr const char* kNames[] = {"empty", "full", "stored", "packed", "turn"};
+  return kNames[awaited % 5];
 }
 
 void print_stuck() {
@@ -123,7 +129,7 @@ const char* stuck() {
     const StuckWait& at = state().stuck[i];
     if (at.found == 0 || ++count > 40) continue;
     *text += "watchdog: block " + std::to_string(at.block) + ", " + role_of(at.warp) + " (warp " +
-             std::to_string(at.warp) + ") waits for " + (at.on_full ? "full" : "empty") + "[" +
+             std::to_string(at.warp) + ") waits for " + awaited_of(at.awaited) + "[" +
              std::to_string(at.stage) + "], phase " + std::to_string(at.phase) + ", step " +
              std::to_string(at.step) + " of a tile of group " + std::to_string(at.group) + "\n";
   }

@@ -64,6 +64,32 @@ int encode_tensor_map(void* map, int type, uint32_t rank, void* address, const u
   return 0;
 }
 
+int launch(const char* kernel, Dim3 grid, Dim3 block, void** params, size_t shared,
+           unsigned cluster) {
+  // 719: cudaErrorLaunchFailure
+  last_error = launch_kernel != nullptr &&
+                       launch_kernel(kernel, grid.x, block.x, shared, params, cluster) == 0
+                   ? 0
+                   : 719;
+  return last_error;
+}
+
+// cudaLaunchConfig_t and its attributes.
+constexpr int kClusterDimension = 4;
+struct LaunchAttribute {
+  int id, pad;
+  Dim3 size;  // of a union of 64 bytes
+  char rest[64 - sizeof(Dim3)];
+};
+static_assert(sizeof(LaunchAttribute) == 72);
+struct LaunchConfig {
+  Dim3 grid, block;
+  size_t shared;
+  void* stream;
+  const LaunchAttribute* attributes;
+  unsigned count;
+};
+
 }  // namespace
 
 namespace moekernels::emulated {
@@ -109,12 +135,15 @@ int __cudaGetKernel(void** kernel, const void* host) {
   return 0;
 }
 int __cudaLaunchKernel(void* kernel, Dim3 grid, Dim3 block, void** params, size_t shared, void*) {
-  // 719: cudaErrorLaunchFailure
-  last_error = launch_kernel != nullptr && launch_kernel(static_cast<const char*>(kernel), grid.x,
-                                                         block.x, shared, params) == 0
-                   ? 0
-                   : 719;
-  return last_error;
+  return launch(static_cast<const char*>(kernel), grid, block, params, shared, 1);
+}
+int cudaLaunchKernelExC(const LaunchConfig* config, const void* host, void** params) {
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->count; ++i) {
+    if (config->attributes[i].id == kClusterDimension) cluster = config->attributes[i].size.x;
+  }
+  return launch(kernels().at(host).c_str(), config->grid, config->block, params, config->shared,
+                cluster);
 }
 
 int cudaGetLastError() {

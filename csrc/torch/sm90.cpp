@@ -3,6 +3,7 @@
 #include "moekernels/sm90.h"
 
 #include "device.h"
+#include "moekernels/gemm_tuned.h"
 
 namespace moekernels::binding {
 namespace {
@@ -36,8 +37,18 @@ std::string build_name() {
   return name;
 }
 
+// -1: none is called so.
+template <size_t n>
+int index_of(const char* const (&names)[n], const std::string& name) {
+  for (size_t i = 0; i < n; ++i) {
+    if (name == names[i]) return static_cast<int>(i);
+  }
+  return -1;
+}
+
 void settings(int64_t stages, int64_t band, int64_t grid, int64_t promotion,
-              std::optional<bool> prefetch, std::optional<bool> bulk_sums) {
+              std::optional<bool> prefetch, std::optional<bool> bulk_sums, const std::string& style,
+              const std::string& pair) {
   const char* op = "sm90_settings";
   check_built(op);
   check(stages == 0 || (stages >= 2 && stages <= 8), op,
@@ -48,10 +59,16 @@ void settings(int64_t stages, int64_t band, int64_t grid, int64_t promotion,
         sm90::kMostGrid, ", got ", grid);
   check(promotion == 0 || promotion == 64 || promotion == 128 || promotion == 256, op,
         ": promotion must be 0 (the default), 64, 128 or 256 bytes, got ", promotion);
+  const int style_index = index_of(kGemmStyles, style), pair_index = index_of(kGemmPairs, pair);
+  check(style.empty() || style_index >= 0, op,
+        ": style must be direct, hidden, pingpong or empty (the table's), got ", style);
+  check(pair.empty() || pair_index >= 0, op,
+        ": pair must be none, n, m or empty (the table's), got ", pair);
   if constexpr (kBuilt) {
     const auto told = [](std::optional<bool> flag) { return flag ? static_cast<int>(*flag) : -1; };
     sm90::set({static_cast<int>(stages), static_cast<int>(band), static_cast<int>(grid),
-               static_cast<int>(promotion), told(prefetch), told(bulk_sums)});
+               static_cast<int>(promotion), told(prefetch), told(bulk_sums), style_index,
+               pair_index});
   }
 }
 
@@ -99,7 +116,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def("_sm90_build() -> str");
   m.def(
       "_sm90_settings(int stages=0, int band=0, int grid=0, int promotion=0, "
-      "bool? prefetch=None, bool? bulk_sums=None) -> ()");
+      "bool? prefetch=None, bool? bulk_sums=None, str style=\"\", str pair=\"\") -> ()");
   m.def("_sm90_watchdog(float seconds) -> ()");
   m.def("_sm90_stuck() -> str");
   m.def("_sm90_launched() -> str");

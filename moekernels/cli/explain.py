@@ -11,12 +11,13 @@ from typing import Any
 from moekernels.errors import UsageError
 from moekernels.predict.card import CARDS, Card
 from moekernels.predict.layer import Layer
-from moekernels.predict.ours import kernel_of, product
+from moekernels.predict.ours import VARIANTS, kernel_of, product
 
 KEYS = ("T", "H", "F", "E", "K")
 DTYPES = ("bf16", "fp16", "fp32")
 # Where the table says nothing.
-ORDER = {"band": 0, "grid": 0, "promotion": 0, "prefetch": True, "bulk_sums": True}
+ORDER: dict[str, Any] = {"band": 0, "grid": 0, "promotion": 0, "prefetch": True, "bulk_sums": True}
+ORDER |= {"style": "direct", "pair": "none"}
 OPS = {  # of the products, as the timing model names them
     "up (forward)": "up",
     "down (forward)": "down",
@@ -96,7 +97,17 @@ def predicted_tflops(name: str, shape: dict, chosen: dict, card: Card) -> float:
     how = {"tile_m": tile_m, "tile_n": tile_n, "stages": chosen["stages"]}
     how |= {key: chosen["order"][key] for key in ("band", "grid")}
     how["bulk_sums"] = chosen["order"]["bulk_sums"] and "wgrad" in OPS[name]
+    how["epilogue"] = chosen["order"]["style"]
+    how["pair"] = chosen["order"]["pair"].replace("none", "")
     return product(OPS[name], layer, card, kernel_of(OPS[name], **how)).tflops
+
+
+def variants(name: str, shape: dict, card: Card) -> str:
+    """What the timing model says of every variant that is built of one of `products`."""
+    layer, op = Layer(*(int(shape[key]) for key in KEYS)), OPS[name]
+    kernels = [kernel_of(op, **how) for how in VARIANTS[op.rstrip("12")]]
+    rates = ((kernel.name, product(op, layer, card, kernel).tflops) for kernel in kernels)
+    return "; ".join(f"{kind} {rate:.0f}" for kind, rate in rates)
 
 
 def explain(text: str, device: str | None = None) -> str:
@@ -151,6 +162,8 @@ def explain(text: str, device: str | None = None) -> str:
             f"{name:<18} {size:<36} {2e-12 * m * n * k:7.3f} TFLOP  {chosen['kernel']:<6}"
             f"{tile:<12} {chosen['stages']} stages  {rate}{reason}"
         )
+        if rate:
+            lines.append(f"{'':<18} built: {variants(name, shape, card)}")
     if not measured:
         lines.append("tiles are predicted from the H200's arithmetic, not measured on one")
     if predicted:

@@ -46,11 +46,17 @@ def product(op: str, layer: Layer, card: Card, kernel: Kernel | None = None) -> 
     return predict(layer.problem(op), kernel or DEFAULT.kernel(op, layer), card)
 
 
+PAIRS = ("", "n", "m")
+HIDDEN = tuple({"epilogue": "hidden", "stages": 3, "pair": pair} for pair in PAIRS)
+PINGPONG = tuple(
+    {"epilogue": "pingpong", "tile_n": 128, "stages": 6, "pair": pair} for pair in PAIRS
+)
+NARROW = {"tile_n": 128, "stages": 6}
 # What is built, by op; the first of each is the default.
 VARIANTS: dict[str, tuple[dict, ...]] = {
-    "up": ({},),
-    "down": ({}, {"tile_n": 128, "stages": 6}),
-    "dact": ({},),
-    "dgrad": ({}, {"tile_n": 128, "stages": 6}),
+    "up": ({}, *HIDDEN),
+    "down": ({}, NARROW, *HIDDEN),
+    "dact": ({}, *PINGPONG),
+    "dgrad": ({}, NARROW, *HIDDEN),
     "wgrad": ({"bulk_sums": True}, {}),
 }

@@ -123,16 +123,37 @@ SET = (
 )
 UP = ("sm90/up.cuh", "StoreUp<__nv_bfloat16>", "false, false", "experts_sm90")
 DACT = ("sm90/dact.cuh", "StoreDAct<__nv_bfloat16>", "false, true", "experts_sm90")
+HIDDEN_ROWS = (
+    "sm90/hidden.cuh",
+    "Hidden<StoreRows<__nv_bfloat16, 256>>",
+    "false",
+    "grouped_gemm_styles_sm90",
+    "hidden_",
+)
+HIDDEN_UP = (
+    "sm90/hidden.cuh",
+    "Hidden<StoreUp<__nv_bfloat16>>",
+    "false",
+    "experts_styles_sm90",
+    "hidden_",
+)
+PINGPONG = (
+    "sm90/pingpong.cuh",
+    "StoreDAct<__nv_bfloat16, 128>",
+    "true",
+    "experts_styles_sm90",
+    "pingpong_",
+)
 
 
 def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wrong: str) -> None:
     """One product of the library compiled again with a line exchanged, in the library's place."""
-    header, kind, flags, stem = product
+    header, kind, flags, stem, *style = product
     planted.copy_headers(ROOT, folder)
     planted.plant(folder, file, (right, wrong))
     source = folder / "planted.cu"
     kernel = f"product<{kind}, {flags}>" if flags else f"product_into_sums<{kind}>"
-    source.write_text(INSTANCE.format(header=header, kernel=kernel))
+    source.write_text(INSTANCE.format(header=header, kernel="".join([*style, kernel])))
     buggy = ptx.Module(
         ptx.compile_ptx(
             source,
@@ -232,6 +253,38 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
             "const float* c = d + (kPart * 8 + block) * 4 + half * 2;",
             "const float* c = d + (kPart * 8 + 7 - block) * 4 + half * 2;",
             "swiglu: d.* is wrong",
+        ),
+        (
+            "hidden_rows",
+            HIDDEN_ROWS,
+            "sm90/hidden.cuh",
+            "stage_rows(strip + part * kStagingBytes",
+            "stage_rows(strip + (1 - part) * kStagingBytes",
+            "rows, torch.bfloat16, hidden, pair none: result 0 has other bits",
+        ),
+        (
+            "hidden_up",
+            HIDDEN_UP,
+            "sm90/hidden.cuh",
+            "stage<1>(d, strip + kStagingBytes, lane)",
+            "stage<0>(d, strip + kStagingBytes, lane)",
+            "up, swiglu, hidden, pair none: result . has other bits",
+        ),
+        (
+            "pingpong_dact",
+            PINGPONG,
+            "sm90/pingpong.cuh",
+            "a + half * (kBox >> 4) + k * kStepA",
+            "a + (1 - half) * (kBox >> 4) + k * kStepA",
+            "dact, pingpong, pair none: result 0 has other bits",
+        ),
+        (
+            "pairs",
+            HIDDEN_ROWS,
+            "sm90/pair.cuh",
+            "a_map, k, tile.row + half, full",
+            "a_map, k, tile.row, full",
+            "pair n: result 0 has other bits",
         ),
         # The end of the walk is wrong too, so that the first number of experts shows it.
         ("limits", ROWS, "sm90/product.cuh", "    before += total;\n", "", r"E \d+ is wrong"),

@@ -62,7 +62,7 @@ def test_halving_finds_the_best_setting(best):
         problem(run=clock.result), settings_of("dact", 132), clock, time.monotonic() + 60
     )
     assert tune.setting_in(line["best"]) == best
-    assert tune.setting_in(line["next"]) != best and line["tried"] == 64
+    assert tune.setting_in(line["next"]) != best and line["tried"] == 112
     assert line["default_ms"] >= line["best"]["ms"] and clock.now == Setting()
 
 
@@ -94,7 +94,7 @@ def test_a_setting_without_room_is_left_out_and_said():
     line = tune.tune(
         problem(run=clock.result), settings_of("up", 132), clock, time.monotonic() + 60
     )
-    assert line["refused"] == ["stages 3"] and line["tried"] == 31
+    assert line["refused"] == ["stages 3"] and line["tried"] == 55
 
 
 def test_the_time_is_kept_and_what_is_skipped_is_said(tmp_path, monkeypatch, capsys):
@@ -135,7 +135,9 @@ def test_rows_compile_and_are_taken_where_they_fit(tmp_path):
     found = Setting(stages=3, band=-8, grid=128, promotion=64, prefetch=False, bulk_sums=False)
     best = {"ms": 0.9, "tflops": 600.0, **tune.asdict(found)}
     as_before = {"ms": 0.999, "tflops": 600.0, **tune.asdict(Setting(band=32))}
+    paired = {**best, **tune.asdict(Setting(style="pingpong", pair="n"))}
     lines = [
+        {**base, **tune.asdict(LAYERS[1]), "op": "dact", "m": 32768, "n": 8192, "best": paired},
         {**base, **tune.asdict(LAYERS[1]), "op": "dact", "m": 32768, "n": 4096, "best": best},
         {**base, **tune.asdict(LAYERS[0]), "op": "dact", "m": 131072, "n": 4096, "best": as_before},
     ]
@@ -148,17 +150,22 @@ def test_rows_compile_and_are_taken_where_they_fit(tmp_path):
         #include <cstdio>
         #include <initializer_list>
         using namespace moekernels;
-        void say(int64_t rows, const cuda::sm90::Settings& asked) {
-          const GemmProblem p{GemmOp::dact, DType::bf16, rows * 64, 4096, 2048, 64,
+        void say(int64_t rows, const cuda::sm90::Settings& asked, int64_t n = 4096) {
+          const GemmProblem p{GemmOp::dact, DType::bf16, rows * 64, n, 2048, 64,
                               16, false, 90, true};
           const GemmChoice c = choose_gemm(p);
           const GemmOrder o = cuda::sm90::order_of(c, asked, 132);
-          std::printf("%d %d %d %d %d %d\\n", c.stages, o.band, o.grid, o.promotion, o.prefetch,
+          std::printf("%d %d %d %d %d %d", c.stages, o.band, o.grid, o.promotion, o.prefetch,
                       o.bulk_sums);
+          if (o.style != GemmStyle::direct)
+            std::printf(" %d %s %s", c.tile_n, kGemmStyles[int(o.style)], kGemmPairs[int(o.pair)]);
+          std::printf("\\n");
         }
         int main() {
           for (int64_t rows : {511, 512, 2047, 2048}) say(rows, {});
           say(512, {2, 4, 100, 256, 1, 1});
+          say(512, {}, 8192);
+          say(512, {0, 0, 0, 0, -1, -1, 0, 0}, 8192);
         }"""
     )
     command = [compiler, "-std=c++17", f"-I{tmp_path}", f"-I{ROOT / 'csrc' / 'include'}"]
@@ -173,6 +180,8 @@ def test_rows_compile_and_are_taken_where_they_fit(tmp_path):
         ours,
         "4 16 132 256 1 1",
         "3 4 100 256 1 1",  # stages are settled with the room that there is
+        "6 16 132 256 1 1 128 pingpong n",
+        "6 16 132 256 1 1",
     ]
 
 

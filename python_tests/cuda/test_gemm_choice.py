@@ -61,7 +61,8 @@ def test_hopper_takes_wgmma(op, dtype):
         chosen = choose(op, dtype, capability=90, wgmma=True, m=rows)
         assert chosen["kernel"] == "wgmma" and chosen["obstacle"] is None
         assert chosen["tile"] == (128, 256, 64) and chosen["stages"] >= 3
-        assert set(chosen["order"]) == {"band", "grid", "promotion", "prefetch", "bulk_sums"}
+        wanted = {"band", "grid", "promotion", "prefetch", "bulk_sums", "style", "pair"}
+        assert set(chosen["order"]) == wanted
 
 
 def test_every_op_of_the_table_is_asked_for_by_a_launch():

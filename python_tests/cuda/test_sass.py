@@ -58,7 +58,8 @@ def parse(sass: str) -> list[tuple[int, str]]:
 
 
 def reached(code: list[tuple[int, str]], start: int) -> set[int]:
-    """The instructions that can follow the one at `start`, by their places in `code`."""
+    """The instructions that can follow the one at `start`, by their places in `code`. A jump by a
+    table, whose targets are not named, may lead to all of its role."""
     at = {address: i for i, (address, _) in enumerate(code)}
     seen, todo = set(), [start]
     while todo:
@@ -66,13 +67,28 @@ def reached(code: list[tuple[int, str]], start: int) -> set[int]:
         while i < len(code) and i not in seen:
             seen.add(i)
             op = code[i][1]
-            assert not re.search(r"\b(BRX|CALL|JMX|RET)\b", op), f"where {op} leads cannot be told"
+            assert not re.search(r"\b(CALL|JMX|RET)\b", op), f"where {op} leads cannot be told"
+            if re.search(r"\bBRX\b", op):
+                todo += range(i + 1, end_of_role(code, i))
             if target := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)$", op):
                 todo.append(at[int(target[1], 16)])
             if re.fullmatch(r"BRA 0x[0-9a-f]+|EXIT", op):
                 break
             i += 1
     return seen
+
+
+def end_of_role(code: list[tuple[int, str]], start: int) -> int:
+    """Where what stands behind a place ends: by the last jump before another role, or an exit."""
+    last = start
+    for i in range(start + 1, len(code)):
+        if re.search(r"USETMAXREG", code[i][1]):
+            return last + 1
+        if re.fullmatch(r"BRA 0x[0-9a-f]+", code[i][1]):
+            last = i
+        if code[i][1] == "EXIT":
+            return i + 1
+    return len(code)
 
 
 def registers(texts: list[str]) -> int:
@@ -197,6 +213,47 @@ def test_a_producer_with_too_many_registers_is_found():
         /*0060*/  MOV R200, R1 ;"""
     assert producers_registers(parse(sass)) == 40
     assert producers_registers(parse(sass.replace("R39", "R40"))) == 41
+
+
+STYLES = {
+    # kernel: what its epilogues are, and what setmaxnreg leaves the threads of its roles
+    "hidden_product": (("StoreRows", "StoreUp"), {200, 104}),
+    "pingpong_product": (("StoreDAct",), {232, 40}),
+}
+
+
+def of_style(style: str) -> list[str]:
+    return [n for n in resources() if style in n]
+
+
+def held_by_its_roles(code: list[tuple[int, str]]) -> dict[int, int]:
+    """What each setmaxnreg of a kernel leaves a thread -> the registers used behind it."""
+    found = {}
+    for i, (_, text) in enumerate(code):
+        if "USETMAXREG" in text:
+            left = int(re.search(r"0x[0-9a-f]+", text)[0], 16)
+            found[left] = registers([code[j][1] for j in reached(code, i)])
+    return found
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_styles_stay_within_their_registers(style):
+    """Both types and orientations of each epilogue; none spills, both kinds of loads are there."""
+    kinds, budgets = STYLES[style]
+    names = of_style(style)
+    assert len(names) == 4 * len(kinds) and all(any(k in n for k in kinds) for n in names)
+    for name in names:
+        assert resources()[name]["STACK"] == resources()[name]["LOCAL"] == 0, name
+        code = code_of(name)
+        used = held_by_its_roles(code)
+        assert used.keys() == budgets and all(used[left] <= left for left in used), (name, used)
+        text = [t for _, t in code]
+        assert not any(re.search(r"\b(LDL|STL)\b", t) for t in text), name
+        loads = [t for t in text if "UTMALDG" in t]
+        both = [t for t in loads if "MULTICAST" in t]
+        assert both and len(both) < len(loads), name
+        wgmmas = [t for t in text if "HGMMA" in t]
+        assert wgmmas and sum("gsb0" in t for t in wgmmas) * 4 <= len(wgmmas), name
 
 
 @functools.cache

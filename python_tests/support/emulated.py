@@ -84,6 +84,21 @@ def products_as(monkeypatch, *defines: str, bug: str = "none") -> None:
     monkeypatch.setitem(globals(), "module", lambda name: other if name == stem else own(name))
 
 
+def style_as(monkeypatch, name: str, folder: Path) -> None:
+    """The products in a style run as compiled with one of the bugs of `planted.STYLES`."""
+    pingpong = planted.STYLES[name].style == "pingpong"
+    text = ptx.compile_ptx(
+        ROOT / "python_tests" / "ptx_emulator" / "kernels" / "styles_sm90.cu",
+        ARCH,
+        defines=['MOEKERNELS_CUDA_ARCHS="PTX"', *["PINGPONG"] * pingpong],
+        include=[ROOT / "csrc" / "include", planted.style_headers_with(name, ROOT, folder)],
+        lines=False,
+    )
+    other, own = ptx.Module(text), module
+    stem = "experts_styles_sm90" if pingpong else "grouped_gemm_styles_sm90"
+    monkeypatch.setitem(globals(), "module", lambda name: other if name == stem else own(name))
+
+
 def _bytes_read(kernel: ptx.syntax.Kernel) -> list[np.ndarray]:
     """For each parameter, which of its bytes the kernel loads: all, where it cannot be told."""
     read = {variable.name: np.zeros(variable.size, bool) for variable, _ in kernel.params}
@@ -165,6 +180,7 @@ class _Device:
             ctypes.c_uint32,
             ctypes.c_uint64,
             ctypes.POINTER(ctypes.c_void_p),
+            ctypes.c_uint32,
         )(self._launch)
         self._array_fn = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)(
             self._array
@@ -189,15 +205,18 @@ class _Device:
             if lasts:
                 self.lasting[tensor.data_ptr()] = span
 
-    def _launch(self, name, blocks, threads, shared_bytes, params) -> int:
+    def _launch(self, name, blocks, threads, shared_bytes, params, cluster) -> int:
+        name = _FILE_HASH.sub(r"\1", name.decode())
         try:
-            self._run(_FILE_HASH.sub(r"\1", name.decode()), blocks, threads, shared_bytes, params)
+            self._run(name, blocks, threads, shared_bytes, params, cluster)
         except Exception as error:
             self.error = error
             return 1
         return 0
 
-    def _run(self, name: str, blocks: int, threads: int, shared_bytes: int, params) -> None:
+    def _run(
+        self, name: str, blocks: int, threads: int, shared_bytes: int, params, cluster: int
+    ) -> None:
         self.launches.append(name)
         likely = sorted(stems(), key=lambda stem: _unlikely(stem, name))  # others: not compiled
         found = next(m for m in map(module, likely) if name in m.kernels)
@@ -227,14 +246,17 @@ class _Device:
         maps = [_tensor_map(raw, self.spans) for raw in args]
         packed = [m or ptx.Packed(raw, arrays) for m, raw in zip(maps, args)]
         promotions = [_promotion(raw) for m, raw in zip(maps, args) if m]
-        self.shapes.append({"blocks": blocks, "shared": shared_bytes, "promotions": promotions})
+        shape = {"blocks": blocks, "shared": shared_bytes, "promotions": promotions}
+        self.shapes.append({**shape, "cluster": cluster})
         if self.record is not None:
             self.record(found, kernel, blocks, threads, packed, shared_bytes)
             return
         if self.hardware:
+            if cluster > 1:
+                raise NotImplementedError("a launch in clusters goes through the library alone")
             program(found).launch(name, blocks, threads, packed, shared_bytes)
             return
-        how = {"schedule": self.schedule, "lazy": self.lazy}
+        how = {"schedule": self.schedule, "lazy": self.lazy, "cluster": cluster}
         stats = found.launch(kernel, blocks, threads, packed, shared_bytes, **how)
         self.shapes[-1]["bulk_warps"] = stats.bulk_warps
 
@@ -279,10 +301,16 @@ class _Fibers:
             self.launches += [name] * (self._launched() - before)
 
 
-def _unlikely(stem: str, name: str) -> tuple[bool, bool, bool]:
+def _unlikely(stem: str, name: str) -> tuple[bool, ...]:
     """Sorts first the files that may well hold a kernel."""
     ffn = "StoreUp" in name or "StoreDAct" in name
-    return stem not in name, ("sm90" in stem) != ("sm90" in name), ("experts" in stem) != ffn
+    style = any(word in name for word in ("hidden_product", "pingpong_product"))
+    return (
+        stem not in name,
+        ("sm90" in stem) != ("sm90" in name),
+        ("styles" in stem) != style,
+        ("experts" in stem) != ffn,
+    )
 
 
 def stems() -> list[str]:

@@ -17,13 +17,17 @@ from python_tests.support import emulated
 # The epilogue of the product that a launcher launches.
 EPILOGUES = {
     "grouped_gemm_sm90": "StoreRows",
+    "row_product_hidden_sm90": "StoreRows",
     "grouped_wgrad_sm90": "StoreGradient",
     "grouped_wgrad_add_sm90": "AddGradient",
     "experts_up_sm90": "StoreUp",
+    "experts_up_hidden_sm90": "StoreUp",
     "experts_down_sm90": "StoreRows",
     "experts_dact_sm90": "StoreDAct",
+    "experts_dact_pingpong_sm90": "StoreDAct",
 }
-PRODUCT = re.compile(r"cuda4sm90\d+product")
+STYLES = ("hidden", "pingpong")
+PRODUCT = re.compile(r"cuda4sm90\d+(hidden_|pingpong_)?product")
 
 
 def why_not_emulated() -> str | None:
@@ -96,6 +100,15 @@ def set_products(**settings) -> None:
     else:
         emulated.device()
         torch.ops.moekernels_emulated._sm90_settings(**settings)
+
+
+def styles(device) -> set[str]:
+    """The styles of the Hopper products that were launched."""
+    if isinstance(device, Gpu):
+        names = [f"_{name}" for name in raw._sm90_launched().split(",") if name]
+        return {next((s for s in STYLES if f"_{s}_" in name), "direct") for name in names}
+    found = [match[1] for name in device.launches if (match := PRODUCT.search(name))]
+    return {(style or "direct_")[:-1] for style in found}
 
 
 def placed(t: Tensor, device) -> Tensor:

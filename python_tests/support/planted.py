@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 PRODUCT, ADD = "sm90/product.cuh", "sm90/add.cuh"
@@ -30,6 +31,162 @@ BUGS_OF_ADD = {
     "no_add_fence": (("      fence_async_proxy();\n", ""),),
     "left_early": (("  wait_bulk_read<0>();  //", "  //"),),
 }
+
+
+@dataclass(frozen=True)
+class StyleBug:
+    """A bug of a style's kernel, and what the emulator says of it; "race": any kind of one."""
+
+    file: str
+    exchanged: tuple[tuple[str, str], ...]
+    style: str = "hidden"
+    pair: str = "none"
+    error: str = "race"
+    words: str = ""
+
+
+HIDDEN, PINGPONG, PAIR = (f"sm90/{name}.cuh" for name in ("hidden", "pingpong", "pair"))
+STORED = (
+    "      Epilogue::store(to, work.tile, s.staging + strip * kStripBytes, row, lane);\n"
+    "      __syncwarp();\n"
+    "      if (lane == 0) arrive(stored(s, strip));\n"
+)
+STYLES = {
+    "no_wait_for_room": StyleBug(
+        HIDDEN,
+        (
+            (
+                "observer.wait({stored(s, strip), phase, Awaited::stored, strip, work.steps});",
+                "",
+            ),
+        ),
+    ),
+    "no_wait_for_a_tile": StyleBug(
+        HIDDEN,
+        (
+            (
+                "observer.wait({packed(s, strip), phases >> strip & 1, Awaited::packed, "
+                "strip, 0});",
+                "",
+            ),
+        ),
+    ),
+    "wrong_parity": StyleBug(HIDDEN, (("phases >> strip & 1,", "phases >> strip & 1 ^ 1,"),)),
+    "one_parity": StyleBug(HIDDEN, (("phases ^= 1u << strip;", ""),), error="Deadlock"),
+    "room_given_early": StyleBug(
+        HIDDEN, ((STORED, "".join([*STORED.splitlines(True)[2:], *STORED.splitlines(True)[:2]])),)
+    ),
+    "room_never_given": StyleBug(
+        HIDDEN,
+        (("if (lane == 0) arrive(stored(s, strip));", ""),),
+        error="Deadlock",
+        words="1 of 1 arrivals",
+    ),
+    "own_arrivals": StyleBug(
+        PAIR,
+        (
+            (
+                "arrive_at(s.empty + 8 * stage, lane);",
+                "arrive_at(s.empty + 8 * stage, rank_in_cluster());",
+            ),
+        ),
+        pair="n",
+    ),
+    "too_few_arrivals": StyleBug(
+        PAIR,
+        (("arrivals * s.blocks);", "arrivals);"),),
+        pair="n",
+        error="PtxError",
+    ),
+    "wrong_mask": StyleBug(
+        PAIR,
+        (
+            (
+                '"l"(map), "r"(barrier), "r"(x), "r"(y), "h"(uint16_t{3})',
+                '"l"(map), "r"(barrier), "r"(x), "r"(y), "h"(uint16_t{1})',
+            ),
+        ),
+        pair="n",
+        error="Deadlock",
+        words="bytes",
+    ),
+    "a_mask_of_three": StyleBug(
+        PAIR,
+        (
+            (
+                '"l"(map), "r"(barrier), "r"(x), "r"(y), "h"(uint16_t{3})',
+                '"l"(map), "r"(barrier), "r"(x), "r"(y), "h"(uint16_t{7})',
+            ),
+        ),
+        pair="n",
+        error="ClusterError",
+        words="a multicast to 0b111 in a cluster of 2",
+    ),
+    "one_half_twice": StyleBug(
+        PAIR,
+        (("load_both(stage + half * kLine,", "load_both(stage,"),),
+        pair="n",
+    ),
+    "no_first_meeting": StyleBug(
+        PAIR,
+        (("if (s.blocks > 1) meet_cluster();  // the other's barriers are there", ""),),
+        pair="n",
+        error="ClusterError",
+        words="nothing orders this after block",
+    ),
+    "no_last_meeting": StyleBug(
+        PAIR,
+        (
+            (
+                "end_block(const PairShared& s) {\n  if (s.blocks > 1) meet_cluster();",
+                "end_block(const PairShared& s) {",
+            ),
+        ),
+        pair="n",
+        error="ClusterError",
+        words="which has exited",
+    ),
+    "no_turn": StyleBug(
+        PINGPONG,
+        (
+            (
+                "observer.wait({turn(s, warpgroup), phase, Awaited::turn, warpgroup, work.steps});",
+                "",
+            ),
+        ),
+        "pingpong",
+    ),
+    "turn_kept": StyleBug(
+        PINGPONG,
+        (("  give_turn(s, warpgroup, lane);\n  wait_products<0>();", "  wait_products<0>();"),),
+        "pingpong",
+        error="Deadlock",
+        words="4 of 4 arrivals",
+    ),
+    "others_stages_not_passed": StyleBug(
+        PINGPONG, (("ring.pass(work.steps);", ""),), "pingpong", error="PtxError"
+    ),
+}
+# SwiGLU alone, so that a planted kernel compiles in seconds.
+ONE_ACTIVATION = (
+    (
+        "  with_activation(style.activation, [&](auto kind) {",
+        "  const auto only = [&](auto kind) {",
+    ),
+    ("      if (style.interleaved) return f(kind, Constant<true>{});\n", ""),
+    (
+        "    f(kind, Constant<false>{});\n  });",
+        "    f(kind, Constant<false>{});\n  };\n  only(ActivationConstant<Activation::swiglu>{});",
+    ),
+)
+
+
+def style_headers_with(name: str, root: Path, folder: Path) -> Path:
+    """A copy of csrc/cuda's headers whose styles have this bug, and one activation."""
+    copy_headers(root, folder)
+    plant(folder, "sm90/style.cuh", *ONE_ACTIVATION)
+    plant(folder, STYLES[name].file, *STYLES[name].exchanged)
+    return folder
 
 
 def plant(headers: Path, file: str, *exchanged: tuple[str, str]) -> None:

@@ -59,4 +59,23 @@ void launch(const char* name, void (*kernel)(Args...), int64_t blocks, int threa
 #endif
 }
 
+#ifdef __CUDACC__
+// The same in clusters of `size` blocks.
+template <class... Args>
+void launch_clusters(const char* name, void (*kernel)(Args...), int64_t clusters, int size,
+                     int threads, int64_t shared, Stream stream, const Args&... args) {
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * size));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = size > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, args...), name);
+}
+#endif
+
 }  // namespace moekernels::cuda

@@ -7,13 +7,17 @@
 namespace moekernels::cuda::sm90 {
 
 // C is da = dy w2 in fp32. dh = weight da act'(h), weighted_a = weight act(h), and <da, act(h)> of
-// every 64 columns.
-template <class T>
+// every 64 columns. A warp's 128 accumulators are 16 rows of 256 columns, or of 128 columns 16 rows
+// and the 16 that lie 64 further on.
+template <class T, int kColumnsOfTile = 256>
 struct StoreDAct {
   using Type = T;
-  static constexpr int kColumns = 256, kPartColumns = 64;
+  static constexpr int kColumns = kColumnsOfTile, kPartColumns = 64;
+  static constexpr int kStrips = 256 / kColumns, kParts = kColumns / kPartColumns;
   static constexpr bool kPrefetches = true;
-  static constexpr int kAtOnce = 4;  // items of a lane: 16 rows of 8 chunks by 32 lanes
+  // Items of a lane, 16 rows of 8 chunks by 32 lanes, and how many are under way at once: in the
+  // smaller tile more would not fit the registers.
+  static constexpr int kItems = 4, kAtOnce = kStrips > 1 ? 2 : kItems;
   struct Args {
     const T* h;     // [R, G]; dh may take its place
     T* dh;          // [R, G]
@@ -84,6 +88,16 @@ struct StoreDAct {
     __syncwarp();
   }
 
+  static __device__ __forceinline__ void stage_part(int part, float (&d)[128], char* staging,
+                                                    int lane) {
+    switch (part) {
+      case 0: stage<0>(d, staging, lane); break;
+      case 1: stage<1>(d, staging, lane); break;
+      case 2: stage<2>(d, staging, lane); break;
+      default: stage<3>(d, staging, lane);
+    }
+  }
+
   // What a lane works on: 8 columns of F in every fourth row, and where its first row has them.
   // Distances are 32 bits, so that the address of another row is one instruction.
   struct Place {
@@ -98,6 +112,15 @@ struct StoreDAct {
     float weight;
     bool used;
   };
+  static __device__ __forceinline__ void read_rows(RowState (&rows)[kAtOnce], const RowUse& use,
+                                                   int64_t first, int64_t row_end) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t r = first + 4 * i;
+      rows[i].used = r < row_end && use.used(r);
+      rows[i].weight = rows[i].used ? use.weight(r) : 0.0f;
+    }
+  }
   template <class P>
   static __device__ P* row_of(P* first, int n, int32_t width) {
     return first + int64_t{width} * (4 * n);
@@ -109,10 +132,11 @@ struct StoreDAct {
                                        const uint4 (&first)[kAtOnce],
                                        const uint4 (&second)[kAtOnce],
                                        const RowState (&rows)[kAtOnce], const char* staging,
-                                       float (&dots)[kAtOnce], int lane) {
+                                       float (&dots)[kAtOnce], int begin, int lane) {
     constexpr bool kGated = kind <= Activation::swiglu_clamped;
 #pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int n = begin + i;
       const bool exists = 4 * n < at.rows;
       const int r = 4 * n + lane / 8;
       const float4 low =
@@ -120,15 +144,15 @@ struct StoreDAct {
       const float4 high =
           *reinterpret_cast<const float4*>(staging + staged_chunk_of(r, lane % 8, 1));
       const float da[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      const float weight = rows[n].weight;
+      const float weight = rows[i].weight;
       float g[8], u[8], a[8];
-      split_gate<T, kAlternate>(first[n], second[n], g, u);  // zero in rows that are not used
+      split_gate<T, kAlternate>(first[i], second[i], g, u);  // zero in rows that are not used
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         const Activated<float> act =
             moekernels::activate<kind, FastMath>(g[e], u[e], style.alpha, style.limit);
         const float weighted = da[e] * weight;
-        dots[n] = fmaf(da[e], act.a, e == 0 ? 0.0f : dots[n]);
+        dots[i] = fmaf(da[e], act.a, e == 0 ? 0.0f : dots[i]);
         a[e] = weight * act.a;
         g[e] = weighted * act.by_gate;
         u[e] = weighted * act.by_up;
@@ -175,23 +199,25 @@ struct StoreDAct {
   static __device__ void clear_unused(float (&d)[128], const RowUse& use, int32_t row,
                                       int32_t row_end, int lane) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t r = row + lane / 4 + 8 * half;
+    for (int half = 0; half < 2 * kStrips; ++half) {
+      const int64_t r = row + 64 * (half / 2) + lane / 4 + 8 * (half % 2);
       if (r >= row_end || use.used(r)) continue;
 #pragma unroll
       for (int block = 0; block < kColumns / 8; ++block) {
-        d[4 * block + 2 * half] = d[4 * block + 2 * half + 1] = 0.0f;
+        const int i = half / 2 * (kColumns / 2) + 4 * block + 2 * (half % 2);
+        d[i] = d[i + 1] = 0.0f;
       }
     }
   }
 
   // Sums over the 8 lanes of a row, in one order whatever else runs.
   static __device__ void write_dots(const Args& to, const Place& at, const float (&dots)[kAtOnce],
-                                    int lane) {
+                                    int begin, int lane) {
     const int written = to.dots != nullptr && lane % 8 == 0 ? at.rows : 0;
 #pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      float dot = 4 * n < at.rows ? dots[n] : 0.0f;
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int n = begin + i;
+      float dot = 4 * n < at.rows ? dots[i] : 0.0f;
 #pragma unroll
       for (int step = 1; step < 8; step *= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
       if (4 * n < written) *row_of(at.dots, n, at.parts) = dot;
@@ -201,48 +227,46 @@ struct StoreDAct {
   template <class Tile>
   static __device__ void store(const Args& to, const Tile& tile, float (&d)[128], char* staging,
                                int32_t row, int lane) {
-    if (row >= tile.row_end) return;
     const ExpertStyle& style = to.style;
-    const int64_t first_row = row + lane / 8;
-    int32_t column = tile.column_tile * kColumns + lane % 8 * 8;  // of F
-    Place at = place_of(to, tile, first_row, column);
-    RowState rows[kAtOnce];  // the same in every part
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      const int64_t r = first_row + 4 * n;
-      rows[n].used = r < tile.row_end && to.use.used(r);
-      rows[n].weight = rows[n].used ? to.use.weight(r) : 0.0f;
-    }
-    clear_unused(d, to.use, row, tile.row_end, lane);
 #pragma unroll 1
-    for (int part = 0; part < kColumns / kPartColumns; ++part) {
-      if (column >= at.ffn) at.rows = 0;
-      uint4 first[kAtOnce], second[kAtOnce];
+    for (int strip = 0; strip < kStrips; ++strip, row += 64) {
+      if (row >= tile.row_end) return;
+      const int64_t first_row = row + lane / 8;
+      int32_t column = tile.column_tile * kColumns + lane % 8 * 8;  // of F
+      Place at = place_of(to, tile, first_row, column);
+      RowState rows[kAtOnce];
+      if (kAtOnce == kItems) read_rows(rows, to.use, first_row, tile.row_end);  // for every part
+      if (strip == 0) clear_unused(d, to.use, row, tile.row_end, lane);
+#pragma unroll 1
+      for (int part = 0; part < kParts; ++part) {
+        if (column >= at.ffn) at.rows = 0;
+#pragma unroll 1
+        for (int begin = 0; begin < kItems; begin += kAtOnce) {
+          if (kAtOnce < kItems) read_rows(rows, to.use, first_row + 4 * begin, tile.row_end);
+          uint4 first[kAtOnce], second[kAtOnce];
 #pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        first[n] = second[n] = uint4{};
-        if (rows[n].used && 4 * n < at.rows) {
-          const T* h = row_of(to.h + (at.dh - to.dh), n, at.width);
-          first[n] = get(h);
-          if (style.gated()) second[n] = get(h + at.second);
+          for (int i = 0; i < kAtOnce; ++i) {
+            const int n = begin + i;
+            first[i] = second[i] = uint4{};
+            if (rows[i].used && 4 * n < at.rows) {
+              const T* h = row_of(to.h + (at.dh - to.dh), n, at.width);
+              first[i] = get(h);
+              if (style.gated()) second[i] = get(h + at.second);
+            }
+          }
+          if (begin == 0) stage_part(strip * kParts + part, d, staging, lane);
+          float dots[kAtOnce];
+          with_style(style, [&](auto kind, auto alternate) {
+            activate_part<decltype(kind)::value, decltype(alternate)::value>(
+                style, at, first, second, rows, staging, dots, begin, lane);
+          });
+          write_dots(to, at, dots, begin, lane);
         }
+        column += kPartColumns;
+        at.dh += columns_of_h(style) * kPartColumns;
+        at.a += kPartColumns;
+        ++at.dots;
       }
-      switch (part) {
-        case 0: stage<0>(d, staging, lane); break;
-        case 1: stage<1>(d, staging, lane); break;
-        case 2: stage<2>(d, staging, lane); break;
-        default: stage<3>(d, staging, lane);
-      }
-      float dots[kAtOnce];
-      with_style(style, [&](auto kind, auto alternate) {
-        activate_part<decltype(kind)::value, decltype(alternate)::value>(style, at, first, second,
-                                                                         rows, staging, dots, lane);
-      });
-      write_dots(to, at, dots, lane);
-      column += kPartColumns;
-      at.dh += columns_of_h(style) * kPartColumns;
-      at.a += kPartColumns;
-      ++at.dots;
     }
   }
 };

@@ -15,12 +15,12 @@
 
 namespace moekernels::cuda::sm90 {
 
-// The warps that wait: eight of the consumers, the producer's first.
-constexpr int kWatchedWarps = 9, kStuckRecords = kMostGrid * kWatchedWarps;
+// The warps that wait: eight of the consumers, the loading one, the storers of a hidden epilogue.
+constexpr int kWatchedWarps = 12, kStuckRecords = kMostGrid * kWatchedWarps;
 
 // A wait that did not end, written by lane 0 of its warp to memory of the host.
 struct StuckWait {
-  int32_t found, block, warp, on_full, stage, phase, step, group;
+  int32_t found, block, warp, awaited, stage, phase, step, group;
 };
 
 // An argument of every product, read in those builds alone.
@@ -47,10 +47,14 @@ __device__ inline uint32_t sm_id() {
   return id;
 }
 
-// Which barrier a thread waits at, for what, and when.
+// What a barrier tells: a stage is free or full, a packed strip is stored or there (hidden.cuh), a
+// consumer may multiply (pingpong.cuh).
+enum class Awaited : int32_t { empty, full, stored, packed, turn };
+
+// Which barrier a thread waits at, for what, and when. stage: or the strip, or the consumer.
 struct WaitAt {
   uint32_t barrier, parity;
-  bool on_full;
+  Awaited awaited;
   int32_t stage, step;
 };
 
@@ -89,7 +93,7 @@ struct WatchdogObserver : PlainObserver {
   __device__ void stop(const WaitAt& at) {
     if (lane == 0 && probe.stuck != nullptr && blockIdx.x < kMostGrid) {
       StuckWait* to = probe.stuck + blockIdx.x * kWatchedWarps + warp;
-      *to = {1,        static_cast<int32_t>(blockIdx.x), warp,    at.on_full,
+      *to = {1,        static_cast<int32_t>(blockIdx.x), warp,    static_cast<int32_t>(at.awaited),
              at.stage, static_cast<int32_t>(at.parity),  at.step, group};
       __threadfence_system();
     }

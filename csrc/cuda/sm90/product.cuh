@@ -95,7 +95,8 @@ __device__ ProductShared product_shared(char* shared, const ProductArgs& args) {
 // Counts the tiles before each group, once a block; the rows past the last expert are a group of
 // their own where C has rows. Ends with a barrier.
 template <bool kOverRows>
-__device__ TileGrid count_tiles(const ProductShared& s, const ProductArgs& args) {
+__device__ TileGrid count_tiles(const ProductShared& s, const ProductArgs& args,
+                                int64_t tile_rows = kTileRows) {
   const int32_t groups = args.experts + (kOverRows ? 0 : 1);
   int64_t before = 0, total = 0;
   int64_t* scratch = reinterpret_cast<int64_t*>(s.staging);
@@ -106,7 +107,7 @@ __device__ TileGrid count_tiles(const ProductShared& s, const ProductArgs& args)
     if (group < groups) {
       range = rows_of_group(args.offsets, group, args.experts, args.rows);
       const int64_t rows = range.end - range.begin;
-      tiles = !kOverRows                     ? tile_count(rows, kTileRows)
+      tiles = !kOverRows                     ? tile_count(rows, tile_rows)
               : rows == 0 && args.skip_empty ? 0
                                              : args.row_tiles;
     }
@@ -140,6 +141,11 @@ struct Ring {
   uint32_t phase = 0;
   __device__ void advance() {
     if (++stage == stages) stage = 0, phase ^= 1;
+  }
+  __device__ void pass(int32_t steps) {
+    const int32_t rounds = (stage + steps) / stages;
+    stage += steps - rounds * stages;
+    phase ^= rounds & 1;
   }
 };
 
@@ -253,7 +259,7 @@ __device__ __forceinline__ void produce(const CUtensorMap* a_map, const CUtensor
       observer.begin(work.tile, work.steps);
 #pragma unroll 1  // unrolled it would take more than the producer's 40 registers
       for (int32_t step = 0; step < work.steps; ++step, ring.advance()) {
-        observer.wait({s.empty + 8 * ring.stage, ring.phase ^ 1, false, ring.stage, step});
+        observer.wait({s.empty + 8 * ring.stage, ring.phase ^ 1, Awaited::empty, ring.stage, step});
         load_stage<kColumns, kOverRows, kAlongN>(
             a_map, b_map, args, work.tile, work.first_row, step,
             s.stages + ring.stage * kStageBytes<kColumns>, s.full + 8 * ring.stage);
@@ -270,19 +276,20 @@ __device__ inline void release(const ProductShared& s, int stage, int lane) {
 }
 
 // Gives back the stages of a tile none of which this warpgroup needs.
-__device__ __forceinline__ void pass_over(const ProductShared& s, Ring& ring, int32_t steps,
+template <class Shared>
+__device__ __forceinline__ void pass_over(const Shared& s, Ring& ring, int32_t steps,
                                           Observer& observer, int lane) {
 #pragma unroll 1
   for (int32_t step = 0; step < steps; ++step, ring.advance()) {
-    observer.wait({s.full + 8 * ring.stage, ring.phase, true, ring.stage, step});
+    observer.wait({s.full + 8 * ring.stage, ring.phase, Awaited::full, ring.stage, step});
     release(s, ring.stage, lane);
   }
 }
 
 // d = the tile's sums, of this warpgroup's 64 rows.
-template <class T, int kColumns, bool kOverRows, bool kAlongN>
+template <class T, int kColumns, bool kOverRows, bool kAlongN, class Shared>
 __device__ __forceinline__ void sum_tile(float (&d)[kColumns / 2], const ProductArgs& args,
-                                         const ProductShared& s, const TileWork& work, Ring& ring,
+                                         const Shared& s, const TileWork& work, Ring& ring,
                                          Observer& observer, int warpgroup, int lane) {
   const auto counting = [&](int32_t step) {
     return rows_that_count(args, work.first_row + int64_t{step} * kDepth,
@@ -293,7 +300,7 @@ __device__ __forceinline__ void sum_tile(float (&d)[kColumns / 2], const Product
 #pragma unroll 1
   for (int32_t step = 0; step < work.steps; ++step) {
     const uint32_t stage = s.stages + ring.stage * kStageBytes<kColumns>;
-    observer.wait({s.full + 8 * ring.stage, ring.phase, true, ring.stage, step});
+    observer.wait({s.full + 8 * ring.stage, ring.phase, Awaited::full, ring.stage, step});
     if (kOverRows && rows_in != ~uint64_t{0})
       clear_stage_rows<kColumns>(stage, rows_in, threadIdx.x);
     // Along K, 16 of it are 32 bytes of every line; along M or N they are 16 lines.

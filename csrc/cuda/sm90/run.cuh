@@ -20,8 +20,11 @@ inline int multiprocessors() {
 }
 
 // The ring gives up stages where many experts take their room, unless the settings ask for them.
-inline void set_stages(ProductArgs& args, const char* name, int columns, int wanted) {
-  const auto bytes = [&] { return product_shared_bytes(columns, args.stages, args.experts); };
+// shared_bytes(stages, experts): what a block needs.
+template <class Bytes>
+void set_stages(ProductArgs& args, const char* name, int columns, int wanted,
+                const Bytes& shared_bytes) {
+  const auto bytes = [&] { return shared_bytes(args.stages, args.experts); };
   const int asked = settings().stages;
   args.stages = std::min(asked > 0 ? asked : wanted, kMostStages);
   while (args.stages > kLeastStages && bytes() > kMostShared) --args.stages;
@@ -31,6 +34,11 @@ inline void set_stages(ProductArgs& args, const char* name, int columns, int wan
         " stages of a tile of " + std::to_string(columns) + " columns with " +
         std::to_string(args.experts) + " experts, the settings ask for " + std::to_string(asked));
   }
+}
+inline void set_stages(ProductArgs& args, const char* name, int columns, int wanted) {
+  set_stages(args, name, columns, wanted, [columns](int stages, int64_t experts) {
+    return product_shared_bytes(columns, stages, experts);
+  });
 }
 
 inline GemmOrder order_of(const GemmChoice& choice) {
@@ -77,10 +85,8 @@ struct RowProduct {
   DType dtype;
 
   // A tile has columns [i column_step, +128) of w, and 128 more from `second_half` on.
-  template <class Epilogue>
-  void run(const char* name, const GemmChoice& choice, int64_t column_tiles, int64_t column_step,
-           int64_t second_half, const typename Epilogue::Args& to, Stream stream) const {
-    const ProductArgs args{
+  ProductArgs args(int64_t column_tiles, int64_t column_step, int64_t second_half) const {
+    return {
         .offsets = offsets,
         .token_of = nullptr,
         .rows = num_rows,
@@ -96,7 +102,13 @@ struct RowProduct {
         .skip_empty = true,
         .prefetch = false,
     };
+  }
+
+  template <class Epilogue>
+  void run(const char* name, const GemmChoice& choice, int64_t column_tiles, int64_t column_step,
+           int64_t second_half, const typename Epilogue::Args& to, Stream stream) const {
     if (num_rows == 0 || width == 0) return;
+    const ProductArgs args = this->args(column_tiles, column_step, second_half);
     const int64_t tiles = row_tiles_bound(num_rows, experts, kTileRows) * column_tiles;
     const int promotion = order_of(choice).promotion;
     const CUtensorMap a = tensor_map(dtype, rows, {depth, num_rows}, kTileRows, promotion);

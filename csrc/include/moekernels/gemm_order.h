@@ -15,7 +15,9 @@ inline GemmOrder order_of(const GemmChoice& choice, const Settings& asked, int m
           either(asked.grid, choice.order.grid, multiprocessors),
           either(asked.promotion, choice.order.promotion, 256),
           asked.prefetch >= 0 ? asked.prefetch != 0 : choice.order.prefetch,
-          asked.bulk_sums >= 0 ? asked.bulk_sums != 0 : choice.order.bulk_sums};
+          asked.bulk_sums >= 0 ? asked.bulk_sums != 0 : choice.order.bulk_sums,
+          asked.style >= 0 ? static_cast<GemmStyle>(asked.style) : choice.order.style,
+          asked.pair >= 0 ? static_cast<GemmPair>(asked.pair) : choice.order.pair};
 }
 
 }  // namespace moekernels::cuda::sm90

@@ -18,11 +18,24 @@ enum class GemmKernel : int { mma, fma, wgmma };
 constexpr unsigned gemm_op_bit(GemmOp op) { return 1u << static_cast<int>(op); }
 constexpr unsigned kEveryGemm = 63;
 
-// How a wgmma product walks its tiles, loads and adds them; no bit of a result depends on it. 0: as
-// the launcher's arithmetic says, and moekernels/sm90.h what the numbers mean.
+// How the epilogue of a wgmma product goes: direct by the consumers, before their next tile; hidden
+// by warps of their own beside it (row products but dact); pingpong by each of two consumers
+// while the other multiplies (dact, in tiles of 128 x 128).
+enum class GemmStyle : int { direct, hidden, pingpong };
+inline constexpr const char* kGemmStyles[] = {"direct", "hidden", "pingpong"};
+
+// Two blocks of a cluster share what their tiles both read: neighbours along N the rows, along M
+// the weights. Not in the direct style.
+enum class GemmPair : int { none, n, m };
+inline constexpr const char* kGemmPairs[] = {"none", "n", "m"};
+
+// How a wgmma product walks its tiles, loads, adds and stores them; no bit of a result depends on
+// it. 0: as the launcher's arithmetic says, and moekernels/sm90.h what the numbers mean.
 struct GemmOrder {
   int band = 0, grid = 0, promotion = 0;
   bool prefetch = true, bulk_sums = true;
+  GemmStyle style = GemmStyle::direct;
+  GemmPair pair = GemmPair::none;
 };
 
 struct GemmTuned {

@@ -18,6 +18,7 @@ struct Settings {
       -1;  // 1: what an epilogue reads comes to L2 while the product runs; -1: as the table says
   int bulk_sums = -1;  // 1: L2 adds to fp32 gradients; 0: threads load, add and store; -1: as the
                        // table says
+  int style = -1, pair = -1;  // GemmStyle, GemmPair; a launch that has no such kernel fails
 };
 constexpr int kMostBand = 64, kMostGrid = 1024, kLoggedLaunches = 64;
 
