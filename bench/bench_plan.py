@@ -13,9 +13,7 @@ import argparse
 import contextlib
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +22,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from machine import where
 
 from moekernels import jsonio
 from moekernels.cli import main as main_of_package
@@ -200,20 +199,6 @@ def main() -> int:
     if args.json:
         args.json.write_text(jsonio.dumps({**where(), **found}, indent=1) + "\n")
     return 0 if found["median_error"] <= MEDIAN_ERROR and found["tau"] >= TAU else 1
-
-
-def where() -> dict:
-    """Machine, date and commit of a measurement."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    cpu = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line),
-        platform.processor(),
-    )
-    return {
-        "machine": f"{cpu}, {os.cpu_count()} cores",
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "when": time.strftime("%Y-%m-%d"),
-    }
 
 
 if __name__ == "__main__":
