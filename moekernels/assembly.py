@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from moekernels.balance.replan import Rule
 from moekernels.errors import UsageError
 from moekernels.model import dispatch
-from moekernels.model.experts import whole_share
 from moekernels.model.layout import Layout
 from moekernels.nn.transformer import StageModel
 from moekernels.ops import _deferred
@@ -177,14 +176,6 @@ def replan_rule(run: cfg.RunConfig) -> Rule:
             f"--replan {run.train.replan}: with ep 1 a rank holds all experts of a layer and none "
             f"can move; give --ep, or leave it out"
         )
-    layout = _degrees(run)
-    # What each etp shard holds whole is summed, and so split, over those, too.
-    copies = layout.edp * (layout.etp if whole_share(run.model, layout.etp) else 1)
-    if rule.every and run.train.shard_optimizer and copies > 1:
-        raise UsageError(
-            f"--replan {run.train.replan} moves whole experts, whose state --shard-optimizer "
-            f"splits over their {copies} copies; give one of the two"
-        )
     return rule
 
 
@@ -296,12 +287,21 @@ def build_chunks(run: cfg.RunConfig, mesh: Mesh) -> list[StageModel]:
     return chunks
 
 
-def build_optimizer(
-    run: cfg.RunConfig, mesh: Mesh, shards: Iterable[tuple[str, Tensor, ShardInfo]]
-) -> Optimizer:
+def build_optimizer(run: cfg.RunConfig, mesh: Mesh, chunks: Sequence[StageModel]) -> Optimizer:
     t = run.train
     same = {f.name: getattr(t, f.name) for f in fields(AdamWConfig) if hasattr(t, f.name)}
-    return Optimizer(shards, mesh, AdamWConfig(**same, state_dtype=MOMENTS[t.optimizer_state]))
+    moments, moves = MOMENTS[t.optimizer_state], replan_rule(run).every > 0
+    config = AdamWConfig(**same, state_dtype=moments, whole_experts=moves)
+    return Optimizer(shards_of(chunks), mesh, config, chunk_of(chunks))
+
+
+def shards_of(chunks: Sequence[StageModel]) -> list[tuple[str, nn.Parameter, ShardInfo]]:
+    return [shard for chunk in chunks for shard in chunk.named_shards()]
+
+
+def chunk_of(chunks: Sequence[StageModel]) -> dict[str, int]:
+    """Which of a rank's chunks each parameter is of."""
+    return {name: i for i, chunk in enumerate(chunks) for name, _, _ in chunk.named_shards()}
 
 
 def build_schedule(run: cfg.RunConfig) -> Schedule:

@@ -23,6 +23,7 @@ class AdamWConfig:
     eps: float = 1e-8
     state_dtype: torch.dtype = torch.float32
     shard_optimizer: bool = False  # masters and moments lie on one rank each
+    whole_experts: bool = False  # but those of experts, which move as wholes
     offload_optimizer: float = 0.0  # part of masters and moments that lies in the host's memory
     seed: int = 0  # of the rounding of bf16 moments
     lr_schedule: str = "cosine"

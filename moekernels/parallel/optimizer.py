@@ -17,7 +17,7 @@ Weight decay acts on matrices, not on norms, biases (anything one-dimensional) a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -28,9 +28,10 @@ from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Group, Mesh
 from moekernels.parallel.nodes import gather
 from moekernels.parallel.offload import Held, Streamed, host_zeros
+from moekernels.parallel.reduction import Reduction
 from moekernels.parallel.rounding import Noise
 from moekernels.parallel.shard import ShardInfo, boxes
-from moekernels.parallel.tensor import all_gather, all_reduce, in_rank_order, reduce_scatter
+from moekernels.parallel.tensor import all_gather, all_reduce
 from moekernels.parallel.update import Bucket, update
 
 CHUNK = 1 << 18  # elements whose bf16 moments are widened at a time: what fits a cache
@@ -46,20 +47,27 @@ class Optimizer:
     """Owns the storage of parameters and gradients of this rank.
 
     Gradients accumulate over backward passes into `parameter.main_grad` (kernels that know it
-    write there, autograd's are added) until `zero_grad`. A step is `reduce`, then `step`.
+    write there, autograd's are added) until `zero_grad`. A step is `reduce`, then `step`; sums of a
+    chunk whose backward is over may begin before, by `sums.begin`.
     """
 
     def __init__(
-        self, shards: Iterable[tuple[str, Tensor, ShardInfo]], mesh: Mesh, config: AdamWConfig
+        self,
+        shards: Iterable[tuple[str, Tensor, ShardInfo]],
+        mesh: Mesh,
+        config: AdamWConfig,
+        chunk_of: Mapping[str, int] | None = None,
     ) -> None:
+        """`chunk_of`: the chunk of this rank that a parameter is of, by name; else they are of
+        one."""
         self.mesh, self.config, self.steps_done = mesh, config, 0
         self.parameters = {name: (parameter, info) for name, parameter, info in shards}
-        kinds: dict[tuple[str, str, bool, bool, torch.dtype, bool], list[str]] = {}
+        kinds: dict[tuple[str, str, bool, bool, torch.dtype, int, bool], list[str]] = {}
         asked = config.optimizer == "muon"
         for name, (parameter, info) in self.parameters.items():
-            decay = decays(name, info.full_shape)
-            matrix = asked and muon.takes(name, info)
-            key = (info.reduce_over, info.copies, decay, info.apart, parameter.dtype, matrix)
+            decay, matrix = decays(name, info.full_shape), asked and muon.takes(name, info)
+            kind = (info.reduce_over, info.copies, decay, info.apart, parameter.dtype)
+            key = (*kind, chunk_of[name] if chunk_of else 0, matrix)
             kinds.setdefault(key, []).append(name)
         matrices = {
             name: self.parameters[name][1] for key in kinds if key[-1] for name in kinds[key]
@@ -70,6 +78,7 @@ class Optimizer:
         self._hooks: list[RemovableHandle] = []
         self._streamed = Streamed(mesh.device)
         self.buckets = [self._bucket(*kind, names) for kind, names in kinds.items()]
+        self.sums = Reduction(self.buckets, mesh)
 
     def _bucket(
         self,
@@ -78,6 +87,7 @@ class Optimizer:
         decay: bool,
         apart: bool,
         kept: torch.dtype,
+        chunk: int,
         matrices: bool,
         names: list[str],
     ) -> Bucket:
@@ -92,7 +102,8 @@ class Optimizer:
             spans.append((size, end))
             size = -(-end // ALIGN) * ALIGN
         group: Group = getattr(self.mesh, reduce_over)
-        sharded = self.config.shard_optimizer and group.size > 1
+        whole = apart and self.config.whole_experts
+        sharded = self.config.shard_optimizer and group.size > 1 and not whole
         parts, part = (group.size, group.rank) if sharded else (1, 0)
         # Whole lines, the last one, too: its few elements would be updated with other bits.
         share = -(-size // (parts * ALIGN)) * ALIGN
@@ -123,6 +134,7 @@ class Optimizer:
             copies,
             decay,
             apart,
+            chunk,
             names,
             spans,
             own,
@@ -153,13 +165,7 @@ class Optimizer:
     def reduce(self) -> None:
         """Sum the gradients over the ranks that computed parts of them; sharded, those of this
         rank's slices alone."""
-        for bucket in self.buckets:
-            group = getattr(self.mesh, bucket.reduce_over)
-            if bucket.sharded:
-                bucket.grads[bucket.own].copy_(reduce_scatter(bucket.grads, group))
-            elif group.size > 1:
-                add = in_rank_order if bucket.apart else all_reduce
-                bucket.grads.copy_(add(bucket.grads, group))
+        self.sums.finish()
 
     def spread_gradients(self) -> None:
         """Give every rank the sums that the others have of sharded gradients: for comparisons."""

@@ -19,6 +19,7 @@ Legend: T tokens, H hidden, P ranks of the group. Token dimensions are dimension
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -28,6 +29,10 @@ from torch import Tensor
 from moekernels.ops import _derivatives
 from moekernels.parallel.measure import border, waited
 from moekernels.parallel.mesh import Group
+
+# The lane of shared memory that messages of a pipeline back take; sums take it in other groups.
+LANE = 1
+UNDER_WAY = 8  # sums at once: a lane holds 16 messages unread
 
 # torch 2.13 renamed these two and warns at the old names.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -72,6 +77,42 @@ def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty(part, *x.shape[1:])
     _reduce_scatter_single(out, x.contiguous(), group=group.process_group)
     return out
+
+
+def begin_reduce_scatter(x: Tensor, group: Group, tag: int) -> Callable[[], Tensor]:
+    """`reduce_scatter` of a flat x over several ranks that goes on beside what follows; what is
+    given waits for it. x stays as it is until then. Ranks begin in one order, each with the same
+    `tag` of its own; at most `UNDER_WAY` at once, of a group whose ranks exchange no messages of a
+    pipeline."""
+    if group.memory is not None:
+        parts, memory = x.view(group.size, -1), group.memory
+        peers = [peer for peer in range(group.size) if peer != group.rank]
+        for peer in peers:
+            memory.send(parts[peer], peer, LANE, tag)
+        numbers = [memory.expect(peer, LANE) for peer in peers]
+
+        def wait() -> Tensor:
+            came = torch.empty_like(parts)
+            came[group.rank] = parts[group.rank]
+            for peer, number in zip(peers, numbers):
+                memory.receive(came[peer], peer, LANE, number, tag)
+            return _sum_over(came)
+
+    elif x.device.type == "cpu":
+        posted = post_all_to_all(x, group, None, None)
+
+        def wait() -> Tensor:
+            return _sum_over(posted.wait(stamped=False).view(group.size, -1))
+
+    else:
+        out = x.new_empty(len(x) // group.size)
+        work = _reduce_scatter_single(out, x, group=group.process_group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return out
+
+    return wait
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:

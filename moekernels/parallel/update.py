@@ -26,6 +26,7 @@ class Bucket:
     copies: str
     decay: bool
     apart: bool  # all of them are experts', none is
+    chunk: int  # of this rank, whose backward gives the gradients
     names: list[str]
     spans: list[tuple[int, int]]
     own: slice  # what this rank updates

@@ -130,16 +130,22 @@ class PipelineRuntime:
         self._channels = self._open_channels()
 
     def step(
-        self, microbatches: Sequence[Any], *, origin: float | None = None, record: bool = True
+        self,
+        microbatches: Sequence[Any],
+        *,
+        origin: float | None = None,
+        record: bool = True,
+        finished: Callable[[int], None] | None = None,
     ) -> StepResult:
         """Forward and backward of all microbatches; gradients are accumulated in the parameters.
+        `finished` is told of each chunk when its last backward is over.
 
         Event times are seconds since `origin`, a `time.perf_counter()` that the ranks of a machine
         share (default: the start of this step). On a GPU `record` costs a synchronisation at the
         end of the step.
         """
         schedule = self._schedule_for(self.schedule.name, len(microbatches))
-        return self._run(schedule, microbatches, origin, record)
+        return self._run(schedule, microbatches, origin, record, finished)
 
     @torch.no_grad()
     def evaluate(
@@ -156,20 +162,39 @@ class PipelineRuntime:
         return _cached_build(name, mine.stages, microbatches, mine.virtual_stages)
 
     def _run(
-        self, schedule: Schedule, microbatches: Sequence[Any], origin: float | None, record: bool
+        self,
+        schedule: Schedule,
+        microbatches: Sequence[Any],
+        origin: float | None,
+        record: bool,
+        finished: Callable[[int], None] | None = None,
     ) -> StepResult:
         clock = Clock(self.device, origin, record)
         step = _Step(self, schedule, microbatches, clock)
         try:
             rank = self.group.rank
             paired = schedule.paired[rank] if schedule.paired else ()
+            backwards = (a for a in schedule.computations(rank) if a.kind is not Kind.F)
+            last = {action.chunk: action for action in backwards}
+            over: list[int] = []  # chunks to tell of, behind what their last backward sends
+
+            def tell() -> None:
+                while over and finished is not None:
+                    finished(over.pop())
+
             for entry in batches(schedule.actions[rank], paired):
-                if isinstance(entry, Action):
-                    step.compute(entry)
-                elif isinstance(entry, Pair):
+                if isinstance(entry, list):
+                    step.communicate(entry)
+                    continue
+                tell()
+                if isinstance(entry, Pair):
                     step.compute_pair(entry)
                 else:
-                    step.communicate(entry)
+                    step.compute(entry)
+                done = entry.backward if isinstance(entry, Pair) else entry
+                if last.get(done.chunk) == done:
+                    over.append(done.chunk)
+            tell()
             step.finish()
         except Exception:
             self._stage.clear()

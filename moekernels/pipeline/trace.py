@@ -148,10 +148,13 @@ class Traveller(Protocol):
     def late(self) -> float: ...
 
 
-def exchange_events(stage: int, flights: Iterable[Traveller], **args: Any) -> list[dict[str, Any]]:
-    """Trace entries of a stage's exchanges, on a track of their own beside `THREADS`."""
-    thread = len(THREADS)
-    entries = [_metadata("thread_name", stage, thread, {"name": "exchange"})]
+def exchange_events(
+    stage: int, flights: Iterable[Traveller], track: str = "exchange", place: int = 0, **args: Any
+) -> list[dict[str, Any]]:
+    """Trace entries of what travels between a stage's ranks, on a track of their own, the one in
+    that place beside `THREADS`."""
+    thread = len(THREADS) + place
+    entries = [_metadata("thread_name", stage, thread, {"name": track})]
     for flight in flights:
         microseconds = {"waited_us": flight.waited, "late_us": flight.late}
         facts = {key: round(value * 1e6, 3) for key, value in microseconds.items()}
@@ -161,7 +164,7 @@ def exchange_events(stage: int, flights: Iterable[Traveller], **args: Any) -> li
                 "pid": stage,
                 "tid": thread,
                 "name": flight.name,
-                "cat": "exchange",
+                "cat": track,
                 "ts": round(flight.start * 1e6, 3),
                 "dur": round((flight.end - flight.start) * 1e6, 3),
                 "args": {"bytes": flight.size, **facts, **args},

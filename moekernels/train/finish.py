@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 def finish(trainer: Trainer, events: list[Event], step: int, seconds: float) -> None:
     """Traces of the last step, plots and the closing table, by rank 0; every rank calls it."""
-    mine: tuple[list[Event], int, list[Flight]] = ([], trainer.mesh.pp.rank, [])
+    mine: tuple[list[Event], int, list[Flight], dict[int, Flight]]
+    mine = ([], trainer.mesh.pp.rank, [], {})
     if trainer.mesh.tp.rank == 0 and trainer.mesh.dp.rank == 0:
         flights = flights_of(trainer.exchanges.stamps, trainer.origin)
-        mine = (events, trainer.mesh.pp.rank, flights)
+        sums = trainer.optimizer.sums.flights(trainer.origin)
+        mine = (events, trainer.mesh.pp.rank, flights, sums)
     gathered = [mine] * trainer.env.world
     if trainer.env.world > 1:
         dist.gather_object(mine, gathered if trainer.env.leader else None, 0)
@@ -34,10 +36,12 @@ def finish(trainer: Trainer, events: list[Event], step: int, seconds: float) -> 
     from moekernels.train.plots import draw
 
     path = trainer.job.folder.path
-    measured = sorted((e for part, _, _ in gathered for e in part), key=lambda e: e.start)
+    measured = sorted((e for part, *_ in gathered for e in part), key=lambda e: e.start)
     entries = trace_events(measured, step=step)
-    for _, stage, flights in gathered:
+    for _, stage, flights, sums in gathered:
         entries += exchange_events(stage, flights, step=step) if flights else []
+        for chunk, flight in sums.items():  # those of several chunks may be under way at once
+            entries += exchange_events(stage, [flight], flight.name, 1 + chunk, step=step)
     write_trace(path / "trace.json", entries)
     write_trace(
         path / "trace_planned.json", trace_events(planned(trainer.runtime.schedule, measured))

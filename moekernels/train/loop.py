@@ -79,8 +79,8 @@ class Trainer:
         self.rows = [self._rows_of(chunk) for chunk in self.chunks]
         self.runtime = assembly.build_runtime(self.run, self.mesh, self.chunks)
         self.loader = assembly.build_loader(self.run, job.corpus, self.mesh.dp_index)
-        self.shards = [shard for chunk in self.chunks for shard in chunk.named_shards()]
-        self.optimizer = assembly.build_optimizer(self.run, self.mesh, self.shards)
+        self.shards = assembly.shards_of(self.chunks)
+        self.optimizer = assembly.build_optimizer(self.run, self.mesh, self.chunks)
         t, m = self.run.train, self.run.model
         bad_before = job.facts.get("skipped_in_a_row", 0)
         self.guard = Guard(self.shards, self.mesh, t.skip_bad_steps, bad_before)
@@ -250,7 +250,9 @@ class Trainer:
             flush, worked = time.perf_counter(), time.process_time()
             self.origin = flush if origin is None else origin
             self.monitor.begin(step)
-            result = self.runtime.step(batches, origin=origin)
+            # Copies of experts bring their gradients home behind all chunks.
+            begin = None if self.run.train.replicas else self.optimizer.sums.begin
+            result = self.runtime.step(batches, origin=origin, finished=begin)
             flush, worked = time.perf_counter() - flush, time.process_time() - worked
             self.hot.bring_home()
             self.optimizer.reduce()

@@ -67,11 +67,12 @@ class Side:
         self.run, self.mesh = run, mesh
         self.chunks = assembly.build_chunks(run, mesh)
         self.runtime = assembly.build_runtime(run, mesh, self.chunks)
-        self.shards = [shard for chunk in self.chunks for shard in chunk.named_shards()]
+        self.shards = assembly.shards_of(self.chunks)
         settings = AdamWConfig(
             lr=1e-2, steps=100, clip=1.0, shard_optimizer=run.train.shard_optimizer
         )
-        self.optimizer = Optimizer(self.shards, mesh, settings)
+        chunk_of = assembly.chunk_of(self.chunks)
+        self.optimizer = Optimizer(self.shards, mesh, settings, chunk_of)
         layers = [moe for chunk in self.chunks for moe in chunk.experts_layers]
         self.replicas = Replicas(mesh, layers)
         if spare := run.train.replicas:
@@ -91,10 +92,11 @@ class Side:
         fits = False
         while not fits:
             self.optimizer.zero_grad()
-            losses = self.runtime.step(batches, record=False).losses
+            begin = None if self.run.train.replicas else self.optimizer.sums.begin
+            losses = self.runtime.step(batches, record=False, finished=begin).losses
+            self.replicas.bring_home()
+            self.optimizer.reduce()
             fits = stands(self.mesh.exchange.bound, self.mesh.world)
-        self.replicas.bring_home()
-        self.optimizer.reduce()
         self.optimizer.spread_gradients()
         loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if losses and self.mesh.tp.rank == 0:

@@ -254,7 +254,7 @@ def test_the_planner_counts_its_state(dtype, state):
     mesh = Mesh(Layout())
     run.model = replace(run.model, num_layers=2)
     (chunk,) = assembly.build_chunks(run, mesh)
-    optimizer = assembly.build_optimizer(run, mesh, chunk.named_shards())
+    optimizer = assembly.build_optimizer(run, mesh, [chunk])
     counted = stage_memory(run.model, configured(run), 0, 512)
     norms = sum(
         p.numel() for name, p, _ in chunk.named_shards() if "q_norm" in name or "k_norm" in name

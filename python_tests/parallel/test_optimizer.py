@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moekernels.model.layout import Layout
 from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.optimizer import Optimizer
 from moekernels.parallel.shard import boxes, even_range, shard
-from moekernels.parallel.tensor import in_rank_order
+from moekernels.parallel.tensor import begin_reduce_scatter, in_rank_order
 from python_tests.support.distributed import run_ranks
 
 SHAPES = {
@@ -235,6 +236,56 @@ def test_every_layout_has_one_norm_and_one_update(layout, shard_optimizer):
     for _, shards in results:
         for name, p, info in shards:
             torch.testing.assert_close(p, info.take(expected[name].data), rtol=1e-5, atol=1e-6)
+
+
+def begun_early(rank, mode, early):
+    """Two chunks, whose sums begin before or behind the last one's gradients: the gradients'
+    norm and the parameters after two steps, and what was drawn of the sums."""
+    mesh, full = Mesh(Layout(dp=3), exchange_mode=mode), model()
+    assert (mesh.dp.memory is None) == (mode == "collective")
+    shards = [(name, p, shard(p.shape)) for name, p in full.items()]
+    chunk_of = {name: int("layers" not in name) for name in full}
+    settings = config(shard_optimizer=True)
+    optimizer, norms = Optimizer(shards, mesh, settings, chunk_of), []
+    for step in (1, 2):
+        optimizer.zero_grad()
+        for chunk in (1, 0):
+            for name, p in full.items():
+                if chunk_of[name] == chunk:
+                    p.main_grad.add_(gradient(name, step + rank) / 3)
+            if early:
+                optimizer.sums.begin(chunk)
+        optimizer.reduce()
+        norms.append(optimizer.step()[0].item())
+    return norms, [p.data for p in full.values()], optimizer.sums.flights(0.0)
+
+
+@pytest.mark.parametrize("mode", ["shared", "collective"])
+def test_sums_that_begin_early_have_the_same_bits(mode):
+    first, early = (run_ranks(3, begun_early, mode, early) for early in (False, True))
+    for (norms, parameters, _), (others, begun, flights) in zip(first, early):
+        assert norms == others and all(map(torch.equal, parameters, begun))
+        assert flights.keys() == {0, 1} and flights[1].start < flights[0].start < flights[1].end
+        assert flights[1].size >= 4 * 40 * 24
+
+
+def sums_without_the_others(rank, mode):
+    """Rank 1 begins only when rank 0 has, and has gone on: a sum that waited would never come."""
+    mesh, x = Mesh(Layout(dp=2), exchange_mode=mode), torch.full((8,), float(rank + 1))
+    ready = torch.zeros(1)
+    if rank == 0:
+        wait = begin_reduce_scatter(x, mesh.dp, 5)
+        dist.send(ready, 1)
+    else:
+        dist.recv(ready, 0)
+        wait = begin_reduce_scatter(x, mesh.dp, 5)
+    return wait()
+
+
+@pytest.mark.parametrize("mode", ["shared", "collective"])
+def test_a_sum_begins_without_the_others(mode):
+    for part in run_ranks(2, sums_without_the_others, mode, timeout=30):
+        assert torch.equal(part, torch.full((4,), 3.0))
 
 
 def tied_ends(rank, layout, settings):

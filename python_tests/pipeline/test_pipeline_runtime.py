@@ -133,6 +133,23 @@ def assert_same(results, depth, count, dtype=torch.float64):
         assert torch.equal(found[key], grad), key
 
 
+@pytest.mark.parametrize("name, virtual", [("1f1b", 1), ("interleaved", 2), ("zb", 2)])
+def test_a_chunk_is_finished_with_its_last_gradient(name, virtual):
+    """The last chunk while the first has still something to compute."""
+    runtime, chunks = make_runtime(0, name, 1, 4, virtual)
+    seen = {}
+
+    def finished(chunk):
+        seen[chunk] = [c.weight.grad.clone() for c in chunks]
+
+    runtime.step(make_batches(4), finished=finished)
+    assert list(seen) == [*range(virtual)][::-1]
+    for chunk, grads in seen.items():
+        assert torch.equal(grads[chunk], chunks[chunk].weight.grad)
+        for before in range(chunk if name == "interleaved" else 0):  # here W has nothing to add
+            assert not torch.equal(grads[before], chunks[before].weight.grad)
+
+
 @pytest.fixture(scope="module")
 def ranks():
     with RankPool(4) as pool:
