@@ -114,7 +114,7 @@ def launch_line(plan: Plan, problem: Problem, source: list[str]) -> str:
     words.append(f"--checkpoint-layers {ranges_text(s.checkpoint_layers)}")
     words.append(f"--dispatcher {s.dispatcher}")
     words += [f"--dtype {s.dtype}", f"--optimizer-state {s.optimizer_state}"]
-    words += ["--shard-optimizer"] if s.shard_optimizer else []
+    words += [] if s.shard_optimizer else ["--no-shard-optimizer"]
     words += [f"--optimizer {s.optimizer}"] if s.optimizer != "adamw" else []
     words += [f"--ema {s.ema:g}"] if s.ema else []
     words += [f"--replicas {s.replicas}"] if s.replicas else []
@@ -128,7 +128,8 @@ def launch_line(plan: Plan, problem: Problem, source: list[str]) -> str:
 
 def strategy_text(s: Strategy) -> str:
     schedule = s.schedule if s.virtual_stages == 1 else f"{s.schedule} x{s.virtual_stages}"
-    split = " and masters split" if s.shard_optimizer else ""
+    several = s.layout.dp > 1 or s.layout.edp > 1
+    split = " and masters split" if s.shard_optimizer and several else ""
     split += ", their average" if s.ema else ""
     split += ", muon" if s.optimizer == "muon" else ""
     away = f" ({s.offload_optimizer:g} of the state on the host)" if s.offload_optimizer else ""

@@ -121,5 +121,5 @@ def candidates(problem: Problem, world: int, space: Space) -> Iterator[Strategy]
                             layout, layers, (0,) * len(layers), microbatches, name, virtual, way,
                             problem.dtype, shard_optimizer=problem.shard_optimizer, nodes=nodes,
                             replicas=spare[way], ema=problem.ema,
-                            optimizer=problem.optimizer,
+                            optimizer=problem.optimizer, whole_experts=problem.whole_experts,
                         )  # fmt: skip

@@ -244,7 +244,8 @@ def update_seconds(model: DecoderSpec, cluster: Cluster, s: Strategy) -> dict[st
             if ranks > 1:
                 near = max(1, min(ranks, c.gpus_per_node // stride))
                 link = c.link_bandwidth if near == ranks else c.network_bandwidth
-                back = WIDTH[s.dtype] if s.shard_optimizer else GRADIENT  # weights are gathered
+                split = s.shard_optimizer and not (s.whole_experts and part == "experts")
+                back = WIDTH[s.dtype] if split else GRADIENT  # weights are gathered
                 size = count * (GRADIENT + back) * (ranks - 1) / ranks
                 summed += (
                     size / (link * c.bandwidth_efficiency) + 2 * c.latency * ranks.bit_length()

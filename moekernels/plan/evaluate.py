@@ -31,6 +31,7 @@ class Problem:
     replicas: int = 0
     ema: float = 0.0
     optimizer: str = "adamw"
+    whole_experts: bool = False  # experts move, so their optimiser's state is not split
 
 
 Costs = dict[tuple[int, Kind], np.ndarray]  # (virtual stage, kind): seconds [m]

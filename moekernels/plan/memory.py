@@ -218,7 +218,9 @@ def owned_parameters(
     if not s.shard_optimizer:
         return dict(parameters)
     owned = {part: n / copies(model, s.layout, part)[0] for part, n in parameters.items()}
-    if "experts" in owned:  # what each etp shard holds whole is split over those, too
+    if s.whole_experts and "experts" in owned:
+        owned["experts"] = float(parameters["experts"])
+    elif "experts" in owned:  # what each etp shard holds whole is split over those, too
         etp = s.layout.etp
         owned["experts"] *= 1 - experts.whole_share(model, etp) * (1 - 1 / etp)
     return owned

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moekernels import files
+from moekernels.balance.replan import Rule
 from moekernels.errors import UsageError
 from moekernels.model import dispatch
 from moekernels.model.spec import LONGEST, MOST
@@ -175,7 +176,12 @@ def problem_of(run: cfg.RunConfig, lengths: tuple[int, ...] | None = None) -> Pr
         run.train.replicas,
         run.train.ema,
         run.train.optimizer,
+        _moves(run),
     )
+
+
+def _moves(run: cfg.RunConfig) -> bool:
+    return Rule.parse(run.train.replan).every > 0
 
 
 def space_of(flags: dict[tuple[str, str], Any]) -> Space:
@@ -215,6 +221,7 @@ def configured(run: cfg.RunConfig) -> Strategy:
         dtype=run.train.dtype,
         optimizer_state=run.train.optimizer_state,
         shard_optimizer=run.train.shard_optimizer,
+        whole_experts=_moves(run),
         replicas=0 if useless else run.train.replicas,
         offload_optimizer=max(0.0, run.train.offload_optimizer),  # auto: what is left to choose
         nodes=nodes,

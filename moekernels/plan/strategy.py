@@ -45,6 +45,7 @@ class Strategy:
     dtype: str = "bf16"
     optimizer_state: str = "fp32"
     shard_optimizer: bool = False
+    whole_experts: bool = False  # but not that of experts, which move
     offload_optimizer: float = 0.0  # part of masters and moments in the host's memory
     replicas: int = 0  # spare slots of a rank and layer for copies of hot experts
     optimizer: str = "adamw"

@@ -129,9 +129,9 @@ class TrainSection:
         choices=("fp32", "bf16"),
     )
     shard_optimizer: bool = key(
-        False,
-        "split masters and moments over the data-parallel ranks, experts' over their copies (ZeRO "
-        "stage 1); gradients are reduce-scattered, parameters gathered",
+        True,
+        "split masters and moments over the ranks that hold the same parameters (ZeRO stage 1), "
+        "but for experts that --replan moves; gradients are reduce-scattered, parameters gathered",
     )
     offload_optimizer: float = key(
         0.0,

@@ -47,7 +47,7 @@ class Variant:
     guests: bool = False  # all that stands beside experts, and a first layer without any
     attention: str = ""  # other than the small model's own, by its name in `ATTENTIONS`
     tied: bool = False  # one matrix for the embedding and the head
-    shard_optimizer: bool = False
+    shard_optimizer: bool = True
     buffers: str = EXACT  # of the rows that come
     virtual_stages: int = 1
     replicas: int = 0  # copies of other ranks' experts in each layer of a rank
@@ -70,7 +70,7 @@ class Variant:
         text += f", {' and '.join(BESIDE)} expert and a dense layer" * self.guests
         text += f", {self.buffers} buffers" * (self.buffers != EXACT)
         text += f", {self.replicas} copies of experts a rank" * (self.replicas > 0)
-        return text + ", optimizer split over ranks" * self.shard_optimizer
+        return text + ", whole optimizer on every rank" * (not self.shard_optimizer)
 
 
 def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
@@ -92,14 +92,13 @@ def variants_of(degrees: dict[str, int], steps: int) -> list[Variant]:
     found += [Variant(steps=1, dispatcher=name) for name in ways]
     if run.layout.ep * run.layout.etp > 1:  # most steps of which do not fit at first
         found.append(Variant(steps=1, dispatcher="all_to_all", buffers="bounded:1"))
-    if run.layout.dp > 1:
-        found.append(Variant(steps=1, shard_optimizer=True))
+    found.append(Variant(steps=1, shard_optimizer=False))
     if run.layout.ep > 1:
         found.append(Variant("zb", top_k=1, steps=1, replicas=2))
     ends = [v for v in orders if run.layout.pp * v.virtual_stages > 1]  # the first is not the last
     found += [replace(v, steps=1, tied=True) for v in ends]
     if run.layout.pp > 1:
-        found.append(Variant(steps=1, tied=True, shard_optimizer=True))
+        found.append(Variant(steps=1, tied=True, shard_optimizer=False))
     if 6 % run.layout.ep == 0:
         found.append(Variant(experts=6, top_k=3, steps=1))
     return found

@@ -189,5 +189,5 @@ def test_no_line_of_a_pipe_is_broken(capsys, monkeypatch):
     assert cli.main(["plan", "--gpus", "64", "--memory-gb", "80"]) == 0
     lines = capsys.readouterr().out.splitlines()
     strategy = next(line for line in lines if line.startswith("recommended"))
-    assert "checkpointed" in strategy and strategy.endswith("hierarchical")
+    assert "checkpointed" in strategy and strategy.endswith("all_to_all")
     assert max(map(len, lines)) > 150

@@ -34,7 +34,7 @@ def test_losses_have_the_same_bits_through_moves(train):
 
 
 def test_a_run_goes_on_with_another_share(train):
-    more = ("--shard-optimizer", "--save-every", "2", "--lr-schedule", "constant")
+    more = ("--save-every", "2", "--lr-schedule", "constant")
     expected, _ = train(*more, "--steps", "4", out="here")
     train(*more, "--steps", "2", "--offload-optimizer", "0.5")
     got, said = train(*more, "--steps", "4", "--offload-optimizer", "1", "--resume")

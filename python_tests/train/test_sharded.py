@@ -1,4 +1,4 @@
-"""`--shard-optimizer`: the same training, in less memory, and checkpoints that any layout reads."""
+"""A split optimiser: the same training, in less memory, and checkpoints that any layout reads."""
 
 import pytest
 import torch
@@ -37,24 +37,23 @@ def test_two_ranks_train_bit_for_bit_as_unsharded(train, dtype):
         "--optimizer-state",
         dtype,
     )
-    assert train(*more, "--shard-optimizer") == train(*more, out="whole")
+    assert train(*more) == train(*more, "--no-shard-optimizer", out="whole")
 
 
 def test_a_run_goes_on_sharded_and_whole_and_elsewhere(train):
     more = ("--steps", "4", "--save-every", "2", "--keep", "9", "--clip", "0")
-    expected = train("--dp", "2", *more, "--shard-optimizer")
-    for out, steps in (("a", ("--dp", "2")), ("b", ("--dp", "2", "--shard-optimizer"))):
-        train("--dp", "2", *more[:0], "--steps", "2", "--clip", "0", "--shard-optimizer", out=out)
+    expected = train("--dp", "2", *more)
+    for out, steps in (("a", ("--dp", "2", "--no-shard-optimizer")), ("b", ("--dp", "2"))):
+        train("--dp", "2", "--steps", "2", "--clip", "0", out=out)
         got = train(*steps, "--steps", "4", "--clip", "0", "--resume", out=out)
         assert got[:2] != got[2:] and len(got) == 4
-    first = train("--dp", "2", "--ep", "2", *more, "--shard-optimizer", out="c")
+    first = train("--dp", "2", "--ep", "2", *more, out="c")
     torch.testing.assert_close(torch.tensor(first), torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("degrees", ["--tp 1 --dp 4 --ep 2", "--tp 2 --dp 2 --ep 2 --etp 2"])
-def test_experts_that_move_are_not_split(text, cache, capfd, tmp_path, degrees):
-    """Nor those of one copy whose lifts lie whole on each etp shard."""
-    more = [*degrees.split(), "--replan", "2", "--shard-optimizer"]
-    assert main(argv(text, tmp_path / "run", *TINY, *more)) == 2
-    err = capfd.readouterr().err
-    assert "--replan 2 moves whole experts, whose state --shard-optimizer splits" in err
+def test_experts_that_move_stay_whole(train, degrees):
+    """And those of one copy whose lifts lie whole on each etp shard; what they compute does not
+    hang on it."""
+    more = [*degrees.split(), "--steps", "3", "--clip", "0", "--replan", "random:1"]
+    assert train(*more) == train(*more, "--no-shard-optimizer", out="whole")
