@@ -191,6 +191,10 @@ class BatchLoader:
         """The plan of a step over all data-parallel ranks."""
         return self._plan(self._drawn(step)[1])
 
+    def sequence_lengths(self, step: int) -> tuple[int, ...]:
+        """Of the sequences that the plan of a step deals out."""
+        return tuple(self._drawn(step)[1].tolist())
+
     def global_tokens(self, step: int) -> int:
         """Labels in a step over all data-parallel ranks."""
         return int(self._drawn(step)[1].sum())

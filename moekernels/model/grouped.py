@@ -24,6 +24,13 @@ class GroupedSpec(HeadsSpec):
     )
     sinks: bool = key(False, "a learned score a head that takes a part of the attention")
 
+    @property
+    def masked(self) -> float:
+        """The part of the layers whose attention makes whole matrices of scores."""
+        if self.sinks or not self.window:
+            return float(self.sinks)
+        return 1.0 - (1.0 / self.window_period if self.window_period else 0.0)
+
     def window_of(self, layer: int) -> int:
         """Tokens that a token of layer number `layer`, from 1, sees; 0: all."""
         return 0 if self.window_period and layer % self.window_period == 0 else self.window
@@ -87,9 +94,26 @@ def work(spec: GroupedSpec, at: Place) -> Work:
     q, k, hd = spec.num_heads / tp, spec.kv_heads / tp, spec.head_dim
     return Work(
         dense=2.0 * spec.d_model * 2 * (q + k) * hd,
-        pairs=1.0 * q * (hd + hd),
+        pairs=(1.0 + spec.masked) * q * (hd + hd),  # causal: half of the pairs, or all of them
         traffic=traffic(spec, at),
+        scores=spec.masked * PASSES * q * at.wide,
     )
 
 
-PART = Part(parameters, kept, work, shapes, check=check, owed=owed)
+def passing(spec: GroupedSpec, at: Place) -> float:
+    """Of a backward with masks, in its last product: the result's gradient; in fp32 at least the
+    scores and their gradients, those of values and of queries, and of keys for each query's head,
+    beside the queries in the product's order."""
+    if not spec.masked:
+        return 0.0
+    hd, q, k = spec.head_dim, spec.num_heads / at.layout.tp, spec.kv_heads / at.layout.tp
+    size = 2 * at.squares * q * at.wide + at.tokens * q * hd * at.width
+    size += at.tokens * (q * (3 * hd + 1) + k * hd) * at.wide
+    if at.width < at.wide:
+        size += at.tokens * hd * (3 * q + 2 * k) * at.wide
+    return size
+
+
+PASSES = 14  # of a forward over a matrix of scores: masked, normalised, applied
+
+PART = Part(parameters, kept, work, shapes, check=check, owed=owed, passing=passing)

@@ -61,7 +61,8 @@ class Place:
 
     runs: groups of neighbouring equal segments, which attention on the CPU takes one by one.
     imbalance: rows of the busiest rank over the mean. parts: that an exchange is cut into. nodes:
-    that its ranks lie on, as many on each; of uneven ones a mean.
+    that its ranks lie on, as many on each; of uneven ones a mean. squares: of the lengths of
+    neighbouring equal segments, summed: the most of such a group.
     """
 
     layout: Layout = Layout()
@@ -74,6 +75,7 @@ class Place:
     runs: int = 1
     parts: int = 1
     nodes: float = 1
+    squares: float = 0.0
 
     @property
     def width(self) -> int:
@@ -111,6 +113,7 @@ class Work:
     experts: float = 0.0  # that these products are grouped by
     pairs: float = 0.0  # FLOPs a squared sequence length
     traffic: float = 0.0  # bytes that pass through memory beside the products
+    scores: float = 0.0  # the same, a squared sequence length
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ class Part:
     UsageError. shapes: the full shape of each parameter, by name. parameters, kept, work: of a
     rank, see `moekernels.model`. copies: (ranks that share the gradient, how far apart they lie).
     owed: what its backward leaves to the weights' gradients; nothing where it puts none off.
+    passing: bytes that its backward, or its forward, holds for a moment beside what it keeps, where
+    that may be more than anything else of a layer does.
     example: fields of a small model that has it, which `verify` runs.
     """
 
@@ -148,6 +153,7 @@ class Part:
     check: Callable[[Any], None] = lambda spec: None
     copies: Callable[[Layout], tuple[int, int]] = lambda layout: (layout.dp, layout.tp)
     owed: Callable[[Any, Place], Owed] = lambda spec, at: Owed()
+    passing: Callable[[Any, Place], float] = lambda spec, at: 0.0
     example: Mapping[str, Any] = field(default_factory=dict)
 
 

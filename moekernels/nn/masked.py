@@ -52,7 +52,7 @@ class _Masked(torch.autograd.Function):
             return *found, None, None, None
         parts, dsinks = [], None
         for lse, (q1, k1, v1, g1, o1) in zip(normalisers, _split(runs, q, k, v, grad, out)):
-            p = (_scores(q1, k1, window, scale) - lse).exp_()
+            p = _scores(q1, k1, window, scale).sub_(lse).exp_()
             g1 = _grouped(g1, k1.shape[1])
             delta = (g1 * _grouped(o1, k1.shape[1])).sum(-1, keepdim=True)
             dv = (p.mT @ g1).sum(2)
@@ -60,6 +60,7 @@ class _Masked(torch.autograd.Function):
             dq = ds @ k1[:, :, None]
             dk = (ds.mT @ _grouped(q1, k1.shape[1])).sum(2)
             parts.append((dq.flatten(1, 2), dk, dv))
+            del p, ds  # before the next run's
             if sinks is not None:
                 taken = (sinks.view(1, *delta.shape[1:3], 1, 1) - lse).exp()
                 one = -(taken * delta).sum((0, 3, 4)).flatten()
@@ -94,7 +95,7 @@ def _scores(q: Tensor, k: Tensor, window: int, scale: float) -> Tensor:
     hidden = back < 0
     if window:
         hidden |= back >= window
-    return scores.masked_fill(hidden, -torch.inf)
+    return scores.masked_fill_(hidden, -torch.inf)
 
 
 def _attend(
@@ -105,7 +106,7 @@ def _attend(
     lse = torch.logsumexp(scores, -1, keepdim=True)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, *lse.shape[1:3], 1, 1))
-    return ((scores - lse).exp() @ v[:, :, None]).flatten(1, 2), lse
+    return ((scores - lse).exp_() @ v[:, :, None]).flatten(1, 2), lse
 
 
 def _plain(

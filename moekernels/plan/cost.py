@@ -21,6 +21,7 @@ from moekernels.plan.strategy import NO_MATRICES, STATE_BYTES, Cluster, Strategy
 
 EXCHANGE = "expert exchange"
 GRADIENT = 4  # bytes of an accumulated gradient
+BACKWARD_PASSES = 18 / 14  # of a backward over a matrix of scores, which makes it again
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _layer_cost(model: DecoderSpec, c: Cluster, at: Place, layer: int) -> LayerC
     rows = routed_rows(model, at)  # a token of the microbatch
 
     products = {"attention": Affine(), "experts": Affine()}
-    traffic = 0.0
+    traffic = scores = 0.0
     for name, part in layer_parts(model, layer):
         w = part.work(model, at)
         dense = w.dense / (c.flops * c.gemm_efficiency)
@@ -128,8 +129,10 @@ def _layer_cost(model: DecoderSpec, c: Cluster, at: Place, layer: int) -> LayerC
         time += Affine(product * w.experts * c.grouped_half_rows, product * rows)
         products["attention" if name == "attention" else "experts"] += time
         traffic += w.traffic
+        scores += w.scores
     attention, experts = products["attention"], products["experts"]
     elementwise = Affine(0.0, traffic / bandwidth)
+    passes = Affine(0.0, 0.0, scores / bandwidth)
 
     shuffle = _collective(c, tp, 1, 2.0 * model.d_model * at.width * (tp - 1) / tp, 2)
     exchange = Affine()
@@ -141,7 +144,7 @@ def _layer_cost(model: DecoderSpec, c: Cluster, at: Place, layer: int) -> LayerC
     forward = {
         "attention": attention,
         "experts": experts,
-        "memory-bound": elementwise,
+        "memory-bound": elementwise + passes,
         "tensor exchange": shuffle,
         EXCHANGE: exchange + there,
         "overhead": Affine(c.overhead),
@@ -151,7 +154,7 @@ def _layer_cost(model: DecoderSpec, c: Cluster, at: Place, layer: int) -> LayerC
     through = {
         "attention": attention + squares * 1.5,
         "experts": experts,
-        "memory-bound": elementwise * 2.0,
+        "memory-bound": elementwise * 2.0 + passes * BACKWARD_PASSES,
         "tensor exchange": shuffle,
         EXCHANGE: exchange + bare,
         "overhead": Affine(c.backward_overhead),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import numpy as np
 
@@ -88,6 +89,22 @@ def _sizes_of(batch: Batch, plan: BatchPlan, align: int) -> BatchSizes:
     return BatchSizes(-(-tokens // align) * align, np.array(squares))
 
 
+@lru_cache(maxsize=1024)
+def _squares_together(model: DecoderSpec, batch: Batch, dp: int, microbatches: int) -> float:
+    return squares_together(batch.lengths, _plan(model, batch, dp, microbatches))
+
+
+def squares_together(lengths: Sequence[int], plan: BatchPlan) -> float:
+    """The largest sum of squares of neighbouring equal sequences of a microbatch, which attention
+    takes at once."""
+    most = 0.0
+    for groups, pads in zip(plan.groups, plan.pad_to):
+        for group, pad in zip(groups, pads):
+            runs = groupby(pad or lengths[i] for i in group)
+            most = max([most, *(float(n) * n * sum(1 for _ in run) for n, run in runs)])
+    return most
+
+
 def sequence_cost(model: DecoderSpec) -> Cost:
     """As the loader weighs sequences."""
     return Cost.of_transformer(
@@ -169,9 +186,13 @@ def memory_of(problem: Problem, s: Strategy, rank: int, tokens: int) -> StageMem
     c = problem.cluster
     skew = c.skew(s)
     device, parts, bound = c.device, c.exchange_parts, c.exchange_bound
+    squares = 0.0
+    if problem.model.masked:
+        squares = _squares_together(problem.model, problem.batch, s.layout.dp, s.microbatches)
     stage = stage_memory(
-        problem.model, s, rank, tokens, imbalance=skew, device=device, parts=parts, bound=bound
-    )
+        problem.model, s, rank, tokens, imbalance=skew, device=device, parts=parts, bound=bound,
+        squares=squares,
+    )  # fmt: skip
     # The gradients' sum comes after all that; a planner asks for it often.
     passing = stage.activations + stage.working + stage.messages
     if cost.GRADIENT * max(stage.parameters.values(), default=0) <= passing:

@@ -73,10 +73,11 @@ def place_of(
     device: str = "cuda",
     runs: int = 1,
     parts: int = 1,
+    squares: float = 0.0,
 ) -> Place:
     return Place(
         s.layout, tokens, s.dtype, s.dispatcher, s.sequence_parallel, imbalance, device, runs,
-        parts, s.nodes,
+        parts, s.nodes, squares,
     )  # fmt: skip
 
 
@@ -87,16 +88,23 @@ def layer_bytes(model: DecoderSpec, at: Place, layer: int = 0) -> LayerBytes:
     kept = {name: part.kept(model, at) for name, part in parts}
     owed = sum((part.owed(model, at) for _, part in parts), Owed())
     way, residual = way_of(at), at.residual * model.d_model * at.width
+    # What an attention's backward holds comes when all behind it has let go of what it kept; beside
+    # it lie the gradient of the residual stream here, and that from the chunk behind.
+    attended = 0.0
+    if passing := sum(part.passing(model, at) for _, part in parts):
+        attended = passing + 2 * residual + kept["attention"]
     if "experts" not in kept:
-        working = ffn_working(model, at, model.dense_d_ff)
+        working = max(ffn_working(model, at, model.dense_d_ff), attended - sum(kept.values()))
         return LayerBytes(kept, residual, working, 0.0, 0.0, owed)
     kept["routing"] = way.routing(model, at)
     working = experts.working(model, at) + residual
-    peaks = way.peaks(model, at, working, kept["experts"], model.lifted)
+    backward, forward, again = way.peaks(model, at, working, kept["experts"], model.lifted)
+    backward = max(backward, attended - sum(kept.values()))
     cut = 0.0  # room for all rows that come home, from the first part's on
     if way.defers and min(at.parts, model.num_experts // at.layout.ep) > 1:
         cut = way.rows(model, at) * model.d_model * at.width
-    return LayerBytes(kept, residual + way.keeps(model, at), *peaks, owed, cut)
+    checkpointed = residual + way.keeps(model, at)
+    return LayerBytes(kept, checkpointed, backward, forward, again, owed, cut)
 
 
 @lru_cache(maxsize=4096)
@@ -272,14 +280,16 @@ def stage_memory(
     device: str = "cuda",
     parts: int = 1,
     bound: float = 0.0,
+    squares: float = 0.0,
 ) -> StageMemory:
-    """Memory of a rank of pipeline stage `rank` when the largest microbatches have `tokens`.
-    `bound`: of the rows that a rank has room for over the mean, whatever their imbalance is."""
+    """Memory of a rank of pipeline stage `rank` when the largest microbatches have `tokens`, and
+    neighbouring equal sequences of one `squares`. `bound`: of the rows that a rank has room for
+    over the mean, whatever their imbalance is."""
     stages = s.layout.pp
     if bound:
         imbalance = min(bound, s.layout.exchange)
     virtual = range(rank, s.depth, stages)
-    at = place_of(s, tokens, imbalance=imbalance, device=device, parts=parts)
+    at = place_of(s, tokens, imbalance=imbalance, device=device, parts=parts, squares=squares)
     parameters = rank_parameters(model, s, rank)
     total = sum(parameters.values())
     total += spare_parameters(model, s.layout.ep, s.replicas, parameters.get("experts", 0))

@@ -75,6 +75,7 @@ def most(run: cfg.RunConfig) -> int:
 
 def least(run: cfg.RunConfig, corpus, memory: float, device: str) -> int:
     """The smallest count of which the planner says that it fits into `memory` bytes a rank."""
+    from moekernels.plan.evaluate import squares_together
     from moekernels.plan.memory import stage_memory
     from moekernels.plan.problem import configured
 
@@ -83,12 +84,23 @@ def least(run: cfg.RunConfig, corpus, memory: float, device: str) -> int:
     def fits(count: int) -> bool:
         tried = with_count(run, count)
         s = configured(tried)
-        rows = assembly.build_loader(tried, corpus).plan(1).rows
-        tokens = max(max(rank) for rank in rows)
+        loader = assembly.build_loader(tried, corpus)
+        plan = loader.plan(1)
+        tokens = max(max(rank) for rank in plan.rows)
+        squares = squares_together(loader.sequence_lengths(1), plan) if model.masked else 0.0
         parts = tried.train.exchange_parts
         bound = buffers.parse(tried.train.exchange_buffers) or 0.0
         stages = [
-            stage_memory(model, s, r, tokens, device=device, parts=parts, bound=bound)
+            stage_memory(
+                model,
+                s,
+                r,
+                tokens,
+                device=device,
+                parts=parts,
+                bound=bound,
+                squares=squares,
+            )
             for r in range(s.layout.pp)
         ]
         return max(stage.total for stage in stages) <= ROOM * memory

@@ -255,8 +255,7 @@ def test_activations_of_shared_experts_and_dense_layers(dtype, checkpoint, optio
     ids=str,
 )
 def test_activations_of_what_the_families_ask_for(dtype, options):
-    """Kept within 0.5 %; parameters to the byte on every rank of a layout that cuts all of them.
-    The scores that windows and sinks make again for a moment are not counted."""
+    """Kept within 0.5 %; parameters to the byte on every rank of a layout that cuts all of them."""
     model, tokens = small(**options), 512
     whole = StageModel(model, Mesh(Layout()), range(1, 5), True, True)
     assert sum(p.numel() for p in whole.parameters()) == model.parameters_count()

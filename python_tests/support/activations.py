@@ -81,11 +81,12 @@ def measure(
     return kept, total(tracker, "peak") - before
 
 
-def counted(model, s, tokens, first, last, device="cpu", parts=1):
+def counted(model, s, tokens, first, last, device="cpu", parts=1, squares=0.0):
     beside, loss, besides = chunk_bytes(model, place_of(s, tokens), first, last)
     kept, most = beside + loss, besides
     for layer, count, again in s.kinds_of_layers(model, 0):
-        one = layer_bytes(model, place_of(s, tokens, device=device, parts=parts), layer)
+        at = place_of(s, tokens, device=device, parts=parts, squares=squares)
+        one = layer_bytes(model, at, layer)
         kept += again * one.checkpointed + (count - again) * one.total
         most = max(most, one.besides(again > 0) - loss)
     return kept, kept + most
