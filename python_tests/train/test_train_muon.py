@@ -6,10 +6,11 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from moekernels import cli
 from moekernels.run.folder import read_metrics
-from moekernels.train import manifest
+from moekernels.train import manifest, shards
 from python_tests.support.small_runs import train_here
 
 RUN = "--optimizer muon --dtype fp64 --sequences 8 --microbatches 4 --warmup 1 --eval-sequences 4"
@@ -104,3 +105,27 @@ def test_a_plan_counts_it(capsys):
     assert "--optimizer muon" in best["muon"]["launch"] and "muon" not in best["adamw"]["launch"]
     assert other["step_parts"]["optimizer"] != one["step_parts"]["optimizer"]
     assert {p["strategy"]["optimizer"] for p in best["muon"]["pareto"]} == {"muon"}
+
+
+def test_experts_that_move_take_momentum_and_average_along(text, tmp_path):
+    """The run's bits stay, in the checkpoint too; so does the loss that the average has."""
+    more = "--dp 2 --ep 2 --ema 0.5 --eval-weights ema --save-every 4 --no-shard-optimizer"
+    tensors = []
+    for name, replan in (("here", "never"), ("moved", "random:1")):
+        out = tmp_path / name
+        assert train_here(text, out, *RUN, *more.split(), "--replan", replan) == 0
+        lines = read_metrics(out)
+        saved = manifest.read(out / "checkpoints" / manifest.step_name(4))
+        full = {}
+        with shards.Reader(out / "checkpoints" / manifest.step_name(4)) as reader:
+            for key, x in saved.tensors.items():
+                full[key] = torch.empty(x.shape, dtype=getattr(torch, x.dtype))
+                assert reader.fill(full[key], (0,) * len(x.shape), x)
+        tensors.append(([x["loss"] for x in lines], lines[-1]["eval_loss"], full))
+    (losses_here, held_here, here), (losses_moved, held_moved, moved) = tensors
+    assert losses_here == losses_moved and held_here == held_moved
+    assert (
+        "ema.layers.1.moe.experts.w1" in here and "exp_avg_sq.layers.1.moe.experts.w1" not in here
+    )
+    assert here.keys() == moved.keys()
+    assert all(torch.equal(x, moved[key]) for key, x in here.items())
