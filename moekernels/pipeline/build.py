@@ -66,6 +66,16 @@ def by_clock(name: str, virtual_stages: int) -> bool:
     return splits(name) and virtual_stages > 1
 
 
+def found_by_clock(
+    stages: int, microbatches: int, virtual_stages: int, ticks: greedy.Ticks = greedy.TYPICAL
+) -> greedy.Found:
+    """What it decides."""
+    groups = _groups(stages, microbatches)
+    ahead = SCHEDULES["interleaved"].warmup(0, stages, groups, virtual_stages)
+    most = min(ahead + 1, virtual_stages * microbatches)
+    return greedy.best(stages, microbatches, virtual_stages, most, ticks)
+
+
 @lru_cache(maxsize=512)  # a planner asks for the same again and again
 def in_flight_limits(
     name: str, stages: int, microbatches: int, virtual_stages: int
@@ -75,7 +85,7 @@ def in_flight_limits(
     if name == "forward":
         return (total,) * stages
     if by_clock(name, virtual_stages):
-        return (greedy.limit(stages, microbatches, virtual_stages),) * stages
+        return (found_by_clock(stages, microbatches, virtual_stages).limit,) * stages
     warmup = SCHEDULES[name].warmup
     return tuple(
         min(warmup(rank, stages, groups, virtual_stages) + 1, total) for rank in range(stages)
@@ -87,8 +97,8 @@ def held_limits(
     name: str, stages: int, microbatches: int, virtual_stages: int
 ) -> tuple[tuple[tuple[int, int], ...], ...]:
     """Per rank, what it holds at most when a backward begins: pairs of (those whose activations are
-    kept, those that owe their W), none of which is within another. `greedy.held` says what it does
-    where `by_clock`."""
+    kept, those that owe their W), none of which is within another. Where `by_clock`, `greedy.held`
+    says it."""
     kept = in_flight_limits(name, stages, microbatches, virtual_stages)
     if not splits(name):
         return tuple(((most, 0),) for most in kept)
@@ -106,16 +116,23 @@ def owed_limits(name: str, stages: int, microbatches: int, virtual_stages: int) 
     if owed is None:
         return (0,) * stages
     if by_clock(name, virtual_stages):
-        return (greedy.limit(stages, microbatches, virtual_stages),) * stages
+        return (found_by_clock(stages, microbatches, virtual_stages).limit,) * stages
     return tuple(min(owed(rank) + 1, microbatches * virtual_stages) for rank in range(stages))
 
 
 def both_limits(name: str, stages: int, microbatches: int, virtual_stages: int) -> tuple[int, ...]:
     """Per rank, the (chunk, microbatch) pairs between their F and B, or W, at most."""
     if by_clock(name, virtual_stages):
-        return (greedy.limit(stages, microbatches, virtual_stages),) * stages
+        return (found_by_clock(stages, microbatches, virtual_stages).limit,) * stages
     pairs = held_limits(name, stages, microbatches, virtual_stages)
     return tuple(max(kept + owed for kept, owed in held) for held in pairs)
+
+
+def receive_limit(stages: int, microbatches: int, virtual_stages: int) -> int:
+    """A rank's receive buffers at most, both directions together: one in use and one ahead. With
+    virtual stages, what comes round to the first rank for its next chunk may come before that
+    starts: at most a group, however many microbatches."""
+    return 2 if virtual_stages == 1 else 2 + max(_groups(stages, microbatches))
 
 
 def check_virtual_stages(name: str, virtual_stages: int) -> None:
@@ -137,11 +154,18 @@ def check_virtual_stages(name: str, virtual_stages: int) -> None:
         )
 
 
-def build(name: str, stages: int, microbatches: int, virtual_stages: int = 1) -> Schedule:
+def build(
+    name: str,
+    stages: int,
+    microbatches: int,
+    virtual_stages: int = 1,
+    ticks: greedy.Ticks = greedy.TYPICAL,
+) -> Schedule:
     """A schedule by name: one of `SCHEDULES`, or `forward` for evaluation.
 
     Any number of microbatches will do, also fewer than stages and, for `interleaved`, no multiple
-    of them.
+    of them. `ticks`: what F, I and W take, for which an order that is found under a clock is the
+    best; planner and runtime leave it as it is.
     """
     for what, value in (
         ("pipeline stages", stages),
@@ -153,28 +177,29 @@ def build(name: str, stages: int, microbatches: int, virtual_stages: int = 1) ->
     if name != "forward":
         check_virtual_stages(name, virtual_stages)
 
-    orders = _orders(name, stages, microbatches, virtual_stages)
-    paired = tuple(frozenset(entry[0] for entry in order if len(entry) > 1) for order in orders)
-    # One buffer in use and one ahead. With virtual stages, what comes round to the first rank for
-    # its next chunk may come before that starts: at most a group, however many microbatches.
-    receive_limit = 2 if virtual_stages == 1 else 2 + max(_groups(stages, microbatches))
-    if any(paired):
-        receive_limit *= 2  # a pair needs two
     size = stages, microbatches, virtual_stages
-    kept, owed = in_flight_limits(name, *size), owed_limits(name, *size)
-    bare = Schedule(name, *size, (), kept, owed, both_limits(name, *size), receive_limit)
-    made = production_order(bare, orders)
+    if by_clock(name, virtual_stages):
+        found = found_by_clock(*size, ticks)
+        orders: list[list[Entry]] = [[(action,) for action in order] for order in found.orders]
+        kept = owed = both = (found.limit,) * stages
+    else:
+        orders = _orders(name, *size)
+        kept, owed = in_flight_limits(name, *size), owed_limits(name, *size)
+        both = both_limits(name, *size)
+    paired = tuple(frozenset(entry[0] for entry in order if len(entry) > 1) for order in orders)
+    receives = receive_limit(*size)
+    if any(paired):
+        receives *= 2  # a pair needs two
+    bare = Schedule(name, *size, (), kept, owed, both, receives)
+    production = production_order(bare, orders)
     actions = tuple(
-        with_communication(bare, rank, order, made) for rank, order in enumerate(orders)
+        with_communication(bare, rank, order, production) for rank, order in enumerate(orders)
     )
     return dataclasses.replace(bare, actions=actions, paired=paired if any(paired) else ())
 
 
 def _orders(name: str, stages: int, microbatches: int, virtual_stages: int) -> list[list[Entry]]:
-    """Each rank's computations, in order."""
-    if by_clock(name, virtual_stages):
-        found = greedy.orders(stages, microbatches, virtual_stages)
-        return [[(action,) for action in order] for order in found]
+    """Each rank's computations, in order, where a rule says it."""
     groups = _groups(stages, microbatches)
     forward = _forward_order(groups, virtual_stages)
     if name == "forward":

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
+from typing import NamedTuple
 
+from .check import SENDS_IN_FLIGHT
 from .schedule import RELATIVE_COST, Action, Kind, Message, Schedule
 
 # What a rank computes at a time, with no message between: one action, or two that are a pair.
 Entry = tuple[Action, ...]
 
 
-def production_order(
-    schedule: Schedule, orders: list[list[Entry]]
-) -> dict[Message, tuple[int, int]]:
-    """For each message when it is made, if F takes 1, B takes 2 (I and W one each) and messages
-    travel in no time.
+class Production(NamedTuple):
+    """A schedule's computations, if F takes 1, B takes 2 (I and W one each) and messages travel in
+    no time. made: for each message when; the second number orders those of one moment: what a rank
+    receives before what it sends. ends[rank]: of its entries, in order."""
 
-    The second number orders those of one moment: what a rank receives before what it sends.
-    """
+    made: dict[Message, tuple[int, int]]
+    ends: list[list[int]]
+
+
+def production_order(schedule: Schedule, orders: list[list[Entry]]) -> Production:
     made: dict[Message, tuple[int, int]] = {}
+    ends: list[list[int]] = [[] for _ in orders]
     clock = [0] * schedule.stages
     position = [0] * schedule.stages
     turn = list(enumerate(orders))
@@ -34,25 +39,28 @@ def production_order(
                     break
                 clock[rank] = max([clock[rank], *(made[need][0] for need in needs)])
                 clock[rank] += sum(RELATIVE_COST[action.kind] for action in entry)
+                ends[rank].append(clock[rank])
                 for action in entry:
                     message = schedule.makes(rank, action)
                     if message:
                         made[message] = clock[rank], message.border * (1 if message.forward else -1)
                 position[rank] += 1
                 moved = True
-    return made
+    return Production(made, ends)
 
 
 def with_communication(
-    schedule: Schedule, rank: int, order: list[Entry], made: dict[Message, tuple[int, int]]
+    schedule: Schedule, rank: int, order: list[Entry], production: Production
 ) -> tuple[Action, ...]:
     """Sends go right behind the computation, receives one computation ahead of need.
 
     A receive must not block its channel, though, which runs its batches one after the other. So
     every channel follows the order in which the messages are made: a receive moves behind the sends
     of earlier messages, on which its own may depend, and in front of those of later ones. At the
-    same place they are one batch, which is as good.
+    same place they are one batch, which is as good. And whoever sends must not wait for a receive
+    that is posted late: each is there when the message is made before which a sender waits for it.
     """
+    made, ends = production.made, production.ends[rank]
     if schedule.stages == 1:  # what a chunk needs is there already
         return tuple(action for entry in order for action in entry)
     # [i]: what stands in front of entry i
@@ -76,13 +84,17 @@ def with_communication(
             wanted[action.kind.forward].append((made[need], i, action._replace(kind=kind)))
     for forward, coming in wanted.items():
         first = len(order)  # of the receives of later messages: none overtakes another
-        for time, i, receive in sorted(coming, reverse=True):
+        coming.sort(reverse=True)
+        for number, (time, i, receive) in enumerate(coming):
             later = bisect.bisect_right(times[forward], time)
             place = max(0, i - 1)
             if later < len(places[forward]):
                 place = min(place, places[forward][later])
             if later > 0:
                 place = max(place, places[forward][later - 1])
+            if number >= SENDS_IN_FLIGHT:
+                due = coming[number - SENDS_IN_FLIGHT][0][0]
+                place = min(place, bisect.bisect_right(ends, due))
             first = min(first, place)
             receives[first].insert(0, receive)
     actions: list[Action] = []

@@ -19,7 +19,15 @@ from moekernels.model.ffn import ffn_working
 from moekernels.model.spec import Owed, Place
 from moekernels.parallel.offload import CHUNK
 from moekernels.pipeline import greedy
-from moekernels.pipeline.build import build, by_clock, held_limits, in_pairs, splits
+from moekernels.pipeline.build import (
+    build,
+    by_clock,
+    found_by_clock,
+    held_limits,
+    in_pairs,
+    receive_limit,
+    splits,
+)
 from moekernels.pipeline.check import SENDS_IN_FLIGHT
 from moekernels.pipeline.schedule import Schedule
 from moekernels.plan.replicas import spare_parameters
@@ -199,6 +207,31 @@ def chunk_activations(
 
 
 @lru_cache(maxsize=1 << 14)
+def pair_activations(
+    model: DecoderSpec,
+    at: Place,
+    layers: tuple[tuple[int, int, int], ...],
+    first: bool,
+    last: bool,
+) -> float:
+    """Kept by a forward and a backward that take turns through such a chunk: before the forward
+    begins a layer that exchanges rows the backward has left one, as `interleave` orders them. Of
+    the loss's only one is there at a time."""
+    beside, loss, _ = chunk_bytes(model, at, first, last)
+    sums, dense = [0.0], 0  # of the first layers; those without experts are the first
+    for layer, count, again in layers:
+        one = layer_bytes(model, at, layer)
+        dense += count if layer <= model.dense_layers else 0
+        for number in range(count):
+            sums.append(sums[-1] + (one.checkpointed if number < again else one.total))
+    total = len(sums) - 1
+    if total == dense:  # one pass after the other
+        return 2 * (beside + loss + sums[-1])
+    turns = range(total - dense)
+    return 2 * beside + loss + max(sums[dense + k + 1] + sums[total - k] for k in turns)
+
+
+@lru_cache(maxsize=1 << 14)
 def _rank_parameters(
     model: DecoderSpec, at: Place, layers: tuple[range, ...], stages: int, rank: int
 ) -> dict[str, int]:
@@ -267,7 +300,8 @@ def slab_bytes(model: DecoderSpec, at: Place) -> float:
 @lru_cache(maxsize=512)
 def _held_by_clock(stages: int, microbatches: int, virtual_stages: int) -> list[np.ndarray]:
     """`greedy.held` as [n, 2, chunks]."""
-    return [np.array(held) for held in greedy.held(stages, microbatches, virtual_stages)]
+    found = found_by_clock(stages, microbatches, virtual_stages)
+    return [np.array(held) for held in greedy.held(found.orders, virtual_stages)]
 
 
 def stage_memory(
@@ -312,10 +346,14 @@ def stage_memory(
         )
     split = splits(s.schedule)
     working = max([chunk.split if split else chunk.working for chunk in held])
-    receives = 2
+    # One that a chunk needs, and one ahead; what comes round for a rank's next chunk may be early.
+    receives = 2 if s.virtual_stages == 1 else receive_limit(*size)
     if in_pairs(s.schedule):  # two passes work at once, and one's layer may owe its weights
-        working = 2 * working + max(chunk.layer_owed for chunk in held)
+        working = 2 * working + held[0].layer_owed
         receives = 4
+        if s.microbatches > 1:
+            mine = s.kinds_of_layers(model, rank), rank == 0, rank == s.depth - 1
+            activations += pair_activations(model, at, *mine) - 2 * kept[0]
     state = state_bytes(s, owned_parameters(model, s, parameters))
     host = host_bytes(model, s, rank)
     on_the_way = min(2 * CHUNK * s.kept_bytes(""), 2 * host)

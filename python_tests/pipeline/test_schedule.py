@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from moekernels.errors import UsageError
 from moekernels.pipeline.build import build, held_limits
 from moekernels.pipeline.check import ScheduleError, check, peak_held, peak_in_flight, peak_owed
+from moekernels.pipeline.greedy import ALIKE
 from moekernels.pipeline.schedule import Action, Kind, Pair, batches
 
 NAMES = [
@@ -270,7 +271,7 @@ def _faults():
     )
     yield (
         "8 microbatches between F and their last gradient, the limit is 7",
-        dataclasses.replace(build("zb", 4, 8, 2), both_limit=(8, 7, 8, 8)),
+        dataclasses.replace(build("zb", 4, 8, 2, ALIKE), both_limit=(8, 7, 8, 8)),
     )
     pairs = build("overlap", 1, 3)
     f, b = ([Action(kind, 0, m) for m in range(3)] for kind in (Kind.F, Kind.B))
