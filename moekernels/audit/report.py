@@ -22,7 +22,7 @@ from moekernels.audit.document import (
 )
 from moekernels.errors import UsageError
 from moekernels.plan import replicas
-from moekernels.plan.evaluate import Plan, Problem, evaluate, timeline
+from moekernels.plan.evaluate import Plan, Problem, evaluate
 from moekernels.plan.problem import configured
 from moekernels.plan.search import Result, Space, _class, search
 from moekernels.plan.strategy import Strategy, ranges_text
@@ -226,7 +226,11 @@ def as_dict(report: Report) -> dict:
 
 
 def trace(report: Report) -> list[dict]:
-    from moekernels.pipeline.trace import trace_events
+    from moekernels.pipeline.trace import exchange_events, trace_events
+    from moekernels.plan.tracks import tracks
 
-    events = timeline(report.problem, report.result.best.strategy).events
-    return trace_events(events, planned=True)
+    events, exchanges = tracks(report.problem, report.result.best.strategy)
+    entries = trace_events(events, planned=True)
+    for stage, sent in sorted(exchanges.items()):
+        entries += exchange_events(stage, sent, planned=True)
+    return entries

@@ -83,6 +83,11 @@ class Flight(NamedTuple):
     size: int  # bytes
     waited: float  # seconds
     late: float  # seconds of these for a peer that had not posted
+    posted: float  # when this rank's own rows were
+
+    @property
+    def waits(self) -> dict[str, float]:
+        return {"waited": self.waited, "late": self.late}
 
 
 def flights_of(stamps: Iterable[Stamps], origin: float) -> list[Flight]:
@@ -90,8 +95,8 @@ def flights_of(stamps: Iterable[Stamps], origin: float) -> list[Flight]:
     zero, flights = origin_of(origin), []
     for s in stamps:
         name = "tokens" if s.label == WHOLE else f"{NAMES[s.label % 4]} {s.label // 4}"
-        seconds = ((s.start - zero) / 1e9, (s.ready - zero) / 1e9)
-        flights.append(Flight(name, *seconds, s.size, s.waited / 1e9, s.late / 1e9))
+        start, end, posted = ((t - zero) / 1e9 for t in (s.start, s.ready, s.post))
+        flights.append(Flight(name, start, end, s.size, s.waited / 1e9, s.late / 1e9, posted))
     return flights
 
 

@@ -66,5 +66,7 @@ class Reduction:
             size = sum(b.grads.nbytes for b in self.buckets if b.sharded and b.chunk == chunk)
             if end:
                 name = f"gradients of chunk {chunk}"
-                found[chunk] = Flight(name, start - origin, end - origin, size, 0, 0)
+                found[chunk] = Flight(
+                    name, start - origin, end - origin, size, 0, 0, start - origin
+                )
         return found

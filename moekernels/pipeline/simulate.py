@@ -23,6 +23,9 @@ Costs = Callable[[int, int, Kind], float]
 """(virtual stage, microbatch, Kind.F, B, I or W) -> seconds."""
 PairCosts = Callable[[int, int, int], float]
 """(virtual stage, microbatch of the forward, of the backward) -> seconds of a pair."""
+Pieces = tuple[Sequence[float], Sequence[float]]
+"""Of a forward and of a backward: the seconds, or shares, of its pieces."""
+ONE: Pieces = ([1.0] * 3, [1.0] * 4)  # of one layer that exchanges rows, all alike
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,11 @@ class Simulator:
         return max(ends[i] for i in self._last)
 
     def run(
-        self, costs: Costs, pair: PairCosts | None = None, layers: Sequence[int] = ()
+        self, costs: Costs, pair: PairCosts | None = None, pieces: Sequence[Pieces] = ()
     ) -> Timeline:
         """The whole timeline under any costs. `pair`: of two passes that run piece by piece,
-        otherwise what both take alone. `layers`: by rank, how many of it exchange rows, which makes
-        the pieces that are shown; otherwise one."""
+        otherwise what both take alone. `pieces`: by rank, how long those of a forward and of a
+        backward take beside one another, in order, as `passes` has them; otherwise each is one."""
         schedule = self.schedule
         durations = [costs(*where) for where in self._where]
         halves = {}
@@ -139,7 +142,7 @@ class Simulator:
                 other, took = halves[i]
                 pair_of = Pair(self._order[other][1], action)
                 start, both = ends[i] - durations[i], durations[i]
-                events += _turns(rank, pair_of, start, took, both, layers[rank] if layers else 1)
+                events += _turns(rank, pair_of, start, took, both, pieces[rank] if pieces else ONE)
             elif action not in self._paired[rank]:
                 events.append(Event(rank, *action, ends[i] - durations[i], ends[i]))
         makespan = max(ends)
@@ -166,15 +169,16 @@ class Simulator:
 
 
 def _turns(
-    rank: int, pair: Pair, start: float, forward: float, both: float, layers: int
+    rank: int, pair: Pair, start: float, forward: float, both: float, pieces: Pieces
 ) -> list[Event]:
-    """A pair's pieces from `start` on: `both` seconds, of which `forward` are the forward's; a
-    pass's take equally long."""
-    passes_of = passes(range(layers))
-    each = [forward / len(passes_of[0]), (both - forward) / len(passes_of[1])]
+    """A pair's pieces from `start` on: `both` seconds, of which `forward` are the forward's."""
+    ahead, back = pieces
+    sides = iter(ahead), iter(back)
+    shares = forward / sum(ahead), (both - forward) / sum(back)
     events = []
-    for piece in interleave(*passes_of):
-        action, takes = (pair.forward, each[0]) if piece.forward else (pair.backward, each[1])
+    for piece in interleave(*passes(range(len(ahead) // 2))):
+        action, side = (pair.forward, 0) if piece.forward else (pair.backward, 1)
+        takes = next(sides[side]) * shares[side]
         events.append(Event(rank, *action, start, start + takes))
         start += takes
     return events

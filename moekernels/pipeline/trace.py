@@ -5,7 +5,7 @@ chrome://tracing.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +27,26 @@ class Event(NamedTuple):
     microbatch: int
     start: float
     end: float
+
+
+class PieceOf(NamedTuple):
+    """Of a pass that a pair runs piece by piece, one; where it is not `cut`, the whole pass."""
+
+    stage: int
+    chunk: int
+    kind: Kind
+    cut: bool
+    number: int
+
+
+def pieces_of(events: Iterable[Event]) -> Iterator[tuple[Event, PieceOf]]:
+    """Each computation of some flush, and which piece of its pass it is."""
+    passes: dict[tuple[int, int, Kind, int], list[Event]] = {}
+    for e in sorted((e for e in events if e.kind.computes), key=lambda e: e.start):
+        passes.setdefault((e.stage, e.chunk, e.kind, e.microbatch), []).append(e)
+    for (stage, chunk, kind, _), pieces in passes.items():
+        for number, e in enumerate(pieces):
+            yield e, PieceOf(stage, chunk, kind, len(pieces) > 1, number)
 
 
 class Clock:
@@ -98,23 +118,28 @@ def _name(action: Action) -> str:
     return f"{kind.name}{microbatch}" + (f" chunk {chunk}" if chunk else "")
 
 
-def trace_events(events: Iterable[Event], **args: Any) -> list[dict[str, Any]]:
+def trace_events(
+    events: Iterable[Event], label: str = "", beside: int = 0, **args: Any
+) -> list[dict[str, Any]]:
     """Trace entries for `events` of any number of stages: pid is the stage, names `F3`, `B3`, ...
 
-    `args` (a step number, a label) go into each entry beside chunk and microbatch.
+    `args` (a step number) go into each entry beside chunk and microbatch. `label` says in the
+    stages' names what the events are; where a file has others, pids begin at `beside`, and each
+    stage is drawn below the one that it is compared with.
     """
     events = sorted(events, key=lambda event: (event.stage, event.start))
     entries: list[dict[str, Any]] = []
     for stage in sorted({event.stage for event in events}):
-        entries.append(_metadata("process_name", stage, 0, {"name": f"stage {stage}"}))
-        entries.append(_metadata("process_sort_index", stage, 0, {"sort_index": stage}))
+        pid, place = beside + stage, 2 * stage + bool(beside)
+        entries.append(_metadata("process_name", pid, 0, {"name": f"stage {stage}{label}"}))
+        entries.append(_metadata("process_sort_index", pid, 0, {"sort_index": place}))
         for thread, name in enumerate(THREADS):
-            entries.append(_metadata("thread_name", stage, thread, {"name": name}))
+            entries.append(_metadata("thread_name", pid, thread, {"name": name}))
     for event in events:
         entries.append(
             {
                 "ph": "X",
-                "pid": event.stage,
+                "pid": beside + event.stage,
                 "tid": 0 if event.kind.computes else 1,
                 "name": f"{event.kind}{event.microbatch}",
                 "cat": "forward" if event.kind.forward else "backward",
@@ -127,7 +152,8 @@ def trace_events(events: Iterable[Event], **args: Any) -> list[dict[str, Any]]:
 
 
 class Traveller(Protocol):
-    """Rows on their way between the ranks of a stage; seconds from the events' origin."""
+    """Rows on their way between the ranks of a stage; seconds from the events' origin. `waits`:
+    what is known of who waited for them."""
 
     @property
     def name(self) -> str: ...
@@ -142,26 +168,22 @@ class Traveller(Protocol):
     def size(self) -> int: ...
 
     @property
-    def waited(self) -> float: ...
-
-    @property
-    def late(self) -> float: ...
+    def waits(self) -> Mapping[str, float]: ...
 
 
 def exchange_events(
-    stage: int, flights: Iterable[Traveller], track: str = "exchange", place: int = 0, **args: Any
+    pid: int, flights: Iterable[Traveller], track: str = "exchange", place: int = 0, **args: Any
 ) -> list[dict[str, Any]]:
     """Trace entries of what travels between a stage's ranks, on a track of their own, the one in
     that place beside `THREADS`."""
     thread = len(THREADS) + place
-    entries = [_metadata("thread_name", stage, thread, {"name": track})]
+    entries = [_metadata("thread_name", pid, thread, {"name": track})]
     for flight in flights:
-        microseconds = {"waited_us": flight.waited, "late_us": flight.late}
-        facts = {key: round(value * 1e6, 3) for key, value in microseconds.items()}
+        facts = {f"{key}_us": round(value * 1e6, 3) for key, value in flight.waits.items()}
         entries.append(
             {
                 "ph": "X",
-                "pid": stage,
+                "pid": pid,
                 "tid": thread,
                 "name": flight.name,
                 "cat": track,

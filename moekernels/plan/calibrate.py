@@ -235,7 +235,7 @@ def against(folder: Path, found: dict) -> dict:
     costs = flush_costs(problem, s, sl)
     measured = defaultdict(list)
     for e in events:
-        if e["ph"] == "X" and e["tid"] == 0:
+        if e["ph"] == "X" and e["tid"] == 0 and "planned" not in e["args"]:
             virtual = e["args"]["chunk"] * s.layout.pp + e["pid"]
             measured[virtual, Kind(e["name"].rstrip("0123456789"))].append(e["dur"] / 1e6)
     actions = [

@@ -13,7 +13,7 @@ from moekernels.data.batch_plan import BatchPlan, Cost, plan_batch
 from moekernels.model.decoder import DecoderSpec, alike
 from moekernels.pipeline.build import in_pairs, splits
 from moekernels.pipeline.schedule import Kind
-from moekernels.pipeline.simulate import Simulator, Timeline
+from moekernels.pipeline.simulate import Pieces, Simulator, Timeline
 from moekernels.plan import cost, overlap
 from moekernels.plan.memory import StageMemory, cached_schedule, stage_memory
 from moekernels.plan.strategy import Batch, Cluster, Objective, Strategy
@@ -248,36 +248,52 @@ class PairCosts:
 def pair_costs(problem: Problem, s: Strategy, sl: BatchSizes, costs: Costs) -> PairCosts:
     """What is exposed is that of a mean microbatch."""
     model, c = problem.model, problem.cluster
-    mean = float(sl.tokens.mean()), float(sl.squares.mean())
     made = PairCosts([], [], [])
     for v in range(s.depth):
         forward, backward = costs[v, Kind.F], costs[v, Kind.B]
-        layers: list[overlap.LayerTimes] = []
-        for number, count, redone in s.kinds_of_layers(model, v):
+        for number, count, _ in s.kinds_of_layers(model, v):
             if number <= model.dense_layers:
                 continue
             layer = cost.layer_cost(model, c, s, number)
             there, back = layer.forward[cost.EXCHANGE], layer.backward[cost.EXCHANGE]
             forward = forward - count * there(sl.tokens, sl.squares).max(0)
             backward = backward - count * back(sl.tokens, sl.squares).max(0)
-            if redone:
-                layers += [overlap.of_layer(layer, True, mean)] * redone
-            if redone < count:
-                layers += [overlap.of_layer(layer, False, mean)] * (count - redone)
         made.forward.append(forward.tolist())
         made.backward.append(backward.tolist())
-        made.exposed.append(overlap.exposed_in_pair(tuple(layers)))
+        made.exposed.append(overlap.exposed_in_pair(exchanging(problem, s, sl, v)))
     return made
 
 
-def play(problem: Problem, s: Strategy, sl: BatchSizes) -> tuple[Timeline, Costs]:
-    """The flush on the schedule that the runtime would run, and what its actions cost."""
+def exchanging(
+    problem: Problem, s: Strategy, sl: BatchSizes, v: int
+) -> tuple[overlap.LayerTimes, ...]:
+    """The layers of virtual stage v that exchange rows, for a mean microbatch."""
+    model = problem.model
+    mean = float(sl.tokens.mean()), float(sl.squares.mean())
+    layers: list[overlap.LayerTimes] = []
+    for number, count, redone in s.kinds_of_layers(model, v):
+        if number <= model.dense_layers:
+            continue
+        layer = cost.layer_cost(model, problem.cluster, s, number)
+        if redone:
+            layers += [overlap.of_layer(layer, True, mean)] * redone
+        if redone < count:
+            layers += [overlap.of_layer(layer, False, mean)] * (count - redone)
+    return tuple(layers)
+
+
+def play(
+    problem: Problem, s: Strategy, sl: BatchSizes, pieces: Sequence[Pieces] = ()
+) -> tuple[Timeline, Costs]:
+    """The flush on the schedule that the runtime would run, and what its actions cost. `pieces`:
+    of pairs, as `Simulator.run` has them."""
     costs = flush_costs(problem, s, sl)
     run = simulator(s.schedule, s.layout.pp, s.microbatches, s.virtual_stages)
     run.latency = cost.message_seconds(problem.model, problem.cluster, s, float(sl.tokens.mean()))
     lists = {key: values.tolist() for key, values in costs.items()}
     pair = pair_costs(problem, s, sl, costs) if in_pairs(s.schedule) else None
-    return run.run(lambda stage, microbatch, kind: lists[stage, kind][microbatch], pair), costs
+    played = run.run(lambda stage, microbatch, kind: lists[stage, kind][microbatch], pair, pieces)
+    return played, costs
 
 
 def lower_bound(problem: Problem, s: Strategy, sl: BatchSizes) -> float:
@@ -330,29 +346,11 @@ def lower_bound(problem: Problem, s: Strategy, sl: BatchSizes) -> float:
 
 def evaluate(problem: Problem, s: Strategy, *, exact_order: bool = False) -> Plan:
     """The whole plan. `exact_order`: microbatches in the order that the loader would choose."""
-    return _evaluate(problem, s, exact_order)[0]
-
-
-def timeline(problem: Problem, s: Strategy) -> Timeline:
-    """The flush's actions, as the loader would order its microbatches."""
-    return _evaluate(problem, s, True)[1]
-
-
-def _evaluate(problem: Problem, s: Strategy, exact_order: bool) -> tuple[Plan, Timeline]:
     model, c, layout = problem.model, problem.cluster, s.layout
-    sl = batch_sizes(model, problem.batch, layout.dp, s.microbatches, layout.tp)
     if exact_order:
-        run = simulator(s.schedule, layout.pp, s.microbatches, s.virtual_stages)
-        ordered = plan_batch(
-            problem.batch.lengths,
-            s.microbatches,
-            dp=layout.dp,
-            align=layout.tp,
-            policy=problem.batch.policy,
-            cost=sequence_cost(model),
-            makespan=lambda costs: run.makespan(costs, [2.0 * x for x in costs]),
-        )
-        sl = _sizes_of(problem.batch, ordered, layout.tp)
+        sl = ordered_sizes(problem, s)
+    else:
+        sl = batch_sizes(model, problem.batch, layout.dp, s.microbatches, layout.tp)
     played, costs = play(problem, s, sl)
     layer = cost.layer_cost(model, c, s)
 
@@ -394,7 +392,7 @@ def _evaluate(problem: Problem, s: Strategy, exact_order: bool) -> tuple[Plan, T
     )
     done = 3.0 * cost.forward_flops(model, tokens, squares) + redone
     mean = float(sl.tokens.mean())
-    plan = Plan(
+    return Plan(
         problem=problem,
         strategy=s,
         flush=played.makespan,
@@ -409,4 +407,24 @@ def _evaluate(problem: Problem, s: Strategy, exact_order: bool) -> tuple[Plan, T
         hardware_flops=done / layout.world,
         peak_flops=c.flops,
     )
-    return plan, played
+
+
+def ordered_sizes(problem: Problem, s: Strategy) -> BatchSizes:
+    """Microbatches in the order that the loader would choose."""
+    layout, batch = s.layout, problem.batch
+    run = simulator(s.schedule, layout.pp, s.microbatches, s.virtual_stages)
+    ordered = plan_batch(
+        batch.lengths,
+        s.microbatches,
+        dp=layout.dp,
+        align=layout.tp,
+        policy=batch.policy,
+        cost=sequence_cost(problem.model),
+        makespan=lambda costs: run.makespan(costs, [2.0 * x for x in costs]),
+    )
+    return _sizes_of(batch, ordered, layout.tp)
+
+
+def timeline(problem: Problem, s: Strategy) -> Timeline:
+    """The flush's actions, as the loader would order its microbatches."""
+    return play(problem, s, ordered_sizes(problem, s))[0]

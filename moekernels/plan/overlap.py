@@ -10,7 +10,19 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from moekernels.pipeline.interleave import GRAD_OUT, OUT, Border, Piece, interleave, passes, play
+from moekernels.pipeline.interleave import (
+    BACK,
+    GRAD_BACK,
+    GRAD_OUT,
+    OUT,
+    Border,
+    Piece,
+    Span,
+    interleave,
+    passes,
+    play,
+)
+from moekernels.pipeline.schedule import Kind
 
 if TYPE_CHECKING:
     from moekernels.plan.cost import LayerCost
@@ -66,7 +78,12 @@ def of_layer(layer: LayerCost, again: bool, sizes: tuple[float, float]) -> Layer
 @lru_cache(maxsize=4096)
 def exposed_in_pair(layers: tuple[LayerTimes, ...]) -> float:
     """Seconds that a pair of passes through `layers` waits for rows."""
-    numbers = range(len(layers))
+    pieces, _ = played(layers)
+    return pieces[-1].end - sum(span.end - span.start for span in pieces)
+
+
+def played(layers: tuple[LayerTimes, ...]) -> tuple[list[Span], list[Span]]:
+    """The pieces of such a pair, and its exchanges."""
 
     def takes(piece: Piece) -> float:
         begins, posts = piece.begins, piece.posts
@@ -85,6 +102,25 @@ def exposed_in_pair(layers: tuple[LayerTimes, ...]) -> float:
     def flies(border: Border) -> float:
         return layers[border.layer].flight if border.forward else layers[border.layer].flight_back
 
-    order = interleave(*passes(numbers))
-    pieces, _ = play(order, takes, flies)
-    return pieces[-1].end - sum(span.end - span.start for span in pieces)
+    return play(interleave(*passes(range(len(layers)))), takes, flies)
+
+
+def alone(layers: tuple[LayerTimes, ...], kind: Kind) -> tuple[float, list[Span]]:
+    """Seconds of a forward, a backward, or one without the weights' gradients, through `layers`,
+    and its exchanges: each is waited for at once, but for the last of a backward's layer, under
+    which the weights' gradients run."""
+    now, flights = 0.0, []
+
+    def fly(name: str, layer: int, takes: float) -> float:
+        flights.append(Span(Border(name, layer), now, now + takes))
+        return now + takes
+
+    for number, layer in enumerate(layers) if kind is Kind.F else ():
+        now += layer.ahead
+        now = fly(OUT, number, layer.flight) + layer.experts
+        now = fly(BACK, number, layer.flight)
+    for number, layer in reversed(list(enumerate(layers))) if kind.frees else ():
+        weights = layer.weights if kind is Kind.B else 0.0
+        now = fly(GRAD_OUT, number, layer.flight_back) + layer.experts_back
+        now = max(now + weights, fly(GRAD_BACK, number, layer.flight_back)) + layer.behind
+    return now, flights

@@ -1,8 +1,10 @@
-"""The pictures of a run: loss over steps, and how the load lies over layers and experts."""
+"""The pictures of a run: loss over steps, how the load lies over layers and experts, and the last
+flush as it ran and as it was planned."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ from moekernels import files
 from moekernels.balance.record import Record
 from moekernels.canvas import canvas
 from moekernels.errors import one_line
+from moekernels.pipeline.schedule import Kind
+from moekernels.train.traces import Tracks
 
 MOST = 40.0  # inches of a side of a picture, 120 pixels each
 
@@ -21,14 +25,18 @@ def draw(
     loads: np.ndarray,
     unigram_entropy: float | None,
     record: Record | None = None,
+    flush: Mapping[str, Tracks] | None = None,
 ) -> list[str]:
-    """loss.png and experts.png; what to say of those that could not be drawn: a run that is done
-    does not fail for want of a picture."""
+    """loss.png, experts.png and, of a `flush`, flush.png; what to say of those that could not be
+    drawn: a run that is done does not fail for want of a picture."""
     said = []
-    for name, plot in (
+    pictures = [
         ("loss.png", lambda path: plot_loss(path, lines, unigram_entropy)),
         ("experts.png", lambda path: plot_experts(path, loads, record)),
-    ):
+    ]
+    if flush is not None:
+        pictures.append(("flush.png", lambda path: plot_flush(path, flush)))
+    for name, plot in pictures:
         try:
             plot(folder / name)
         except Exception as error:  # noqa: BLE001, matplotlib's own faults are many
@@ -118,4 +126,47 @@ def plot_experts(path: Path, counts: np.ndarray, record: Record | None = None) -
         image = axes[2].imshow(together[layer], cmap="magma", vmin=0, vmax=most)
         axes[2].set(xlabel="expert", ylabel="expert", title=f"chosen together, layer {layer + 1}")
         figure.colorbar(image, ax=axes[2], label="times as often as by chance")
+    _save(figure, path)
+
+
+PASSES = {
+    Kind.F: ("forward", "#1f6feb"),
+    Kind.B: ("backward", "#2da44e"),
+    Kind.I: ("backward, inputs", "#2da44e"),
+    Kind.W: ("backward, weights", "#9be9a8"),
+}
+EXCHANGE = "#d29922"
+
+
+def plot_flush(path: Path, flush: Mapping[str, Tracks]) -> None:
+    """What each stage computed, and below it its exchanges, by what `flush` calls its tracks:
+    measured above planned."""
+    stages = sorted({e.stage for tracks in flush.values() for e in tracks.events})
+    rows = [(stage, name) for stage in stages for name in flush]
+    figure, axes = _figure(9, _inches(2.0, 1.0 + 0.55 * len(rows)))
+    begin = min((e.start for tracks in flush.values() for e in tracks.events), default=0.0)
+    used: dict[str, str] = {}  # by what the legend says
+
+    def bars(low: float, height: float, spans: list, color: str, label: str) -> None:
+        if spans:
+            used[label] = color
+            places = [(1e3 * (s.start - begin), 1e3 * (s.end - s.start)) for s in spans]
+            axes.broken_barh(places, (low, height), facecolors=color, edgecolor="w", linewidth=0.3)
+
+    for row, (stage, name) in enumerate(rows):
+        tracks = flush[name]
+        for kind, (label, color) in PASSES.items():
+            mine = [e for e in tracks.events if (e.stage, e.kind) == (stage, kind)]
+            bars(row - 0.35, 0.45, mine, color, label)
+        bars(row + 0.14, 0.2, tracks.flights.get(stage, []), EXCHANGE, "exchange")
+    one = len(stages) == 1
+    labels = [name if one else f"stage {stage}, {name}" for stage, name in rows]
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set(xlabel="milliseconds", xlim=(0, None), ylim=(len(rows) - 0.5, -0.5))
+    from matplotlib.patches import Patch  # behind the figure, which minds MPLBACKEND
+
+    keys = [Patch(color=color, label=label) for label, color in used.items()]
+    axes.legend(
+        handles=keys, ncols=len(keys), loc="lower right", bbox_to_anchor=(1, 1), frameon=False
+    )
     _save(figure, path)

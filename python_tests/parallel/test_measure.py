@@ -80,7 +80,8 @@ def test_flights_are_what_a_trace_draws() -> None:
     flight = flights_of([stamps], time.perf_counter())[0]
     assert flight.name == "combine 3" and flight.size == 64
     assert flight.end - flight.start == pytest.approx(3e-3)
-    assert flight[4:] == pytest.approx((4e-3, 1e-3))
+    assert (flight.waited, flight.late) == pytest.approx((4e-3, 1e-3))
+    assert flight.start - flight.posted == pytest.approx(2e-3)
 
 
 Act = tuple[str, str, float]  # post, wait or work; of which exchange; how long it flies or takes

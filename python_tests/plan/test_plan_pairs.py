@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from moekernels.model.layout import Layout
 from moekernels.pipeline.build import in_flight_limits
+from moekernels.pipeline.trace import exchange_events
 from moekernels.plan.evaluate import batch_sizes, evaluate, lower_bound, play
-from moekernels.plan.memory import chunk_activations, place_of, stage_memory
+from moekernels.plan.memory import (
+    chunk_activations,
+    chunk_bytes,
+    layer_bytes,
+    place_of,
+    stage_memory,
+)
 from moekernels.plan.overlap import LayerTimes, exposed_in_pair
 from moekernels.plan.search import Space, search
 from moekernels.plan.strategy import Strategy
+from moekernels.plan.tracks import tracks
 from python_tests.support.plans import problem
 
 SLOW = {"gpus": 2, "memory": 4e9, "overhead": 0.0, "backward_overhead": 0.0}
@@ -74,7 +83,12 @@ def test_the_planner_counts_what_pairs_hold(rank):
     )
     kept = [in_flight_limits(name, 2, 8, 1)[rank] for name in ("1f1b", "overlap")]
     assert kept == [2 - rank, 2 * (2 - rank)]
-    assert two.activations == pytest.approx(kept[1] / kept[0] * one.activations)
+    # The pair's own two are never whole at once: together they hold a layer more than one.
+    whole = one.activations / kept[0]
+    layer = layer_bytes(task.model, place_of(s, tokens)).total
+    beside, _, _ = chunk_bytes(task.model, place_of(s, tokens), rank == 0, rank == 1)
+    pair = whole + layer + beside
+    assert two.activations == pytest.approx((kept[1] - 2) * whole + pair)
     assert two.working == pytest.approx(2 * one.working + chunk.owed / 2)  # of two layers
     assert two.messages > one.messages
 
@@ -91,3 +105,26 @@ def test_a_search_weighs_pairs_where_rows_are_exchanged():
     cut = replace(task, cluster=replace(task.cluster, exchange_parts=2))
     space = Space(dp=2, ep=2, microbatches=8, dispatcher="all_to_all")
     assert search(cut, space).best.strategy.schedule == "1f1b"
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb", "overlap"])
+def test_a_planned_trace_has_the_exchanges(schedule):
+    """Four of each layer and microbatch, each within the flush, and, where one waits for all, each
+    within its pass."""
+    task = problem(**{**SLOW, "gpus": 4}, link_bandwidth=20e9)
+    events, exchanges = tracks(task, strategy(schedule, pp=2))
+    end = max(e.end for e in events)
+    for stage, numbers in ((0, (1, 2)), (1, (3, 4))):
+        names = Counter(sent.name for sent in exchanges[stage])
+        ways = ("dispatch", "combine", "combine's gradient", "dispatch's gradient")
+        assert names == {f"{way} {number}": 8 for way in ways for number in numbers}
+        passes = [e for e in events if e.stage == stage]
+        for sent in exchanges[stage]:
+            assert 0 <= sent.start < sent.end <= end + 1e-9 and sent.size > 0
+            if schedule != "overlap":
+                assert any(e.start <= sent.start and sent.end <= e.end + 1e-9 for e in passes)
+            else:
+                assert any(e.start - 1e-9 <= sent.start <= e.end + 1e-9 for e in passes)
+    entries = exchange_events(0, exchanges[0], planned=True)
+    assert entries[1]["args"] == {"bytes": exchanges[0][0].size, "planned": True}
+    assert tracks(task, Strategy(Layout(dp=2, pp=2), (2, 2), (0, 0), 8, "zb"))[1] == {}
