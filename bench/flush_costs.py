@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from moekernels.parallel.measure import BACK, OUT, Stamps
 from moekernels.pipeline.schedule import Kind
 from moekernels.pipeline.trace import Event
-from moekernels.plan.evaluate import PairCosts, simulator
+from moekernels.plan.evaluate import simulator
 from moekernels.plan.overlap import LayerTimes, exposed, exposed_in_pair
+from moekernels.plan.pairs import PairCosts
 
 SCHEDULES = ("1f1b", "zb", "overlap")
 Flushes = list[list[list[Event]]]  # each, of both ranks

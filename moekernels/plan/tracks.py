@@ -13,9 +13,10 @@ from moekernels.pipeline.interleave import Border, Span
 from moekernels.pipeline.schedule import Kind
 from moekernels.pipeline.simulate import Pieces
 from moekernels.pipeline.trace import Event, PieceOf, pieces_of
-from moekernels.plan.evaluate import Problem, exchanging, ordered_sizes, play
+from moekernels.plan.evaluate import Problem, ordered_sizes, play
 from moekernels.plan.memory import place_of
 from moekernels.plan.overlap import LayerTimes, alone, played
+from moekernels.plan.pairs import exchanging
 from moekernels.plan.strategy import Strategy
 
 
