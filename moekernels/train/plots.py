@@ -136,6 +136,7 @@ PASSES = {
     Kind.W: ("backward, weights", "#9be9a8"),
 }
 EXCHANGE = "#d29922"
+NAMED = 0.012  # of a flush: passes that are longer show their microbatch's number
 
 
 def plot_flush(path: Path, flush: Mapping[str, Tracks]) -> None:
@@ -145,20 +146,29 @@ def plot_flush(path: Path, flush: Mapping[str, Tracks]) -> None:
     rows = [(stage, name) for stage in stages for name in flush]
     figure, axes = _figure(9, _inches(2.0, 1.0 + 0.55 * len(rows)))
     begin = min((e.start for tracks in flush.values() for e in tracks.events), default=0.0)
+    end = max((e.end for tracks in flush.values() for e in tracks.events), default=0.0)
     used: dict[str, str] = {}  # by what the legend says
 
-    def bars(low: float, height: float, spans: list, color: str, label: str) -> None:
+    def bars(low: float, height: float, spans: list, color: str, label: str, edge: str) -> None:
         if spans:
             used[label] = color
             places = [(1e3 * (s.start - begin), 1e3 * (s.end - s.start)) for s in spans]
-            axes.broken_barh(places, (low, height), facecolors=color, edgecolor="w", linewidth=0.3)
+            axes.broken_barh(places, (low, height), facecolors=color, edgecolor=edge, linewidth=0.3)
 
     for row, (stage, name) in enumerate(rows):
         tracks = flush[name]
         for kind, (label, color) in PASSES.items():
             mine = [e for e in tracks.events if (e.stage, e.kind) == (stage, kind)]
-            bars(row - 0.35, 0.45, mine, color, label)
-        bars(row + 0.14, 0.2, tracks.flights.get(stage, []), EXCHANGE, "exchange")
+            bars(row - 0.35, 0.45, mine, color, label, "white")
+            for e in mine:
+                if e.end - e.start > NAMED * (end - begin):
+                    middle = 500 * (e.start + e.end - 2 * begin)
+                    axes.text(
+                        middle, row - 0.125, str(e.microbatch), size=7, ha="center", va="center",
+                        color="white",
+                    )  # fmt: skip
+        flights = tracks.flights.get(stage, [])
+        bars(row + 0.14, 0.2, flights, EXCHANGE, "exchange", EXCHANGE)
     one = len(stages) == 1
     labels = [name if one else f"stage {stage}, {name}" for stage, name in rows]
     axes.set_yticks(range(len(rows)), labels)
