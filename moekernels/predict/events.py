@@ -161,7 +161,7 @@ class Unit:
             full = max(full, machine.from_dram(at, missed) + card.l2_latency + card.dram_latency)
         self.issued = at + card.issue
         tensor = kernel.tensor
-        if tile.rows <= kernel.tile_m // 2:
+        if tile.rows <= kernel.tile_m // 2 and kernel.epilogue != "pingpong":
             tensor /= 2  # the second consumer passes by
         self.multiplied = max(self.multiplied, full + card.sync) + tensor + card.step_gap
         self.multiplied += card.gather_gap if kernel.gathered else 0.0
