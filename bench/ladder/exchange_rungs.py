@@ -12,9 +12,12 @@ from torch import Tensor
 
 from ladder.diagnose import same
 from ladder.kit import Kit, RungSkipped, require, rung
-from ladder.product_rungs import BF16, normal
+from ladder.product_rungs import BF16, F32, normal
 from moekernels import reference
+from moekernels.ops import _exchange_experts as products
 from moekernels.ops import exchange as kernels
+from moekernels.ops._ffn import Ffn
+from moekernels.ops._library import raw
 from python_tests.support.devices import emulated_devices
 
 PEERS, EXPERTS, TOP_K = 3, 2, 2
@@ -203,3 +206,113 @@ def put(kit: Kit) -> dict:
     card = torch.cuda.get_device_name(0)
     judge(speed, copy, card)
     return {"card": card, "put_gigabytes_a_second": speed, "copy_gigabytes_a_second": copy}
+
+
+HIDDEN, FFN = 16, 24  # of a rehearsal
+STYLE = ("swiglu", 1.702, 7.0, False, False)
+
+
+@contextlib.contextmanager
+def _blocks(kit: Kit, count: int) -> Iterator[None]:
+    """Of a product's grid: on one card those of all ranks run at once, beside who sends rows."""
+    ops = torch.ops.moekernels if kit.hardware else torch.ops.moekernels_emulated
+    ops._sm90_settings(grid=count)
+    try:
+        yield
+    finally:
+        ops._sm90_settings()
+
+
+@rung(
+    17,
+    "exchange",
+    "dact",
+    look="csrc/cuda/sm90/peers.cuh, arriving.cuh (the acquire, the proxy fence), going.cuh",
+)
+def straight(kit: Kit) -> dict:
+    """A layer's forward and backward between ranks of one card: products that read rows while they
+    come and bring results home have the bits of the steps one after the other."""
+    tokens, hidden, ffn = (4096, 2048, 1024) if kit.hardware else (5, HIDDEN, FFN)
+    every = PEERS * EXPERTS
+    draw = torch.Generator().manual_seed(1)
+    ids = [
+        torch.rand(tokens + p, every, generator=draw).argsort(1)[:, :TOP_K].int()
+        for p in range(PEERS)
+    ]
+    routings = [reference.route(i, every) for i in ids]
+    placed = []
+    for p, routing in enumerate(routings):
+        given = {
+            "x": normal(BF16, tokens + p, hidden, seed=p),
+            "dout": normal(BF16, tokens + p, hidden, seed=9 + p),
+            "weights": normal(F32, tokens + p, TOP_K, seed=19 + p),
+            "w1": normal(BF16, EXPERTS, 2 * ffn, hidden, seed=29 + p) * hidden**-0.5,
+            "w2": normal(BF16, EXPERTS, hidden, ffn, seed=39 + p) * ffn**-0.5,
+        }
+        placed.append(kit.place(given | {"slot_of": routing.slot_of, "counts": routing.counts}))
+    came = torch.stack([r.counts for r in routings]).view(PEERS, PEERS, EXPERTS).sum((0, 2))
+    most, back = int(came.max()), max(i.numel() for i in ids)
+    slabs = _slabs(kit, kernels.Shape(PEERS, EXPERTS, 1, most, back, 2 * hidden))
+    blocks = 1
+    if kit.hardware:
+        blocks = (torch.cuda.get_device_properties(0).multi_processor_count - 16) // PEERS
+    results, seconds = [], {}
+    up, units = kit.wrong("up", products.up), products.units(hidden)
+    for way in ("steps", "straight", "straight"):
+        apart, began = way == "steps", time.perf_counter()
+        with _ranks(kit, [s.slab for s in slabs]) as devices, _blocks(kit, blocks):
+            found = []
+            for p, given in enumerate(placed):
+                with devices.on(p):
+                    found.append([kernels.gather_counts(given["counts"], slabs[p])])
+            devices.run()
+            for p, given in enumerate(placed):
+                known, size, like = found[p][0], ids[p].numel(), given["x"]
+                own = given["w1"], given["w2"], known.held, None, None, None
+                layer = Ffn(like[:0], None, *own, *STYLE, False)
+                with devices.on(p):
+                    kernels.put(like, given["weights"], given["slot_of"], TOP_K, known, slabs[p], 0)
+                    rows = int(came[p])
+                    if apart:
+                        x, w = kernels.take(like, known, slabs[p], 0, rows, weighted=True)
+                        layer = layer._replace(x=x, weights=w)
+                        y, h = raw._experts(*layer, True, None)
+                        kernels.push(y, None, known, slabs[p], 0)
+                    else:
+                        x, w, h, a = up(layer, known, slabs[p], 0, rows, True)
+                        layer = layer._replace(x=x, weights=w)
+                        products.down(layer, a, known, slabs[p], 0)
+                    home = kernels.take_home(
+                        like, known, slabs[p], 0, size, weighted=False, units=1 if apart else units
+                    )
+                    found[p] += [layer, h, x, w, home[0]]
+            devices.run()
+            for p, given in enumerate(placed):
+                known, layer, h = found[p][:3]
+                size, like = ids[p].numel(), given["dout"]
+                with devices.on(p):
+                    kernels.put(like, None, given["slot_of"], TOP_K, known, slabs[p], 0)
+                    if apart:
+                        rows = layer.x.shape[0]
+                        dy, _ = kernels.take(like, known, slabs[p], 0, rows, weighted=False)
+                        dh, _, dw = raw._experts_dact(*layer, dy, h, False, True)
+                        dx = raw._grouped_gemm(dh, layer.w1, known.held, True, False)
+                        kernels.push(dx, dw, known, slabs[p], 0)
+                    else:
+                        dy, dh, _, dw = products.dact(layer, h, known, slabs[p], 0, False, True)
+                        products.product(
+                            dh, layer.w1, known.held, True, False, dw, known, slabs[p], 0
+                        )
+                    home = kernels.take_home(
+                        like, known, slabs[p], 0, size, weighted=True, units=1 if apart else units
+                    )
+                    found[p] += [dy, dh, *home]
+            devices.run()
+        seconds[way] = time.perf_counter() - began
+        results.append([f[2:] for f in found])
+    names = ("h", "rows", "weights", "results", "dy", "dh", "dx", "dweights")
+    for turn in results[1:]:
+        for p, (mine, theirs) in enumerate(zip(turn, results[0])):
+            for name, a, b in zip(names, mine, theirs, strict=True):
+                same(f"{name} of rank {p}", a, b)
+    return {"ranks": PEERS, **{f"seconds_{way}": s for way, s in seconds.items()}}

@@ -128,7 +128,7 @@ void send_rows(const SendArgs& args) {
     }
     uint32_t* counter =
         args.back ? peer.returned(args.slot) : peer.arrived(args.slot, i % peers.shape.experts);
-    add(counter, static_cast<uint32_t>(end - run.begin));
+    add(counter, static_cast<uint32_t>((end - run.begin) * args.units));
   }
 }
 
@@ -140,7 +140,7 @@ void receive_rows(const ReceiveArgs& args) {
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t rows = args.back ? *args.total : args.offsets[g + 1] - args.offsets[g];
     uint32_t* expected = own.expected(args.slot, args.back ? peers.shape.experts : g);
-    *expected += static_cast<uint32_t>(rows);
+    *expected += static_cast<uint32_t>(rows * args.units);
     wait(peers, args.back ? own.returned(args.slot) : own.arrived(args.slot, g), *expected);
   }
   const int64_t used = std::min({*args.total, room, args.num_rows});

@@ -153,9 +153,11 @@ __global__ void __launch_bounds__(kThreads) send_tiles(const SendArgs args) {
   const int64_t tiles = (total + kTile - 1) / kTile;
   const int64_t next = args.back ? 0 : (peers.rank + 1) % shape.peers * shape.experts;
   const int64_t first = min_of(args.runs[next].begin, total) / kTile;
-  for (int64_t tile = warp_of_grid(); tile < tiles; tile += gridDim.x * int64_t{kWarps}) {
+  for (int64_t tile = args.first / kTile + warp_of_grid(); tile < tiles;
+       tile += gridDim.x * int64_t{kWarps}) {
     int64_t row = (tile + first) % tiles * kTile;
     const int64_t end = min_of(row + kTile, total);
+    row = max_of(row, args.first);
     int64_t index = run_of(args.runs, args.num_runs, row);
     for (; row < end; ++index) {
       const Run run = args.runs[index];
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) send_tiles(const SendArgs args) {
       if (lane_id() == 0) {
         uint32_t* counter =
             args.back ? peer.returned(args.slot) : peer.arrived(args.slot, index % shape.experts);
-        add_release(counter, static_cast<uint32_t>(stop - row));
+        add_release(counter, static_cast<uint32_t>((stop - row) * args.units));
       }
       row = stop;
     }
@@ -206,7 +208,7 @@ __global__ void __launch_bounds__(kThreads) receive_tiles(const ReceiveArgs args
           const uint32_t* counter =
               args.back ? own.returned(args.slot) : own.arrived(args.slot, group);
           const uint32_t before = *own.expected(args.slot, args.back ? shape.experts : group);
-          wait(peers, counter, before + static_cast<uint32_t>(end - begin));
+          wait(peers, counter, before + static_cast<uint32_t>((end - begin) * args.units));
         }
         __syncwarp();
         waited = true;
@@ -224,7 +226,7 @@ __global__ void __launch_bounds__(kThreads) receive_tiles(const ReceiveArgs args
   for (int64_t g = threadIdx.x; g < groups; g += kThreads) {
     const int64_t rows_of = args.back ? total : args.offsets[g + 1] - args.offsets[g];
     uint32_t* expected = own.expected(args.slot, args.back ? shape.experts : g);
-    const uint32_t reached = *expected + static_cast<uint32_t>(rows_of);
+    const uint32_t reached = *expected + static_cast<uint32_t>(rows_of * args.units);
     wait(peers, args.back ? own.returned(args.slot) : own.arrived(args.slot, g), reached);
     *expected = reached;
   }
@@ -250,9 +252,10 @@ void gather_counts(const CountsArgs& args, Stream stream) {
 }
 
 void send_rows(const SendArgs& args, Stream stream) {
+  const int64_t rows = args.num_rows - args.first;
   with_word({address(args.rows), address(args.peers.own().base), args.row_bytes}, [&](auto word) {
-    launch("exchange_send", send_tiles<decltype(word)>, blocks_for(args.num_rows, kSendBlocks),
-           kThreads, 0, stream, args);
+    launch("exchange_send", send_tiles<decltype(word)>, blocks_for(rows, kSendBlocks), kThreads, 0,
+           stream, args);
   });
 }
 

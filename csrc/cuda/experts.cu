@@ -264,20 +264,63 @@ __global__ void __launch_bounds__(kThreads) bias_gradient(const ExpertsDBiasArgs
 
 int64_t width_of(const ExpertsArgs& of) { return (is_gated(of.activation) ? 2 : 1) * of.ffn; }
 
+GemmChoice choice_for(GemmOp op, const ExpertsArgs& of, int64_t n, int64_t k, int64_t alignment) {
+  return choose({.op = op,
+                 .dtype = of.dtype,
+                 .m = of.num_rows,
+                 .n = n,
+                 .k = k,
+                 .experts = of.experts,
+                 .alignment = alignment,
+                 .tf32 = of.tf32});
+}
+int64_t alignment_of_rows(const ExpertsArgs& of) {
+  return gemm_alignment(of.hidden * size_of(of.dtype), of.ffn * size_of(of.dtype));
+}
+GemmChoice choice_of(const ExpertsUpArgs& args) {
+  const ExpertsArgs& of = args.of;
+  return choice_for(GemmOp::up, of, width_of(of), of.hidden,
+                    gemm_alignment(of.x, of.w1, of.b1, args.h, args.a, alignment_of_rows(of)));
+}
+GemmChoice choice_of(const ExpertsDownArgs& args) {
+  const ExpertsArgs& of = args.of;
+  return choice_for(GemmOp::down, of, of.hidden, of.ffn,
+                    gemm_alignment(args.a, of.w2, of.b2, args.y, alignment_of_rows(of)));
+}
+GemmChoice choice_of(const ExpertsDActArgs& args) {
+  const ExpertsArgs& of = args.of;
+  return choice_for(
+      GemmOp::dact, of, of.ffn, of.hidden,
+      gemm_alignment(args.dy, of.w2, args.h, args.dh, args.weighted_a, alignment_of_rows(of)));
+}
+
+// Runs a product over rows of an exchange where there is one.
+template <class Args, class Launch>
+bool over_peers(const Args& args, const Launch& launch) {
+  if constexpr (sm90::kBuilt) {
+    const GemmChoice choice = choice_of(args);
+    if (choice.kernel != GemmKernel::wgmma || args.of.dtype != DType::bf16) return false;
+    launch(choice);
+    return true;
+  }
+  return false;
+}
+
 }  // namespace
+
+bool experts_up(const ExpertsUpArgs& args, const Arriving& from, Stream stream) {
+  return over_peers(args, [&](auto& choice) { sm90::experts_up(args, from, choice, stream); });
+}
+bool experts_dact(const ExpertsDActArgs& args, const Arriving& from, Stream stream) {
+  return over_peers(args, [&](auto& choice) { sm90::experts_dact(args, from, choice, stream); });
+}
+bool experts_down(const ExpertsDownArgs& args, const Going& home, Stream stream) {
+  return over_peers(args, [&](auto& choice) { sm90::experts_down(args, home, choice, stream); });
+}
 
 void experts_up(const ExpertsUpArgs& args, Stream stream) {
   const ExpertsArgs& of = args.of;
-  const int64_t bytes = size_of(of.dtype), width = width_of(of);
-  const GemmChoice choice = choose({.op = GemmOp::up,
-                                    .dtype = of.dtype,
-                                    .m = of.num_rows,
-                                    .n = width,
-                                    .k = of.hidden,
-                                    .experts = of.experts,
-                                    .alignment = gemm_alignment(of.x, of.w1, of.b1, args.h, args.a,
-                                                                of.hidden * bytes, of.ffn * bytes),
-                                    .tf32 = of.tf32});
+  const GemmChoice choice = choice_of(args);
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::experts_up(args, choice, stream);
   }
@@ -302,16 +345,7 @@ void experts_up(const ExpertsUpArgs& args, Stream stream) {
 
 void experts_down(const ExpertsDownArgs& args, Stream stream) {
   const ExpertsArgs& of = args.of;
-  const int64_t bytes = size_of(of.dtype);
-  const GemmChoice choice = choose(
-      {.op = GemmOp::down,
-       .dtype = of.dtype,
-       .m = of.num_rows,
-       .n = of.hidden,
-       .k = of.ffn,
-       .experts = of.experts,
-       .alignment = gemm_alignment(args.a, of.w2, of.b2, args.y, of.hidden * bytes, of.ffn * bytes),
-       .tf32 = of.tf32});
+  const GemmChoice choice = choice_of(args);
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::experts_down(args, choice, stream);
   }
@@ -335,17 +369,7 @@ void experts_down(const ExpertsDownArgs& args, Stream stream) {
 
 void experts_dact(const ExpertsDActArgs& args, Stream stream) {
   const ExpertsArgs& of = args.of;
-  const int64_t bytes = size_of(of.dtype);
-  const GemmChoice choice =
-      choose({.op = GemmOp::dact,
-              .dtype = of.dtype,
-              .m = of.num_rows,
-              .n = of.ffn,
-              .k = of.hidden,
-              .experts = of.experts,
-              .alignment = gemm_alignment(args.dy, of.w2, args.h, args.dh, args.weighted_a,
-                                          of.hidden * bytes, of.ffn * bytes),
-              .tf32 = of.tf32});
+  const GemmChoice choice = choice_of(args);
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::experts_dact(args, choice, stream);
   }

@@ -116,18 +116,31 @@ void row_product(const char* name, const MmaProduct& args, const GemmChoice& cho
   });
 }
 
-void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
+static GemmChoice choice_of(const GroupedGemmArgs& args) {
   const int64_t bytes = size_of(args.dtype);
-  const GemmChoice choice =
-      choose({.op = args.transposed ? GemmOp::dgrad : GemmOp::forward,
-              .dtype = args.dtype,
-              .m = args.num_rows,
-              .n = args.out_width,
-              .k = args.in,
-              .experts = args.experts,
-              .alignment = gemm_alignment(args.rows, args.w, args.out, args.in * bytes,
-                                          args.out_width * bytes),
-              .tf32 = args.tf32});
+  return choose({.op = args.transposed ? GemmOp::dgrad : GemmOp::forward,
+                 .dtype = args.dtype,
+                 .m = args.num_rows,
+                 .n = args.out_width,
+                 .k = args.in,
+                 .experts = args.experts,
+                 .alignment = gemm_alignment(args.rows, args.w, args.out, args.in * bytes,
+                                             args.out_width * bytes),
+                 .tf32 = args.tf32});
+}
+
+bool grouped_gemm(const GroupedGemmArgs& args, const Going& home, Stream stream) {
+  if constexpr (sm90::kBuilt) {
+    const GemmChoice choice = choice_of(args);
+    if (choice.kernel != GemmKernel::wgmma || args.dtype != DType::bf16) return false;
+    sm90::grouped_gemm(args, home, choice, stream);
+    return true;
+  }
+  return false;
+}
+
+void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
+  const GemmChoice choice = choice_of(args);
   if constexpr (sm90::kBuilt) {
     if (choice.kernel == GemmKernel::wgmma) return sm90::grouped_gemm(args, choice, stream);
   }

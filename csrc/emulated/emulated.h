@@ -16,6 +16,8 @@ using moekernels_array_fn = void (*)(const void* data, int64_t bytes, int lasts)
 
 __attribute__((visibility("default"))) void moekernels_emulate(moekernels_launch_fn launch,
                                                                moekernels_array_fn array);
+// Whether arrays stay that ops allocate from now on, for launches that are recorded; 0 frees them.
+__attribute__((visibility("default"))) void moekernels_emulate_keep(int keep);
 // 80, 90, ...: what the emulated device says it is.
 __attribute__((visibility("default"))) void moekernels_emulate_capability(int value);
 }

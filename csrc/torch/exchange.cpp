@@ -1,34 +1,10 @@
 // The exchange through memory that ranks share. Addresses of the peers' slabs are plain numbers.
 #include "moekernels/exchange.h"
 
-#include "device.h"
+#include "slabs.h"
 
 namespace moekernels::binding {
 namespace {
-
-using Numbers = std::vector<int64_t>;
-
-constexpr int64_t kAligned = 16;  // bytes of the widest word that a slab is written in
-
-SlabShape shape_from(const char* op, const Numbers& shape) {
-  check(shape.size() == 6, op,
-        ": shape must be [peers, experts, slots, rows, back, row_bytes], got ", shape.size(),
-        " numbers");
-  const SlabShape s{.peers = shape[0],
-                    .experts = shape[1],
-                    .slots = shape[2],
-                    .rows = shape[3],
-                    .back = shape[4],
-                    .row_bytes = shape[5]};
-  check(s.peers >= 1 && s.peers <= kMostPeers, op, ": peers must be 1 to ", kMostPeers, ", got ",
-        s.peers);
-  check(s.experts >= 1 && s.slots >= 1, op, ": experts and slots must be at least 1, got ",
-        s.experts, " and ", s.slots);
-  check(s.rows >= 0 && s.back >= 0 && s.row_bytes >= 0, op,
-        ": rows, back and row_bytes must not be negative, got ", s.rows, ", ", s.back, ", ",
-        s.row_bytes);
-  return s;
-}
 
 int64_t exchange_bytes(Numbers shape) {
   return Slab{nullptr, shape_from("exchange_bytes", shape)}.bytes();
@@ -55,51 +31,6 @@ Numbers exchange_word(Numbers shape, int64_t at) {
   }
   check(false, "exchange_word: byte ", at, " of a slab is no word that ranks wait for");
   return {};
-}
-
-// The slabs of all ranks; `slab` is this rank's own.
-PeerSlabs slabs_from(const char* op, const Tensor& slab, const Numbers& addresses, int64_t rank,
-                     const Numbers& shape, int64_t patience, const OptionalTensor& stuck) {
-  PeerSlabs peers{};
-  peers.shape = shape_from(op, shape);
-  check_tensor(op, "slab", slab, {ScalarType::Byte},
-               {{"bytes", Slab{nullptr, peers.shape}.bytes()}});
-  check(static_cast<int64_t>(addresses.size()) == peers.shape.peers, op, ": addresses must be ",
-        peers.shape.peers, " numbers, one a rank, got ", addresses.size());
-  check(rank >= 0 && rank < peers.shape.peers, op, ": rank must be 0 to ", peers.shape.peers - 1,
-        ", got ", rank);
-  const int64_t own = reinterpret_cast<int64_t>(slab.const_data_ptr());
-  check(addresses[rank] == own || addresses[rank] == 0, op, ": addresses[", rank,
-        "] must be the slab's own address, or 0");
-  for (int64_t p = 0; p < peers.shape.peers; ++p) {
-    const int64_t address = p == rank ? own : addresses[p];
-    check(address != 0 && address % kAligned == 0, op, ": addresses[", p,
-          "] must be a multiple of ", kAligned, ", got ", address);
-    peers.slab[p] = reinterpret_cast<char*>(address);
-  }
-  peers.rank = rank;
-  check(patience >= 0, op, ": patience must not be negative, got ", patience);
-  peers.patience = patience;
-  if (stuck) {
-    check(stuck->scalar_type() == ScalarType::Long && stuck->numel() == 4, op,
-          ": stuck must be int64 [4], got ", name_of(stuck->scalar_type()), " ", shape_of(*stuck));
-    peers.stuck = const_cast<int64_t*>(stuck->const_data_ptr<int64_t>());
-  }
-  return peers;
-}
-
-void check_slot(const char* op, const SlabShape& shape, int64_t slot, int64_t row_bytes) {
-  check(slot >= 0 && slot < shape.slots, op, ": slot must be 0 to ", shape.slots - 1, ", got ",
-        slot);
-  check(row_bytes <= shape.row_bytes, op, ": rows of ", row_bytes,
-        " bytes are wider than the slab's ", shape.row_bytes);
-}
-
-const Run* runs_from(const char* op, const Tensor& runs, const SlabShape& shape,
-                     const Tensor& like) {
-  check_tensor(op, "runs", runs, kInt64, {{"runs", shape.peers * shape.experts + 1}, {"2", 2}},
-               &like);
-  return static_cast<const Run*>(runs.const_data_ptr());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exchange_counts(
@@ -170,13 +101,15 @@ std::tuple<Tensor, Tensor> exchange_receive(const Tensor& like, const Tensor& of
                                             const Tensor& slab, Numbers addresses, int64_t rank,
                                             Numbers shape, int64_t patience,
                                             const OptionalTensor& stuck, int64_t slot, bool back,
-                                            int64_t num_rows, bool weighted) {
+                                            int64_t num_rows, bool weighted, int64_t units) {
   const char* op = "exchange_receive";
   ReceiveArgs args{};
   args.peers = slabs_from(op, slab, addresses, rank, shape, patience, stuck);
   const SlabShape& s = args.peers.shape;
   check_tensor(op, "like", like, kFloats, {{"R"}, {"H"}}, &slab);
   check(num_rows >= 0, op, ": num_rows must not be negative, got ", num_rows);
+  check(units >= 1, op, ": units must be at least 1, got ", units);
+  args.units = units;
   const ScalarType dtype = like.scalar_type();
   // On the way back what is awaited is the end of the own runs.
   args.total = back ? &runs_from(op, offsets, s, slab)[s.peers * s.experts].begin : nullptr;
@@ -216,7 +149,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def(
       "_exchange_receive(Tensor like, Tensor offsets, Tensor(a!) slab, int[] addresses, int rank, "
       "int[] shape, int patience, Tensor? stuck, int slot, bool back, int num_rows, "
-      "bool weighted) -> (Tensor, Tensor)");
+      "bool weighted, int units=1) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MOEKERNELS_OPS, CompositeExplicitAutograd, library) {

@@ -2,7 +2,19 @@
 #include "tensor.h"
 
 #ifdef MOEKERNELS_EMULATED
+#include <vector>
+
 #include "emulated.h"
+
+namespace {
+bool keeping = false;
+std::vector<torch::stable::Tensor> kept;  // for launches that run later
+}  // namespace
+
+void moekernels_emulate_keep(int keep) {
+  keeping = keep != 0;
+  if (!keeping) kept.clear();
+}
 #endif
 
 namespace moekernels::binding {
@@ -115,6 +127,7 @@ Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype, const Tenso
   Tensor t(made);
 #ifdef MOEKERNELS_EMULATED
   emulated::note_array(t.const_data_ptr(), t.numel() * t.element_size());
+  if (keeping) kept.push_back(t);
 #endif
   return t;
 }

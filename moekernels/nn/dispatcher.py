@@ -19,7 +19,7 @@ from moekernels import ops
 from moekernels.errors import UsageError
 from moekernels.model import dispatch
 from moekernels.model.router import RouterSpec
-from moekernels.parallel import border, chunks, expert
+from moekernels.parallel import border, chunks, expert, straight
 from moekernels.parallel.exchange import Part
 from moekernels.parallel.mesh import Group, Mesh
 
@@ -45,10 +45,13 @@ PartOfExperts = Callable[[Tensor, Routed, Part], Tensor]
 
 class Dispatcher(Protocol):
     """`parts`: into how many an exchange is cut; where there are several it is a
-    `PartedDispatcher`. `posts`: whether rows are posted and then waited for."""
+    `PartedDispatcher`. `posts`: whether rows are posted and then waited for. `straight`: whether
+    products of the experts may read rows while they come, and bring their results home: then it is
+    a `StraightDispatcher`."""
 
     parts: int
     posts: bool
+    straight: bool
 
     def dispatch(
         self, x: Tensor, ids: Tensor, weights: Tensor, kept: expert.Kept | None = None
@@ -64,11 +67,16 @@ class PartedDispatcher(Dispatcher, Protocol):
         """The whole way, [T, H] -> [T, H], one part after the other."""
 
 
+class StraightDispatcher(Dispatcher, Protocol):
+    def through(self, x: Tensor, ids: Tensor, weights: Tensor, ffn: dict[str, Any]) -> Tensor:
+        """The whole way, [T, H] -> [T, H], `ffn` as `parallel.straight.experts` takes it."""
+
+
 class LocalDispatcher:
     """All experts are here: nothing moves, the rows are a view of x."""
 
     parts = 1
-    posts = False
+    posts = straight = False
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -114,6 +122,14 @@ class AllToAllDispatcher:
         own = self._own_rows(plan, plan.whole)
         return rows, Routed(row_weights, offsets, None, None, plan, own)
 
+    @property
+    def straight(self) -> bool:
+        return self.group.device_memory is not None and self.own == self.local_experts
+
+    def through(self, x: Tensor, ids: Tensor, weights: Tensor, ffn: dict[str, Any]) -> Tensor:
+        plan, weights = self._plan(ids, weights)
+        return straight.experts(x, weights, plan, **ffn)
+
     def _own_rows(self, plan: expert.ExchangePlan, part: Part) -> int | None:
         """Of the rows that came of a part, those for own experts."""
         if self.own == self.local_experts:
@@ -158,7 +174,7 @@ class AllGatherDispatcher:
     exceeds ep."""
 
     parts = 1
-    posts = False
+    posts = straight = False
 
     def __init__(
         self, mesh: Mesh, num_experts: int, layer: int = 0, parts: int = 1, spare: int = 0
@@ -194,7 +210,7 @@ class HierarchicalDispatcher:
     """One copy of a token goes to each node that holds one of its experts, and from there to their
     ranks; results are summed on the node, then node by node at home."""
 
-    posts = False  # in one go: it is on its way twice
+    posts = straight = False  # in one go: it is on its way twice
 
     def __init__(
         self, mesh: Mesh, num_experts: int, layer: int = 0, parts: int = 1, spare: int = 0

@@ -128,6 +128,17 @@ class Experts(nn.Module):
         with expert_clock.span(rows.device, count):
             return self._compute(rows, routing, part)
 
+    def between(self, x: Tensor) -> dict[str, Any] | None:
+        """What `parallel.straight.experts` takes for tokens like x [T, H], where it computes the
+        same: not under autocast, nor for rows that are lifted or go to copies, nor where the
+        experts' time is taken."""
+        if self.lifted or self.spare.count or expert_clock.running or x.dtype != self.w1.dtype:
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            return None
+        biases = {"b1": self.b1, "b2": self.b2 if self.adds_b2 else None}
+        return {"w1": self.w1, "w2": self.w2, **biases, **self.how}
+
     def _compute(self, rows: Tensor, routing: Routed, part: Part | None) -> Tensor:
         """Rows of own experts come first, those of copies behind them."""
         own = routing.own_rows

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from moekernels.balance.replicas import slots_of_owners
 from moekernels.model.decoder import DecoderSpec
-from moekernels.nn.dispatcher import Dispatcher, PartedDispatcher
+from moekernels.nn.dispatcher import Dispatcher, PartedDispatcher, StraightDispatcher
 from moekernels.nn.experts import Experts
 from moekernels.nn.ffn import SharedExpert
 from moekernels.nn.home import Home
 from moekernels.nn.router import RouteHook, Router
 from moekernels.nn.watch import Watch
+from moekernels.parallel import turns
 from moekernels.parallel.expert import Kept
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.tensor import join_tokens, split_tokens
@@ -82,6 +83,13 @@ class MoE(nn.Module):
         lane = torch.arange(len(ids), device=ids.device)[:, None] % len(self.slots)
         return torch.where(ids < 0, ids, self.slots[lane, chosen])
 
+    def _between(self, x: Tensor, kept: Kept | None) -> dict[str, Any] | None:
+        """The experts for a way in one go, which passes that take turns cannot leave at a border,
+        nor one that is computed again repeat."""
+        if kept is not None or not self.dispatcher.straight or turns.running():
+            return None
+        return self.experts.between(x)
+
     @torch.no_grad()
     def _count(self, slots: Tensor) -> None:
         rank_of = torch.where(slots < 0, -1, slots // self.local).flatten()
@@ -110,6 +118,8 @@ class MoE(nn.Module):
             self._count(ids)
         if self.dispatcher.parts > 1 and kept is None:  # what is computed again is not cut
             y = cast(PartedDispatcher, self.dispatcher).in_parts(own, ids, weights, self.experts)
+        elif (ffn := self._between(own, kept)) is not None:
+            y = cast(StraightDispatcher, self.dispatcher).through(own, ids, weights, ffn)
         else:
             rows, routing = self.dispatcher.dispatch(own, ids, weights, kept)
             y = self.dispatcher.combine(self.experts(rows, routing), routing)

@@ -113,6 +113,7 @@ def _(
     back,
     num_rows,
     weighted,
+    units=1,
 ):
     weights = like.new_empty(num_rows if weighted else 0, dtype=wide(like.dtype))
     return like.new_empty(num_rows, like.shape[1]), weights
@@ -182,8 +183,18 @@ def push(rows: Tensor, weights: Tensor | None, counts: Counts, slabs: Slabs, slo
 
 
 def take_home(
-    like: Tensor, counts: Counts, slabs: Slabs, slot: int, num_rows: int, *, weighted: bool
+    like: Tensor,
+    counts: Counts,
+    slabs: Slabs,
+    slot: int,
+    num_rows: int,
+    *,
+    weighted: bool,
+    units: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
-    """Waits for what `push` brings: rows [num_rows, H] in the order of the own routing."""
-    rows, weights = _receive(like, counts.out, *slabs.arguments(), slot, True, num_rows, weighted)
+    """Waits for what `push` brings: rows [num_rows, H] in the order of the own routing. `units`:
+    how often a row is counted by who sends it, once by `push`."""
+    rows, weights = _receive(
+        like, counts.out, *slabs.arguments(), slot, True, num_rows, weighted, units
+    )
     return rows, weights if weighted else None

@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moekernels import reference
-from moekernels.ops import _deferred, _derivatives, _main_grad
+from moekernels.ops import _derivatives, _main_grad
+from moekernels.ops._ffn import Ffn, Learnt, dbias_or_accumulate, tf32, wgrad_or_accumulate
 from moekernels.ops._library import fake, raw
 from moekernels.ops._main_grad import main_grad_of
 from moekernels.ops._op import op, require_tensor, wide
-from moekernels.ops.grouped_gemm import autocast, tf32, wgrad_or_accumulate
+from moekernels.ops.grouped_gemm import autocast
 
 __all__ = ["experts"]
 
 _experts = raw._experts.default
 _dact = raw._experts_dact.default
-_dbias = raw._experts_dbias.default
 _grouped_gemm = raw._grouped_gemm.default
 _combine = raw._combine.default
-
-
-class Ffn(NamedTuple):
-    """What every kernel of the FFN takes first, in the order of the raw ops."""
-
-    x: Tensor
-    weights: Tensor | None
-    w1: Tensor
-    w2: Tensor
-    offsets: Tensor
-    token_of: Tensor | None
-    b1: Tensor | None
-    b2: Tensor | None
-    activation: str
-    alpha: float
-    limit: float
-    interleaved: bool
-    transposed: bool
-    tf32: bool
-
-    @property
-    def rows(self) -> int:
-        return (self.x if self.token_of is None else self.token_of).shape[0]
 
 
 @fake("_experts", bundle=Ffn)
@@ -71,18 +47,6 @@ def _(rows, weights, offsets, token_of, tokens):
 @fake("_experts_dbias_")
 def _(main_grad, rows, weights, offsets, token_of, tokens):
     return None
-
-
-class Learnt(NamedTuple):
-    """Something of each argument that has a gradient: itself, its main gradient, its gradient,
-    whether one is needed."""
-
-    x: Any = None
-    weights: Any = None
-    w1: Any = None
-    w2: Any = None
-    b1: Any = None
-    b2: Any = None
 
 
 _NONE = Learnt()
@@ -131,7 +95,7 @@ def _backward(
     if need.x or need.weights or need.w1 or need.w2 or need.b1:
         dh, weighted_a, dweights = _dact(*ffn, dy, h, need.w2, need.weights)
     if need.b2:
-        db2 = _dbias_or_accumulate(main_grads.b2, dy, ffn.weights, offsets, token_of, tokens)
+        db2 = dbias_or_accumulate(main_grads.b2, dy, ffn.weights, offsets, token_of, tokens)
     if need.w2:
         dw2 = wgrad_or_accumulate(
             main_grads.w2, weighted_a, dy, offsets, transposed, token_of, tokens
@@ -146,7 +110,7 @@ def _backward(
             main_grads.w1, ffn.x, dh, offsets, transposed, token_of, tokens, gather
         )
     if need.b1:
-        db1 = _dbias_or_accumulate(main_grads.b1, dh, None, offsets, token_of, tokens)
+        db1 = dbias_or_accumulate(main_grads.b1, dh, None, offsets, token_of, tokens)
     return Learnt(dx, dweights if need.weights else None, dw1, dw2, db1, db2)
 
 
@@ -164,14 +128,6 @@ def _plain_backward(ctx, ffn: Ffn, row_of: Tensor | None, need: Learnt, dy: Tens
         return t.view_as(t) if main_grad is None else _main_grad.Collect.apply(t, main_grad)
 
     return Learnt(*_derivatives.vjp(plain, inputs, need, (dy,), alias))
-
-
-def _dbias_or_accumulate(main_grad, rows, weights, offsets, token_of, tokens) -> Tensor | None:
-    if main_grad is None:
-        return _dbias(rows, weights, offsets, token_of, tokens)
-    args = (rows, weights, offsets, token_of, tokens)
-    _deferred.later(partial(_main_grad.dbias_, main_grad, *args))
-    return None
 
 
 @op(reference.experts)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from moekernels import reference
-from moekernels.ops import _deferred, _derivatives, _main_grad
+from moekernels.ops import _derivatives, _main_grad
+from moekernels.ops._ffn import tf32, wgrad_or_accumulate
 from moekernels.ops._library import fake, raw
 from moekernels.ops._main_grad import main_grad_of
 from moekernels.ops._op import op
@@ -34,36 +34,6 @@ def _(rows, drows, offsets, transposed, token_of, tokens, gather, tf32=False) ->
 
 @fake("_grouped_gemm_wgrad_")
 def _(main_grad, rows, drows, offsets, transposed, token_of, tokens, gather, tf32=False) -> None:
-    return None
-
-
-@_derivatives.constant_in_graphs
-def _matmul_may_round() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def tf32(x: Tensor) -> bool:
-    """Whether products of `x` may round fp32 inputs to tf32: on CUDA, where torch's own may
-    (`torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul`)."""
-    return x.is_cuda and x.dtype == torch.float32 and _matmul_may_round()
-
-
-def wgrad_or_accumulate(
-    main_grad: Tensor | None,
-    rows: Tensor,
-    drows: Tensor,
-    offsets: Tensor,
-    transposed: bool,
-    token_of: Tensor | None = None,
-    tokens: int = 0,
-    gather: bool = False,
-) -> Tensor | None:
-    """The gradient for w, or None where it is added to `main_grad`, now or later. With `gather`,
-    rows are [T, I] seen through token_of."""
-    if main_grad is None:
-        return _wgrad(rows, drows, offsets, transposed, token_of, tokens, gather, tf32(rows))
-    args = (rows, drows, offsets, transposed, token_of, tokens, gather, tf32(rows))
-    _deferred.later(partial(_main_grad.wgrad_, main_grad, *args))
     return None
 
 

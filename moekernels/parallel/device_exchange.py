@@ -11,6 +11,7 @@ Legend: T tokens, H hidden, K top-k, e local experts, R own rows, R' rows that c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -20,15 +21,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from moekernels.errors import UsageError
 from moekernels.model.dispatch import SLOTS
+from moekernels.ops import _exchange_experts as products
 from moekernels.ops import exchange as kernels
 from moekernels.parallel.exchange import Arrived, Home, Part, PendingBack, PendingOut, wide
 from moekernels.parallel.peers import PeerLost
 
 if TYPE_CHECKING:
+    from moekernels.ops._ffn import Ffn
     from moekernels.parallel.bound import Bound
     from moekernels.parallel.expert import ExchangePlan
     from moekernels.parallel.mesh import Group
 
+Compute = Callable[[kernels.Counts, kernels.Slabs, int], None]
 PATIENCE = 600_000_000_000  # nanoseconds, as the other exchanges wait
 
 
@@ -77,6 +81,7 @@ class DeviceExchange:
         self.memory, self.rank, self.size, self.bound = memory, rank, size, bound
         self._control: dict[int, kernels.Slabs] = {}  # by e: slabs without rows, for the counts
         self._slots: _Slots | None = None
+        self._beside: torch.cuda.Stream | None = None
         self._known = WeakIdKeyDictionary()  # a plan's counts -> what the kernels need of them
 
     def _make(self, shape: kernels.Shape) -> kernels.Slabs:
@@ -130,11 +135,33 @@ class DeviceExchange:
         self, x: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part | None = None
     ) -> PendingOut:
         _refuse_parts(plan, part)
+        return self._put(x, weights, plan, None)
+
+    def post_beside(self, x: Tensor, weights: Tensor | None, plan: ExchangePlan) -> DeviceOut:
+        """`post_out` on a stream of its own, for a product that reads rows while they come (`up`,
+        `dact`): own rows are on their way then, too."""
+        if x.is_cuda and self._beside is None:
+            self._beside = torch.cuda.Stream(x.device, priority=-1)
+        return self._put(x, weights, plan, self._beside)
+
+    def _put(
+        self,
+        x: Tensor,
+        weights: Tensor | None,
+        plan: ExchangePlan,
+        stream: torch.cuda.Stream | None,
+    ) -> DeviceOut:
         slots, slot, known = self._open(plan, x, False)
         x, weights = _ready(x, weights)
         top_k = max(plan.row_of.shape[1], 1)
-        kernels.put(x, weights, plan.slot_of, top_k, known.counts, slots.slabs, slot)
-        return _DeviceOut(slots, slot, known, plan, x[:0], weights is not None)
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):  # of None: where it is
+            kernels.put(x, weights, plan.slot_of, top_k, known.counts, slots.slabs, slot)
+        sent = (x, weights)
+        return DeviceOut(
+            slots, slot, known, plan, x[:0], weights is not None, sent=sent, stream=stream
+        )
 
     def post_back(
         self, rows: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part | None = None
@@ -144,6 +171,16 @@ class DeviceExchange:
         rows, weights = _ready(rows, weights)
         kernels.push(rows, weights, known.counts, slots.slabs, slot)
         return _DeviceBack(slots, slot, known, plan, rows[:0], weights is not None)
+
+    def results(
+        self, compute: Compute, plan: ExchangePlan, like: Tensor, weighted: bool
+    ) -> PendingBack:
+        """Has `compute` bring rows home in the dtype and width of `like` [*, H], as a product of
+        `ops._exchange_experts` does."""
+        slots, slot, known = self._open(plan, like, True)
+        compute(known.counts, slots.slabs, slot)
+        count = products.units(like.shape[1])
+        return _DeviceBack(slots, slot, known, plan, like[:0], weighted, count)
 
 
 _made: WeakKeyDictionary[Memory, DeviceExchange] = WeakKeyDictionary()
@@ -177,9 +214,14 @@ class _Pending(NamedTuple):
     plan: ExchangePlan
     like: Tensor  # [0, H]
     weighted: bool
+    units: int = 1  # that a row counts
+    sent: tuple[Tensor | None, ...] = ()  # what a kernel on another stream may still read
+    stream: torch.cuda.Stream | None = None  # that one
 
 
-class _DeviceOut(_Pending):
+class DeviceOut(_Pending):
+    """Rows on their way out: `wait` for them, or have a product read them as they come."""
+
     def wait(self) -> Arrived:
         self.slots.open[False] -= 1
         rows, weights = kernels.take(
@@ -191,6 +233,32 @@ class _DeviceOut(_Pending):
             weighted=self.weighted,
         )
         return Arrived(rows, weights, self.known.offsets)
+
+    def up(self, ffn: Ffn, keep_h: bool) -> tuple[Ffn, Tensor, Tensor]:
+        """The first product over what comes, in place of `wait`: `ffn` with the rows that came,
+        their weights and offsets; h [R', G] (empty unless `keep_h`) and a [R', F]."""
+        self.slots.open[False] -= 1
+        known, ffn = self.known, ffn._replace(x=self.like, offsets=self.known.offsets)
+        rows, weights, h, a = products.up(
+            ffn, known.counts, self.slots.slabs, self.slot, known.rows, keep_h
+        )
+        self._join()
+        return ffn._replace(x=rows, weights=weights), h, a
+
+    def dact(
+        self, ffn: Ffn, h: Tensor, want_weighted_a: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same of the backward: dy [R', H] that came, dh, the weighted a, dweights [R']."""
+        self.slots.open[False] -= 1
+        counts, slabs = self.known.counts, self.slots.slabs
+        found = products.dact(ffn, h, counts, slabs, self.slot, want_weighted_a, True)
+        self._join()
+        return found
+
+    def _join(self) -> None:
+        """What the current stream does from now on is behind the sending."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.like.device).wait_stream(self.stream)
 
 
 class _DeviceBack(_Pending):
@@ -204,6 +272,7 @@ class _DeviceBack(_Pending):
                 self.slot,
                 self.plan.slot_of.shape[0],
                 weighted=self.weighted,
+                units=self.units,
             )
         )
         if into is None:

@@ -18,7 +18,7 @@ class CachedDispatcher:
     """In the place of a layer's own: rows go to slots. It says that it has parts, so that it is
     given the whole way from choices to results."""
 
-    parts, posts = 2, False
+    parts, posts, straight = 2, False, False
 
     def __init__(self, cache: ExpertCache) -> None:
         self.cache = cache

@@ -323,6 +323,10 @@ def backwards(x, *others):
     exchange_rungs.kernels.put(x.flip(0), *others)
 
 
+def negative(ffn, *others):
+    return exchange_rungs.products.up(ffn._replace(w1=-ffn.w1), *others)
+
+
 @pytest.mark.parametrize(
     "name, planted, words",
     [
@@ -332,6 +336,7 @@ def backwards(x, *others):
         ("simt", lambda: {"route": misplaced}, "route's token_of has other bits"),
         ("exchange", lambda: {"put": backwards}, "rows that came to rank 0 has other bits"),
         ("put", lambda: {"put": backwards}, "rows that came to rank 1 has other bits"),
+        ("straight", lambda: {"up": negative}, "h of rank 0 has other bits"),
     ],
 )
 def test_planted_above_the_products(name, planted, words):

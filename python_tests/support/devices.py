@@ -25,6 +25,15 @@ class Devices:
         self.kept: list = []  # memory that recorded launches will touch
 
     @contextmanager
+    def keeping(self) -> Iterator[Devices]:
+        """Arrays that ops allocate within themselves live as long as this."""
+        self.emulator.library.moekernels_emulate_keep(1)
+        try:
+            yield self
+        finally:
+            self.emulator.library.moekernels_emulate_keep(0)
+
+    @contextmanager
     def on(self, rank: int, stream: int = 0) -> Iterator[None]:
         """Ops of this rank are recorded for its device."""
 
@@ -56,4 +65,5 @@ def emulated_devices(
     schedule: int | None = None, lazy: bool = False, resident: int | None = None
 ) -> Iterator[Devices]:
     with emulated.emulated_cuda(capability=90) as emulator:
-        yield Devices(emulator, schedule, lazy, resident)
+        with Devices(emulator, schedule, lazy, resident).keeping() as devices:
+            yield devices

@@ -53,11 +53,16 @@ def why_not() -> str | None:
 @cache
 def source(stem: str) -> str:
     """The PTX of csrc/cuda/<stem>.cu, its kernels by names without a hash."""
+    return compiled(ROOT / "csrc" / "cuda" / f"{stem}.cu")
+
+
+def compiled(path: Path) -> str:
+    """The same of a file whose headers lie beside it."""
     text = ptx.compile_ptx(
-        ROOT / "csrc" / "cuda" / f"{stem}.cu",
+        path,
         ARCH,
         defines=['MOEKERNELS_CUDA_ARCHS="PTX"'],
-        include=[ROOT / "csrc" / "include", ROOT / "csrc" / "cuda"],
+        include=[ROOT / "csrc" / "include", path.parent],
         lines=False,  # of gate.cu nvcc makes them in minutes, not seconds
     )
     return _FILE_HASH.sub(r"\1", text)

@@ -50,16 +50,23 @@ ROUTINGS = (*ROUTINGS, "dropped")
 class Ranks:
     """Virtual ranks with a slab each, and what they hold."""
 
-    def __init__(self, ids: list[Tensor], experts: int, dtype: torch.dtype, **room: int) -> None:
+    def __init__(
+        self,
+        ids: list[Tensor],
+        experts: int,
+        dtype: torch.dtype,
+        hidden: int = HIDDEN,
+        **room: int,
+    ) -> None:
         self.peers, self.experts, self.dtype = len(ids), experts, dtype
-        self.ids, every = ids, self.peers * experts
+        self.ids, every, self.hidden = ids, self.peers * experts, hidden
         self.routings = [reference.route(i, every) for i in ids]
-        self.x = [randn(dtype, len(i), HIDDEN, seed=p) for p, i in enumerate(ids)]
+        self.x = [randn(dtype, len(i), hidden, seed=p) for p, i in enumerate(ids)]
         self.weights = [randn(wide(dtype), *i.shape, seed=9 + p) for p, i in enumerate(ids)]
         self.counts = [r.counts for r in self.routings]
         rows = sum(int(c.sum()) for c in self.counts)
         sizes = {"slots": 1, "rows": rows, "back": max(i.numel() for i in ids)} | room
-        self.shape = exchange.Shape(self.peers, experts, **sizes, row_bytes=HIDDEN * dtype.itemsize)
+        self.shape = exchange.Shape(self.peers, experts, **sizes, row_bytes=hidden * dtype.itemsize)
         self.memory = [aligned(exchange.bytes_of(self.shape)) for _ in ids]
         addresses = [m.data_ptr() for m in self.memory]
         self.slabs = [
@@ -98,7 +105,9 @@ class Ranks:
             reference.pack(x, w if weighted else None, r.slot_of, max(w.shape[1], 1))
             for x, w, r in every
         ]
-        return reference.exchange(messages, [c.view(self.peers, -1) for c in self.counts], HIDDEN)
+        return reference.exchange(
+            messages, [c.view(self.peers, -1) for c in self.counts], self.hidden
+        )
 
 
 def aligned(nbytes: int) -> Tensor:

@@ -2,6 +2,7 @@
 // choose_gemm gives GemmKernel::wgmma, with the tile and stages that it gives.
 #pragma once
 
+#include "moekernels/exchange.h"
 #include "moekernels/experts.h"
 #include "moekernels/gemm_choice.h"
 #include "moekernels/grouped_gemm.h"
@@ -19,5 +20,15 @@ void grouped_wgrad(const GroupedWgradArgs& args, const GemmChoice& choice, Strea
 void experts_up(const ExpertsUpArgs& args, const GemmChoice& choice, Stream stream);
 void experts_down(const ExpertsDownArgs& args, const GemmChoice& choice, Stream stream);
 void experts_dact(const ExpertsDActArgs& args, const GemmChoice& choice, Stream stream);
+
+// The same over rows of an exchange, in bf16; csrc/cuda/exchange_sm90.cu.
+void experts_up(const ExpertsUpArgs& args, const Arriving& from, const GemmChoice& choice,
+                Stream stream);
+void experts_dact(const ExpertsDActArgs& args, const Arriving& from, const GemmChoice& choice,
+                  Stream stream);
+void experts_down(const ExpertsDownArgs& args, const Going& home, const GemmChoice& choice,
+                  Stream stream);
+void grouped_gemm(const GroupedGemmArgs& args, const Going& home, const GemmChoice& choice,
+                  Stream stream);
 
 }  // namespace moekernels::cuda::sm90

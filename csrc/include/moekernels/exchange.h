@@ -7,7 +7,8 @@
 // recorded launch can be repeated.
 #pragma once
 
-#include "moekernels/common.h"
+#include "moekernels/experts.h"
+#include "moekernels/grouped_gemm.h"
 
 namespace moekernels {
 
@@ -61,6 +62,9 @@ struct Slab {
     return sent(slot, false) + 4 + kTickets + expert;
   }
 
+  // Which tile a product of this slot's rows claims next; zero between launches.
+  MOEKERNELS_BOTH uint32_t* claims(int64_t slot) const { return expected(slot, shape.experts + 1); }
+
   MOEKERNELS_BOTH char* rows(int64_t slot, bool back) const {
     return base + data_at() + slot * data_bytes() + (back ? part_bytes(shape.rows) : 0);
   }
@@ -84,7 +88,7 @@ struct Slab {
   }
   MOEKERNELS_BOTH int64_t state_at() const { return flags_at() + shape.slots * flag_bytes(); }
   MOEKERNELS_BOTH int64_t state_bytes() const {
-    return lines((4 + kTickets + shape.experts + 1) * 4);
+    return lines((4 + kTickets + shape.experts + 1 + 1) * 4);
   }
   MOEKERNELS_BOTH int64_t data_at() const {
     return state_at() + kLine + shape.slots * state_bytes();
@@ -137,6 +141,8 @@ struct SendArgs {
   int64_t row_bytes, weight_bytes;
   int64_t slot;
   bool back;
+  int64_t first = 0;  // a product has sent the rows before this one
+  int64_t units = 1;  // that a row counts
 };
 
 struct ReceiveArgs {
@@ -149,12 +155,42 @@ struct ReceiveArgs {
   int64_t row_bytes, weight_bytes;
   int64_t slot;
   bool back;
+  int64_t units = 1;
 };
+
+// Rows of a slot that may still be on their way: a product reads those of an expert once all of
+// them have come (csrc/cuda/sm90/arriving.cuh). They are received in a later launch.
+struct Arriving {
+  PeerSlabs peers;
+  int64_t slot;
+  const int64_t* offsets;  // [e+1] of all that come
+};
+
+// Where a product's rows go home to (csrc/cuda/sm90/going.cuh); a row counts a unit for each
+// kHomeColumns columns. Rows that it does not have are sent in a later launch.
+struct Going {
+  PeerSlabs peers;
+  int64_t slot;
+  const Run* runs;       // [e*P+1]
+  const float* weights;  // [R] that go with the rows, or null
+  int32_t width;
+};
+inline constexpr int kHomeColumns = 128;
+MOEKERNELS_BOTH inline int64_t home_units(int64_t width) {
+  return width > kHomeColumns ? (width + kHomeColumns - 1) / kHomeColumns : 1;
+}
 
 namespace cuda {
 void gather_counts(const CountsArgs& args, Stream stream);
 void send_rows(const SendArgs& args, Stream stream);
 void receive_rows(const ReceiveArgs& args, Stream stream);
+
+// Products over rows of an exchange; false: none is for these arguments, and nothing has run. x, or
+// dy, is the slot's memory; what goes home needs no y or out.
+bool experts_up(const ExpertsUpArgs& args, const Arriving& from, Stream stream);
+bool experts_dact(const ExpertsDActArgs& args, const Arriving& from, Stream stream);
+bool experts_down(const ExpertsDownArgs& args, const Going& home, Stream stream);
+bool grouped_gemm(const GroupedGemmArgs& args, const Going& home, Stream stream);
 }  // namespace cuda
 
 }  // namespace moekernels
