@@ -201,8 +201,7 @@ def permute(x: Tensor, token_of: Tensor, row_of: Tensor | None) -> Tensor:
 def combine(
     rows: Tensor, row_of: Tensor, token_of: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """rows [R, H] -> [T, H]: the sum over k of (weights[t, k] *) rows[row_of[t, k]], in the order
-    of k."""
+    """rows [R, H] -> [T, H]: the sum over k, in order, of (weights[t, k] *) rows[row_of[t, k]]."""
     tokens, top_k = row_of.shape
     total = _wide(rows).new_zeros(tokens, rows.shape[1])
     if rows.shape[0] == 0:
@@ -215,6 +214,12 @@ def combine(
             picked = picked * weights[:, k, None]
         total = total + torch.where(used[:, None], picked, 0)
     return total.to(rows.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x [R, H] -> the same: each row over its root mean square, times weight [H]."""
+    rstd = torch.rsqrt(_wide(x).square().mean(-1, keepdim=True) + eps)
+    return (_wide(x) * rstd * weight).to(x.dtype)
 
 
 def permute_weights(weights: Tensor, routing: Routing) -> Tensor:
@@ -292,8 +297,7 @@ def activate(
     limit: float = 7.0,
     interleaved: bool = False,
 ) -> Tensor:
-    """The expert's nonlinearity: h [R, 2F] = [gate, up] (interleaved: gate and up alternate), or
-    [R, F] ungated."""
+    """The nonlinearity of h [R, 2F] = [gate, up] (interleaved: alternating), or [R, F] ungated."""
     if activation in UNGATED:
         return UNGATED[activation](h)
     act = _known(GATED, "activation", activation)

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from moekernels import ops, reference
 from moekernels.nn.home import Home
 from moekernels.ops import _derivatives
 from moekernels.parallel.mesh import Group
@@ -14,15 +15,9 @@ from moekernels.parallel.shard import shard
 from moekernels.parallel.tensor import copy_to, reduce_from
 
 
-def _plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x if x.dtype == torch.float64 else x.float()
-    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * rstd * weight).to(x.dtype)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Keeps x and one number a row. torch's own composes eight kernels and keeps four tensors on
-    the CPU."""
+class _HeadsNorm(torch.autograd.Function):
+    """`ops.rms_norm` of what lies between others, queries beside keys and values: read as it lies,
+    and so kept without a copy."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,7 +33,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         if _derivatives.needs_plain():
             needed = ctx.needs_input_grad[:2]
-            plain = partial(_plain, eps=ctx.eps)
+            plain = partial(reference.rms_norm, eps=ctx.eps)
             return *_derivatives.vjp(plain, (x, weight), needed, (grad,)), None
         if x.dtype not in (torch.float32, torch.float64):
             grad, wide = grad.float(), x.float()
@@ -75,9 +70,13 @@ class RMSNorm(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        if _derivatives.transformed():
-            return _plain(x, self.weight, self.eps)
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        if x.is_contiguous() or _derivatives.transformed():
+            return ops.rms_norm(x.flatten(0, -2), self.weight, self.eps).view(x.shape)
+        return _HeadsNorm.apply(x, self.weight, self.eps)
+
+    def behind(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """x and added [T, H] -> the norm of their sum, and the sum."""
+        return ops.add_rms_norm(x, added, self.weight, self.eps)
 
 
 class WideRMSNorm(nn.Module):

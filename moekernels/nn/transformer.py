@@ -79,10 +79,12 @@ class Block(nn.Module):
         kept: Kept | None = None,
     ) -> tuple[Tensor, ...]:
         """x [T/tp, H] -> the same shape, and, if it has experts, the sums of `MoE`."""
-        x = x + self.attention(self.attention_norm(x), packing)
+        y = self.attention(self.attention_norm(x), packing)
         if not self.has_experts:
-            return (x + self.ffn(self.ffn_norm(x)),)
-        y, *sums = self.moe(self.moe_norm(x), valid, hook, segments, kept)
+            normed, x = self.ffn_norm.behind(x, y)
+            return (x + self.ffn(normed),)
+        normed, x = self.moe_norm.behind(x, y)
+        y, *sums = self.moe(normed, valid, hook, segments, kept)
         return (x + y, *sums)
 
 
