@@ -5,7 +5,7 @@ Legend: q, k query and key-value heads of a rank, hd width of a head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moekernels.errors import UsageError
 from moekernels.model.heads import HeadsSpec, result_kept, traffic
@@ -68,11 +68,19 @@ def parameters(spec: GroupedSpec, at: Place, active: bool = False) -> int:
     return count + (hidden if spec.out_bias else 0) + (q if spec.sinks else 0)
 
 
+def has_kernel(spec: GroupedSpec, at: Place) -> bool:
+    """Whether one kernel goes from the projections to the result."""
+    between = spec.qk_norm_wide or spec.rope_pairs or spec.window or spec.sinks
+    return at.device == "cpu" and not between
+
+
 def kept(spec: GroupedSpec, at: Place) -> float:
     b, hd, tp = at.width, spec.head_dim, at.layout.tp
     q, k = spec.num_heads / tp, spec.kv_heads / tp
     size = norm_kept(spec, at)
     size += at.tokens * spec.d_model * b  # the projections' gathered input
+    if has_kernel(spec, at):
+        return size + at.tokens * hd * b * (q + 2 * k) + result_kept(spec, replace(at, runs=1), hd)
     # v shares its storage with q and k of before the rotation; these two are kept again behind it
     size += at.tokens * hd * b * ((q + 2 * k) + (q + k))
     if spec.qk_norm:  # the norms' inputs share the projections' storage

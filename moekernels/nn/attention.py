@@ -15,6 +15,7 @@ from moekernels.nn.linear import linear
 from moekernels.nn.masked import masked_attention
 from moekernels.nn.norm import RMSNorm, WideRMSNorm
 from moekernels.nn.rotary import Packing, rotate
+from moekernels.ops.attention import How, attention
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import ShardInfo, shard
 from moekernels.parallel.tensor import copy_to, gather_tokens, reduce_from, scatter_tokens
@@ -121,6 +122,26 @@ class Attention(nn.Module):
         """x [T/tp, H] under sequence parallel, else [T, H] -> the same shape."""
         x = gather_tokens(x, self.tp) if self.sequence_parallel else copy_to(x, self.tp)
         heads = linear(x, self.qkv, self.qkv_bias).unflatten(1, (-1, self.head_dim))
+        attend = self._at_once if self._fits(heads, packing) else self._apart
+        y = linear(attend(heads, packing).flatten(1), self.out)
+        y = scatter_tokens(y, self.tp) if self.sequence_parallel else reduce_from(y, self.tp)
+        return y if self.out_bias is None else y + self.out_bias
+
+    def _fits(self, heads: Tensor, packing: Packing) -> bool:
+        """Whether all that stands between the projection and plain attention has one kernel."""
+        between = packing.pairs or packing.cache is not None or type(self.q_norm) is WideRMSNorm
+        return not (between or self.window or self.sinks is not None or not heads.is_cpu)
+
+    def _at_once(self, heads: Tensor, packing: Packing) -> Tensor:
+        weights: tuple[Tensor | None, Tensor | None] = None, None
+        eps = 0.0
+        if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            weights, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
+        how = How(self.heads, self.kv_heads, self.scale, eps)
+        return attention(heads, *weights, *packing.angles, packing.bounds, how)
+
+    def _apart(self, heads: Tensor, packing: Packing) -> Tensor:
+        """heads [T, hq + 2 hk, hd] -> [T, hq, hd], one after the other."""
         turning = self.heads + self.kv_heads
         if self.q_norm is None or self.k_norm is None:
             turned, v = heads.split([turning, self.kv_heads], dim=1)
@@ -129,9 +150,5 @@ class Attention(nn.Module):
             q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
             q, k = rotate(self.q_norm(q), packing), rotate(self.k_norm(k), packing)
         if packing.cache is not None:
-            y = packing.cache.attend(self.layer, q, k, v, self.sinks, self.window, self.scale)
-        else:
-            y = causal_attention(q, k, v, packing, self.scale, window=self.window, sinks=self.sinks)
-        y = linear(y.flatten(1), self.out)
-        y = scatter_tokens(y, self.tp) if self.sequence_parallel else reduce_from(y, self.tp)
-        return y if self.out_bias is None else y + self.out_bias
+            return packing.cache.attend(self.layer, q, k, v, self.sinks, self.window, self.scale)
+        return causal_attention(q, k, v, packing, self.scale, window=self.window, sinks=self.sinks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,16 @@ class Packing:
     cu_seqlens: list[int]
     pairs: bool = False  # (i, i + 1) turn together, not (i, i + rd/2)
     cache: Cache | None = None  # of a model that generates
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """cu_seqlens [S+1] int64, on the CPU."""
+        return torch.tensor(self.cu_seqlens, dtype=torch.int64)
+
+    @cached_property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, rd/2]."""
+        return self.cos[:, 0], self.sin[:, 0]
 
     @staticmethod
     def make(
