@@ -41,6 +41,7 @@ def configure(args: argparse.Namespace) -> RunConfig:
     run = RunConfig()
     run.layout.dp = run.layout.ep = 2
     run.train.exchange, run.train.exchange_parts = "shared", args.parts
+    run.train.weights_at_once = 1  # they hide exchanges here
     run.batch.microbatches, run.batch.accumulation = args.microbatches, 1
     run.model = DecoderSpec(
         vocab_size=512,

@@ -20,11 +20,11 @@ from moekernels.parallel import nccl
 from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.bound import Bound
 from moekernels.parallel.mesh import Mesh
-from moekernels.parallel.nodes import Nodes
+from moekernels.parallel.nodes import Nodes, cores
 from moekernels.parallel.optimizer import Optimizer
 from moekernels.parallel.shard import ShardInfo
 from moekernels.parallel.turns import take_turns
-from moekernels.pipeline.build import SCHEDULES, build
+from moekernels.pipeline.build import SCHEDULES, build, splits
 from moekernels.pipeline.runtime import PipelineRuntime
 from moekernels.pipeline.schedule import Schedule
 from moekernels.pipeline.simulate import Simulator
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+AT_ONCE = 8  # microbatches: beyond, what is kept of them takes more than gradients save
 BACKWARD_COST = 2.0  # of a forward pass, for the order of microbatches
 
 
@@ -59,6 +60,7 @@ def layout_of(run: cfg.RunConfig) -> Layout:
     build_schedule(run)
     replan_rule(run)
     _check_pairs(run, layout)
+    check_at_once(run)
     bound_of(run)
     check_replicas(run)
     return layout
@@ -312,6 +314,7 @@ def build_schedule(run: cfg.RunConfig) -> Schedule:
 
 def build_runtime(run: cfg.RunConfig, mesh: Mesh, chunks: list[StageModel]) -> PipelineRuntime:
     split = mesh.tp.size if run.layout.sequence_parallel else 1
+    at_once = at_once_of(run, mesh)
     return PipelineRuntime(
         build_schedule(run),
         chunks,
@@ -321,7 +324,37 @@ def build_runtime(run: cfg.RunConfig, mesh: Mesh, chunks: list[StageModel]) -> P
         mesh.device,
         put_off=_deferred.owed,
         turns=take_turns,
+        joined=[_deferred.Joined() for _ in chunks] if at_once > 1 else (),
+        at_once=at_once,
     )
+
+
+def check_at_once(run: cfg.RunConfig) -> None:
+    """UsageError where the schedule says itself when gradients of weights are computed."""
+    name, wanted = run.layout.schedule, run.train.weights_at_once
+    if wanted > 1 and _puts_off(name):
+        raise UsageError(
+            f"--weights-at-once {wanted}: --schedule {name} says when each microbatch's gradients "
+            f"of weights are computed; give --schedule 1f1b, or leave it out"
+        )
+
+
+def _puts_off(schedule: str) -> bool:
+    return SCHEDULES[schedule].pairs or splits(schedule)
+
+
+def at_once_of(run: cfg.RunConfig, mesh: Mesh) -> int:
+    """Microbatches whose gradients of weights are computed together. Where each rank has a core of
+    its own, one's hide the exchange; where several share one, waiting costs none of its time, and
+    reading and writing all gradients for every microbatch does."""
+    wanted = run.train.weights_at_once
+    if wanted != cfg.AUTO:
+        return wanted
+    waits = mesh.exchange.size > 1 and (
+        len(mesh.nodes.mates(mesh.rank)) <= cores() or bool(run.train.link)
+    )
+    on_cpu = mesh.device.type == "cpu"
+    return 1 if waits or not on_cpu or _puts_off(run.layout.schedule) else AT_ONCE
 
 
 def build_loader(run: cfg.RunConfig, corpus: Corpus, dp_rank: int = 0) -> BatchLoader:

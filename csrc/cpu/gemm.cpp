@@ -304,6 +304,96 @@ bool Workspace::narrows(const Engine& engine, int64_t depth, int64_t columns) {
   return engine.tiles.narrows && ceil_div(depth, engine.k_unit) <= units_at_once(engine, columns);
 }
 
+// A term's k from `k` on, `nk` of them, or as many units; it lies behind `before` units of those
+// that are packed beside it.
+struct Workspace::Piece {
+  const Term* term;
+  int64_t k, nk, units, before;
+};
+
+void Workspace::accumulate(const Engine& engine, const Block& block, const Term* terms,
+                           int64_t count, void* c, int64_t ldc) {
+  // Packed at a time: of few rows each many terms, of many rows one block of k, as ever.
+  constexpr int64_t kUnits = 512, kPieces = 64;
+  const int64_t block_units = units_at_once(engine, block.columns());
+  packed_ = {};
+  Piece pieces[kPieces];
+  int64_t before = 0, waiting = 0;
+  for (const Term* term = terms; term != terms + count; ++term) {
+    const int64_t all_units = ceil_div(term->depth, engine.k_unit);
+    for (int64_t u = 0; u < all_units; u += block_units) {
+      const int64_t units = std::min(block_units, all_units - u), k = u * engine.k_unit;
+      if (before + units > kUnits || waiting == kPieces) {
+        accumulate_pieces(engine, block, pieces, waiting, c, ldc);
+        before = waiting = 0;
+      }
+      const int64_t nk = std::min(term->depth - k, units * engine.k_unit);
+      pieces[waiting++] = {.term = term, .k = k, .nk = nk, .units = units, .before = before};
+      before += units;
+    }
+  }
+  accumulate_pieces(engine, block, pieces, waiting, c, ldc);
+}
+
+void Workspace::accumulate_pieces(const Engine& engine, const Block& block, const Piece* pieces,
+                                  int64_t count, void* c, int64_t ldc) {
+  if (count == 0) return;
+  const PackedTiles& tiles = engine.tiles;
+  const int64_t columns = block.columns(), panels = ceil_div(columns, tiles.nr);
+  const RowTiles heights(tiles, block.rows());
+  const auto bytes = [&](int64_t units) { return units * engine.unit_bytes; };
+  const int64_t all = pieces[count - 1].before + pieces[count - 1].units;
+  char* a_panels = static_cast<char*>(room(Room::a_panels, bytes(all * heights.padded)));
+  char* b_panels = static_cast<char*>(room(Room::b_panels, bytes(all * panels * tiles.nr)));
+  for (int64_t p = 0; p < count; ++p) {
+    const Piece& piece = pieces[p];
+    const Product product{.a = piece.term->a,
+                          .b = piece.term->b,
+                          .block = block,
+                          .depth = piece.term->depth,
+                          .c = c,
+                          .ldc = ldc};
+    char* a_block = a_panels + bytes(piece.before * heights.padded);
+    for (int64_t i = 0; i < heights.count; ++i) {
+      const int64_t m = heights.begin(i);
+      tiles.pack_a(a_block + bytes(m * piece.units), product.a, block.m0 + m, heights.height(i),
+                   heights.padded_height(i), piece.k, piece.nk);
+    }
+    pack_columns(engine, product, b_panels + bytes(piece.before * panels * tiles.nr),
+                 bytes(piece.units * tiles.nr), piece.k, piece.nk);
+  }
+  const auto tile_at = [&](int64_t i, int64_t n) {
+    return static_cast<char*>(c) + (heights.begin(i) * ldc + n) * engine.acc_bytes;
+  };
+  // The next tile comes from memory while the terms of this one are summed.
+  const auto fetch = [&](int64_t i, int64_t n) {
+    if (n >= columns) return;
+    for (int64_t r = 0; r < heights.height(i); ++r) {
+      const char* row = tile_at(i, n) + r * ldc * engine.acc_bytes;
+      for (int64_t b = 0; b < std::min(tiles.nr, columns - n) * engine.acc_bytes; b += 64)
+        __builtin_prefetch(row + b, 1);
+    }
+  };
+  if (engine.enter != nullptr) engine.enter();
+  Ahead nothing;
+  for (int64_t n = 0; n < columns; n += tiles.nr) {
+    const int64_t cols = std::min(tiles.nr, columns - n);
+    for (int64_t i = 0; i < heights.count; ++i) {
+      const bool last = i + 1 == heights.count;
+      fetch(last ? 0 : i + 1, last ? n + tiles.nr : n);
+      for (int64_t p = 0; p < count; ++p) {
+        const Piece& piece = pieces[p];
+        const char* a = a_panels + bytes(piece.before * heights.padded);
+        const char* b = b_panels + bytes(piece.before * panels * tiles.nr);
+        tiles.multiply(piece.units, a + bytes(heights.begin(i) * piece.units),
+                       b + bytes(n * piece.units), tile_at(i, n), ldc, heights.height(i), cols,
+                       Store::add, nothing);
+      }
+    }
+  }
+  if (engine.leave != nullptr) engine.leave();
+}
+
 void Workspace::multiply(const Engine& engine, const Product& p) {
   const int64_t rows = p.block.rows(), columns = p.block.columns();
   if (p.depth == 0) {  // there is nothing to sum

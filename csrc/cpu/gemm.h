@@ -122,6 +122,12 @@ struct Product {
   Store mode = Store::set;
 };
 
+// One of several products that are added to one block.
+struct Term {
+  Operand a, b;
+  int64_t depth;
+};
+
 // One thread's memory: packed panels and a block of C, kept from call to call.
 class Workspace {
  public:
@@ -139,6 +145,11 @@ class Workspace {
   // Whether a product of this depth, neither side running along k, may be stored rounded: its tiles
   // hold whole sums.
   static bool narrows(const Engine& engine, int64_t depth, int64_t columns);
+  // c += the terms' products, one after the other, none of which has both sides run along k. The
+  // bits of as many calls of `multiply`, but c goes by once: each tile of it takes all terms while
+  // it is near.
+  void accumulate(const Engine& engine, const Block& block, const Term* terms, int64_t count,
+                  void* c, int64_t ldc);
 
  private:
   enum class Room : int { a_panels, b_panels, c, transposed_c, zero_row, count };
@@ -159,6 +170,9 @@ class Workspace {
                      int64_t j, int64_t columns);
   void multiply_directly(const Engine& engine, const Product& product);
   void multiply_packed(const Engine& engine, const Product& product);
+  struct Piece;
+  void accumulate_pieces(const Engine& engine, const Block& block, const Piece* pieces,
+                         int64_t count, void* c, int64_t ldc);
   void* memory_[kRooms] = {};
   int64_t bytes_[kRooms] = {};
   Packed packed_;

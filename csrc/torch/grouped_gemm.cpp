@@ -1,6 +1,9 @@
 // Each expert's rows times its weights, and the gradient of the weights: checks, memory, launch.
 #include "moekernels/grouped_gemm.h"
 
+#include <algorithm>
+#include <vector>
+
 #include "cutlass.h"
 #include "gemm.h"
 
@@ -72,14 +75,32 @@ struct Wgrad {
     check_offsets(op, offsets, experts_of(op, offsets), num_rows, drows);
   }
 
-  void operator()(const Tensor& dw, bool accumulate) const {
-    GroupedWgradArgs args{
-        .dtype = dtype_of(drows),
+  void check_main_grad(const Tensor& main_grad) const {
+    check_tensor(op, "out", main_grad, {wide(rows.scalar_type())},
+                 {{"E", experts()}, {transposed ? "I" : "O", m()}, {transposed ? "O" : "I", n()}},
+                 &rows);
+  }
+
+  WgradRows sides() const {
+    return {
         .a = (transposed ? rows : drows).const_data_ptr(),
         .b = (transposed ? drows : rows).const_data_ptr(),
         .offsets = offsets.const_data_ptr<int64_t>(),
         .token_of = token_of ? token_of->const_data_ptr<int32_t>() : nullptr,
         .tokens = tokens,
+        .num_rows = drows.size(0),
+    };
+  }
+
+  GroupedWgradArgs args_for(const Tensor& dw, bool accumulate) const {
+    const WgradRows own = sides();
+    return {
+        .dtype = dtype_of(drows),
+        .a = own.a,
+        .b = own.b,
+        .offsets = own.offsets,
+        .token_of = own.token_of,
+        .tokens = own.tokens,
         .gather_a = gather && transposed,
         .gather_b = gather && !transposed,
         .dw = dw.mutable_data_ptr(),
@@ -87,20 +108,31 @@ struct Wgrad {
         .m = m(),
         .n = n(),
         .experts = experts(),
-        .num_rows = drows.size(0),
+        .num_rows = own.num_rows,
         .tf32 = tf32,
     };
-    run(drows, [&](auto stream) {
-      if (!token_of && by_cutlass(op, args, drows, stream)) return;
-      if (!gather) return cuda::grouped_wgrad(args, stream);
-      const Tensor permuted_rows = permuted(rows, *token_of, stream);
-      (transposed ? args.a : args.b) = permuted_rows.const_data_ptr();
-      args.gather_a = args.gather_b = false;
-      cuda::grouped_wgrad(args, stream);
-    }, [&] {
-      with_workers((drows.size(0) + experts()) * m() * n(), [&](int64_t worker, int64_t workers) {
-        cpu::grouped_wgrad(args, worker, workers);
-      });
+  }
+
+  template <class CudaStream>
+  void on_cuda(GroupedWgradArgs args, CudaStream stream) const {
+    if (!token_of && by_cutlass(op, args, drows, stream)) return;
+    if (!gather) return cuda::grouped_wgrad(args, stream);
+    const Tensor permuted_rows = permuted(rows, *token_of, stream);
+    (transposed ? args.a : args.b) = permuted_rows.const_data_ptr();
+    args.gather_a = args.gather_b = false;
+    cuda::grouped_wgrad(args, stream);
+  }
+
+  void operator()(const Tensor& dw, bool accumulate) const {
+    const GroupedWgradArgs args = args_for(dw, accumulate);
+    run(drows, [&](auto stream) { on_cuda(args, stream); }, [&] { on_cpu(args); });
+  }
+
+  static void on_cpu(const GroupedWgradArgs& args) {
+    int64_t rows = args.num_rows;
+    for (int64_t i = 0; i < args.more_count; ++i) rows += args.more[i].num_rows;
+    with_workers((rows + args.experts) * args.m * args.n, [&](int64_t worker, int64_t workers) {
+      cpu::grouped_wgrad(args, worker, workers);
     });
   }
 };
@@ -134,12 +166,48 @@ void grouped_gemm_wgrad_(Tensor main_grad, const Tensor& rows, const Tensor& dro
                     .gather = gather,
                     .tf32 = tf32};
   wgrad.check_arguments();
-  check_tensor(wgrad.op, "out", main_grad, {wide(rows.scalar_type())},
-               {{"E", wgrad.experts()},
-                {transposed ? "I" : "O", wgrad.m()},
-                {transposed ? "O" : "I", wgrad.n()}},
-               &rows);
+  wgrad.check_main_grad(main_grad);
   wgrad(main_grad, true);
+}
+
+// The same of several microbatches: the bits of as many calls, in order.
+void grouped_gemm_wgrads_(Tensor main_grad, std::vector<Tensor> rows, std::vector<Tensor> drows,
+                          std::vector<Tensor> offsets, bool transposed,
+                          std::vector<Tensor> token_of, std::vector<int64_t> tokens, bool gather,
+                          bool tf32) {
+  const size_t count = rows.size();
+  const bool seen = !token_of.empty();
+  check(count > 0 && drows.size() == count && offsets.size() == count && tokens.size() == count &&
+            (!seen || token_of.size() == count),
+        "grouped_gemm_wgrad: rows, drows, offsets, tokens and token_of, if any, must be of as many "
+        "microbatches, got ",
+        count, ", ", drows.size(), ", ", offsets.size(), ", ", tokens.size(), " and ",
+        token_of.size());
+  std::vector<OptionalTensor> tokens_of(count);
+  if (seen) std::copy(token_of.begin(), token_of.end(), tokens_of.begin());
+  std::vector<Wgrad> all;
+  for (size_t i = 0; i < count; ++i) {
+    all.push_back({.rows = rows[i],
+                   .drows = drows[i],
+                   .offsets = offsets[i],
+                   .transposed = transposed,
+                   .token_of = tokens_of[i],
+                   .tokens = tokens[i],
+                   .gather = gather,
+                   .tf32 = tf32});
+    all.back().check_arguments();
+    all.back().check_main_grad(main_grad);
+  }
+  run(main_grad, [&](auto stream) {
+    for (const Wgrad& one : all) one.on_cuda(one.args_for(main_grad, true), stream);
+  }, [&] {
+    std::vector<WgradRows> more;
+    for (size_t i = 1; i < count; ++i) more.push_back(all[i].sides());
+    GroupedWgradArgs args = all[0].args_for(main_grad, true);
+    args.more = more.data();
+    args.more_count = static_cast<int64_t>(more.size());
+    Wgrad::on_cpu(args);
+  });
 }
 
 }  // namespace
@@ -154,12 +222,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def(
       "_grouped_gemm_wgrad_(Tensor(a!) main_grad, Tensor rows, Tensor drows, Tensor offsets, "
       "bool transposed, Tensor? token_of, SymInt tokens, bool gather, bool tf32=False) -> ()");
+  m.def(
+      "_grouped_gemm_wgrads_(Tensor(a!) main_grad, Tensor[] rows, Tensor[] drows, "
+      "Tensor[] offsets, bool transposed, Tensor[] token_of, int[] tokens, bool gather, "
+      "bool tf32=False) -> ()");
 }
 
 MOEKERNELS_IMPL(m) {
   m.impl("_grouped_gemm", TORCH_BOX(&grouped_gemm));
   m.impl("_grouped_gemm_wgrad", TORCH_BOX(&grouped_gemm_wgrad));
   m.impl("_grouped_gemm_wgrad_", TORCH_BOX(&grouped_gemm_wgrad_));
+  m.impl("_grouped_gemm_wgrads_", TORCH_BOX(&grouped_gemm_wgrads_));
 }
 
 }  // namespace moekernels::binding

@@ -8,13 +8,17 @@ it:
                                           will: a schedule that computes weights apart
     begin() ... run()                     within one backward, from where something is soon to be
                                           waited for to the wait; its end runs what is left
+
+A third, `Joined`, keeps those of several backwards that are computed as one call.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import groupby
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -39,6 +43,61 @@ class Queue:
             self._work.popleft()()
             done += 1
         return done
+
+
+class Joinable(Protocol):
+    """Work of which several make one call, with the bits of as many in their order."""
+
+    @property
+    def buffer(self) -> int:
+        """What it adds to."""
+
+    @property
+    def key(self) -> Hashable:
+        """Of one buffer, what is of one key and next to each other can be joined."""
+
+    def join(self, others: Sequence[Any]) -> None:
+        """Do this work, and then that of the others."""
+
+    def __call__(self) -> None: ...
+
+
+class Joined(Queue):
+    """Keeps what can be joined, over several backwards, and runs it together, each buffer's work in
+    the order in which it was put off. All else runs at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: list[Joinable] = []
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def taking(self) -> AbstractContextManager[Queue]:
+        return deferred(self)
+
+    def clear(self) -> None:
+        self._kept = []
+
+    def put(self, work: Work) -> None:
+        if hasattr(work, "join"):
+            self._kept.append(cast(Joinable, work))
+        else:
+            with torch.no_grad():
+                work()
+
+    @torch.no_grad()
+    def run(self, most: int | None = None) -> int:
+        """Run all; how many ran."""
+        kept, self._kept = self._kept, []
+        kept.sort(key=lambda work: work.buffer)
+        for _, alike in groupby(kept, key=lambda work: (work.buffer, work.key)):
+            first, *others = alike
+            if others:
+                first.join(others)
+            else:
+                first()
+        return len(kept)
 
 
 _driven: list[Queue] = []  # of `deferred`, the innermost last

@@ -3,6 +3,7 @@ and the FFN over an exchange."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from moekernels.ops import _deferred, _derivatives, _main_grad
 from moekernels.ops._library import raw
 
 _wgrad = raw._grouped_gemm_wgrad.default
+_wgrads_ = raw._grouped_gemm_wgrads_.default
 _dbias = raw._experts_dbias.default
 
 
@@ -62,6 +64,47 @@ def tf32(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.float32 and _matmul_may_round()
 
 
+class _Accumulate(NamedTuple):
+    """A gradient to add to a main gradient: `_deferred.Joinable`."""
+
+    main_grad: Tensor
+    rows: Tensor
+    drows: Tensor
+    offsets: Tensor
+    transposed: bool
+    token_of: Tensor | None
+    tokens: int
+    gather: bool
+    tf32: bool
+
+    def __call__(self) -> None:
+        _main_grad.wgrad_(*self)
+
+    @property
+    def buffer(self) -> int:
+        return self.main_grad.data_ptr()
+
+    @property
+    def key(self) -> tuple:
+        seen = self.token_of is not None
+        return self.main_grad.shape, self.transposed, seen, self.gather, self.rows.dtype
+
+    def join(self, others: Sequence[_Accumulate]) -> None:
+        all_ = (self, *others)
+        token_of = [one.token_of for one in all_ if one.token_of is not None]
+        _wgrads_(
+            self.main_grad,
+            [one.rows for one in all_],
+            [one.drows for one in all_],
+            [one.offsets for one in all_],
+            self.transposed,
+            token_of,
+            [one.tokens for one in all_],
+            self.gather,
+            self.tf32,
+        )
+
+
 def wgrad_or_accumulate(
     main_grad: Tensor | None,
     rows: Tensor,
@@ -77,7 +120,10 @@ def wgrad_or_accumulate(
     if main_grad is None:
         return _wgrad(rows, drows, offsets, transposed, token_of, tokens, gather, tf32(rows))
     args = (rows, drows, offsets, transposed, token_of, tokens, gather, tf32(rows))
-    _deferred.later(partial(_main_grad.wgrad_, main_grad, *args))
+    if torch.compiler.is_compiling():
+        _main_grad.wgrad_(main_grad, *args)
+    else:
+        _deferred.later(_Accumulate(main_grad, *args))  # type: ignore[arg-type]  # it can be called
     return None
 
 

@@ -37,6 +37,11 @@ def _(main_grad, rows, drows, offsets, transposed, token_of, tokens, gather, tf3
     return None
 
 
+@fake("_grouped_gemm_wgrads_")
+def _(main_grad, rows, drows, offsets, transposed, token_of, tokens, gather, tf32=False) -> None:
+    return None
+
+
 def autocast(device: torch.device, *tensors: T) -> tuple[T, ...]:
     """The tensors in the dtype that autocast asks matrix products on `device` to run in;
     untouched without autocast."""

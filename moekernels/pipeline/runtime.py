@@ -21,7 +21,7 @@ from .build import build
 from .check import SENDS_IN_FLIGHT
 from .interleave import Piece, interleave
 from .schedule import Action, Kind, Message, Pair, Schedule, batches
-from .stage import Chunk, PutOff, Stage
+from .stage import Chunk, Joined, PutOff, Stage
 from .trace import Clock, Event
 
 ORDERED_BACKENDS = ("nccl",)  # those that run the communications of a group one after the other
@@ -100,7 +100,8 @@ class PipelineRuntime:
     backward starts from 1.
 
     `shapes(batch)` gives (rows, H) of the messages between chunks, of type `dtype`. `put_off` says
-    how the chunks put gradients of weights off from I to W, `turns` how a forward and a backward
+    how the chunks put gradients of weights off from I to W, `joined` and `at_once` how those of
+    several B are computed together (see `Stage`), `turns` how a forward and a backward
     run piece by piece, of chunks that have `pieces`; other pairs run one after the other.
     """
 
@@ -114,6 +115,8 @@ class PipelineRuntime:
         device: torch.device | str,
         put_off: PutOff | None = None,
         turns: TakeTurns | None = None,
+        joined: Sequence[Joined] = (),
+        at_once: int = 1,
     ):
         if (schedule.stages, schedule.virtual_stages) != (group.size, len(chunks)):
             raise ValueError(
@@ -125,7 +128,7 @@ class PipelineRuntime:
         self.shapes = shapes
         self.dtype = dtype
         self.device = torch.device(device)
-        self._stage = Stage(chunks, put_off)
+        self._stage = Stage(chunks, put_off, joined, at_once)
         self._turns = turns
         self._channels = self._open_channels()
 
@@ -193,6 +196,7 @@ class PipelineRuntime:
                     step.compute(entry)
                 done = entry.backward if isinstance(entry, Pair) else entry
                 if last.get(done.chunk) == done:
+                    self._stage.join(done.chunk)
                     over.append(done.chunk)
             tell()
             step.finish()

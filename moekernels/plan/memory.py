@@ -33,6 +33,8 @@ from moekernels.pipeline.schedule import Schedule
 from moekernels.plan.replicas import spare_parameters
 from moekernels.plan.strategy import STATE_BYTES, Strategy
 
+JOINED = ("experts", "dense", "shared")  # parts with products that `ops.experts` makes
+
 # --- activations
 
 
@@ -51,6 +53,7 @@ class LayerBytes:
     again: float
     owed: Owed
     cut: float = 0.0
+    joined: float = 0.0  # of what is owed, that several microbatches compute together
 
     @property
     def total(self) -> float:
@@ -63,10 +66,13 @@ class LayerBytes:
         again = self.total - self.checkpointed
         return max(self.working + again, self.forward, self.again + again)
 
-    def beyond_owed(self, checkpointed: bool) -> float:
-        """The most that a backward holds that puts the weights' gradients off, beyond what it
-        leaves of this layer."""
-        owed = self.owed.inputs + self.owed.gradients
+    @property
+    def all_owed(self) -> float:
+        return self.owed.inputs + self.owed.gradients
+
+    def beyond(self, owed: float, checkpointed: bool) -> float:
+        """The most that a backward holds that puts weights' gradients off, beyond the `owed` bytes
+        that it leaves of this layer."""
         cut = 0.0 if checkpointed else self.cut
         working = self.working + cut + max(0.0, self.total - owed)
         again = self.again + self.total - self.checkpointed - owed
@@ -95,6 +101,8 @@ def layer_bytes(model: DecoderSpec, at: Place, layer: int = 0) -> LayerBytes:
     parts = list(layer_parts(model, layer or model.num_layers))
     kept = {name: part.kept(model, at) for name, part in parts}
     owed = sum((part.owed(model, at) for _, part in parts), Owed())
+    apart = [part.owed(model, at) for name, part in parts if name in JOINED]
+    joined = sum(one.inputs + one.gradients for one in apart)
     way, residual = way_of(at), at.residual * model.d_model * at.width
     # What an attention's backward holds comes when all behind it has let go of what it kept; beside
     # it lie the gradient of the residual stream here, and that from the chunk behind.
@@ -103,7 +111,7 @@ def layer_bytes(model: DecoderSpec, at: Place, layer: int = 0) -> LayerBytes:
         attended = passing + 2 * residual + kept["attention"]
     if "experts" not in kept:
         working = max(ffn_working(model, at, model.dense_d_ff), attended - sum(kept.values()))
-        return LayerBytes(kept, residual, working, 0.0, 0.0, owed)
+        return LayerBytes(kept, residual, working, 0.0, 0.0, owed, joined=joined)
     kept["routing"] = way.routing(model, at)
     working = experts.working(model, at) + residual
     backward, forward, again = way.peaks(model, at, working, kept["experts"], model.lifted)
@@ -112,7 +120,7 @@ def layer_bytes(model: DecoderSpec, at: Place, layer: int = 0) -> LayerBytes:
     if way.defers and min(at.parts, model.num_experts // at.layout.ep) > 1:
         cut = way.rows(model, at) * model.d_model * at.width
     checkpointed = residual + way.keeps(model, at)
-    return LayerBytes(kept, checkpointed, backward, forward, again, owed, cut)
+    return LayerBytes(kept, checkpointed, backward, forward, again, owed, cut, joined)
 
 
 @lru_cache(maxsize=4096)
@@ -173,13 +181,16 @@ def cached_schedule(name: str, stages: int, microbatches: int, virtual_stages: i
 class ChunkBytes(NamedTuple):
     """Of a chunk and one microbatch. kept: until its backward, working: the most that is held
     besides at any moment, owed: left by a backward that puts the weights' gradients off, split:
-    as working, where backward does so. layer_owed: the most of owed that is a single layer's."""
+    as working, where backward does so. layer_owed: the most of owed that is a single layer's.
+    joined: as owed, where only what several microbatches compute together is put off."""
 
     kept: float
     working: float
     owed: float
     split: float
     layer_owed: float = 0.0
+    joined: float = 0.0
+    apart: float = 0.0
 
 
 @lru_cache(maxsize=1 << 14)  # ranks and strategies share most of their chunks
@@ -193,17 +204,21 @@ def chunk_activations(
     """Of a chunk with `layers` (as `Strategy.kinds_of_layers`) and one microbatch."""
     beside, loss, working = chunk_bytes(model, at, first, last)
     kept, owed, beyond, layer_owed = beside + loss, 0.0, 0.0, 0.0
+    joined = besides = 0.0
     for layer, count, again in layers:
         one = layer_bytes(model, at, layer)
         kept += (count - again) * one.total + again * one.checkpointed
-        owed += count * (one.owed.inputs + one.owed.gradients)
-        layer_owed = max(layer_owed, one.owed.inputs + one.owed.gradients)
-        beyond = max(beyond, one.beyond_owed(again > 0))
+        owed += count * one.all_owed
+        joined += count * one.joined
+        layer_owed = max(layer_owed, one.all_owed)
+        beyond = max(beyond, one.beyond(one.all_owed, again > 0))
+        besides = max(besides, one.beyond(one.joined, again > 0))
         # What the loss keeps is gone by the time a layer works.
         working = max(working, one.besides(again > 0) - loss)
     # Layer by layer what is kept becomes what is owed: the most is held in the last of them.
     split = max(working, beside + owed + beyond - kept)
-    return ChunkBytes(kept, working, owed, split, layer_owed)
+    apart = max(working, beside + joined + besides - kept)
+    return ChunkBytes(kept, working, owed, split, layer_owed, joined, apart)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -344,8 +359,12 @@ def stage_memory(
             _in_turn(n, kept) + _in_turn(later, owed)
             for n, later in held_limits(s.schedule, *size)[rank]
         )
-    split = splits(s.schedule)
-    working = max([chunk.split if split else chunk.working for chunk in held])
+    if s.at_once > 1:
+        activations += (s.at_once - 1) * sum(chunk.joined for chunk in held)
+        working = max(chunk.apart for chunk in held)
+    else:
+        split = splits(s.schedule)
+        working = max([chunk.split if split else chunk.working for chunk in held])
     # One that a chunk needs, and one ahead; what comes round for a rank's next chunk may be early.
     receives = 2 if s.virtual_stages == 1 else receive_limit(*size)
     if in_pairs(s.schedule):  # two passes work at once, and one's layer may owe its weights

@@ -73,8 +73,9 @@ def most(run: cfg.RunConfig) -> int:
     return max(1, run.batch.sequences // run.layout.dp)
 
 
-def least(run: cfg.RunConfig, corpus, memory: float, device: str) -> int:
-    """The smallest count of which the planner says that it fits into `memory` bytes a rank."""
+def least(run: cfg.RunConfig, corpus, memory: float, device: str, at_once: int = 1) -> int:
+    """The smallest count of which the planner says that it fits into `memory` bytes a rank.
+    `at_once`: see `Strategy`."""
     from moekernels.plan.evaluate import squares_together
     from moekernels.plan.memory import stage_memory
     from moekernels.plan.problem import configured
@@ -83,7 +84,7 @@ def least(run: cfg.RunConfig, corpus, memory: float, device: str) -> int:
 
     def fits(count: int) -> bool:
         tried = with_count(run, count)
-        s = configured(tried)
+        s = dataclasses.replace(configured(tried), at_once=at_once)
         loader = assembly.build_loader(tried, corpus)
         plan = loader.plan(1)
         tokens = max(max(rank) for rank in plan.rows)
@@ -185,7 +186,8 @@ def begin(run: cfg.RunConfig, corpus, mesh: Mesh, done: int) -> tuple[Tuner | No
     local_ranks = len(mesh.nodes.mates(mesh.rank))
     low = 1
     if mesh.rank == 0:
-        low = least(run, corpus, memory_of(mesh.device, local_ranks), mesh.device.type)
+        memory, at_once = memory_of(mesh.device, local_ranks), assembly.at_once_of(run, mesh)
+        low = least(run, corpus, memory, mesh.device.type, at_once)
     low, high = agree(low, mesh), most(run)
     tried = settings(low, high, lay.pp)
     if lay.pp == 1:

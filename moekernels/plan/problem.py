@@ -224,6 +224,7 @@ def configured(run: cfg.RunConfig) -> Strategy:
         whole_experts=_moves(run),
         replicas=0 if useless else run.train.replicas,
         offload_optimizer=max(0.0, run.train.offload_optimizer),  # auto: what is left to choose
+        at_once=max(1, run.train.weights_at_once),  # auto: 1, on cards
         nodes=nodes,
         ema=run.train.ema,
         optimizer=run.train.optimizer,

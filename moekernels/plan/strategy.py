@@ -51,6 +51,7 @@ class Strategy:
     optimizer: str = "adamw"
     ema: float = 0.0  # decay of a moving average of the masters beside them; 0: there is none
     sequence_parallel: bool = True
+    at_once: int = 1  # microbatches whose gradients of weights are computed together
     nodes: float = 1  # that the ranks of an exchange lie on
 
     def moment_bytes(self, part: str) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.dispatch import WAYS
-from moekernels.model.spec import LONGEST, MOST, STEPS, key
+from moekernels.model.spec import AUTO, LONGEST, MOST, STEPS, key
 from moekernels.pipeline.build import SCHEDULES
 
 LR_SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -154,6 +154,15 @@ class TrainSection:
     )
     seed: int = key(0, "seed of parameters and data order", low=0, high=2**31 - 1)
     device: str = key("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    weights_at_once: int = key(
+        AUTO,
+        "microbatches whose gradients of experts' weights are computed in one call, which adds up "
+        "the same numbers in the same order; auto: 8 on a CPU where ranks share cores or exchange "
+        "no rows, else 1",
+        low=1,
+        high=1024,
+        auto=True,
+    )
     exchange: str = key(
         "auto",
         "how rows travel: through memory that ranks of one machine share, or by collectives; auto: "

@@ -142,6 +142,7 @@ NO_MATTER = (
     "eval_sequences",
     "save_every",
     "keep",
+    "weights_at_once",
     "exchange",
     "exchange_parts",
     "exchange_buffers",

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moekernels import ops, reference
+from moekernels.ops._library import raw
 
 ROWS = (
     1,
@@ -212,3 +213,53 @@ def test_lower_isa_levels(isa: str):
         text=True,
     )
     assert result.returncode == 0, result.stdout[-2000:]
+
+
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("seen", ["rows", "used rows", "gathered"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_several_microbatches_at_once(dtype, seen, transposed):
+    """The bits of as many calls: of few rows each, of none, of more than are packed at a time."""
+    torch.manual_seed(0)
+    counts = [(3, 0, 8), (0, 0, 0), (14, 700, 1), (1, 530, 9)]
+    m, n = 47, 300
+    rows, drows, offsets, token_of, tokens = [], [], [], [], []
+    for each in counts:
+        offsets.append(offsets_of(each))
+        size = sum(each)
+        many = 5 if seen == "gathered" else size
+        rows.append(draw(dtype, many, n))
+        drows.append(draw(dtype, size, m))
+        tokens.append(many)
+        if seen != "rows":
+            token_of.append(torch.randint(-1, many, (size,), dtype=torch.int32))
+    shape = (3, n, m) if transposed else (3, m, n)
+    grad = torch.promote_types(dtype, torch.float32)
+    apart = torch.randn(shape, dtype=torch.float64).to(grad)
+    joined, gather = apart.clone(), seen == "gathered"
+    for i in range(len(counts)):
+        tokens_seen = token_of[i] if token_of else None
+        raw._grouped_gemm_wgrad_(
+            apart, rows[i], drows[i], offsets[i], transposed, tokens_seen, tokens[i], gather
+        )
+    raw._grouped_gemm_wgrads_(joined, rows, drows, offsets, transposed, token_of, tokens, gather)
+    assert torch.equal(joined, apart)
+
+
+def test_several_microbatches_are_held_to_what_one_is():
+    main_grad, x = torch.zeros(1, 2, 3), torch.ones(4, 3)
+    drows, offsets = torch.ones(4, 2), torch.tensor([0, 4])
+    with pytest.raises(RuntimeError, match="of as many microbatches, got 2, 1, 2, 2 and 0"):
+        raw._grouped_gemm_wgrads_(
+            main_grad, [x, x], [drows], [offsets] * 2, False, [], [4, 4], False
+        )
+    with pytest.raises(
+        RuntimeError, match="offsets must ascend from 0 to at most R=4, got 0 ... 5"
+    ):
+        beyond = torch.tensor([0, 5])
+        raw._grouped_gemm_wgrads_(
+            main_grad, [x, x], [drows] * 2, [offsets, beyond], False, [], [4, 4], False
+        )
+    with pytest.raises(RuntimeError, match="out must be"):
+        raw._grouped_gemm_wgrads_(main_grad[:, :1], [x], [drows], [offsets], False, [], [4], False)
+    assert not main_grad.any()

@@ -53,6 +53,44 @@ def test_a_driven_queue_runs_when_it_is_told_in_the_same_order() -> None:
         assert torch.equal(got, wanted)
 
 
+def test_joined_work_has_the_bits_of_each_alone_and_the_rest_is_not_put_off() -> None:
+    plain, joined = _weights(), _weights()
+    for seed in (1, 2, 3):
+        _passed(plain, seed).backward()
+    queue = _deferred.Joined()
+    for seed in (1, 2, 3):
+        with queue.taking():
+            _passed(joined, seed).backward()
+    w1, w2, b1, b2 = _grads(joined)
+    assert len(queue) == 9 and b1.any() and b2.any() and not w1.any() and not w2.any()
+    assert queue.run() == 9 and queue.run() == 0
+    for got, wanted in zip(_grads(joined), _grads(plain), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_joined_work_of_one_buffer_keeps_its_order_whatever_its_kind() -> None:
+    """Only neighbours of one key are joined."""
+    done = []
+
+    class Work:
+        def __init__(self, name: str, buffer: int, key: str) -> None:
+            self.name, self.buffer, self.key = name, buffer, key
+
+        def join(self, others: list[Work]) -> None:
+            done.append(self.name + "".join(other.name for other in others))
+
+        def __call__(self) -> None:
+            done.append(self.name)
+
+    queue = _deferred.Joined()
+    for name, buffer, key in ("a", 2, "x"), ("b", 1, "x"), ("c", 2, "x"), ("d", 2, "y"):
+        queue.put(Work(name, buffer, key))
+    queue.put(Work("e", 2, "x"))
+    queue.put(lambda: done.append("now"))
+    queue.run()
+    assert done == ["now", "b", "ac", "d", "e"]
+
+
 class Mark(torch.autograd.Function):
     """Calls something in a backward."""
 

@@ -22,7 +22,12 @@ MICROBATCHES = 3
 
 
 def _train(
-    mesh: Mesh, schedule: str, dtype: str, steps: int = STEPS, chunks: int = 1
+    mesh: Mesh,
+    schedule: str,
+    dtype: str,
+    steps: int = STEPS,
+    chunks: int = 1,
+    at_once: int = 1,
 ) -> list[tuple[float, list[Tensor]]]:
     """Each step's loss and gradients, of a model with every kind of part."""
     degrees = {name: getattr(mesh.layout, name) for name in ("dp", "ep", "pp")}
@@ -31,7 +36,7 @@ def _train(
     run.model = replace(run.model, num_layers=max(2, mesh.layout.pp * chunks))
     run.batch = replace(run.batch, microbatches=MICROBATCHES, context=8)
     run.layout.checkpoint_layers = "2"
-    run.train.dtype = dtype
+    run.train.dtype, run.train.weights_at_once = dtype, at_once
     side, done = Side(run, mesh), []
     for step in range(steps):
         batches = draw_batches(run, step)[mesh.dp_index]
@@ -110,3 +115,38 @@ def test_overlap_is_1f1b_bit_for_bit(pp, exchange):
         turned = pool.run(_pairs, pp, exchange)
     a_pair, pairs = 5 + 1, MICROBATCHES - 1
     assert turned == {1: 2 * [pairs * a_pair], 2: [0, 0, *2 * [pairs * a_pair]]}[pp]
+
+
+def _at_once(rank: int, layout: dict[str, int], schedule: str, chunks: int) -> list[int]:
+    """How many calls there are of several microbatches' gradients, and of how many."""
+    run = configure(layout, Variant(schedule=schedule, virtual_stages=chunks), "fp32", len(RANKS))
+    mesh = Mesh(layout_of(run), device=torch.device("cpu"))
+    whole = _train(mesh, schedule, "fp32", 2, chunks)
+    ran, calls = _deferred.Joined.run, []
+
+    def counted(queue: _deferred.Joined, most: int | None = None) -> int:
+        calls.append(ran(queue, most))
+        return calls[-1]
+
+    _deferred.Joined.run = counted
+    _assert_same(_train(mesh, schedule, "fp32", 2, chunks, at_once=2), whole)
+    _deferred.Joined.run = ran
+    return [n for n in calls if n]
+
+
+RANKS = range(2)
+
+
+@pytest.mark.parametrize("schedule, chunks", [("1f1b", 1), ("interleaved", 2)])
+@pytest.mark.parametrize("layout", [{"pp": 2}, {"dp": 2, "ep": 2}], ids=str)
+def test_gradients_of_several_microbatches_at_once_are_those_of_each(layout, schedule, chunks):
+    """Of 3 microbatches: 2, and 1 at the end of the step."""
+    if layout.get("pp", 1) == 1 and chunks > 1:
+        pytest.skip("several chunks are of several stages")
+    with RankPool(2) as pool:
+        calls = pool.run(_at_once, layout, schedule, chunks)
+    for ran in calls:  # in two steps, of each chunk: of two microbatches, and of one
+        left = sorted(ran)
+        assert len(left) == 2 * 2 * chunks and all(left)
+        while left:
+            left.remove(2 * left.pop(0))

@@ -18,6 +18,17 @@ struct GroupedGemmArgs {
   bool tf32 = false;  // CUDA: fp32 rows and weights may be rounded to tf32
 };
 
+// Rows of one microbatch among several whose products go to one gradient; as GroupedWgradArgs has
+// them.
+struct WgradRows {
+  const void* a;
+  const void* b;
+  const int64_t* offsets;
+  const int32_t* token_of;
+  int64_t tokens;
+  int64_t num_rows;
+};
+
 // dw [E, M, N] (=|+=) sum over an expert's rows of a[r, m] b[r, n].
 struct GroupedWgradArgs {
   DType dtype;
@@ -33,6 +44,9 @@ struct GroupedWgradArgs {
   int64_t m, n, experts;
   int64_t num_rows = 0;  // CUDA: R, within which offsets are held
   bool tf32 = false;
+  // CPU, accumulating: more rows, the sum of each added behind those before it.
+  const WgradRows* more = nullptr;
+  int64_t more_count = 0;
 };
 
 namespace cuda {
