@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,9 @@ pytest.importorskip(
     reason="transformers has a registry of expert parallelism since 5.23",
 )
 
+import transformers.modeling_utils
+from transformers import AutoModelForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.expert_parallel import (
     EPImplementationInterface,
     apply_expert_parallelism,
@@ -122,6 +126,33 @@ def _how(rank: int) -> tuple[bool, int]:
 
 def test_rows_travel_through_shared_memory_and_leave_nothing(two: RankPool) -> None:
     assert two.run(_how) == [(True, 0)] * 2
+
+
+def _loaded(rank: int, path: str, how: str, sizes: dict[str, int]) -> dict[str, Tensor]:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    # Without accelerate transformers refuses a device; a whole model on one is all that it does.
+    transformers.modeling_utils.check_and_set_device_map = lambda device: {"": device}
+    config = DistributedConfig(ep_size=2, ep_implementation=how, **sizes)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, distributed_config=config, dtype=torch.float64
+    )
+    model.set_experts_implementation("moekernels" if how == "moekernels" else "eager")
+    tokens = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(4))
+    out = model(tokens, labels=tokens)
+    out.loss.backward()
+    return {"logits": out.logits.detach().clone()} | gradients(model)
+
+
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"fsdp_size": 2}], ids=["tp", "fsdp"])
+def test_a_model_that_from_pretrained_parts_is_that_of_their_exchange(sizes, tmp_path) -> None:
+    config = {"num_experts": EXPERTS, "hidden_size": HIDDEN, "num_experts_per_tok": TOP_K}
+    tiny_model("Qwen3Moe", **config).double().save_pretrained(tmp_path)
+    with RankPool(2) as pool:  # of its own: their loading changes the process
+        results = [pool.run(_loaded, str(tmp_path), h, sizes) for h in ("moekernels", "all_to_all")]
+    for ours, theirs in zip(*results):
+        assert ours.keys() == theirs.keys() and len(ours) > 20
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, rtol=1e-10, atol=1e-12)
 
 
 def test_it_is_registered_with_the_experts() -> None:
