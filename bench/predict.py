@@ -22,7 +22,7 @@ from moekernels.predict.card import CARDS, H100  # noqa: E402
 from moekernels.predict.events import epilogue_cycles, predict  # noqa: E402
 from moekernels.predict.kernel import Kernel  # noqa: E402
 from moekernels.predict.layer import OPS, Layer, layer_tflops  # noqa: E402
-from moekernels.predict.ours import DEFAULT, VARIANTS, kernel_of, product  # noqa: E402
+from moekernels.predict.ours import DEFAULT, GATHERING, VARIANTS, kernel_of, product, recipe_of  # noqa: E402
 
 STORE = ROOT / "bench" / "predicted.json"
 WHAT = (
@@ -51,6 +51,11 @@ def variants(layer: Layer) -> None:
             kernel = kernel_of(op, **way)
             rates = [product(op, layer, card, kernel).tflops for card in CARDS.values()]
             print(f"  {op:8}{kernel.name:52}" + "".join(f"{rate:6.0f}" for rate in rates))
+    for name, recipe in {"permuted": DEFAULT, "gathered": GATHERING}.items():
+        found = [layer_tflops(layer, recipe, card) for card in CARDS.values()]
+        for way in found[0]:
+            rates = "".join(f"{on[way]:6.0f}" for on in found)
+            print(f"  the layer, rows {name}, {way:37}{rates}")
 
 
 # ---- what is stored
@@ -95,7 +100,7 @@ def of_grouped(layer: Layer) -> dict[str, list[int]]:
 
 def of_layer(layer: Layer) -> dict[str, list[int]]:
     """TFLOP/s of the passes of a whole layer, [H100, H200]."""
-    both = [layer_tflops(layer, DEFAULT, card) for card in CARDS.values()]
+    both = [layer_tflops(layer, recipe_of(layer), card) for card in CARDS.values()]
     return {way: [round(on[way]) for on in both] for way in both[0]}
 
 

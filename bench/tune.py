@@ -33,6 +33,7 @@ from tune_problems import (  # noqa: E402
     QUICK,
     STAGES,
     TINY,
+    TOKENS,
     Problem,
     Setting,
     every,
@@ -180,15 +181,16 @@ def row(line: dict) -> str:
     row of fewer rows an expert would answer for this shape."""
     best, default, other = line["best"], line["default_ms"], line.get("next")
     if best["ms"] > default * (1 - WORTH):
-        best = {**best, **asdict(Setting()), "ms": default}
+        best = {**best, **asdict(Setting()), "ms": default, "gather": best["gather"]}
         best["tflops"] = line["best"]["tflops"] * line["best"]["ms"] / default
     least = line["T"] * line["K"] // line["E"]
     least_m = line["m"] if line["op"] == "wgrad" else 0
     flags = ", ".join(str(best[name]).lower() for name in ("prefetch", "bulk_sums"))
+    gather = -1 if best["gather"] is None else int(best["gather"])
     order = f"{{{best['band']}, {best['grid']}, {best['promotion']}, {flags}"
-    if best["style"] != "direct":
+    if best["style"] != "direct" or gather >= 0:
         order += f", GemmStyle::{best['style']}, GemmPair::{best['pair']}"
-    order += "}"
+    order += f", {gather}}}" if gather >= 0 else "}"
     tile_n = 128 if best["style"] == "pingpong" else 256
     setting = setting_in(other) if other else "none"
     reason = (
@@ -205,9 +207,28 @@ def row(line: dict) -> str:
     )
 
 
+def product_of(line: dict) -> tuple:
+    return tuple(line[name] for name in ("op", "m", "n", "k", *"THFEK"))
+
+
+def who_gathers(line: dict) -> bool | None:
+    """None: as the default does, which is as good."""
+    best = line["best"]
+    return best["gather"] if best["ms"] <= line["default_ms"] * (1 - WORTH) else None
+
+
 def rows(lines: list[dict]) -> str:
-    """Rows in the order that the first fit needs: more rows an expert and wider ones come first."""
-    wide = [line for line in lines if line["n"] > 128]
+    """Rows in the order that the first fit needs: more rows an expert and wider ones come first.
+
+    A product that sees x through token_of has no row: it says who gathers in the other's.
+    """
+    seen, plain = (
+        [line for line in lines if line.get("of", "").endswith(TOKENS) == tokens]
+        for tokens in (True, False)
+    )
+    gathers = {product_of(line): who_gathers(line) for line in seen}
+    told = [{**x, "best": {**x["best"], "gather": gathers.get(product_of(x))}} for x in plain]
+    wide = [line for line in told if line["n"] > 128]
     order = sorted(wide, key=lambda x: (-(x["T"] * x["K"] // x["E"]), -x["n"], -x["m"]))
     return "".join(map(row, order))
 
@@ -255,7 +276,7 @@ def main() -> int:
                 bad = True
             else:
                 deadline = time.monotonic() + left / (done - count)
-                settings = settings_of(problem.op, on.multiprocessors)
+                settings = settings_of(problem.op, on.multiprocessors, problem.of)
                 lines.append(line := tune(problem, settings, on, deadline))
             count += 1
             out.write(jsonio.dumps(line) + "\n")

@@ -51,14 +51,21 @@ class Setting:
     bulk_sums: bool = True
     style: str = "direct"
     pair: str = "none"
+    gather: bool | None = None
 
     def __str__(self) -> str:
         told = [f"{n} {v}" for n, v in asdict(self).items() if v != Setting.__dict__[n]]
         return ", ".join(told) or "the default"
 
 
-def settings_of(op: str, multiprocessors: int) -> list[Setting]:
-    """Every setting of an op, the default first; those of other styles with the table's stages."""
+TOKENS = "tokens"  # of a problem that sees x through token_of
+
+
+def settings_of(op: str, multiprocessors: int, of: str = "") -> list[Setting]:
+    """Every setting of an op, the default first; those of other styles with the table's stages. Of
+    x seen through token_of: who gathers it."""
+    if of.endswith(TOKENS):
+        return [Setting(gather=gather) for gather in (None, True, False)]
     fewer = multiprocessors // 8 * 8 if multiprocessors % 8 else multiprocessors - 4
     axes = itertools.product(
         (0, 3),
@@ -142,7 +149,7 @@ def forward(layer: Layer, device: str) -> Problem:
     return Problem("forward", layer, layer.rows, layer.F, layer.H, run)
 
 
-PRODUCTS = 6  # of a layer
+PRODUCTS = 8  # of a layer
 
 
 def problems(layer: Layer, device: str) -> Iterator[Problem]:
@@ -156,6 +163,9 @@ def problems(layer: Layer, device: str) -> Iterator[Problem]:
     kept, weights = normal(rows, 2 * f), torch.rand(rows, device=device)
     style = ("swiglu", 1.702, 7.0, False, False, False)
     ffn = (x, weights, w1, w2, offsets, None, None, None, *style)
+    draw = torch.Generator().manual_seed(1)
+    token_of = torch.randint(layer.T, (rows,), generator=draw, dtype=torch.int32).to(device)
+    tokens = x[: layer.T]
 
     def down() -> Tensor:
         return raw._grouped_gemm(a, w2, offsets, False)
@@ -163,24 +173,31 @@ def problems(layer: Layer, device: str) -> Iterator[Problem]:
     def both() -> Tensor:
         return raw._experts(*ffn, True)[1]
 
+    def both_of_tokens() -> Tensor:
+        return raw._experts(tokens, *ffn[1:5], token_of, *ffn[6:], True)[1]
+
     def dact() -> Tensor:
         return raw._experts_dact(*ffn, dy, kept, False, False)[0]
 
     def dgrad() -> Tensor:
         return raw._grouped_gemm(kept, w1, offsets, True)
 
-    def wgrad(m: int, n: int, rows: Tensor, drows: Tensor) -> Callable[[], Tensor]:
+    def wgrad(m: int, n: int, rows: Tensor, drows: Tensor, *seen) -> Callable[[], Tensor]:
         total = torch.zeros(e, m, n, device=device)
 
         def run() -> Tensor:
-            raw._grouped_gemm_wgrad_(total, rows, drows, offsets, False, None, 0, False)
+            through = seen or (None, 0, False)
+            raw._grouped_gemm_wgrad_(total, rows, drows, offsets, False, *through)
             return total
 
         return run
 
     yield Problem("up", layer, rows, 2 * f, h, both, down)
+    yield Problem("up", layer, rows, 2 * f, h, both_of_tokens, down, of=TOKENS)
     yield Problem("down", layer, rows, h, f, down)
     yield Problem("dact", layer, rows, f, h, dact)
     yield Problem("dgrad", layer, rows, h, 2 * f, dgrad)
     yield Problem("wgrad", layer, 2 * f, h, rows, wgrad(2 * f, h, x, kept), of="w1")
+    of_tokens = wgrad(2 * f, h, tokens, kept, token_of, layer.T, True)
+    yield Problem("wgrad", layer, 2 * f, h, rows, of_tokens, of=f"w1 {TOKENS}")
     yield Problem("wgrad", layer, h, f, rows, wgrad(h, f, a, dy), of="w2")

@@ -165,6 +165,33 @@ def wgrad_tail(kit: Kit) -> dict:
     return {"unused": int((~used).sum())}
 
 
+@rung(
+    8, "wgrad_sums", look="sm90/gather.cuh: a line's swizzle, what is zero, arrivals beside bytes"
+)
+def wgrad_gathered(kit: Kit) -> dict:
+    """x on either side seen through tokens, some of which do not exist: the bits of permuted
+    rows."""
+    counts, tokens = (0, 40, 129, 1), 50
+    rows = sum(counts)
+    token_of = (torch.arange(rows, dtype=torch.int32) * 37) % (tokens + 4) - 2
+    x, drows = normal(BF16, tokens, 136), normal(BF16, rows, 264, seed=1)
+    values = (x, drows, offsets_of(*counts), token_of)
+    placed = list(kit.place(dict(zip("abcd", values))).values())
+    for transposed in (False, True):
+        found = []
+        for gather in (False, True):
+            with kit.ops() as launched:
+                kit.settings(gather=gather)
+                try:
+                    rest = (transposed, placed[3], tokens, True)
+                    found.append(raw._grouped_gemm_wgrad(*placed[:3], *rest))
+                finally:
+                    kit.settings()
+            expect_products(kit, launched, {"StoreGradient"})
+        same(f"dw{' transposed' * transposed}", found[1], found[0])
+    return {"tokens": tokens}
+
+
 # ---- 9, 10: the experts
 def _ffn(dtype, hidden: int, ffn: int, rows: int, kind: str, **options) -> dict:
     width = ffn * (2 if kind in reference.GATED else 1)
@@ -227,6 +254,26 @@ def up(kit: Kit) -> dict:
     inputs = _ffn(F16, *size, "swiglu", interleaved=True)
     _hold_experts(kit, inputs, {"StoreUp", "StoreRows"}, False, "interleaved, fp16")
     return {"activations": len(kinds)}
+
+
+@rung(9, "up", "wgrad_gathered", look="sm90/gather.cuh: lines of A, tiles that end within 128 rows")
+def up_gathered(kit: Kit) -> dict:
+    """The FFN over tokens, both ways w1 may lie: the bits of permuted rows."""
+    size = (200, 264, 300) if kit.hardware else (136, 40, 150)
+    for transposed in (False, True):
+        inputs, found = _ffn(BF16, *size, "swiglu"), []
+        if transposed:
+            inputs |= {n: inputs[n].transpose(1, 2).contiguous() for n in ("w1", "w2")}
+        for gather in (False, True):
+            with kit.ops():
+                kit.settings(gather=gather)
+                try:
+                    placed = kit.place({**inputs, "transposed": transposed})
+                    found += _experts(ops.experts, placed, False)
+                finally:
+                    kit.settings()
+        same(f"y{' transposed' * transposed}", found[1], found[0])
+    return {"rows": size[2]}
 
 
 @rung(10, "up", "wgrad_tail", look="StoreDAct: dots, h read and dh written in its place", limit=30)

@@ -318,10 +318,18 @@ bool experts_down(const ExpertsDownArgs& args, const Going& home, Stream stream)
   return over_peers(args, [&](auto& choice) { sm90::experts_down(args, home, choice, stream); });
 }
 
+bool experts_up_gathers(const ExpertsUpArgs& args) {
+  if constexpr (sm90::kBuilt) {
+    if (choice_of(args).kernel == GemmKernel::wgmma) return sm90::gathers(args, choice_of(args));
+  }
+  return false;
+}
+
 void experts_up(const ExpertsUpArgs& args, Stream stream) {
   const ExpertsArgs& of = args.of;
   const GemmChoice choice = choice_of(args);
   if constexpr (sm90::kBuilt) {
+    if (of.gather) return sm90::experts_up_gathered(args, choice, stream);
     if (choice.kernel == GemmKernel::wgmma) return sm90::experts_up(args, choice, stream);
   }
   with_tile(of.dtype, choice, [&](auto* type, auto constant) {

@@ -3,7 +3,6 @@
 
 #include "sm90/entry.cuh"
 #include "sm90/ffn.cuh"
-#include "sm90/product.cuh"
 #include "sm90/styles.cuh"
 
 namespace moekernels::cuda::sm90 {

@@ -158,18 +158,35 @@ void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
   row_product("grouped_gemm", product, choice, stream);
 }
 
-void grouped_wgrad(const GroupedWgradArgs& args, Stream stream) {
+namespace {
+
+GemmChoice choice_of(const GroupedWgradArgs& args) {
   const int64_t bytes = size_of(args.dtype);
-  const GemmChoice choice =
-      choose({.op = GemmOp::wgrad,
-              .dtype = args.dtype,
-              .m = args.m,
-              .n = args.n,
-              .k = args.num_rows,
-              .experts = args.experts,
-              .alignment = gemm_alignment(args.a, args.b, args.dw, args.m * bytes, args.n * bytes),
-              .tf32 = args.tf32});
+  return choose(
+      {.op = GemmOp::wgrad,
+       .dtype = args.dtype,
+       .m = args.m,
+       .n = args.n,
+       .k = args.num_rows,
+       .experts = args.experts,
+       .alignment = gemm_alignment(args.a, args.b, args.dw, args.m * bytes, args.n * bytes),
+       .tf32 = args.tf32});
+}
+
+}  // namespace
+
+bool grouped_wgrad_gathers(const GroupedWgradArgs& args) {
   if constexpr (sm90::kBuilt) {
+    const GemmChoice choice = choice_of(args);
+    return choice.kernel == GemmKernel::wgmma && sm90::gathers(args, choice);
+  }
+  return false;
+}
+
+void grouped_wgrad(const GroupedWgradArgs& args, Stream stream) {
+  const GemmChoice choice = choice_of(args);
+  if constexpr (sm90::kBuilt) {
+    if (args.gather_a || args.gather_b) return sm90::grouped_wgrad_gathered(args, choice, stream);
     if (choice.kernel == GemmKernel::wgmma) return sm90::grouped_wgrad(args, choice, stream);
   }
   with_tile(args.dtype, choice, [&](auto* type, auto constant) {

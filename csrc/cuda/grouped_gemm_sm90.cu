@@ -3,7 +3,6 @@
 
 #include "sm90/add.cuh"
 #include "sm90/entry.cuh"
-#include "sm90/product.cuh"
 #include "sm90/run.cuh"
 #include "sm90/styles.cuh"
 
@@ -18,53 +17,28 @@ void store_as(const char* name, const RowProduct& product, const GemmChoice& cho
       {static_cast<T*>(out), static_cast<const T*>(bias), product.width, use}, stream);
 }
 
-// A sum over rows: what every kernel of the weights' gradient takes.
-struct RowSum {
-  static constexpr int kColumns = 256;
-  ProductArgs product;
-  int64_t tiles;
-  CUtensorMap a, b;
-
-  RowSum(const GroupedWgradArgs& args, int promotion)
-      : product{.offsets = args.offsets,
-                .token_of = args.token_of,
-                .rows = args.num_rows,
-                .tokens = args.tokens,
-                .experts = static_cast<int32_t>(args.experts),
-                .depth = 0,
-                .row_tiles = static_cast<int32_t>(tile_count(args.m, kTileRows)),
-                .column_tiles = static_cast<int32_t>(tile_count(args.n, kColumns)),
-                .column_step = kColumns,
-                .second_half = 128,
-                .stages = 0,
-                .band = 0,
-                .skip_empty = args.accumulate,
-                .prefetch = false},
-        tiles(args.experts * product.row_tiles * product.column_tiles),
-        a(tensor_map(args.dtype, args.a, {args.m, args.num_rows}, 64, promotion)),
-        b(tensor_map(args.dtype, args.b, {args.n, args.num_rows}, 64, promotion)) {}
-};
-
 template <class T, bool kAccumulate>
 void wgrad(const GroupedWgradArgs& args, const GemmChoice& choice, Stream stream) {
   using Epilogue = StoreGradient<T, RowSum::kColumns, kAccumulate>;
-  const RowSum sum(args, order_of(choice).promotion);
-  launch_product<Epilogue, true, true>("grouped_wgrad_sm90", choice, sum.tiles, sum.a, sum.b,
-                                       sum.product, {args.dw, args.m, args.n}, stream);
+  const RowSum sum(args);
+  const int promotion = order_of(choice).promotion;
+  launch_product<Epilogue, true, true>("grouped_wgrad_sm90", choice, sum.tiles,
+                                       sum.a(args, promotion), sum.b(args, promotion), sum.product,
+                                       {args.dw, args.m, args.n}, stream);
 }
 
 template <class T>
 void wgrad_into_sums(const GroupedWgradArgs& args, const GemmChoice& choice, Stream stream) {
   using Epilogue = AddGradient<T>;
   const char* name = "grouped_wgrad_add_sm90";
-  RowSum sum(args, order_of(choice).promotion);
-  const CUtensorMap sums = tensor_map(DType::f32, args.dw, {args.n, args.m, args.experts},
-                                      Epilogue::kBoxRows, kNoPromotion);
+  RowSum sum(args);
+  const int promotion = order_of(choice).promotion;
   const auto kernel = product_into_sums<Epilogue>;
   const auto [blocks, bytes] =
       prepare(name, kernel, RowSum::kColumns, choice, sum.tiles, sum.product);
-  launch(name, kernel, blocks, kProductThreads, bytes, stream, sum.a, sum.b, sums, sum.product,
-         args.dw, args.m, args.n, note_launch(name));
+  launch(name, kernel, blocks, kProductThreads, bytes, stream, sum.a(args, promotion),
+         sum.b(args, promotion), sum.sums(args, Epilogue::kBoxRows), sum.product, args.dw, args.m,
+         args.n, note_launch(name));
 }
 
 template <class T>

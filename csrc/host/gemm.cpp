@@ -47,7 +47,8 @@ py::dict choice(const std::string& op, const std::string& dtype, int64_t m, int6
                           py::arg("prefetch") = chosen.order.prefetch,
                           py::arg("bulk_sums") = chosen.order.bulk_sums,
                           py::arg("style") = kGemmStyles[static_cast<int>(chosen.order.style)],
-                          py::arg("pair") = kGemmPairs[static_cast<int>(chosen.order.pair)]);
+                          py::arg("pair") = kGemmPairs[static_cast<int>(chosen.order.pair)],
+                          py::arg("gather") = chosen.order.gather);
   out["reason"] = chosen.reason;
   out["obstacle"] = chosen.obstacle != nullptr ? py::object(py::str(chosen.obstacle)) : py::none();
   return out;

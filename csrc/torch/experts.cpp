@@ -16,11 +16,11 @@ std::tuple<Tensor, Tensor> experts(const Ffn& ffn, bool keep_h, OptionalTensor r
   Tensor h = empty_large({keep_h ? of.num_rows : 0, h_width(of)}, dtype, x);
   Tensor a = empty_large({of.num_rows, of.ffn}, dtype, x);
   Tensor y = empty_large({of.num_rows, of.hidden}, dtype, x);
-  ExpertsUpArgs up{
+  const ExpertsUpArgs up{
       .of = of, .h = keep_h ? h.mutable_data_ptr() : nullptr, .a = a.mutable_data_ptr()};
   const ExpertsDownArgs down{.of = of, .a = a.const_data_ptr(), .y = y.mutable_data_ptr()};
   run(x, [&](auto stream) {
-    with_rows(ffn, up.of, stream, [&] { cuda::experts_up(up, stream); });
+    up_on_cuda(ffn, up, stream);
     cuda::experts_down(down, stream);
   }, [&] {
     run_up(up);

@@ -81,13 +81,14 @@ inline int64_t h_width(const ExpertsArgs& args) {
   return (is_gated(args.activation) ? 2 : 1) * args.ffn;
 }
 
-// On CUDA: f() while `of.x` has a row for each of token_of's.
-template <class CudaStream, class F>
-void with_rows(const Ffn& ffn, ExpertsArgs& of, CudaStream stream, const F& f) {
-  if (!ffn.token_of) return f();
+// On CUDA: the rows of tokens are gathered by the product, or permuted before it.
+template <class CudaStream>
+void up_on_cuda(const Ffn& ffn, ExpertsUpArgs up, CudaStream stream) {
+  up.of.gather = ffn.token_of && cuda::experts_up_gathers(up);
+  if (!ffn.token_of || up.of.gather) return cuda::experts_up(up, stream);
   const Tensor rows = permuted(ffn.x, *ffn.token_of, stream);
-  of.x = rows.const_data_ptr();
-  f();
+  up.of.x = rows.const_data_ptr();
+  cuda::experts_up(up, stream);
 }
 
 inline void run_up(const ExpertsUpArgs& args) {
@@ -118,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> dact_of(const Ffn& ffn, const Tensor& dy, con
   Tensor dh = kept ? empty_large({of.num_rows, width}, dtype, x) : used_h;
   Tensor weighted_a = empty_large({want_weighted_a ? of.num_rows : 0, of.ffn}, dtype, x);
   Tensor dweights = empty({want_dweights ? of.num_rows : 0}, wide(dtype), x);
-  ExpertsUpArgs up{.of = of, .h = dh.mutable_data_ptr(), .a = nullptr};
+  const ExpertsUpArgs up{.of = of, .h = dh.mutable_data_ptr(), .a = nullptr};
   const ExpertsDActArgs dact{
       .of = of,
       .dy = dy.const_data_ptr(),
@@ -132,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> dact_of(const Ffn& ffn, const Tensor& dy, con
                                  .dweights_parts = parts.const_data_ptr(),
                                  .dweights = dweights.mutable_data_ptr()};
   run(x, [&](auto stream) {
-    if (!kept) with_rows(ffn, up.of, stream, [&] { cuda::experts_up(up, stream); });
+    if (!kept) up_on_cuda(ffn, up, stream);
     launch(dact, stream);
     if (want_dweights) cuda::experts_dweights(sums, stream);
   }, [&] {

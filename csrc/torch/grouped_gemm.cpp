@@ -116,7 +116,7 @@ struct Wgrad {
   template <class CudaStream>
   void on_cuda(GroupedWgradArgs args, CudaStream stream) const {
     if (!token_of && by_cutlass(op, args, drows, stream)) return;
-    if (!gather) return cuda::grouped_wgrad(args, stream);
+    if (!gather || cuda::grouped_wgrad_gathers(args)) return cuda::grouped_wgrad(args, stream);
     const Tensor permuted_rows = permuted(rows, *token_of, stream);
     (transposed ? args.a : args.b) = permuted_rows.const_data_ptr();
     args.gather_a = args.gather_b = false;

@@ -180,7 +180,8 @@ def experts(
     Notes:
         Keeps x and h [R, 2F] for the backward, no expert output: the weights' gradient is <da,
         a>. Sums in fp32 (fp64 for fp64); fp32 inputs on CUDA as in `grouped_gemm`. With `token_of`
-        on CUDA the rows are permuted into scratch, and again in the backward, rather than kept. A
+        on CUDA the rows are permuted into scratch, and again in the backward, rather than kept; on
+        Hopper products of fewer than 4096 columns gather them instead, with the same bits. A
         parameter with an attribute `main_grad` (fp32, its shape) has its gradient added there by a
         backward that reaches it, and none returned. Gradients of gradients are made in plain
         torch. Under autocast all but `weights` are cast. Deterministic, whatever the threads.

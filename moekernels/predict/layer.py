@@ -53,10 +53,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which kernel each product of a layer takes. narrow_down: where F < 1024.
+    """Which kernel each product of a layer takes. narrow_down: where F < 1024. of_x: w1's gradient,
+    where it is another kernel than w2's.
 
-    gathers: rows are gathered by the products, not by a pass of their own. others: seconds of what
-    else a forward and a backward launch."""
+    permutes: passes that move all rows, of a forward and of a backward. others: seconds of what
+    else these launch."""
 
     up: Kernel
     down: Kernel
@@ -64,13 +65,16 @@ class Recipe:
     dgrad: Kernel
     wgrad: Kernel
     narrow_down: Kernel | None = None
-    gathers: bool = False
+    of_x: Kernel | None = None
+    permutes: tuple[int, int] = (1, 2)
     others: tuple[float, float] = (0.0, 0.0)
     wgrad_bytes: tuple[float, float] = (4.0, 4.0)
 
     def kernel(self, op: str, layer: Layer) -> Kernel:
         if op == "down" and self.narrow_down is not None and layer.F < 1024:
             return self.narrow_down
+        if op == "wgrad1" and self.of_x is not None:
+            return self.of_x
         return getattr(self, op.rstrip("12"))
 
 
@@ -86,11 +90,12 @@ def layer_tflops(layer: Layer, recipe: Recipe, card: Card) -> dict[str, float]:
     """forward, backward: TFLOP/s of the whole layer, permutation and combine included."""
     times = {op: p.seconds for op, p in products(layer, recipe, card).items()}
     row_bytes = 2 * layer.H
-    permute = 0.0 if recipe.gathers else 2 * layer.rows * row_bytes / card.dram
+    permute = 2 * layer.rows * row_bytes / card.dram
     combine = (layer.rows + layer.T) * row_bytes / card.dram
     flops = 6.0 * layer.rows * layer.F * layer.H
-    forward = times["up"] + times["down"] + permute + combine + recipe.others[0]
-    backward = sum(times[op] for op in OPS[2:]) + 2 * permute + combine + recipe.others[1]
+    moved = [passes * permute + combine for passes in recipe.permutes]
+    forward = times["up"] + times["down"] + moved[0] + recipe.others[0]
+    backward = sum(times[op] for op in OPS[2:]) + moved[1] + recipe.others[1]
     return {
         "forward": flops / forward / 1e12,
         "backward": 2 * flops / backward / 1e12,

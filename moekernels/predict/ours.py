@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moekernels.predict.card import Card
 from moekernels.predict.events import Predicted, predict
 from moekernels.predict.kernel import Kernel
@@ -39,6 +41,19 @@ DEFAULT = Recipe(
     dgrad=kernel_of("dgrad"),
     wgrad=kernel_of("wgrad", bulk_sums=True),
 )
+# Where x is seen through tokens: two products gather its rows, which nothing moves before.
+GATHERING = replace(
+    DEFAULT,
+    up=kernel_of("up", gathered=True),
+    of_x=kernel_of("wgrad", bulk_sums=True, gathered=True),
+    permutes=(0, 1),
+)
+GATHER_BELOW = 4096  # columns that a row meets: kGatherBelow in csrc/cuda/gathered_sm90.cu
+
+
+def recipe_of(layer: Layer) -> Recipe:
+    """What a layer on one card takes where no setting asks for something else."""
+    return GATHERING if 2 * layer.F < GATHER_BELOW else DEFAULT
 
 
 def product(op: str, layer: Layer, card: Card, kernel: Kernel | None = None) -> Predicted:
@@ -54,9 +69,9 @@ PINGPONG = tuple(
 NARROW = {"tile_n": 128, "stages": 6}
 # What is built, by op; the first of each is the default.
 VARIANTS: dict[str, tuple[dict, ...]] = {
-    "up": ({}, *HIDDEN),
+    "up": ({}, {"gathered": True}, *HIDDEN),
     "down": ({}, NARROW, *HIDDEN),
     "dact": ({}, *PINGPONG),
     "dgrad": ({}, NARROW, *HIDDEN),
-    "wgrad": ({"bulk_sums": True}, {}),
+    "wgrad": ({"bulk_sums": True}, {"bulk_sums": True, "gathered": True}, {}),
 }

@@ -33,7 +33,7 @@ SONIC = Recipe(
     dact=Kernel(tile_n=128, stages=5, epilogue="pingpong", pair="m", gathered=True, issue=11000.0),
     dgrad=Kernel(pair="m", issue=PLAIN),
     wgrad=Kernel(pair="m", gathered=True, issue=PLAIN),
-    gathers=True,
+    permutes=(0, 0),
     others=(1e-4, 3e-4),  # routing, its sums and launches: fitted
     wgrad_bytes=(0.0, 2.0),
 )

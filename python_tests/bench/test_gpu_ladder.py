@@ -99,7 +99,8 @@ def test_more_registers_than_a_launch_has():
 
 # ---- planted in the products
 INSTANCE = """
-#include "sm90/product.cuh"
+#include "sm90/gather.cuh"
+#include "sm90/kernel.cuh"
 #include "{header}"
 namespace moekernels::cuda::sm90 {{
 const void* planted() {{ return reinterpret_cast<const void*>({kernel}); }}
@@ -115,6 +116,13 @@ ADD = (
     "grouped_gemm_sm90",
 )
 SUMS = ("sm90/add.cuh", "AddGradient<__nv_bfloat16>", "", "grouped_gemm_sm90")
+GATHERED = (
+    "sm90/gather.cuh",
+    "StoreGradient<__nv_bfloat16, 256, false>",
+    "true, true, true",
+    "gathered_sm90",
+)
+UP_GATHERED = ("sm90/up.cuh", "StoreUp<__nv_bfloat16>", "false, false, false", "gathered_sm90")
 SET = (
     "sm90/rows.cuh",
     "StoreGradient<__nv_bfloat16, 256, false>",
@@ -153,6 +161,8 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
     planted.plant(folder, file, (right, wrong))
     source = folder / "planted.cu"
     kernel = f"product<{kind}, {flags}>" if flags else f"product_into_sums<{kind}>"
+    if stem == "gathered_sm90":
+        kernel = f"product_gathered<{kind}, {flags}>"
     source.write_text(INSTANCE.format(header=header, kernel="".join([*style, kernel])))
     buggy = ptx.Module(
         ptx.compile_ptx(
@@ -229,6 +239,22 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
             "^ (odd << 2)",
             "",
             "sums of 136 x 264 has other bits",
+        ),
+        (
+            "wgrad_gathered",
+            GATHERED,
+            "sm90/gather.cuh",
+            "tokens[i % kRows]",
+            "tokens[(i + 1) % kRows]",
+            "dw has other bits",
+        ),
+        (
+            "up_gathered",
+            UP_GATHERED,
+            "sm90/gather.cuh",
+            "(chunk ^ (line % 8)) << 4",
+            "chunk << 4",
+            "y has other bits",
         ),
         (
             "wgrad_tail",

@@ -102,7 +102,7 @@ def test_the_time_is_kept_and_what_is_skipped_is_said(tmp_path, monkeypatch, cap
     sys.argv += ["--out", str(tmp_path / "t.jsonl"), "--rows", str(tmp_path / "rows")]
     assert tune.main() == 1
     lines = [json.loads(x) for x in (tmp_path / "t.jsonl").read_text().splitlines()]
-    assert len(lines) == 7 and all(x["skipped"] for x in lines)
+    assert len(lines) == 9 and all(x["skipped"] for x in lines)
 
 
 @pytest.fixture
@@ -115,7 +115,8 @@ def rehearsed(tmp_path, monkeypatch) -> list[dict]:
 
 
 def test_rows_go_into_the_table_and_are_replaced_there(tmp_path, rehearsed):
-    assert [x["op"] for x in rehearsed] == [*tune_problems.OPS, "wgrad", "forward"]
+    ops = ["up", *tune_problems.OPS, *["wgrad"] * 2, "forward"]  # up and w1's also of tokens
+    assert [x["op"] for x in rehearsed] == ops
     found, table = (tmp_path / "rows.txt").read_text(), tune.TABLE.read_text()
     once = tune.write_rows(table, found)
     assert found in once and tune.write_rows(once, found) == once
@@ -185,6 +186,19 @@ def test_rows_compile_and_are_taken_where_they_fit(tmp_path):
     ]
 
 
+def test_who_gathers_is_told_by_the_product_of_tokens():
+    """In the row of the product that it is: where it gains."""
+    shape = {**tune.asdict(LAYERS[2]), "op": "up", "m": 262144, "n": 2048, "k": 2048}
+    base = {**shape, "card": "H", "driver": "1", "date": "today", "default_ms": 1.0}
+    plain = {**base, "of": "", "best": {"ms": 0.9, "tflops": 6.0, **tune.asdict(Setting(band=8))}}
+    for gather, ms, told in ((True, 0.8, 1), (False, 0.8, 0), (True, 0.999, -1), (None, 1.0, -1)):
+        best = {"ms": ms, "tflops": 6.0, **tune.asdict(Setting(gather=gather))}
+        seen = {**base, "of": "tokens", "best": best}
+        found = tune.rows([plain, seen])
+        gather = f", GemmStyle::direct, GemmPair::none, {told}" * (told >= 0)
+        assert found.count("GemmKernel::") == 1 and f"{{8, 0, 0, true, true{gather}}}" in found
+
+
 def test_other_lines_than_rows_are_not_applied(tmp_path, monkeypatch, capsys):
     (tmp_path / "rows").write_text("#error\n")
     monkeypatch.setattr(sys, "argv", ["tune", "--apply", str(tmp_path / "rows")])
@@ -204,6 +218,8 @@ def test_the_problems_are_the_layers_products():
         "dact": (32, 72, 136),
         "dgrad": (32, 136, 144),
         "wgradw1": (144, 136, 32),
+        "uptokens": (32, 144, 136),
+        "wgradw1 tokens": (144, 136, 32),
         "wgradw2": (136, 72, 32),
         "forward": (32, 72, 136),
     }
@@ -278,13 +294,13 @@ def test_the_report_sets_measured_beside_predicted(tmp_path, rehearsed, capsys, 
     assert "ring (sass) hang" in said and "look: there" in said
     assert "busy: 1755 MHz" in said and "TIMED OUT" in said and "0 of 1 rungs hold" in said
     report = json.loads((tmp_path / "gpu_suite.json").read_text())
-    assert report["tune"][-1] == {"cut_off": '{"op": "dgr'} and len(report["tune"]) == 9
+    assert report["tune"][-1] == {"cut_off": '{"op": "dgr'} and len(report["tune"]) == 11
 
 
 def test_predictions_are_of_what_is_measured():
     layers, grouped = ({str(x) for x in some} for some in (LAYERS, tune_problems.GROUPED))
     tiny = tune_problems.problems(tune_problems.TINY[0], "cpu")
-    products = {" ".join(filter(None, (p.op, p.of))) for p in tiny}
+    products = {" ".join(filter(None, (p.op, p.of))) for p in tiny if "tokens" not in p.of}
     assert set(gpu_report.PREDICTED["layers"]) == layers
     assert set(gpu_report.PREDICTED["products"]) == layers | grouped
     for shape, rates in gpu_report.PREDICTED["products"].items():

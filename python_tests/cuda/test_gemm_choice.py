@@ -61,7 +61,7 @@ def test_hopper_takes_wgmma(op, dtype):
         chosen = choose(op, dtype, capability=90, wgmma=True, m=rows)
         assert chosen["kernel"] == "wgmma" and chosen["obstacle"] is None
         assert chosen["tile"] == (128, 256, 64) and chosen["stages"] >= 3
-        wanted = {"band", "grid", "promotion", "prefetch", "bulk_sums", "style", "pair"}
+        wanted = {"band", "grid", "promotion", "prefetch", "bulk_sums", "style", "pair", "gather"}
         assert set(chosen["order"]) == wanted
 
 

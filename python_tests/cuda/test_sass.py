@@ -186,6 +186,17 @@ def test_sums_leave_by_bulk_reductions_alone():
         assert not re.search(r"\b(STG|RED|ATOM)[.\w]* ", code)
 
 
+def test_rows_are_gathered_by_copies_that_pass_no_register():
+    """8 copies a thread for 128 lines of a stage, 16 for 256."""
+    gathered = [n for n in resources() if "product_gathered" in n]
+    assert len(gathered) == 12
+    for name in gathered:
+        code = cuobjdump("-sass", "-fun", name, "-arch", "sm_90a")
+        copies = len(re.findall(r"LDGSTS\.E\.BYPASS\.(?:LTC128B\.)?128", code))
+        assert copies and copies % 8 == 0
+        assert "ARRIVES.LDGSTSBAR" in code and re.search(r"UTMALDG\.[23]D", code)
+
+
 def budget(code: list[tuple[int, str]], change: str) -> tuple[int, int]:
     """Where setmaxnreg is, and what it leaves a thread."""
     (start,) = (i for i, (_, text) in enumerate(code) if f"USETMAXREG.{change}" in text)
@@ -203,10 +214,12 @@ def test_registers_are_within_what_setmaxnreg_leaves():
     for kind in KERNELS:
         for name in products(kind):
             code = code_of(name)
-            assert budget(code, "DEALLOC")[1] == 40 and budget(code, "TRY_ALLOC")[1] == 232, name
-            assert 128 * 40 + 256 * 232 <= 168 * 384  # the block's registers
-            assert producers_registers(code) <= 40, name
-            assert registers([text for _, text in code]) <= 232, name
+            producer, consumer = (56, 224) if "product_gathered" in name else (40, 232)
+            assert budget(code, "DEALLOC")[1] == producer, name
+            assert budget(code, "TRY_ALLOC")[1] == consumer, name
+            assert 128 * producer + 256 * consumer <= 168 * 384  # the block's registers
+            assert producers_registers(code) <= producer, name
+            assert registers([text for _, text in code]) <= consumer, name
 
 
 def test_a_producer_with_too_many_registers_is_found():
@@ -340,7 +353,8 @@ def test_epilogues_take_no_more_instructions():
     """The leanest of the gated activations with a sigmoid is SwiGLU; it comes in two layouts."""
     for name in (n for n in alone("StoreUp") if "bfloat16" in n):
         sizes = up_per_chunk(code_of(name))
-        assert len(sizes) >= 6 and sizes[1] <= UP, sizes
+        most = UP + 6 * ("product_gathered" in name)  # with 224 registers for 232
+        assert len(sizes) >= 6 and sizes[1] <= most, sizes
     for name in (n for n in alone("StoreDAct") if "bfloat16" in n):
         sizes = dact_per_chunk(code_of(name))
         assert len(sizes) == 8 and sizes[1] <= DACT, sizes

@@ -12,8 +12,8 @@ from moekernels.predict import published
 from moekernels.predict.card import H100, H200
 from moekernels.predict.events import predict
 from moekernels.predict.kernel import Kernel, Problem
-from moekernels.predict.layer import Layer
-from moekernels.predict.ours import kernel_of, product
+from moekernels.predict.layer import Layer, layer_tflops
+from moekernels.predict.ours import DEFAULT, GATHERING, kernel_of, product, recipe_of
 from moekernels.predict.walk import expert_counts, tiles_of
 
 OURS = Layer(32768, 2048, 4096, 64, 4)
@@ -82,6 +82,16 @@ def test_sums_in_l2_pass_an_sm_once():
     kernels = (kernel_of("wgrad", bulk_sums=bulk) for bulk in (True, False))
     found, before = (product("wgrad1", few, H100, kernel) for kernel in kernels)
     assert found.dram == before.dram and found.tflops < 1.02 * before.tflops
+
+
+def test_rows_are_gathered_where_it_pays():
+    """Between them the way that costs less changes, near the width that the launcher takes."""
+    narrow, wide = Layer(32768, 2048, 1024, 64, 8), Layer(32768, 2048, 8192, 64, 4)
+    assert recipe_of(narrow) is GATHERING and recipe_of(OURS) is DEFAULT
+    for layer, gains in ((narrow, 1.05), (wide, 0.97)):
+        permuted, gathered = (layer_tflops(layer, r, H100)["forward"] for r in (DEFAULT, GATHERING))
+        assert gathered > gains * permuted if gains > 1 else gathered < permuted
+    assert rate("up", gathered=True) < rate("up")
 
 
 def test_any_size_takes_no_time_to_predict():

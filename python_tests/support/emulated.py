@@ -85,8 +85,8 @@ def products_as(monkeypatch, *defines: str, bug: str = "none") -> None:
             lines=False,
         )
     other, own = ptx.Module(text), module
-    stem = "grouped_gemm_sm90"
-    monkeypatch.setitem(globals(), "module", lambda name: other if name == stem else own(name))
+    stems = ("grouped_gemm_sm90", "gathered_sm90")
+    monkeypatch.setitem(globals(), "module", lambda name: other if name in stems else own(name))
 
 
 def style_as(monkeypatch, name: str, folder: Path) -> None:
@@ -314,6 +314,7 @@ def _unlikely(stem: str, name: str) -> tuple[bool, ...]:
         stem not in name,
         ("sm90" in stem) != ("sm90" in name),
         ("styles" in stem) != style,
+        ("gathered" in stem) != ("gathered" in name),
         ("experts" in stem) != ffn,
     )
 

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-PRODUCT, ADD = "sm90/product.cuh", "sm90/add.cuh"
+PRODUCT, ADD, GATHER = (f"sm90/{name}.cuh" for name in ("product", "add", "gather"))
 BUGS = {
     "freed_early": (
         ("wait_products<1>();", "release(s, ring.stage, lane);\n    wait_products<1>();"),
@@ -24,12 +24,21 @@ BUGS = {
         ),
     ),
     "no_tail_fence": (("fence_async_proxy();\n  sync_named", "sync_named"),),
+    "no_gather_fence": (("if (kGathers) fence_async_proxy();", ""),),
 }
 BUGS_OF_ADD = {
     "box_overwritten": (("part == 0 ? wait_bulk<0>() : wait_bulk_read<1>()", "wait_bulk<8>()"),),
     "last_box_overwritten": (("wait_bulk<0>() : ", "wait_bulk_read<1>() : "),),
     "no_add_fence": (("      fence_async_proxy();\n", ""),),
     "left_early": (("  wait_bulk_read<0>();  //", "  //"),),
+}
+BUGS_OF_GATHER = {
+    "one_arrival_short": (("kArrivals = 1 + kWarpgroup", "kArrivals = kWarpgroup"),),
+    "stage_not_waited_for": (("          wait(s.empty + 8 * ring.stage, ring.phase ^ 1);\n", ""),),
+    "arrived_early": (
+        ("        arrive_when_copied(full);\n", ""),
+        ("        int32_t column = ", "        arrive(full);\n        int32_t column = "),
+    ),
 }
 
 
@@ -204,6 +213,7 @@ def headers_with(bug: str, root: Path, folder: Path) -> Path:
     copy_headers(root, folder)
     plant(folder, PRODUCT, *BUGS.get(bug, ()))
     plant(folder, ADD, *BUGS_OF_ADD.get(bug, ()))
+    plant(folder, GATHER, *BUGS_OF_GATHER.get(bug, ()))
     return folder
 
 

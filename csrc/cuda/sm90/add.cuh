@@ -2,7 +2,7 @@
 // leaves through its warp's staging in boxes, and no thread reads what it adds to or waits for it.
 #pragma once
 
-#include "product.cuh"
+#include "kernel.cuh"
 #include "rows.cuh"
 
 namespace moekernels::cuda::sm90 {
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
                       const __grid_constant__ CUtensorMap b_map,
                       const __grid_constant__ CUtensorMap sums, const ProductArgs args, void* dw,
                       const int64_t m, const int64_t n, const Probe probe) {
-  run_product<Epilogue, true, true>(&a_map, &b_map, args, {&sums, dw, m, n}, probe);
+  run_product<Epilogue, true, true>(Loaded{&a_map, &b_map}, args, {&sums, dw, m, n}, probe);
   wait_bulk_read<0>();  // shared memory lasts as long as the block
 }
 

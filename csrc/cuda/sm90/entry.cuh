@@ -31,4 +31,10 @@ void experts_down(const ExpertsDownArgs& args, const Going& home, const GemmChoi
 void grouped_gemm(const GroupedGemmArgs& args, const Going& home, const GemmChoice& choice,
                   Stream stream);
 
+// x [tokens, H], seen through token_of by the kernels themselves where `gathers` says so.
+bool gathers(const ExpertsUpArgs& args, const GemmChoice& choice);
+bool gathers(const GroupedWgradArgs& args, const GemmChoice& choice);
+void experts_up_gathered(const ExpertsUpArgs& args, const GemmChoice& choice, Stream stream);
+void grouped_wgrad_gathered(const GroupedWgradArgs& args, const GemmChoice& choice, Stream stream);
+
 }  // namespace moekernels::cuda::sm90

@@ -149,8 +149,9 @@ struct Ring {
   }
 };
 
-// Which of the 64 rows from `row` on count in a sum over rows.
-__device__ inline uint64_t rows_that_count(const ProductArgs& args, int64_t row, int64_t end) {
+// Which of the 64 rows from `row` on count in a sum over rows. Rows: what has token_of and tokens.
+template <class Rows>
+__device__ inline uint64_t rows_that_count(const Rows& args, int64_t row, int64_t end) {
   const int64_t left = end - row;
   const uint64_t inside_group =
       left >= 64 ? ~uint64_t{0} : (uint64_t{1} << (left > 0 ? left : 0)) - 1;
@@ -181,12 +182,10 @@ __device__ inline void clear_stage_rows(uint32_t stage, uint64_t rows_in, int th
   sync_named<kConsumers * kWarpgroup>(1);
 }
 
-template <int kColumns, bool kOverRows, bool kAlongN>
-__device__ inline void load_stage(const CUtensorMap* a_map, const CUtensorMap* b_map,
-                                  const ProductArgs& args, const ProductTile& tile,
-                                  int32_t first_row, int32_t step, uint32_t stage, uint32_t full) {
-  const int32_t k = (kOverRows ? first_row : 0) + step * kDepth;
-  arrive_and_expect(full, kStageBytes<kColumns>);
+// k: the first of the step's 64 rows, or of its 64 columns of both operands.
+template <bool kOverRows>
+__device__ inline void load_a(const CUtensorMap* a_map, const ProductTile& tile, int32_t k,
+                              uint32_t stage, uint32_t full) {
   if constexpr (kOverRows) {
 #pragma unroll
     for (int i = 0; i < kConsumers; ++i)
@@ -194,6 +193,11 @@ __device__ inline void load_stage(const CUtensorMap* a_map, const CUtensorMap* b
   } else {
     load_tile(stage, a_map, k, tile.row, full);
   }
+}
+
+template <int kColumns, bool kOverRows, bool kAlongN>
+__device__ inline void load_b(const CUtensorMap* b_map, const ProductArgs& args,
+                              const ProductTile& tile, int32_t k, uint32_t stage, uint32_t full) {
   stage += kTileRows * kLine;
 #pragma unroll
   for (int half = 0; half < kColumns / 128; ++half) {
@@ -209,6 +213,16 @@ __device__ inline void load_stage(const CUtensorMap* a_map, const CUtensorMap* b
     }
     stage += 2 * kBox;
   }
+}
+
+template <int kColumns, bool kOverRows, bool kAlongN>
+__device__ inline void load_stage(const CUtensorMap* a_map, const CUtensorMap* b_map,
+                                  const ProductArgs& args, const ProductTile& tile,
+                                  int32_t first_row, int32_t step, uint32_t stage, uint32_t full) {
+  const int32_t k = (kOverRows ? first_row : 0) + step * kDepth;
+  arrive_and_expect(full, kStageBytes<kColumns>);
+  load_a<kOverRows>(a_map, tile, k, stage, full);
+  load_b<kColumns, kOverRows, kAlongN>(b_map, args, tile, k, stage, full);
 }
 
 // A tile, the first row that its sum takes where it sums over rows, and its steps of kDepth.
@@ -287,8 +301,9 @@ __device__ __forceinline__ void pass_over(const Shared& s, Ring& ring, int32_t s
 }
 
 // d = the tile's sums, of this warpgroup's 64 rows.
-template <class T, int kColumns, bool kOverRows, bool kAlongN, class Shared>
-__device__ __forceinline__ void sum_tile(float (&d)[kColumns / 2], const ProductArgs& args,
+template <class T, int kColumns, bool kOverRows, bool kAlongN, bool kGathers = false, class Rows,
+          class Shared>
+__device__ __forceinline__ void sum_tile(float (&d)[kColumns / 2], const Rows& args,
                                          const Shared& s, const TileWork& work, Ring& ring,
                                          Observer& observer, int warpgroup, int lane) {
   const auto counting = [&](int32_t step) {
@@ -301,6 +316,7 @@ __device__ __forceinline__ void sum_tile(float (&d)[kColumns / 2], const Product
   for (int32_t step = 0; step < work.steps; ++step) {
     const uint32_t stage = s.stages + ring.stage * kStageBytes<kColumns>;
     observer.wait({s.full + 8 * ring.stage, ring.phase, Awaited::full, ring.stage, step});
+    if (kGathers) fence_async_proxy();  // threads copied what wgmma reads
     if (kOverRows && rows_in != ~uint64_t{0})
       clear_stage_rows<kColumns>(stage, rows_in, threadIdx.x);
     // Along K, 16 of it are 32 bytes of every line; along M or N they are 16 lines.
@@ -330,7 +346,7 @@ __device__ __forceinline__ void sum_tile(float (&d)[kColumns / 2], const Product
 }
 
 // A consumer's warpgroup: 64 rows of each tile, summed and handed to the epilogue.
-template <class Epilogue, bool kOverRows, bool kAlongN>
+template <class Epilogue, bool kOverRows, bool kAlongN, bool kGathers>
 __device__ __forceinline__ void consume(const ProductArgs& args, const typename Epilogue::Args& to,
                                         const ProductShared& s, const TileGrid& grid,
                                         Observer& observer, int warpgroup, int warp, int lane) {
@@ -352,51 +368,13 @@ __device__ __forceinline__ void consume(const ProductArgs& args, const typename 
       pass_over(s, ring, work.steps, observer, lane);
       observer.sums_done();
     } else {
-      sum_tile<typename Epilogue::Type, kColumns, kOverRows, kAlongN>(d, args, s, work, ring,
-                                                                      observer, warpgroup, lane);
+      sum_tile<typename Epilogue::Type, kColumns, kOverRows, kAlongN, kGathers>(
+          d, args, s, work, ring, observer, warpgroup, lane);
       observer.sums_done();
       Epilogue::store(to, work.tile, d, staging, row, lane);
     }
     observer.end();
   }
-}
-
-// What a block does. kOverRows: C [M, N] of a group sums over its rows, both operands lie along M
-// and N; otherwise C has the rows, and the weights lie along K or (kAlongN) along N.
-template <class Epilogue, bool kOverRows, bool kAlongN>
-__device__ __forceinline__ void run_product(const CUtensorMap* a_map, const CUtensorMap* b_map,
-                                            const ProductArgs& args,
-                                            const typename Epilogue::Args& to, const Probe& probe) {
-  extern __shared__ __align__(1024) char shared[];
-  const ProductShared s = product_shared<Epilogue::kColumns>(shared, args);
-  const int warpgroup = threadIdx.x / kWarpgroup, warp = threadIdx.x / kWarp % 4,
-            lane = threadIdx.x % kWarp;
-  if (threadIdx.x == 0) {
-    if (s.stages % 1024 != 0) __trap();  // where the 128-byte swizzle begins
-    prefetch_map(a_map);
-    prefetch_map(b_map);
-    for (int i = 0; i < args.stages; ++i) {
-      init_barrier(s.full + 8 * i, 1);
-      init_barrier(s.empty + 8 * i, kConsumerWarps);
-    }
-    publish_barriers();
-  }
-  const TileGrid grid = count_tiles<kOverRows>(s, args);
-  Observer observer(probe, warpgroup * 4 + warp, lane);
-  if (warpgroup == kConsumers) {
-    give_registers<40>();
-    produce<Epilogue, kOverRows, kAlongN>(a_map, b_map, args, to, s, grid, observer, warp, lane);
-  } else {
-    take_registers<232>();
-    consume<Epilogue, kOverRows, kAlongN>(args, to, s, grid, observer, warpgroup, warp, lane);
-  }
-}
-
-template <class Epilogue, bool kOverRows, bool kAlongN>
-__global__ void __launch_bounds__(kProductThreads, 1)
-    product(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
-            const ProductArgs args, const typename Epilogue::Args to, const Probe probe) {
-  run_product<Epilogue, kOverRows, kAlongN>(&a_map, &b_map, args, to, probe);
 }
 
 }  // namespace moekernels::cuda::sm90

@@ -3,8 +3,9 @@
 
 #include <algorithm>
 
+#include "kernel.cuh"
 #include "moekernels/gemm_order.h"
-#include "product.cuh"
+#include "moekernels/grouped_gemm.h"
 #include "rows.cuh"
 #include "state.cuh"
 #include "tensor_map.cuh"
@@ -119,6 +120,41 @@ struct RowProduct {
       const CUtensorMap b = tensor_map(dtype, w, {depth, width, experts}, 128, promotion);
       launch_product<Epilogue, false, false>(name, choice, tiles, a, b, args, to, stream);
     }
+  }
+};
+
+// A sum over rows, of 128 x 256 tiles: what every kernel of the weights' gradient takes.
+struct RowSum {
+  static constexpr int kColumns = 256;
+  ProductArgs product;
+  int64_t tiles;
+
+  explicit RowSum(const GroupedWgradArgs& args)
+      : product{.offsets = args.offsets,
+                .token_of = args.token_of,
+                .rows = args.num_rows,
+                .tokens = args.tokens,
+                .experts = static_cast<int32_t>(args.experts),
+                .depth = 0,
+                .row_tiles = static_cast<int32_t>(tile_count(args.m, kTileRows)),
+                .column_tiles = static_cast<int32_t>(tile_count(args.n, kColumns)),
+                .column_step = kColumns,
+                .second_half = 128,
+                .stages = 0,
+                .band = 0,
+                .skip_empty = args.accumulate,
+                .prefetch = false},
+        tiles(args.experts * product.row_tiles * product.column_tiles) {}
+
+  static CUtensorMap a(const GroupedWgradArgs& args, int promotion) {
+    return tensor_map(args.dtype, args.a, {args.m, args.num_rows}, 64, promotion);
+  }
+  static CUtensorMap b(const GroupedWgradArgs& args, int promotion) {
+    return tensor_map(args.dtype, args.b, {args.n, args.num_rows}, 64, promotion);
+  }
+  // Of the fp32 gradient, by boxes.
+  static CUtensorMap sums(const GroupedWgradArgs& args, int box_rows) {
+    return tensor_map(DType::f32, args.dw, {args.n, args.m, args.experts}, box_rows, kNoPromotion);
   }
 };
 

@@ -11,7 +11,7 @@ struct ExpertsArgs {
   Activation activation;
   double alpha, limit;
   bool interleaved, transposed;
-  const void* x;            // [R, H], or [T, H] seen through token_of
+  const void* x;            // [R, H], or [T, H] seen through token_of (CUDA: where `gather`)
   const int32_t* token_of;  // [R] or null; outside [0, T): an unused row
   const void* weights;      // [R] fp32 (fp64 for fp64) or null
   const void* w1;           // [E, G, H], transposed [E, H, G]; G = 2F gated, F not
@@ -20,7 +20,8 @@ struct ExpertsArgs {
   const void* b2;           // [E, H] or null
   const int64_t* offsets;   // [E+1]
   int64_t num_rows, tokens, hidden, ffn, experts;
-  bool tf32 = false;  // CUDA: fp32 inputs may be rounded to tf32
+  bool tf32 = false;    // CUDA: fp32 inputs may be rounded to tf32
+  bool gather = false;  // CUDA: experts_up sees x through token_of
 };
 
 // a [R, F] = act(h), h [R, G] = x w1 + b1; either of h and a may be null.
@@ -79,14 +80,16 @@ inline int64_t experts_dweights_parts(int64_t ffn) {
 }
 }  // namespace cpu
 
-// Rows past offsets[E] of h, y, dh and weighted_a are set to zero. On CUDA x is [R, H]: the binding
-// has permuted the rows, and token_of only says which of them are used.
+// Rows past offsets[E] of h, y, dh and weighted_a are set to zero. On CUDA x is [R, H] unless
+// `gather`: the binding has permuted the rows, and token_of only says which of them are used.
 namespace cuda {
 constexpr int64_t kDWeightsColumns = 64;
 MOEKERNELS_BOTH inline int64_t experts_dweights_parts(int64_t ffn) {
   return (ffn + kDWeightsColumns - 1) / kDWeightsColumns;
 }
 
+// Whether experts_up is to see x [T, H] through token_of by itself: `gather` may be set then.
+bool experts_up_gathers(const ExpertsUpArgs& args);
 void experts_up(const ExpertsUpArgs& args, Stream stream);
 void experts_down(const ExpertsDownArgs& args, Stream stream);
 void experts_dact(const ExpertsDActArgs& args, Stream stream);

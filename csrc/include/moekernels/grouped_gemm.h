@@ -51,8 +51,9 @@ struct GroupedWgradArgs {
 
 namespace cuda {
 void grouped_gemm(const GroupedGemmArgs& args, Stream stream);
-// Without gather: the binding has permuted the rows. Rows whose token lies outside [0, tokens)
-// still count as zero.
+// Whether grouped_wgrad takes these arguments, in which a side is seen through token_of; else the
+// binding permutes its rows. Rows whose token lies outside [0, tokens) count as zero in any case.
+bool grouped_wgrad_gathers(const GroupedWgradArgs& args);
 void grouped_wgrad(const GroupedWgradArgs& args, Stream stream);
 }  // namespace cuda
 

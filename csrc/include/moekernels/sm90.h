@@ -19,6 +19,8 @@ struct Settings {
   int bulk_sums = -1;  // 1: L2 adds to fp32 gradients; 0: threads load, add and store; -1: as the
                        // table says
   int style = -1, pair = -1;  // GemmStyle, GemmPair; a launch that has no such kernel fails
+  int gather = -1;  // 1: products of the direct style gather x's rows; 0: they are permuted before;
+                    // -1: as the table says, and where it does not, the columns that each row meets
 };
 constexpr int kMostBand = 64, kMostGrid = 1024, kLoggedLaunches = 64;
 

@@ -2,7 +2,8 @@
 // them; tests compile it over headers with a planted bug, for the emulator to find, or as the
 // watchdog and trace builds have them.
 #include "sm90/add.cuh"
-#include "sm90/product.cuh"
+#include "sm90/gather.cuh"
+#include "sm90/kernel.cuh"
 #include "sm90/rows.cuh"
 
 namespace moekernels::cuda::sm90 {
@@ -19,5 +20,8 @@ template __global__ void product<Gradient, true, true>(const __grid_constant__ C
 template __global__ void product_into_sums<AddGradient<__nv_bfloat16>>(
     const __grid_constant__ CUtensorMap, const __grid_constant__ CUtensorMap,
     const __grid_constant__ CUtensorMap, const ProductArgs, void*, const int64_t, const int64_t,
+    const Probe);
+template __global__ void product_gathered<Gradient, true, true, true>(
+    const __grid_constant__ CUtensorMap, const Gather, const ProductArgs, const Gradient::Args,
     const Probe);
 }  // namespace moekernels::cuda::sm90
