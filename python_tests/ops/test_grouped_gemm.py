@@ -221,7 +221,7 @@ def test_lower_isa_levels(isa: str):
 def test_gradients_of_several_microbatches_at_once(dtype, seen, transposed):
     """The bits of as many calls: of few rows each, of none, of more than are packed at a time."""
     torch.manual_seed(0)
-    counts = [(3, 0, 8), (0, 0, 0), (14, 700, 1), (1, 530, 9)]
+    counts = [(3, 0, 8), (0, 0, 0), (14, 700, 1), (1, 530, 0)]
     m, n = 47, 300
     rows, drows, offsets, token_of, tokens = [], [], [], [], []
     for each in counts:
