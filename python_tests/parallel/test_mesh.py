@@ -25,8 +25,8 @@ def ranks_of(layout: Layout, rank: int) -> dict[str, tuple[int, ...]]:
     mesh = Mesh.__new__(Mesh)
     mesh.layout, mesh.rank, mesh.order = layout, rank, tuple(range(layout.world))
     mesh._made, mesh.nodes = AllGroups(), Nodes((0,) * layout.world)
-    mesh._place()
-    return {name: getattr(mesh, name).ranks for name in GROUPS}
+    mesh._place(ends=True)
+    return {name: getattr(mesh, name).ranks for name in (*GROUPS, "ends")}
 
 
 class AllGroups(dict):
@@ -62,7 +62,9 @@ def test_groups_factor_the_world(tp: int, dp: int, pp: int, ep: int, etp: int) -
         for rank, groups in enumerate(of_rank):
             assert len(groups[name]) == size and rank in groups[name]
             assert all(of_rank[other][name] == groups[name] for other in groups[name])
-    for groups in of_rank:
+    for rank, groups in enumerate(of_rank):
+        outer = {layout.rank_of(p, d, rank % tp) for p in (0, pp - 1) for d in range(dp)}
+        assert set(groups["ends"]) == (outer if rank in outer else set(groups["dp"]))
         assert set(groups["tp"]) & set(groups["dp"]) & set(groups["pp"])
         assert len(set(groups["tp"]) & set(groups["dp"])) == 1
         assert len(set(groups["exchange"]) & set(groups["edp"])) == 1
@@ -140,7 +142,7 @@ def test_neighbours_share_a_node_however_ranks_are_dealt():
     mesh = Mesh.__new__(Mesh)
     mesh.layout, mesh.nodes, mesh.order, mesh._made = layout, nodes, nodes.order(), AllGroups()
     for mesh.rank in range(8):
-        mesh._place()
+        mesh._place(ends=False)
         assert mesh.rank in mesh.tp.ranks and mesh.tp.ranks[mesh.tp_index] == mesh.rank
         assert mesh.exchange.ranks[mesh.ep_index] == mesh.rank
         assert mesh.pp.ranks[mesh.pp_index] == mesh.rank == mesh.world.rank
@@ -148,7 +150,7 @@ def test_neighbours_share_a_node_however_ranks_are_dealt():
         0, 0, 0, 4, 1,
     ]  # fmt: skip
     mesh.layout = Layout(tp=2, dp=4, ep=8)
-    mesh._place()
+    mesh._place(ends=False)
     assert mesh.across("exchange") == 1 and mesh.across("tp") == 0
     assert (mesh.inside.ranks, mesh.rail.ranks) == ((1, 3, 5, 7), (6, 7)) and not mesh.flat
 

@@ -84,7 +84,7 @@ def test_every_group_of_the_table_is_told_apart(monkeypatch: pytest.MonkeyPatch)
     mesh = Mesh.__new__(Mesh)
     mesh.layout, mesh.rank, mesh.order = Layout(tp=2, pp=2, ep=2), 0, (0, 1, 2, 3)
     mesh._made, mesh._rows, mesh.nodes = {}, nccl.TABLE, Nodes((0,) * 4)
-    mesh._place()
+    mesh._place(ends=False)
     priorities = {
         (tuple(ranks), k["pg_options"].is_high_priority_stream, k["pg_options"].config.max_ctas)
         for ranks, k in told
