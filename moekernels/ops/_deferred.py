@@ -19,6 +19,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import groupby
 from typing import Any, Protocol, cast
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -101,7 +102,9 @@ class Joined(Queue):
 
 
 _driven: list[Queue] = []  # of `deferred`, the innermost last
-_begun: dict[int, Queue] = {}  # of a backward that runs, by autograd's number of it
+# Of backwards that run, by autograd's numbers of them. Held by the callback at a backward's end: what
+# one that failed had put off is gone with it, and other threads' backwards are not touched.
+_begun: WeakValueDictionary[int, Queue] = WeakValueDictionary()
 
 
 def owed() -> AbstractContextManager[Queue]:
@@ -139,17 +142,16 @@ def begin() -> None:
     task = torch._C._current_graph_task_id()
     if task < 0 or _driven or task in _begun:
         return
-    _begun.clear()  # of backwards that failed: whatever they were to add to is no gradient
-    _begun[task] = Queue()
+    _begun[task] = queue = Queue()
 
     def end() -> None:
-        run(task)
+        if queue:  # not run yet
+            queue.run()
 
     torch.autograd.Variable._execution_engine.queue_callback(end)
 
 
-def run(task: int | None = None) -> int:
+def run() -> int:
     """Run what this backward has put off since `begin`, which ends; how many ran."""
-    task = torch._C._current_graph_task_id() if task is None else task
-    queue = _begun.pop(task, None)
+    queue = _begun.pop(torch._C._current_graph_task_id(), None)
     return 0 if queue is None else queue.run()
