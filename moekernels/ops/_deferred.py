@@ -102,8 +102,8 @@ class Joined(Queue):
 
 
 _driven: list[Queue] = []  # of `deferred`, the innermost last
-# Of backwards that run, by autograd's numbers of them. Held by the callback at a backward's end: what
-# one that failed had put off is gone with it, and other threads' backwards are not touched.
+# Of backwards that run, by autograd's numbers of them. Held by the callback at a backward's end:
+# what one that failed had put off is gone with it, and other threads' backwards are not touched.
 _begun: WeakValueDictionary[int, Queue] = WeakValueDictionary()
 
 

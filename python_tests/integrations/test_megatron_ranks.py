@@ -24,8 +24,8 @@ PARENTS = []
 def begin() -> None:
     """In a rank's own process: Megatron as on a machine without a GPU, which it does not ask for
     everywhere, and with processes of its own to write files."""
-    # Megatron forgets some groups of what ended before the fork only when it begins anew; to let one
-    # go waits for threads, which did not come along.
+    # Megatron forgets some groups of what ended before the fork only when it begins anew; to let
+    # one go waits for threads, which did not come along.
     PARENTS.append(dict(vars(parallel_state)))
     multiprocessing.current_process()._config["daemon"] = False
     torch.cuda.current_device = lambda: torch.device("cpu")
