@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -129,6 +131,24 @@ def test_a_backward_that_failed_leaves_nothing_to_the_next() -> None:
     assert not _deferred._begun
     for got, wanted in zip(_grads(put_off), _grads(plain), strict=True):
         assert torch.equal(got, wanted)
+
+
+def test_a_backward_of_another_thread_takes_nothing_from_this_one() -> None:
+    plain, put_off, others = _weights(), _weights(), _weights()
+    other = Mark.apply(_passed(others, 1), _deferred.begin)
+
+    def beside() -> None:
+        thread = threading.Thread(target=other.backward)
+        thread.start()
+        thread.join()
+
+    for w in (plain, put_off):
+        w[0] = Mark.apply(w[0], beside if w is put_off else lambda: None)
+    _passed(plain, 1).backward()
+    Mark.apply(_passed(put_off, 1), _deferred.begin).backward()
+    for got, wanted in zip(_grads(put_off[1:]), _grads(plain[1:]), strict=True):
+        assert torch.equal(got, wanted) and got.any()
+    assert others[0].main_grad.any()
 
 
 def test_an_output_that_is_asked_for_is_there() -> None:
