@@ -64,6 +64,7 @@ def configure(pp: int, args: argparse.Namespace) -> RunConfig:
     run.layout.dp = run.layout.ep = 2 // pp
     run.train.exchange = "shared"
     run.batch.microbatches, run.batch.accumulation = 4, 1
+    run.train.weights_at_once = 1  # as each schedule has it
     run.model = DecoderSpec(
         vocab_size=512,
         d_model=args.width,
