@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moekernels.cli import main
 from moekernels.train.metrics import read_metrics
@@ -34,6 +35,14 @@ def test_a_table_at_both_ends_trains_resumes_and_is_saved_once(train, tmp_path, 
     train("--steps", "2", out="moves")
     train("--pp", "2", "--steps", "4", "--resume", out="moves")
     train("--pp", "2", "--dp", "2", "--schedule", "zb", "--steps", "5", "--resume", out="moves")
+    folder = tmp_path / "folder"
+    assert main(["export", str(tmp_path / "moves"), "--out", str(folder)]) == 0, capfd.readouterr()
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
+    exported = {}
+    for file in folder.glob("*.safetensors"):
+        exported |= load_file(file)
+    assert exported["model.embed_tokens.weight"].shape == (258, 16)
+    assert not any("lm_head" in name for name in exported)
     got = train("--pp", "1", "--steps", "6", "--resume", out="moves")
     for key in ("loss", "grad_norm"):
         lines = [[line[key] for line in lines] for lines in (got, expected)]
