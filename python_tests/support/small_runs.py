@@ -37,6 +37,15 @@ def train_here(text, out, *more):
     return main(["train", *TINY, "--data", str(text / "text.txt"), "--out", str(out), *more])
 
 
+def trained(text, out, capfd, *more):
+    """What a run in this process printed, which did not fail."""
+    torch.set_num_threads(1)
+    code = main(argv(text, out, *more))
+    said = capfd.readouterr()
+    assert code == 0, said.err
+    return said.out
+
+
 def environment(text):
     return {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(text / "cache")}
 

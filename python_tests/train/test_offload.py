@@ -1,10 +1,9 @@
 """`--offload-optimizer`: the same run, whatever part of its state lies in the host's memory."""
 
 import pytest
-import torch
 
 from moekernels.cli import main
-from python_tests.support.small_runs import argv, losses
+from python_tests.support.small_runs import argv, losses, trained
 
 TINY = "--layers 2 --experts 4 --d-model 16 --heads 2 --vocab-size 258 --tp 1 --dp 2".split()
 BF16 = "--dtype bf16 --optimizer-state bf16".split()
@@ -12,13 +11,9 @@ BF16 = "--dtype bf16 --optimizer-state bf16".split()
 
 @pytest.fixture
 def train(text, cache, capfd, tmp_path):
-    torch.set_num_threads(1)
-
     def run(*more, out="run"):
-        code = main(argv(text, tmp_path / out, *TINY, *more))
-        said = capfd.readouterr()
-        assert code == 0, said.err
-        return losses(tmp_path / out), said.out
+        printed = trained(text, tmp_path / out, capfd, *TINY, *more)
+        return losses(tmp_path / out), printed
 
     return run
 

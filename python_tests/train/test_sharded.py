@@ -3,20 +3,15 @@
 import pytest
 import torch
 
-from moekernels.cli import main
-from python_tests.support.small_runs import argv, losses
+from python_tests.support.small_runs import losses, trained
 
 TINY = "--layers 2 --experts 4 --d-model 16 --heads 2 --vocab-size 258 --tp 1".split()
 
 
 @pytest.fixture
 def train(text, cache, capfd, tmp_path):
-    torch.set_num_threads(1)
-
     def run(*more, out="run"):
-        code = main(argv(text, tmp_path / out, *TINY, *more))
-        said = capfd.readouterr()
-        assert code == 0, said.err
+        trained(text, tmp_path / out, capfd, *TINY, *more)
         return losses(tmp_path / out)
 
     return run

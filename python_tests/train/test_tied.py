@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from moekernels.cli import main
 from moekernels.train.metrics import read_metrics
-from python_tests.support.small_runs import argv
+from python_tests.support.small_runs import trained
 
 TINY = (
     "--layers 2 --experts 4 --d-model 16 --heads 2 --vocab-size 258 --tp 1 --tie-embeddings "
@@ -18,12 +18,8 @@ TINY = (
 
 @pytest.fixture
 def train(text, cache, capfd, tmp_path):
-    torch.set_num_threads(1)
-
     def run(*more, out="run"):
-        code = main(argv(text, tmp_path / out, *TINY, *more))
-        said = capfd.readouterr()
-        assert code == 0, said.err
+        trained(text, tmp_path / out, capfd, *TINY, *more)
         return read_metrics(tmp_path / out)
 
     return run
