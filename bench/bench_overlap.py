@@ -37,23 +37,27 @@ MODES = ("waited", "overlapped", "local", "cut", "paired")
 WHOLE, LINKED = ("waited", "local"), ("waited", "overlapped", "paired")
 
 
+def small_model(width: int, layers: int) -> DecoderSpec:
+    return DecoderSpec(
+        vocab_size=512,
+        d_model=width,
+        num_layers=layers,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=16,
+        num_experts=16,
+        top_k=2,
+        expert_d_ff=2 * width,
+    )
+
+
 def configure(args: argparse.Namespace) -> RunConfig:
     run = RunConfig()
     run.layout.dp = run.layout.ep = 2
     run.train.exchange, run.train.exchange_parts = "shared", args.parts
     run.train.weights_at_once = 1  # they hide exchanges here
     run.batch.microbatches, run.batch.accumulation = args.microbatches, 1
-    run.model = DecoderSpec(
-        vocab_size=512,
-        d_model=args.width,
-        num_layers=args.layers,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=16,
-        num_experts=16,
-        top_k=2,
-        expert_d_ff=2 * args.width,
-    )
+    run.model = small_model(args.width, args.layers)
     return run
 
 

@@ -27,12 +27,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from bench_overlap import small_model
 from bench_plan import where
 from flush_costs import SCHEDULES, Flushes, Setting, makespan, passes_of, predict
 
 from moekernels import assembly, jsonio
 from moekernels.data.batch import MicroBatch
-from moekernels.model.decoder import DecoderSpec
 from moekernels.parallel.adamw import AdamWConfig
 from moekernels.parallel.launch import RankEnv, run_local
 from moekernels.parallel.measure import Measure, Stamps
@@ -65,17 +65,7 @@ def configure(pp: int, args: argparse.Namespace) -> RunConfig:
     run.train.exchange = "shared"
     run.batch.microbatches, run.batch.accumulation = 4, 1
     run.train.weights_at_once = 1  # as each schedule has it
-    run.model = DecoderSpec(
-        vocab_size=512,
-        d_model=args.width,
-        num_layers=args.layers * pp,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=16,
-        num_experts=16,
-        top_k=2,
-        expert_d_ff=2 * args.width,
-    )
+    run.model = small_model(args.width, args.layers * pp)
     return run
 
 
