@@ -234,7 +234,6 @@ def _bind_fence(machine: Machine, ins: Instruction):
 
 @instruction(
     "setmaxnreg",
-    "griddepcontrol",
     "nanosleep",
     "prefetch",
     "prefetchu",

@@ -10,7 +10,7 @@ from .errors import Deadlock, PtxError
 from .launch import Module, Prepared, Stats
 from .machine import Machine
 from .memory import GlobalMemory
-from .memory_order import MachineOrder, Order
+from .memory_order import Clocks, MachineOrder, Order
 from .syntax import Kernel
 
 _MOST_THREADS = 1 << 14
@@ -19,7 +19,9 @@ _ROUNDS = 8  # in which nothing moves and everybody polls, before it counts as a
 
 @dataclass
 class Launch:
-    """A launch on one device; what a stream is given runs in that order."""
+    """A launch on one device; what a stream is given runs in that order.
+
+    programmatic: it may begin before the one ahead of it has ended (`dependents`)."""
 
     device: int
     module: Module
@@ -30,6 +32,7 @@ class Launch:
     shared_bytes: int = 0
     stream: int = 0
     cluster: int = 1
+    programmatic: bool = False
 
 
 @dataclass
@@ -42,6 +45,10 @@ class _Running:
     blocks: int
     seed: int | None
     started: int = 0
+    early: int = 0  # blocks that began before the launch ahead had ended
+    behind: np.ndarray | None = None  # the clock of what it began behind
+    clocks: Clocks | None = None
+    handed_on: np.ndarray | None = None
     machines: list[Machine] = field(default_factory=list)
     ended: list[Machine] = field(default_factory=list)
 
@@ -52,6 +59,17 @@ class _Running:
     @property
     def done(self) -> bool:
         return self.started == self.blocks and not self.machines
+
+    def lets_go(self) -> bool:
+        """Whether a programmatic launch behind this one may begin."""
+        return self.started == self.blocks and all(m.dependents.let_go() for m in self.machines)
+
+    def end_clock(self) -> np.ndarray:
+        """The clock that the end of this launch hands on."""
+        if self.handed_on is None:
+            assert self.clocks is not None
+            self.handed_on = self.clocks.end(self.threads)
+        return self.handed_on
 
     def resident(self) -> int:
         """Blocks that have not exited."""
@@ -114,11 +132,12 @@ class _Together:
             while not all(r.done for r in self.running):
                 self._admit()
                 live = [(r, m) for r in self.running for m in r.machines]
-                if not live:
-                    self._give_up([])
-                for running, machine in self._chosen(live):
+                awake = [(r, m) for r, m in live if m.dependents.awake()]
+                if not awake:
+                    self._give_up(live)
+                for running, machine in self._chosen(awake):
                     self._turn(running, machine)
-                if self.still > _ROUNDS * len(live):
+                if self.still > _ROUNDS * len(awake):
                     self._give_up(live)
         finally:
             self.memory.copy_back()
@@ -135,7 +154,7 @@ class _Together:
                 held = sum(r.resident() for r in mine)
                 free[device] = (self.room or 0) - held
             before = self._before(number)
-            if running.started == running.blocks or (before is not None and not before.done):
+            if running.started == running.blocks or not self._may_begin(running, before):
                 continue
             left, cluster = running.blocks - running.started, running.prepared.cluster
             count = left if self.room is None else min(left, free[device])
@@ -143,6 +162,11 @@ class _Together:
             if count > 0:
                 free[device] -= count
                 self._start(running, count, before)
+
+    def _may_begin(self, running: _Running, before: _Running | None) -> bool:
+        if before is None or before.done:
+            return True
+        return running.launch.programmatic and before.lets_go()
 
     def _before(self, number: int) -> _Running | None:
         """What the launch's stream was given just before it."""
@@ -158,10 +182,14 @@ class _Together:
         machine = prepared.machine(blocks, self.lazy, seed, self.max_steps, True)
         machine.device = running.launch.device
         first = running.first + running.started * int(np.prod(prepared.block))
-        clock = None if before is None else self.order.clocks.end(before.threads)
-        machine.memory.global_races = MachineOrder(
-            machine, self.order, first, running.launch.device, clock
-        )
+        running.clocks = self.order.clocks
+        if before is not None:
+            running.behind = before.behind if running.launch.programmatic else before.end_clock()
+            running.early += 0 if before.done else count
+        order = MachineOrder(machine, self.order, first, running.launch.device, running.behind)
+        machine.memory.global_races = order
+        if running.launch.programmatic:
+            machine.dependents.ahead, machine.dependents.order = before, order
         machine.scheduler.begin()
         running.started += count
         running.machines.append(machine)
@@ -178,7 +206,11 @@ class _Together:
         scheduler = machine.scheduler
         events = scheduler.events
         budget = 400 if self.random is None else int(2 ** self.random.uniform(3, 12))
-        if not scheduler.turn(budget):
+        ran = scheduler.turn(budget)
+        if not ran and machine.dependents.parked:
+            machine.dependents.asleep = True
+            self.still = 0
+        elif not ran:
             scheduler.end()
             running.machines.remove(machine)
             running.ended.append(machine)
@@ -191,12 +223,11 @@ class _Together:
             self.still += 1
 
     def _give_up(self, live: list) -> None:
-        lines = []
+        lines = [line for _, m in live for wait in m.scheduler.waits for line in wait.describe()]
         for _, machine in live:
             for thread, (pc, offset, value) in machine.scheduler.polls.items():
                 where = machine.where(thread, machine.kernel.code[pc])
                 lines.append(f"polls {self.memory.describe(offset)}, which holds {value}: {where}")
-            lines += [line for wait in machine.scheduler.waits for line in wait.describe()]
         for running in self.running:
             left = running.blocks - running.started
             if left:
@@ -215,7 +246,7 @@ class _Together:
                 stats.by_op[ins.op] += count
             for kind, warps in machine.copies.bulk_warps.items():
                 stats.bulk_warps.setdefault(kind, set()).update(warps)
-        stats.instructions = sum(stats.by_op.values())
+        stats.instructions, stats.early = sum(stats.by_op.values()), running.early
         return stats
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from .barriers import BlockBarriers
 from .clusters import ClusterBarriers
 from .copies import Copies
+from .dependents import Dependents
 from .errors import OutOfBounds, PtxError
 from .global_races import GlobalRaces, GlobalShadow
 from .machine import GLOBAL_BASE, Event, Machine
@@ -94,6 +95,7 @@ class Stats:
     """What a launch executed: instructions are counted once for every thread.
 
     bulk_warps: the warps of a block that issued bulk loads, stores and prefetches, by these names.
+    early: blocks that began before the launch ahead of theirs had ended (`launch_together`).
     """
 
     steps: int = 0
@@ -101,6 +103,7 @@ class Stats:
     by_op: Counter = field(default_factory=Counter)
     bulk_warps: dict[str, set[int]] = field(default_factory=dict)
     traffic: Traffic | None = None
+    early: int = 0
 
 
 class Module:
@@ -337,6 +340,7 @@ class Prepared:
         machine.barriers = BlockBarriers(machine)
         machine.cluster_barriers = ClusterBarriers(machine)
         machine.mbarriers = MBarriers(machine)
+        machine.dependents = Dependents(machine)
         machine.events = self.events
         machine.copies = Copies(machine, self.maps, lazy)
         machine.products = WarpgroupProducts(machine, lazy)
@@ -345,6 +349,7 @@ class Prepared:
             machine.barriers,
             machine.cluster_barriers,
             machine.mbarriers,
+            machine.dependents,
             machine.copies,
             machine.products,
         ]

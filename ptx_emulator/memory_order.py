@@ -78,6 +78,11 @@ class Clocks:
             self._take(threads, clock)
         self.behind_fence[threads] = self.row_of[threads]
 
+    def wait(self, threads: np.ndarray, clock: np.ndarray) -> None:
+        """Threads have waited for the launch ahead: as if theirs began now."""
+        self.learn(threads, clock)
+        self.behind_fence[threads] = self.row_of[threads]
+
     def end(self, threads: np.ndarray) -> np.ndarray:
         """What a launch that has ended hands to the next one of its stream."""
         clock = self.known[np.unique(self.row_of[threads])].max(axis=0)
@@ -162,6 +167,10 @@ class MachineOrder:
     def wait(self, key, ids: np.ndarray, wide: bool = False) -> None:
         if key in self.joined:
             self.clocks.learn(self.slot[ids], self.joined[key])
+
+    def behind_launch(self, ids: np.ndarray, clock: np.ndarray) -> None:
+        """griddepcontrol.wait has returned; `clock`: what the end of the launch ahead hands on."""
+        self.clocks.wait(self.slot[ids], clock)
 
     def fence(self, lanes: Lanes, ins: Instruction) -> None:
         self.clocks.now += 1
