@@ -9,6 +9,7 @@
 #if defined(__linux__)
 #include <fcntl.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -165,24 +166,20 @@ char* Slabs::allocate(uint64_t bytes) {
     best = &blocks_.back();
   }
   best->readers.clear();
+  last_ = best - blocks_.data();
   return slabs_[rank_] + best->offset;
 }
 
-void Slabs::post(int lane, int peer, const char* block, uint64_t bytes, uint32_t tag) {
+void Slabs::post(int lane, int peer, uint64_t bytes, uint32_t tag) {
   const uint32_t number = ++sent_[lane * size_ + peer];
   Channel& out = channel(rank_, lane, peer);
   Slot& slot = out.slots[number % kSlots];
   const auto free = [&] { return number <= kSlots || reached(slot.taken.load(), number - kSlots); };
   if (!free()) wait_until(slot.taken, out.writers, peer, free);
-  const uint64_t offset = static_cast<uint64_t>(block - slabs_[rank_]);
-  for (auto it = blocks_.rbegin(); it != blocks_.rend(); ++it) {
-    if (it->offset == offset) {
-      it->readers.push_back({lane, peer, number});
-      break;
-    }
-  }
+  Block& block = blocks_[last_];
+  block.readers.push_back({lane, peer, number});
   slot.tag = tag;
-  slot.offset = offset;
+  slot.offset = block.offset;
   slot.bytes = bytes;
   slot.posted = now();
   out.posted.store(number);  // in one order with `readers`, so that no sleeper is missed
@@ -216,6 +213,10 @@ void Slabs::wait_until(std::atomic<uint32_t>& word, std::atomic<uint32_t>& sleep
   for (int i = 0; i < spins; ++i) {
     if (done()) return;
   }
+  for (int i = 0; i < yields; ++i) {
+    sched_yield();
+    if (done()) return;
+  }
   const int64_t began = now(), look = 1'000'000'000;
   while (true) {
     sleepers.fetch_add(1);
@@ -240,7 +241,7 @@ Slabs::Slabs(int, int, uint64_t) { throw std::runtime_error("ranks share memory 
 Slabs::~Slabs() = default;
 void Slabs::connect(const std::vector<int>&, const std::vector<int>&) {}
 char* Slabs::allocate(uint64_t) { return nullptr; }
-void Slabs::post(int, int, const char*, uint64_t, uint32_t) {}
+void Slabs::post(int, int, uint64_t, uint32_t) {}
 Slabs::Message Slabs::wait(int, int, uint32_t, uint32_t) { return {}; }
 void Slabs::taken(int, int, uint32_t) {}
 

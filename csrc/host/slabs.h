@@ -46,10 +46,10 @@ class Slabs {
   int size() const { return size_; }
   uint64_t held() const { return committed_; }  // bytes of memory that the own slab takes
 
-  // A block of the own slab to fill and to `post`, before another is asked for. It comes back when
-  // all who were sent it have taken it.
+  // A block of the own slab to fill and to `post`, before another is asked for; to several peers,
+  // if they get the same. It comes back when all who were sent it have taken it.
   char* allocate(uint64_t bytes);
-  void post(int lane, int peer, const char* block, uint64_t bytes, uint32_t tag);
+  void post(int lane, int peer, uint64_t bytes, uint32_t tag);
 
   // The number of the next message from a peer on a lane; every message is to be asked for once, in
   // the order in which it is sent.
@@ -65,6 +65,7 @@ class Slabs {
   void taken(int lane, int peer, uint32_t number);
 
   int spins = 50;           // before a wait sleeps: more where every rank has a core of its own
+  int yields = 0;           // behind those, to whoever else would have the core
   double patience = 600.0;  // seconds
 
  private:
@@ -105,6 +106,7 @@ class Slabs {
   std::vector<uint64_t> births_;
   std::vector<uint32_t> sent_, expected_;
   std::vector<Block> blocks_;
+  size_t last_ = 0;  // of them, the one that was asked for
 };
 
 }  // namespace moekernels::host

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from moekernels import _host, ops
 from moekernels.parallel import tensor
-from moekernels.parallel.measure import BACK, GRAD_BACK, GRAD_OUT, OUT
 from moekernels.parallel.peers import PeerMemory
 
 if TYPE_CHECKING:
@@ -102,107 +101,93 @@ class Shared:
     def post_out(
         self, x: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part | None = None
     ) -> PendingOut:
-        return _SharedOut(self, *_ready(x, weights), plan, part or plan.whole)
+        return _SharedOut(self, x, weights, plan, part or plan.whole)
 
     def post_back(
         self, rows: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part | None = None
     ) -> PendingBack:
-        return _SharedBack(self, *_ready(rows, weights), plan, part or plan.whole)
+        return _SharedBack(self, rows, weights, plan, part or plan.whole)
 
 
-def _ready(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if weights is not None:
-        if weights.dtype is not wide(rows.dtype):
-            weights = weights.to(wide(rows.dtype))
-        weights = weights.contiguous()
-    return rows.contiguous(), weights
+def _beside(weights: Tensor, rows: Tensor) -> Tensor:
+    dtype = wide(rows.dtype)
+    return (weights if weights.dtype is dtype else weights.to(dtype)).contiguous()
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+# Of a small exchange Python takes most of the time: few calls, and each tensor made once.
 
 
 class _SharedOut:
     """Holds what it sends until it is waited for: own rows go straight to their place then."""
 
+    __slots__ = ("exchange", "number", "part", "plan", "weights", "x")
+
     def __init__(
         self, exchange: Shared, x: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part
     ) -> None:
-        self.exchange, self.x, self.weights = exchange, x, weights
-        self.plan, self.part = plan, part
-        tokens, top_k = plan.row_of.shape
-        exchange.host.label = 4 * plan.layer + (OUT if weights is not None else GRAD_OUT)
+        x, size = x.contiguous(), x.itemsize
+        address = weight = 0
+        if weights is not None:
+            weights = _beside(weights, x)
+            address, weight = weights.data_ptr(), weights.itemsize
+        self.exchange, self.plan, self.part, self.x, self.weights = exchange, plan, part, x, weights
         try:
             self.number = exchange.host.post_out(
-                x.data_ptr(),
-                _address(weights),
-                plan.slot_of.data_ptr(),
-                tokens * top_k,
-                top_k,
-                x.shape[1] * x.element_size(),
-                0 if weights is None else weights.element_size(),
-                plan.outgoing.data_ptr(),
-                plan.local_experts,
-                part.first,
-                part.end - part.first,
+                plan.route, x.data_ptr(), address, x.shape[1] * size, weight, *part
             )
         except _host.Lost as lost:
             raise exchange.memory.lost(lost, f"room for rows of {plan.describe(part)}") from None
 
     def wait(self) -> Arrived:
-        plan, part, host, x = self.plan, self.part, self.exchange.host, self.x
-        experts = part.end - part.first
-        told = torch.empty((plan.group.size + 1) * experts + 1, dtype=torch.int64)
+        exchange, plan, part, x = self.exchange, self.plan, self.part, self.x
         try:
-            rows = host.arrive(self.number, told.data_ptr())
+            rows = exchange.host.arrive(self.number)
         except _host.Lost as lost:
-            what = f"rows of {plan.describe(part)}"
-            raise self.exchange.memory.lost(lost, what) from None
-        plan.told.setdefault(part, told)
-        offsets = told[plan.group.size * experts :]
-        if (bound := self.exchange.bound) is not None:
-            rows = bound.take(rows, experts / plan.local_experts)
-            offsets = offsets.clamp(max=rows)
+            raise exchange.memory.lost(lost, f"rows of {plan.describe(part)}") from None
+        if exchange.bound is not None:
+            rows = exchange.bound.take(rows, (part.end - part.first) / plan.local_experts)
         out = x.new_empty(rows, x.shape[1])
-        weights = None if self.weights is None else self.weights.new_empty(rows)
-        host.take_out(self.number, out.data_ptr(), _address(weights), rows)
+        weights, address, told = None, 0, 0
+        if self.weights is not None:
+            weights = self.weights.new_empty(rows)
+            address = weights.data_ptr()
+        offsets = plan.offsets.get(part)
+        if offsets is None:  # the same when gradients come the same way
+            offsets = torch.empty(part.end - part.first + 1, dtype=torch.int64)
+            plan.offsets[part], told = offsets, offsets.data_ptr()
+        exchange.host.take_out(self.number, out.data_ptr(), address, told, rows)
         return Arrived(out, weights, offsets)
 
 
 class _SharedBack:
+    __slots__ = ("exchange", "number", "plan", "rows", "weights")
+
     def __init__(
         self, exchange: Shared, rows: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part
     ) -> None:
-        self.exchange, self.rows, self.weights = exchange, rows, weights
-        self.plan, self.part, self.counts = plan, part, plan.counts_of(part)
-        exchange.host.label = 4 * plan.layer + (BACK if weights is None else GRAD_BACK)
+        rows = rows.contiguous()
+        address = weight = 0
+        if weights is not None:
+            weights = _beside(weights, rows)
+            address, weight = weights.data_ptr(), weights.itemsize
+        self.exchange, self.plan, self.rows, self.weights = exchange, plan, rows, weights
+        count, width = rows.shape
         try:
             self.number = exchange.host.post_back(
-                rows.data_ptr(),
-                _address(weights),
-                rows.shape[1] * rows.element_size(),
-                0 if weights is None else weights.element_size(),
-                self.counts.data_ptr(),
-                part.end - part.first,
-                rows.shape[0],
+                plan.route, rows.data_ptr(), address, width * rows.itemsize, weight, count, *part
             )
         except _host.Lost as lost:
             raise exchange.memory.lost(lost, f"room for rows of {plan.describe(part)}") from None
 
     def wait(self, into: Home | None = None) -> Home:
-        plan = self.plan
+        exchange, plan = self.exchange, self.plan
         home = into or plan.home(self.rows, self.weights)
+        rows, weights = home
+        address = 0 if weights is None else weights.data_ptr()
         try:
-            self.exchange.host.take_back(
-                self.number,
-                home.rows.data_ptr(),
-                _address(home.weights),
-                plan.outgoing.data_ptr(),
-                plan.local_experts,
-                self.part.first,
-            )
+            exchange.host.take_back(self.number, rows.data_ptr(), address)
         except _host.Lost as lost:
-            raise self.exchange.memory.lost(lost, f"results of layer {plan.layer}") from None
+            raise exchange.memory.lost(lost, f"results of layer {plan.layer}") from None
         return home
 
 

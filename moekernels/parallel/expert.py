@@ -13,16 +13,21 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moekernels import ops
+from moekernels import _host, ops
 from moekernels.ops import _deferred, _derivatives
+from moekernels.ops._library import raw
 from moekernels.parallel import device_exchange, tensor, turns
 from moekernels.parallel.exchange import Collective, Exchange, Home, Part, Shared
 from moekernels.parallel.mesh import Group
+
+_permute = raw._permute.default
 
 
 @dataclass(eq=False)
@@ -36,21 +41,37 @@ class ExchangePlan:
     slot_of: Tensor  # [R] int32
     outgoing: Tensor  # [P, e] int64: own rows for each expert; on the CPU, unless it is blind
     counts: Tensor | None  # [P, e], rows from each peer for each local expert; None: not here yet
-    send: list[int]  # [P] rows to each peer; empty where the exchange is blind
-    receive: list[int] | None  # [P] rows from each peer, where the exchange asks beforehand
     layer: int = 0
     last: bool = True  # of the ways of a layer's gradients home: what was put off runs under it
-    # Where counts come with the rows: of every part that did [P, n], flat, and offsets behind them.
-    told: dict[Part, Tensor] = field(default_factory=dict)
-    _bounds: list[int] | None = None  # where each expert's own rows begin
+    offsets: dict[Part, Tensor] = field(default_factory=dict)  # [n+1] of parts that have come
 
-    @property
-    def local_experts(self) -> int:
-        return self.outgoing.shape[1]
+    def __post_init__(self) -> None:
+        self.local_experts = self.outgoing.shape[1]
+        self.whole = Part(0, self.local_experts)
 
-    @property
-    def whole(self) -> Part:
-        return Part(0, self.local_experts)
+    @cached_property
+    def send(self) -> list[int]:
+        """[P] own rows to each peer."""
+        return self.outgoing.sum(-1).tolist()
+
+    @cached_property
+    def receive(self) -> list[int]:
+        """[P] rows from each peer, where the exchange asks beforehand."""
+        assert self.counts is not None
+        return self.counts.sum(-1).tolist()
+
+    @cached_property
+    def route(self) -> Any:
+        """The `_host.Route` by which memory that ranks share knows the own rows and those that
+        came."""
+        sizes = self.group.size, self.local_experts, *self.row_of.shape
+        own = self.token_of, self.slot_of, self.outgoing
+        return _host.Route(self.layer, *sizes, *(t.data_ptr() for t in own))
+
+    @cached_property
+    def _bounds(self) -> list[int]:
+        """Where each expert's own rows begin."""
+        return list(accumulate(self.outgoing.flatten().tolist(), initial=0))
 
     def parts(self, count: int) -> list[Part]:
         """The local experts in `count` runs that differ by one expert at most."""
@@ -59,23 +80,14 @@ class ExchangePlan:
 
     def came(self, part: Part) -> Tensor:
         """[P, n] rows from each peer for each local expert of the part."""
-        counts, n = self.counts_of(part), part.end - part.first
-        return counts[: self.group.size * n].view(self.group.size, n)
-
-    def counts_of(self, part: Part) -> Tensor:
-        """The same, flat; others may lie behind them."""
         if self.counts is not None:
-            return self.counts[:, part.first : part.end].contiguous().view(-1)
-        if part not in self.told:
-            raise RuntimeError("combine: the rows that come back were never dispatched")
-        return self.told[part]
+            return self.counts[:, part.first : part.end].contiguous()
+        return torch.tensor(self.route.came(*part)).view(self.group.size, -1)
 
     def place(self, part: Part) -> tuple[list[int], list[int]]:
         """Where the own rows of a part lie: the first for each peer, and how many [P]."""
         if part == self.whole:
             return list(accumulate(self.send, initial=0))[:-1], self.send
-        if self._bounds is None:
-            self._bounds = list(accumulate(self.outgoing.flatten().tolist(), initial=0))
         firsts = range(part.first, self.outgoing.numel(), self.local_experts)
         starts = [self._bounds[i] for i in firsts]
         length = part.end - part.first
@@ -110,24 +122,14 @@ class ExchangePlan:
     def _make(ids: Tensor, local_experts: int, group: Group, layer: int) -> ExchangePlan:
         routing = ops.route(ids, group.size * local_experts)
         exchange = exchange_of(group)
-        outgoing = routing.counts.view(group.size, local_experts)
-        outgoing, counts = exchange.counts(outgoing)
-        send, receive, rows = [], None, ids.numel()
+        outgoing, counts = exchange.counts(routing.counts.view(group.size, local_experts))
+        token_of, slot_of = routing.token_of, routing.slot_of
         if not exchange.blind:
-            send = outgoing.sum(-1).tolist()
-            rows = sum(send)  # fewer than T*K where ids are dropped
-            receive = None if counts is None else counts.sum(-1).tolist()
+            rows = _host.total(outgoing.data_ptr(), outgoing.numel())
+            if rows < ids.numel():  # some are dropped
+                token_of, slot_of = token_of[:rows], slot_of[:rows]
         return ExchangePlan(
-            group,
-            exchange,
-            routing.row_of,
-            routing.token_of[:rows],
-            routing.slot_of[:rows],
-            outgoing,
-            counts,
-            send,
-            receive,
-            layer,
+            group, exchange, routing.row_of, token_of, slot_of, outgoing, counts, layer
         )
 
 
@@ -247,9 +249,8 @@ def _differentiable(name: str) -> bool:
 
 def by_slot(row_values: Tensor, row_of: Tensor) -> Tensor:
     """row_values [R] -> [T, K], zero where the choice was dropped."""
-    if row_values.shape[0] == 0:
-        return row_values.new_zeros(row_of.shape)
-    return torch.where(row_of >= 0, row_values[row_of.clamp_min(0).long()], 0)
+    found = _permute(row_values.view(-1, 1), row_of.view(-1))
+    return found.view(row_of.shape)
 
 
 class Kept:

@@ -20,20 +20,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from moekernels import _host
 from moekernels.parallel.clock import SpanClock
-from moekernels.parallel.peers import WHOLE
 
 if TYPE_CHECKING:
     from moekernels.parallel.mesh import Group
 
-# What a stamp's label says beside the layer: which of an exchange's four ways it is.
-OUT, BACK, GRAD_OUT, GRAD_BACK = range(4)
+# What a stamp's label says beside the layer: which of an exchange's four ways it is. Exchanges of
+# whole tensors know no layer. As in `csrc/host/peers.h`.
+WHOLE = -1
 NAMES = ("dispatch", "combine", "combine's gradient", "dispatch's gradient")
 WORTH_HIDING = 0.01  # of the step: where exchanges take less of it there is nothing to hide
 
 
 class Stamps(NamedTuple):
     """Nanoseconds of `_host.now`, but for `moving`, which is a duration, `size` in bytes and
-    `label`, 4 x the layer + which of `NAMES`, or `peers.WHOLE`."""
+    `label`, 4 x the layer + which of `NAMES`, or `WHOLE`."""
 
     post: int
     last: int

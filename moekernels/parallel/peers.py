@@ -23,7 +23,7 @@ from moekernels.parallel.nodes import Nodes, cores, gather
 
 MODES = ("auto", "shared", "collective")
 SPACE = 1 << 36  # bytes of addresses of a slab; memory is taken as messages need it
-WHOLE = -1  # the label of exchanges of whole tensors, which know no layer
+SUMS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # what `_host` adds up, by its names
 MARK = 16  # bytes at the end of a slab, by which whoever finds it knows whose it is
 SPINS, SPINS_ALONE = 50, 2000  # before a wait sleeps; where every rank has a core of its own
 
@@ -82,7 +82,6 @@ class PeerMemory:
             receive, send = receive or even, send or even
         out = x.new_empty(sum(receive), *x.shape[1:])
         row = x.element_size() * math.prod(x.shape[1:])
-        self.host.label = WHOLE
         try:
             self.host.all_to_all(
                 x.data_ptr(),
@@ -98,12 +97,34 @@ class PeerMemory:
     def all_gather(self, x: Tensor, *, stamped: bool = False) -> Tensor:
         """x [T, ...] -> [P*T, ...]."""
         x = x.contiguous()
-        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        self.host.label = WHOLE
+        first, *rest = x.shape
+        out = x.new_empty(self.size * first, *rest)
         try:
             self.host.all_gather(x.data_ptr(), out.data_ptr(), x.nbytes, stamped)
         except _host.Lost as lost:
             raise self.lost(lost, f"a part of {list(out.shape)}") from None
+        return out
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """x [P*T, ...] of a dtype of `SUMS` -> [T, ...], the own part summed in rank order, in fp32
+        at least."""
+        x = x.contiguous()
+        first, *rest = x.shape
+        out = x.new_empty(first // self.size, *rest)
+        try:
+            self.host.reduce_scatter(x.data_ptr(), out.data_ptr(), out.numel(), SUMS[x.dtype])
+        except _host.Lost as lost:
+            raise self.lost(lost, f"a part of {list(x.shape)}") from None
+        return out
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of x over the ranks, likewise."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        try:
+            self.host.all_reduce(x.data_ptr(), out.data_ptr(), out.numel(), SUMS[x.dtype])
+        except _host.Lost as lost:
+            raise self.lost(lost, f"a part of {[self.size, *x.shape]}") from None
         return out
 
     def send(self, x: Tensor, peer: int, lane: int, tag: int) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from moekernels.ops import _derivatives
 from moekernels.parallel.measure import border, waited
 from moekernels.parallel.mesh import Group
+from moekernels.parallel.peers import SUMS
 
 # The lane of shared memory that messages of a pipeline back take; sums take it in other groups.
 LANE = 1
@@ -41,9 +42,13 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 def _sum_over(parts: Tensor) -> Tensor:
     """parts [P, ...] -> their sum in rank order, accumulated in fp32 at least."""
-    if parts.dtype in (torch.float16, torch.bfloat16):
-        return parts.sum(0, dtype=torch.float32).to(parts.dtype)
-    return parts[0] + parts[1] if len(parts) == 2 else parts.sum(0)
+    dtype = parts.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        parts = parts.float()
+    out = parts[0] + parts[1]
+    for part in parts[2:]:  # one by one: in which order `sum` adds depends on the shape
+        out += part
+    return out.to(dtype)
 
 
 def all_gather(x: Tensor, group: Group, *, stamped: bool = False) -> Tensor:
@@ -69,6 +74,8 @@ def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     """x [P*T, ...] -> [T, ...], the sum over the ranks of this rank's part."""
     if group.size == 1:
         return x
+    if group.memory is not None and x.dtype in SUMS:
+        return group.memory.reduce_scatter(x)
     part = x.shape[0] // group.size
     if x.device.type == "cpu":
         # Faster than gloo's own, and the sum is made in rank order and in fp32.
@@ -120,6 +127,8 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return x
     if x.device.type == "cpu" and x.numel() <= 65536:
+        if group.memory is not None and x.dtype in SUMS:
+            return group.memory.all_reduce(x)
         flat = all_gather(x.reshape(1, -1), group)
         return _sum_over(flat).view(x.shape)
     out = x.clone(memory_format=torch.contiguous_format)

@@ -13,19 +13,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import moekernels
 from moekernels import _host
 from moekernels.errors import UsageError
 from moekernels.model.layout import Layout
 from moekernels.parallel import expert, peers, tensor
 from moekernels.parallel.measure import Stamps, times_of
-from moekernels.parallel.mesh import Mesh
+from moekernels.parallel.mesh import Group, Mesh
 from moekernels.parallel.nodes import Nodes
 from moekernels.parallel.peers import PeerLost, PeerMemory
 from python_tests.support import distributed
+from python_tests.support.counting import calls_within
 from python_tests.support.distributed import RankPool, run_ranks
+from python_tests.support.exchanges import in_threads, over_the_cpu
 
 EXPERTS = 6
+OURS = str(Path(moekernels.__file__).parent)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +103,10 @@ def _same_tensors(rank: int) -> bool:
     receive = [s[rank] for s in send]
     x_uneven = x[: sum(send[rank])]
     for function in (tensor.all_gather, tensor.reduce_scatter, tensor.all_reduce):
-        assert torch.equal(function(x, shared), function(x, collective)), function.__name__
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32):
+            given = (3 * x).to(dtype)
+            got, wanted = function(given, shared), function(given, collective)
+            assert got.dtype == dtype and torch.equal(got, wanted), (function.__name__, dtype)
     for kind in (x_uneven, x_uneven.bool(), x_uneven[:, :0], x_uneven.half().T.contiguous().T):
         got, wanted = (
             tensor.all_to_all(kind, g, receive, send[rank]) for g in (shared, collective)
@@ -310,4 +318,62 @@ def test_a_link_delivers_behind_the_last_post(three: RankPool) -> None:
 
 def test_a_number_that_was_not_posted_is_refused() -> None:
     with pytest.raises(RuntimeError, match="exchange 3 was not posted, or taken"):
-        _host.Peers(0, 1, 1 << 20).arrive(3, 0)
+        _host.Peers(0, 1, 1 << 20).arrive(3)
+
+
+class _Operations(TorchDispatchMode):
+    """Of torch, counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+# Way -> the most functions of ours that it calls, and operations of torch: one for each tensor that
+# comes.
+WORK = {
+    "dispatch": (5, 2),
+    "combine": (4, 1),
+    "combine's gradient": (3, 1),
+    "dispatch's gradient": (6, 2),
+    "plan": (12, 2),
+    "all_gather": (2, 1),
+    "reduce_scatter": (2, 1),
+    "all_reduce": (2, 1),
+}
+
+
+def _work(rank: int, groups: list[Group]) -> dict[str, tuple[int, int]]:
+    group = groups[rank]
+    x, ids, weights = _inputs(rank, "any", torch.float32, 4)
+    plan = expert.ExchangePlan.make(ids, 2, group)
+    exchange, whole = plan.exchange, torch.randn(6, 3)
+    came = exchange.post_out(x, weights, plan).wait()
+    ways = {
+        "dispatch": lambda: exchange.post_out(x, weights, plan).wait(),
+        "combine": lambda: exchange.post_back(came.rows, None, plan).wait(),
+        "combine's gradient": lambda: exchange.post_out(x, None, plan).wait(),
+        "dispatch's gradient": lambda: exchange.post_back(came.rows, came.weights, plan).wait(),
+        "plan": lambda: expert.ExchangePlan.make(ids, 2, group),
+        "all_gather": lambda: tensor.all_gather(whole, group),
+        "reduce_scatter": lambda: tensor.reduce_scatter(whole, group),
+        "all_reduce": lambda: tensor.all_reduce(whole, group),
+    }
+    found = {}
+    for name, way in ways.items():
+        with _Operations() as operations:
+            way()
+        found[name] = calls_within(OURS, way), operations.count
+    return found
+
+
+def test_little_is_done_beside_moving_rows() -> None:
+    """On small messages an exchange takes as long as the Python around it."""
+    for found in in_threads(2, _work, over_the_cpu(2)):
+        assert found.keys() == WORK.keys()
+        for name, (calls, operations) in found.items():
+            assert calls <= WORK[name][0] and operations <= WORK[name][1], (name, found[name])

@@ -64,8 +64,9 @@ def bare(monkeypatch):
         share = ids.numel() // group.size
         counts = torch.full((group.size, local_experts), share // local_experts)
         rows = torch.empty(ids.shape, dtype=torch.int32), routing, routing.clone()
-        send = [share] * group.size
-        return ExchangePlan(group, Collective(group), *rows, counts, counts, send, send, layer)
+        plan = ExchangePlan(group, Collective(group), *rows, counts, counts, layer)
+        plan.send = plan.receive = [share] * group.size
+        return plan
 
     monkeypatch.setattr(ExchangePlan, "_make", staticmethod(balanced))
 
