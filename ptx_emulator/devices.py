@@ -83,6 +83,8 @@ def launch_together(
     schedule: int | None = None,
     lazy: bool = False,
     max_steps: int = 3_000_000,
+    began: int = 0,
+    ahead: dict[int, int] | None = None,
 ) -> list[Stats]:
     """Run launches of several devices over one memory, interleaved; arrays are written in place.
 
@@ -93,14 +95,17 @@ def launch_together(
         wait until blocks exit. None: room for all.
     schedule: a seed for who runs, how far, and which of its values a polled word shows.
     lazy: asynchronous work takes effect as late as it may, and polls see every value in turn.
+    began: what %globaltimer, which counts the steps of all, shows at first;
+    ahead: and by how much that of some devices is ahead of it.
     """
     with np.errstate(all="ignore"):
-        return _Together(launches, resident, schedule, lazy, max_steps).run()
+        return _Together(launches, resident, schedule, lazy, max_steps, began, ahead or {}).run()
 
 
 class _Together:
-    def __init__(self, launches, resident, seed, lazy: bool, max_steps: int):
+    def __init__(self, launches, resident, seed, lazy: bool, max_steps: int, began: int, ahead):
         self.room, self.lazy, self.max_steps = resident, lazy, max_steps
+        self.time, self.ahead = began, ahead
         self.random = None if seed is None else np.random.default_rng(seed)
         self.memory = GlobalMemory()
         self.running: list[_Running] = []
@@ -206,7 +211,10 @@ class _Together:
         scheduler = machine.scheduler
         events = scheduler.events
         budget = 400 if self.random is None else int(2 ** self.random.uniform(3, 12))
+        before = machine.now
+        machine.others = self.time + self.ahead.get(machine.device, 0) - before
         ran = scheduler.turn(budget)
+        self.time += machine.now - before
         if not ran and machine.dependents.parked:
             machine.dependents.asleep = True
             self.still = 0

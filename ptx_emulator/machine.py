@@ -122,6 +122,7 @@ class Machine:
         self.all_ids = np.arange(self.size)
         self.alive = np.ones(self.size, np.bool_)
         self.now = 0  # counts executed steps; the time of events in this launch
+        self.others = 0  # steps of other machines; and what this device's clock is ahead of them
         self.clock_base = 0
         self.events: list[Event] | None = None
         self._registers: dict[str, np.ndarray] = {}
@@ -250,7 +251,7 @@ class Machine:
 
     def special(self, name: str, ins: Instruction) -> np.ndarray:
         if name in ("clock", "clock64", "globaltimer", "clock_hi", "globaltimer_lo"):
-            return _Clock(self)
+            return _Clock(self, name.startswith("globaltimer"))
         array = self._special.get(name)
         if array is None:
             array = self._special[name] = self._make_special(name, ins)
@@ -310,15 +311,17 @@ class _FloatBits:
 
 
 class _Clock:
-    """A clock register: reads the number of steps executed so far."""
+    """A clock register: reads the number of steps executed so far; what all devices share, those
+    of all machines, and what the device's own clock is ahead."""
 
-    def __init__(self, machine: Machine):
-        self.machine, self.dtype = machine, np.dtype(np.uint64)
+    def __init__(self, machine: Machine, shared: bool):
+        self.machine, self.shared, self.dtype = machine, shared, np.dtype(np.uint64)
 
     def astype(self, dtype):
-        clock = _Clock(self.machine)
+        clock = _Clock(self.machine, self.shared)
         clock.dtype = np.dtype(dtype)
         return clock
 
     def __getitem__(self, at):
-        return np.array(self.machine.now, np.uint64).astype(self.dtype)
+        now = self.machine.now + (self.machine.others if self.shared else 0)
+        return np.array(now, np.uint64).astype(self.dtype)

@@ -1,4 +1,4 @@
-"""Rungs 15 and 16: the exchange through memory that devices share, with the ranks on one card,
+"""Rungs 15 to 18: the exchange through memory that devices share, with the ranks on one card,
 which is all but the link between cards; then rows put over that link, against a plain copy."""
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from moekernels.ops import _exchange_experts as products
 from moekernels.ops import exchange as kernels
 from moekernels.ops._ffn import Ffn
 from moekernels.ops._library import raw
+from moekernels.parallel.device_stamps import DeviceStamps
+from moekernels.parallel.measure import OUT
 from python_tests.support.devices import emulated_devices
 
 PEERS, EXPERTS, TOP_K = 3, 2, 2
@@ -316,3 +318,72 @@ def straight(kit: Kit) -> dict:
             for name, a, b in zip(names, mine, theirs, strict=True):
                 same(f"{name} of rank {p}", a, b)
     return {"ranks": PEERS, **{f"seconds_{way}": s for way, s in seconds.items()}}
+
+
+class _Shared:
+    """Memory for all ranks of one card, made when the first asks: what `DeviceStamps` takes."""
+
+    def __init__(self, kit: Kit, made: list[list[Tensor]], rank: int) -> None:
+        self.kit, self.made, self.rank, self.asked = kit, made, rank, 0
+
+    def allocate(self, nbytes: int) -> tuple[Tensor, list[int]]:
+        if self.asked == len(self.made):
+            room = [
+                torch.zeros(nbytes + 128, dtype=torch.uint8, device=self.kit.device)
+                for _ in range(PEERS)
+            ]
+            self.made.append([r[(first := -r.data_ptr() % 128) : first + nbytes] for r in room])
+        self.asked += 1
+        memory = self.made[self.asked - 1]
+        return memory[self.rank], [m.data_ptr() for m in memory]
+
+
+@rung(18, "exchange", look="csrc/cuda/exchange_clock.cu, Record in exchange.h; %globaltimer's step")
+def stamps(kit: Kit) -> dict:
+    """When rows of ranks of one card were sent, needed and here, by a clock that they share: as the
+    ranks find out, and in the order in which it must be."""
+    tokens, hidden = (4096, 2048) if kit.hardware else (5, 16)
+    every, draw = PEERS * EXPERTS, torch.Generator().manual_seed(1)
+    ids = [
+        torch.rand(tokens + p, every, generator=draw).argsort(1)[:, :TOP_K].int()
+        for p in range(PEERS)
+    ]
+    routings = [reference.route(i, every) for i in ids]
+    came = torch.stack([r.counts for r in routings]).view(PEERS, PEERS, EXPERTS).sum((0, 2))
+    most, back = int(came.max()), max(i.numel() for i in ids)
+    slabs = _slabs(kit, kernels.Shape(PEERS, EXPERTS, 1, most, back, 2 * hidden))
+    x = [normal(BF16, len(i), hidden, seed=p) for p, i in enumerate(ids)]
+    placed = [
+        kit.place({"x": v, "slot_of": r.slot_of, "counts": r.counts}) for v, r in zip(x, routings)
+    ]
+    made: list[list[Tensor]] = []
+    patience = PATIENCE if kit.hardware else 0
+    noted = [DeviceStamps(_Shared(kit, made, p), p, PEERS, patience) for p in range(PEERS)]
+    records = [n.begin(OUT, 2 * hidden) for n in noted]
+    shared = [m for memory in made for m in memory]
+    record = kit.wrong("record", lambda given: given)
+    with _ranks(kit, [s.slab for s in slabs] + shared) as devices:
+        for p, given in enumerate(placed):
+            with devices.on(p):
+                known = kernels.gather_counts(given["counts"], slabs[p])
+                stamped = slabs[p]._replace(record=record(records[p]))
+                kernels.put(given["x"], None, given["slot_of"], TOP_K, known, stamped, 0)
+                kernels.take(given["x"], known, stamped, 0, int(came[p]), weighted=False)
+        devices.run()
+        ahead = []
+        for p in range(PEERS):
+            with devices.on(p):
+                ahead.append(noted[p].meet())
+        devices.run()
+        for p in range(PEERS):
+            with devices.on(p):
+                noted[p].copy(ahead[p])
+    off, flights = 0, []
+    for p in range(PEERS):
+        off = max(off, *map(abs, ahead[p].tolist()[:PEERS]))
+        (s,) = noted[p].take()
+        require(s.need <= s.got, f"rank {p} had its rows before it asked for them: {s}")
+        require(s.size == 2 * hidden * int(came[p]), f"rank {p}: {s.size} bytes came: {s}")
+        flights.append(s.ready - s.start)
+    require(off < 100_000, f"ranks of one card have clocks that differ by {off} ns")
+    return {"ranks": PEERS, "clocks_differ_by_ns": off, "flight_ns": max(flights)}

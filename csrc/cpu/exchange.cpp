@@ -3,41 +3,15 @@
 #include "moekernels/exchange.h"
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cstring>
-#include <stdexcept>
-#include <string>
-#include <thread>
+
+#include "exchange_flags.h"
 
 namespace moekernels::cpu::MOEKERNELS_ISA {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-void store(uint32_t* word, uint32_t value) {
-  std::atomic_ref<uint32_t>(*word).store(value, std::memory_order_release);
-}
-void add(uint32_t* word, uint32_t value) {
-  std::atomic_ref<uint32_t>(*word).fetch_add(value, std::memory_order_release);
-}
-
 void wait(const PeerSlabs& peers, uint32_t* word, uint32_t least) {
-  const std::atomic_ref<uint32_t> flag(*word);
-  const auto began = Clock::now();
-  for (;;) {
-    const uint32_t value = flag.load(std::memory_order_acquire);
-    if (static_cast<int32_t>(value - least) >= 0) return;
-    const std::chrono::nanoseconds waited = Clock::now() - began;
-    if (peers.patience > 0 && waited.count() > peers.patience) {
-      const int64_t at = reinterpret_cast<char*>(word) - peers.own().base;
-      throw std::runtime_error("exchange: rank " + std::to_string(peers.rank) +
-                               " waits for the word at byte " + std::to_string(at) +
-                               " of its slab to reach " + std::to_string(least) + ", it holds " +
-                               std::to_string(value));
-    }
-    std::this_thread::yield();
-  }
+  wait_for_flag(word, least, {peers.own().base, peers.rank, peers.patience});
 }
 
 }  // namespace
@@ -48,14 +22,25 @@ void gather_counts(const CountsArgs& args) {
   const Slab own = peers.own();
   const int64_t all = shape.peers * shape.experts, mine = peers.rank * shape.experts;
   const uint32_t number = ++*own.called();
+  const int64_t moment = nanoseconds();
   for (int64_t p = 0; p < shape.peers; ++p) {
     int32_t* table = peers.of(p).table(number) + peers.rank * all;
     for (int64_t i = 0; i < all; ++i) {
       table[i] = static_cast<int32_t>(std::max<int64_t>(args.counts[i], 0));
     }
-    store(peers.of(p).ready(peers.rank), number);
+    if (peers.stamped()) {
+      const Record there = peers.stamps(p);
+      *there.began(peers.rank) = *there.ended(peers.rank) = moment;
+    }
+    store_flag(peers.of(p).ready(peers.rank), number);
   }
   for (int64_t p = 0; p < shape.peers; ++p) wait(peers, own.ready(p), number);
+  if (peers.stamped()) {
+    const Record here = peers.stamps(peers.rank);
+    *here.need() = Record::early(moment);
+    *here.waited(true) = nanoseconds() - moment;
+    *here.readers(true) = 1;
+  }
   const int32_t* table = own.table(number);
   int64_t begin = 0;
   args.needed[0] = args.needed[1] = 0;
@@ -98,6 +83,8 @@ void send_rows(const SendArgs& args) {
   const PeerSlabs& peers = args.peers;
   const Slab own = peers.own();
   const uint32_t uses = (*own.sent(args.slot, args.back))++;
+  const Record stamps = peers.stamps(peers.rank);
+  const int64_t began = nanoseconds();
   const int64_t room = args.back ? peers.shape.back : peers.shape.rows;
   for (int64_t i = 0; i < args.num_runs; ++i) {
     const Run& run = args.runs[i];
@@ -128,7 +115,12 @@ void send_rows(const SendArgs& args) {
     }
     uint32_t* counter =
         args.back ? peer.returned(args.slot) : peer.arrived(args.slot, i % peers.shape.experts);
-    add(counter, static_cast<uint32_t>((end - run.begin) * args.units));
+    add_flag(counter, static_cast<uint32_t>((end - run.begin) * args.units));
+    if (peers.stamped()) *stamps.given(to) = nanoseconds();
+  }
+  for (int64_t p = 0; peers.stamped() && p < peers.shape.peers; ++p) {
+    *peers.stamps(p).began(peers.rank) = began;
+    *peers.stamps(p).ended(peers.rank) = *stamps.given(p);
   }
 }
 
@@ -137,12 +129,14 @@ void receive_rows(const ReceiveArgs& args) {
   const Slab own = peers.own();
   const int64_t groups = args.back ? 1 : peers.shape.experts;
   const int64_t room = args.back ? peers.shape.back : peers.shape.rows;
+  const int64_t need = nanoseconds();
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t rows = args.back ? *args.total : args.offsets[g + 1] - args.offsets[g];
     uint32_t* expected = own.expected(args.slot, args.back ? peers.shape.experts : g);
     *expected += static_cast<uint32_t>(rows * args.units);
     wait(peers, args.back ? own.returned(args.slot) : own.arrived(args.slot, g), *expected);
   }
+  const int64_t got = nanoseconds();
   const int64_t used = std::min({*args.total, room, args.num_rows});
   const int64_t unused = args.num_rows - used;
   char* rows = static_cast<char*>(args.rows);
@@ -153,9 +147,17 @@ void receive_rows(const ReceiveArgs& args) {
     std::memcpy(weights, own.weights(args.slot, args.back), used * args.weight_bytes);
     std::memset(weights + used * args.weight_bytes, 0, unused * args.weight_bytes);
   }
+  if (peers.stamped()) {
+    const Record stamps = peers.stamps(peers.rank);
+    *stamps.need() = Record::early(need);
+    *stamps.waited(true) = got - need;
+    *stamps.readers(true) = 1;
+    *stamps.copied() = nanoseconds() - got;
+    *stamps.rows() = *args.total;
+  }
   const uint32_t uses = ++*own.received(args.slot, args.back);
   for (int64_t p = 0; p < peers.shape.peers; ++p) {
-    store(peers.of(p).freed(args.slot, peers.rank, args.back), uses);
+    store_flag(peers.of(p).freed(args.slot, peers.rank, args.back), uses);
   }
 }
 

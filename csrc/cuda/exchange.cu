@@ -37,7 +37,12 @@ __global__ void __launch_bounds__(kThreads) gather_all_counts(const CountsArgs a
     }
   }
   __syncthreads();
+  const int64_t begin = peers.stamped() ? nanoseconds() : 0;
   if (threadIdx.x < shape.peers) {
+    if (peers.stamped()) {
+      const Record there = peers.stamps(threadIdx.x);
+      *there.began(rank) = *there.ended(rank) = begin;
+    }
     store_release(peers.of(threadIdx.x).ready(rank), number);
     wait(peers, own.ready(threadIdx.x), number);
   }
@@ -47,6 +52,12 @@ __global__ void __launch_bounds__(kThreads) gather_all_counts(const CountsArgs a
     most[0] = most[1] = 0;
   }
   __syncthreads();
+  if (peers.stamped() && threadIdx.x == 0) {
+    const Record here = peers.stamps(rank);
+    *here.need() = Record::early(begin);
+    *here.waited(true) = nanoseconds() - begin;
+    *here.readers(true) = 1;
+  }
   const int32_t* table = own.table(number);
   const int question = threadIdx.x / kWarp;
   const int64_t peer = threadIdx.x % kWarp;
@@ -148,6 +159,10 @@ __global__ void __launch_bounds__(kThreads) send_tiles(const SendArgs args) {
   const PeerSlabs& peers = args.peers;
   const SlabShape& shape = peers.shape;
   const Slab own = peers.own();
+  const Record stamps = peers.stamps(peers.rank);
+  if (peers.stamped() && threadIdx.x == 0) {
+    note_most(stamps.sending(), Record::early(nanoseconds()));
+  }
   const uint32_t uses = *own.sent(args.slot, args.back);
   const int64_t total = args.runs[args.num_runs].begin;
   const int64_t tiles = (total + kTile - 1) / kTile;
@@ -173,14 +188,45 @@ __global__ void __launch_bounds__(kThreads) send_tiles(const SendArgs args) {
         uint32_t* counter =
             args.back ? peer.returned(args.slot) : peer.arrived(args.slot, index % shape.experts);
         add_release(counter, static_cast<uint32_t>((stop - row) * args.units));
+        if (peers.stamped()) note_most(stamps.given(to), nanoseconds());
       }
       row = stop;
     }
   }
-  if (last_block(own.ticket(args.slot, args.back, true)) && threadIdx.x == 0) {
-    *own.sent(args.slot, args.back) = uses + 1;
+  if (!last_block(own.ticket(args.slot, args.back, true))) return;
+  if (threadIdx.x == 0) *own.sent(args.slot, args.back) = uses + 1;
+  if (peers.stamped() && threadIdx.x < shape.peers) {
+    const int64_t to = threadIdx.x;
+    *peers.stamps(to).began(peers.rank) = Record::early(*stamps.sending());
+    *peers.stamps(to).ended(peers.rank) = *stamps.given(to);
   }
 }
+
+// What the warps of a block that takes rows say of their times.
+struct BlockTimes {
+  unsigned long long need, waited, readers, copied;
+
+  __device__ void begin() {
+    if (threadIdx.x == 0) need = waited = readers = copied = 0;
+    __syncthreads();
+  }
+  __device__ void add(int64_t first_need, int64_t waiting, int64_t copying) {
+    atomicMax(&copied, static_cast<unsigned long long>(copying));
+    if (first_need == 0) return;  // it had no rows that come
+    atomicMax(&need, static_cast<unsigned long long>(first_need));
+    atomicAdd(&waited, static_cast<unsigned long long>(waiting));
+    atomicAdd(&readers, 1ull);
+  }
+  __device__ void end(const Record& to) {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    note_most(to.copied(), static_cast<int64_t>(copied));
+    if (readers == 0) return;
+    note_most(to.need(), static_cast<int64_t>(need));
+    note_sum(to.waited(true), static_cast<int64_t>(waited));
+    note_sum(to.readers(true), static_cast<int64_t>(readers));
+  }
+};
 
 // A warp takes tiles of rows as soon as all of their expert's have come.
 template <class Word>
@@ -193,6 +239,10 @@ __global__ void __launch_bounds__(kThreads) receive_tiles(const ReceiveArgs args
   const char* from = own.rows(args.slot, args.back);
   const char* weights = own.weights(args.slot, args.back);
   char* rows = static_cast<char*>(args.rows);
+  __shared__ BlockTimes times;
+  if (peers.stamped()) times.begin();
+  const int64_t start = peers.stamped() ? nanoseconds() : 0;
+  int64_t need = 0, waiting = 0;
   int64_t group = 0, begin = 0, end = args.back ? total : args.offsets[1];
   bool waited = false;
   for (int64_t tile = warp_of_grid(); tile * kTile < args.num_rows;
@@ -208,7 +258,12 @@ __global__ void __launch_bounds__(kThreads) receive_tiles(const ReceiveArgs args
           const uint32_t* counter =
               args.back ? own.returned(args.slot) : own.arrived(args.slot, group);
           const uint32_t before = *own.expected(args.slot, args.back ? shape.experts : group);
+          const int64_t now = peers.stamped() ? nanoseconds() : 0;
           wait(peers, counter, before + static_cast<uint32_t>((end - begin) * args.units));
+          if (peers.stamped()) {
+            need = max_of(need, Record::early(now));
+            waiting += nanoseconds() - now;
+          }
         }
         __syncwarp();
         waited = true;
@@ -221,7 +276,12 @@ __global__ void __launch_bounds__(kThreads) receive_tiles(const ReceiveArgs args
       }
     }
   }
+  if (peers.stamped()) {
+    if (lane_id() == 0) times.add(need, waiting, nanoseconds() - start - waiting);
+    times.end(peers.stamps(peers.rank));
+  }
   if (!last_block(own.ticket(args.slot, args.back, false))) return;
+  if (peers.stamped() && threadIdx.x == 0) *peers.stamps(peers.rank).rows() = total;
   // Rows that found no room were counted like the others, and nobody waited for them yet.
   for (int64_t g = threadIdx.x; g < groups; g += kThreads) {
     const int64_t rows_of = args.back ? total : args.offsets[g + 1] - args.offsets[g];

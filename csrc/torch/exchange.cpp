@@ -35,10 +35,11 @@ Numbers exchange_word(Numbers shape, int64_t at) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exchange_counts(
     const Tensor& counts, const Tensor& slab, Numbers addresses, int64_t rank, Numbers shape,
-    int64_t patience, const OptionalTensor& stuck, int64_t room, const OptionalTensor& most) {
+    int64_t patience, const OptionalTensor& stuck, Numbers record, int64_t room,
+    const OptionalTensor& most) {
   const char* op = "exchange_counts";
   CountsArgs args{};
-  args.peers = slabs_from(op, slab, addresses, rank, shape, patience, stuck);
+  args.peers = slabs_from(op, slab, addresses, rank, shape, patience, stuck, record);
   const SlabShape& s = args.peers.shape;
   const int64_t all = s.peers * s.experts;
   check_tensor(op, "counts", counts, kInt64, {{"P*e", all}}, &slab);
@@ -67,10 +68,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exchange_counts(
 void exchange_send(const Tensor& rows, const OptionalTensor& weights, const OptionalTensor& slot_of,
                    int64_t top_k, const Tensor& runs, const Tensor& slab, Numbers addresses,
                    int64_t rank, Numbers shape, int64_t patience, const OptionalTensor& stuck,
-                   int64_t slot, bool back) {
+                   Numbers record, int64_t slot, bool back) {
   const char* op = "exchange_send";
   SendArgs args{};
-  args.peers = slabs_from(op, slab, addresses, rank, shape, patience, stuck);
+  args.peers = slabs_from(op, slab, addresses, rank, shape, patience, stuck, record);
   check_tensor(op, "rows", rows, kFloats, {{slot_of ? "T" : "R"}, {"H"}}, &slab);
   check(top_k >= 1, op, ": top_k must be at least 1, got ", top_k);
   check_optional(op, "slot_of", slot_of, kInt32, {{"R"}}, slab);
@@ -100,11 +101,12 @@ void exchange_send(const Tensor& rows, const OptionalTensor& weights, const Opti
 std::tuple<Tensor, Tensor> exchange_receive(const Tensor& like, const Tensor& offsets,
                                             const Tensor& slab, Numbers addresses, int64_t rank,
                                             Numbers shape, int64_t patience,
-                                            const OptionalTensor& stuck, int64_t slot, bool back,
-                                            int64_t num_rows, bool weighted, int64_t units) {
+                                            const OptionalTensor& stuck, Numbers record,
+                                            int64_t slot, bool back, int64_t num_rows,
+                                            bool weighted, int64_t units) {
   const char* op = "exchange_receive";
   ReceiveArgs args{};
-  args.peers = slabs_from(op, slab, addresses, rank, shape, patience, stuck);
+  args.peers = slabs_from(op, slab, addresses, rank, shape, patience, stuck, record);
   const SlabShape& s = args.peers.shape;
   check_tensor(op, "like", like, kFloats, {{"R"}, {"H"}}, &slab);
   check(num_rows >= 0, op, ": num_rows must not be negative, got ", num_rows);
@@ -140,15 +142,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def("_exchange_word(int[] shape, int at) -> int[]");
   m.def(
       "_exchange_counts(Tensor counts, Tensor(a!) slab, int[] addresses, int rank, int[] shape, "
-      "int patience, Tensor? stuck, int room, Tensor(b!)? most) "
+      "int patience, Tensor? stuck, int[] record, int room, Tensor(b!)? most) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_exchange_send(Tensor rows, Tensor? weights, Tensor? slot_of, int top_k, Tensor runs, "
-      "Tensor(a!) slab, int[] addresses, int rank, int[] shape, int patience, Tensor? stuck, "
+      "Tensor(a!) slab, int[] addresses, int rank, int[] shape, int patience, Tensor? stuck, int[] record, "
       "int slot, bool back) -> ()");
   m.def(
       "_exchange_receive(Tensor like, Tensor offsets, Tensor(a!) slab, int[] addresses, int rank, "
-      "int[] shape, int patience, Tensor? stuck, int slot, bool back, int num_rows, "
+      "int[] shape, int patience, Tensor? stuck, int[] record, int slot, bool back, int num_rows, "
       "bool weighted, int units=1) -> (Tensor, Tensor)");
 }
 

@@ -17,9 +17,9 @@ struct Way {
 };
 
 Way way_of(const char* op, const Tensor& slab, const Numbers& addresses, int64_t rank,
-           const Numbers& shape, int64_t patience, const OptionalTensor& stuck, int64_t slot,
-           int64_t row_bytes) {
-  const Way way{op, slabs_from(op, slab, addresses, rank, shape, patience, stuck), slot};
+           const Numbers& shape, int64_t patience, const OptionalTensor& stuck, Numbers record,
+           int64_t slot, int64_t row_bytes) {
+  const Way way{op, slabs_from(op, slab, addresses, rank, shape, patience, stuck, record), slot};
   check_slot(op, way.peers.shape, slot, row_bytes);
   return way;
 }
@@ -73,16 +73,16 @@ SendArgs sending(const Way& way, const Run* runs, const Tensor& like, int64_t nu
 std::tuple<Tensor, Tensor, Tensor, Tensor> exchange_up(const Ffn& given, const Tensor& slab,
                                                        Numbers addresses, int64_t rank,
                                                        Numbers shape, int64_t patience,
-                                                       const OptionalTensor& stuck, int64_t slot,
-                                                       const Tensor& coming, int64_t num_rows,
-                                                       bool keep_h) {
+                                                       const OptionalTensor& stuck, Numbers record,
+                                                       int64_t slot, const Tensor& coming,
+                                                       int64_t num_rows, bool keep_h) {
   const char* op = "exchange_up";
   const Tensor& like = given.x;
   check_tensor(op, "x", like, kFloats, {{"R"}, {"H"}}, &slab);
   check(!given.token_of && !given.weights, op, ": rows that come have weights and places already");
   const ScalarType dtype = like.scalar_type();
   const Way way =
-      way_of(op, slab, addresses, rank, shape, patience, stuck, slot, bytes_of_row(like));
+      way_of(op, slab, addresses, rank, shape, patience, stuck, record, slot, bytes_of_row(like));
   check_room(way, num_rows);
   Ffn ffn = given;
   ffn.x = empty_large({num_rows, like.size(1)}, dtype, slab);
@@ -111,13 +111,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> exchange_up(const Ffn& given, const T
 
 // y of the FFN, straight to its owners.
 void exchange_down(const Ffn& ffn, const Tensor& slab, Numbers addresses, int64_t rank,
-                   Numbers shape, int64_t patience, const OptionalTensor& stuck, int64_t slot,
-                   const Tensor& runs, const Tensor& a) {
+                   Numbers shape, int64_t patience, const OptionalTensor& stuck, Numbers record,
+                   int64_t slot, const Tensor& runs, const Tensor& a) {
   const char* op = "exchange_down";
   const ExpertsArgs of = checked(ffn);
   check_tensor(op, "a", a, {ffn.x.scalar_type()}, {{"R", of.num_rows}, {"F", of.ffn}}, &ffn.x);
   const Way way =
-      way_of(op, slab, addresses, rank, shape, patience, stuck, slot, bytes_of_row(ffn.x));
+      way_of(op, slab, addresses, rank, shape, patience, stuck, record, slot, bytes_of_row(ffn.x));
   SendArgs send = sending(way, runs_from(op, runs, way.peers.shape, slab), ffn.x, of.num_rows, {});
   ExpertsDownArgs down{.of = of, .a = a.const_data_ptr(), .y = nullptr};
   const auto make_y = [&] {
@@ -145,16 +145,15 @@ void exchange_down(const Ffn& ffn, const Tensor& slab, Numbers addresses, int64_
 }
 
 // dy [R, H] as it came, and what experts_dact gives for it.
-std::tuple<Tensor, Tensor, Tensor, Tensor> exchange_dact(const Ffn& ffn, const Tensor& slab,
-                                                         Numbers addresses, int64_t rank,
-                                                         Numbers shape, int64_t patience,
-                                                         const OptionalTensor& stuck, int64_t slot,
-                                                         const Tensor& coming, const Tensor& h,
-                                                         bool want_weighted_a, bool want_dweights) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> exchange_dact(
+    const Ffn& ffn, const Tensor& slab, Numbers addresses, int64_t rank, Numbers shape,
+    int64_t patience, const OptionalTensor& stuck, Numbers record, int64_t slot,
+    const Tensor& coming, const Tensor& h, bool want_weighted_a, bool want_dweights) {
   const char* op = "exchange_dact";
   const Tensor& x = ffn.x;
   check_tensor(op, "x", x, kFloats, {{"R"}, {"H"}}, &slab);
-  const Way way = way_of(op, slab, addresses, rank, shape, patience, stuck, slot, bytes_of_row(x));
+  const Way way =
+      way_of(op, slab, addresses, rank, shape, patience, stuck, record, slot, bytes_of_row(x));
   check_room(way, x.size(0));
   const Tensor dy = empty_large({x.size(0), x.size(1)}, x.scalar_type(), slab);
   const ReceiveArgs receive = receiving(way, dy, nullptr, coming);
@@ -176,7 +175,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> exchange_dact(const Ffn& ffn, const T
 void exchange_product(const Tensor& rows, const Tensor& w, const Tensor& offsets, bool transposed,
                       bool tf32, const OptionalTensor& weights, const Tensor& slab,
                       Numbers addresses, int64_t rank, Numbers shape, int64_t patience,
-                      const OptionalTensor& stuck, int64_t slot, const Tensor& runs) {
+                      const OptionalTensor& stuck, Numbers record, int64_t slot,
+                      const Tensor& runs) {
   const char* op = "exchange_product";
   check_tensor(op, "rows", rows, kFloats, {{"R"}, {"I"}}, &slab);
   const ScalarType dtype = rows.scalar_type();
@@ -189,7 +189,7 @@ void exchange_product(const Tensor& rows, const Tensor& w, const Tensor& offsets
   check_offsets(op, offsets, w.size(0), num_rows, rows);
   check_optional(op, "weights", weights, {wide(dtype)}, {{"R", num_rows}}, rows);
   const int64_t width = w.size(transposed ? 2 : 1);
-  const Way way = way_of(op, slab, addresses, rank, shape, patience, stuck, slot,
+  const Way way = way_of(op, slab, addresses, rank, shape, patience, stuck, record, slot,
                          width * size_of(dtype_of(rows)));
   const Tensor like = empty({0, width}, dtype, slab);
   SendArgs send = sending(way, runs_from(op, runs, way.peers.shape, slab), like, num_rows, weights);
@@ -236,7 +236,7 @@ void exchange_product(const Tensor& rows, const Tensor& w, const Tensor& offsets
 STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   const std::string ffn = Ffn::schema();
   const std::string way =
-      "Tensor(a!) slab, int[] addresses, int rank, int[] shape, int patience, Tensor? stuck, "
+      "Tensor(a!) slab, int[] addresses, int rank, int[] shape, int patience, Tensor? stuck, int[] record, "
       "int slot, ";
   m.def(("_exchange_up(" + ffn + way +
          "Tensor coming, int num_rows, bool keep_h) -> (Tensor, Tensor, Tensor, Tensor)")

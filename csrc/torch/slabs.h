@@ -32,10 +32,19 @@ inline SlabShape shape_from(const char* op, const Numbers& shape) {
   return s;
 }
 
-// The slabs of all ranks; `slab` is this rank's own.
+// Who a wait that gives up says so to, or null.
+inline int64_t* stuck_from(const char* op, const OptionalTensor& stuck) {
+  if (!stuck) return nullptr;
+  check(stuck->scalar_type() == ScalarType::Long && stuck->numel() == 4, op,
+        ": stuck must be int64 [4], got ", name_of(stuck->scalar_type()), " ", shape_of(*stuck));
+  return const_cast<int64_t*>(stuck->const_data_ptr<int64_t>());
+}
+
+// The slabs of all ranks; `slab` is this rank's own. `record`: the addresses of this exchange's
+// stamps at every rank, or nothing.
 inline PeerSlabs slabs_from(const char* op, const Tensor& slab, const Numbers& addresses,
                             int64_t rank, const Numbers& shape, int64_t patience,
-                            const OptionalTensor& stuck) {
+                            const OptionalTensor& stuck, const Numbers& record) {
   PeerSlabs peers{};
   peers.shape = shape_from(op, shape);
   check_tensor(op, "slab", slab, {ScalarType::Byte},
@@ -56,10 +65,14 @@ inline PeerSlabs slabs_from(const char* op, const Tensor& slab, const Numbers& a
   peers.rank = rank;
   check(patience >= 0, op, ": patience must not be negative, got ", patience);
   peers.patience = patience;
-  if (stuck) {
-    check(stuck->scalar_type() == ScalarType::Long && stuck->numel() == 4, op,
-          ": stuck must be int64 [4], got ", name_of(stuck->scalar_type()), " ", shape_of(*stuck));
-    peers.stuck = const_cast<int64_t*>(stuck->const_data_ptr<int64_t>());
+  peers.stuck = stuck_from(op, stuck);
+  check(record.empty() || static_cast<int64_t>(record.size()) == peers.shape.peers, op,
+        ": record must be ", peers.shape.peers, " addresses, one a rank, or none, got ",
+        record.size());
+  for (size_t p = 0; p < record.size(); ++p) {
+    check(record[p] != 0 && record[p] % 8 == 0, op, ": record[", p,
+          "] must be a multiple of 8, got ", record[p]);
+    peers.record[p] = reinterpret_cast<int64_t*>(record[p]);
   }
   return peers;
 }

@@ -39,7 +39,9 @@ def units(hidden: int) -> int:
 
 
 @fake("_exchange_up", bundle=Ffn)
-def _(ffn: Ffn, slab, addresses, rank, shape, patience, stuck, slot, coming, num_rows, keep_h):
+def _(
+    ffn: Ffn, slab, addresses, rank, shape, patience, stuck, record, slot, coming, num_rows, keep_h
+):
     x, (h_axis, f_axis) = ffn.x, (2, 1) if ffn.transposed else (1, 2)
     return (
         x.new_empty(num_rows, x.shape[1]),
@@ -50,7 +52,7 @@ def _(ffn: Ffn, slab, addresses, rank, shape, patience, stuck, slot, coming, num
 
 
 @fake("_exchange_down", bundle=Ffn)
-def _(ffn: Ffn, slab, addresses, rank, shape, patience, stuck, slot, runs, a):
+def _(ffn: Ffn, slab, addresses, rank, shape, patience, stuck, record, slot, runs, a):
     return None
 
 
@@ -63,6 +65,7 @@ def _(
     shape,
     patience,
     stuck,
+    record,
     slot,
     coming,
     h,
@@ -92,6 +95,7 @@ def _(
     shape,
     patience,
     stuck,
+    record,
     slot,
     runs,
 ):

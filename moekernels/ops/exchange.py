@@ -62,9 +62,10 @@ class Slabs(NamedTuple):
     shape: Shape
     patience: int = 0  # nanoseconds after which a wait gives up, 0: never
     stuck: Tensor | None = None  # int64 [4]: rank, byte of the slab, value, wanted of that wait
+    record: tuple[int, ...] = ()  # of the stamps of an exchange, at every rank; (): none are made
 
-    def arguments(self) -> tuple[Tensor, list[int], int, list[int], int, Tensor | None]:
-        return (*self[:3], list(self.shape), *self[4:])
+    def arguments(self) -> tuple[Tensor, list[int], int, list[int], int, Tensor | None, list[int]]:
+        return (*self[:3], list(self.shape), *self[4:6], list(self.record))
 
 
 class Counts(NamedTuple):
@@ -85,7 +86,7 @@ class Counts(NamedTuple):
 
 
 @fake("_exchange_counts")
-def _(counts, slab, addresses, rank, shape, patience, stuck, room, most):
+def _(counts, slab, addresses, rank, shape, patience, stuck, record, room, most):
     peers, experts = shape[:2]
     runs = (peers * experts + 1, 2)
     sizes = ((peers, experts), (experts + 1,), (experts + 1,), runs, runs, (2,))
@@ -94,7 +95,20 @@ def _(counts, slab, addresses, rank, shape, patience, stuck, room, most):
 
 @fake("_exchange_send")
 def _(
-    rows, weights, slot_of, top_k, runs, slab, addresses, rank, shape, patience, stuck, slot, back
+    rows,
+    weights,
+    slot_of,
+    top_k,
+    runs,
+    slab,
+    addresses,
+    rank,
+    shape,
+    patience,
+    stuck,
+    record,
+    slot,
+    back,
 ):
     return None
 
@@ -109,6 +123,7 @@ def _(
     shape,
     patience,
     stuck,
+    record,
     slot,
     back,
     num_rows,

@@ -23,7 +23,9 @@ from moekernels.errors import UsageError
 from moekernels.model.dispatch import SLOTS
 from moekernels.ops import _exchange_experts as products
 from moekernels.ops import exchange as kernels
+from moekernels.parallel.device_stamps import DeviceStamps
 from moekernels.parallel.exchange import Arrived, Home, Part, PendingBack, PendingOut, wide
+from moekernels.parallel.measure import BACK, COUNTS, GRAD_BACK, GRAD_OUT, OUT
 from moekernels.parallel.peers import PeerLost
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 Compute = Callable[[kernels.Counts, kernels.Slabs, int], None]
 PATIENCE = 600_000_000_000  # nanoseconds, as the other exchanges wait
+SENDERS = 16  # blocks that send rows (csrc/cuda/exchange.cu)
 
 
 class Memory(Protocol):
@@ -83,6 +86,7 @@ class DeviceExchange:
         self._slots: _Slots | None = None
         self._beside: torch.cuda.Stream | None = None
         self._known = WeakIdKeyDictionary()  # a plan's counts -> what the kernels need of them
+        self.stamps: DeviceStamps | None = None  # of exchanges from now on, where there are some
 
     def _make(self, shape: kernels.Shape) -> kernels.Slabs:
         slab, addresses = self.memory.allocate(kernels.bytes_of(shape))
@@ -93,16 +97,25 @@ class DeviceExchange:
     def blind(self) -> bool:
         return self.bound is not None
 
+    def _stamped(
+        self, slabs: kernels.Slabs, label: int, row_bytes: int, share: float = 1.0
+    ) -> kernels.Slabs:
+        """The slabs for one exchange's kernels, which stamp it."""
+        if self.stamps is None:
+            return slabs
+        return slabs._replace(record=self.stamps.begin(label, row_bytes, share))
+
     def counts(self, outgoing: Tensor) -> tuple[Tensor, Tensor | None]:
         experts, bound = outgoing.shape[1], self.bound
         if experts not in self._control:
             self._control[experts] = self._make(kernels.Shape(self.size, experts, 1, 0, 0, 0))
+        control = self._stamped(self._control[experts], COUNTS, 0)
         if bound is not None:
-            control, room = self._control[experts], bound.room()
+            room = bound.room()
             counts = kernels.gather_counts(outgoing.reshape(-1), control, room, bound.counter)
             self._known[counts.came] = _Known(counts, room, bound.rows, room, counts.held)
             return outgoing, counts.came
-        counts = kernels.gather_counts(outgoing.reshape(-1), self._control[experts])
+        counts = kernels.gather_counts(outgoing.reshape(-1), control)
         flat = [outgoing.reshape(-1), counts.came.reshape(-1), counts.needed]
         try:
             read = torch.cat(flat).cpu()
@@ -154,14 +167,20 @@ class DeviceExchange:
         slots, slot, known = self._open(plan, x, False)
         x, weights = _ready(x, weights)
         top_k = max(plan.row_of.shape[1], 1)
+        share, weighted = 1.0, weights is not None
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(stream):  # of None: where it is
-            kernels.put(x, weights, plan.slot_of, top_k, known.counts, slots.slabs, slot)
-        sent = (x, weights)
-        return DeviceOut(
-            slots, slot, known, plan, x[:0], weights is not None, sent=sent, stream=stream
+            share = SENDERS / torch.cuda.get_device_properties(x.device).multi_processor_count
+        slabs = self._stamped(
+            slots.slabs,
+            4 * plan.layer + (OUT if weighted else GRAD_OUT),
+            x.shape[1] * x.element_size(),
+            share,
         )
+        with torch.cuda.stream(stream):  # of None: where it is
+            kernels.put(x, weights, plan.slot_of, top_k, known.counts, slabs, slot)
+        sent = (x, weights)
+        return DeviceOut(slots, slabs, slot, known, plan, x[:0], weighted, sent=sent, stream=stream)
 
     def post_back(
         self, rows: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part | None = None
@@ -169,8 +188,15 @@ class DeviceExchange:
         _refuse_parts(plan, part)
         slots, slot, known = self._open(plan, rows, True)
         rows, weights = _ready(rows, weights)
-        kernels.push(rows, weights, known.counts, slots.slabs, slot)
-        return _DeviceBack(slots, slot, known, plan, rows[:0], weights is not None)
+        slabs = self._homeward(slots, plan, rows, weights is not None)
+        kernels.push(rows, weights, known.counts, slabs, slot)
+        return _DeviceBack(slots, slabs, slot, known, plan, rows[:0], weights is not None)
+
+    def _homeward(
+        self, slots: _Slots, plan: ExchangePlan, like: Tensor, weighted: bool
+    ) -> kernels.Slabs:
+        label = 4 * plan.layer + (GRAD_BACK if weighted else BACK)
+        return self._stamped(slots.slabs, label, like.shape[1] * like.element_size())
 
     def results(
         self, compute: Compute, plan: ExchangePlan, like: Tensor, weighted: bool
@@ -178,9 +204,10 @@ class DeviceExchange:
         """Has `compute` bring rows home in the dtype and width of `like` [*, H], as a product of
         `ops._exchange_experts` does."""
         slots, slot, known = self._open(plan, like, True)
-        compute(known.counts, slots.slabs, slot)
+        slabs = self._homeward(slots, plan, like, weighted)
+        compute(known.counts, slabs, slot)
         count = products.units(like.shape[1])
-        return _DeviceBack(slots, slot, known, plan, like[:0], weighted, count)
+        return _DeviceBack(slots, slabs, slot, known, plan, like[:0], weighted, count)
 
 
 _made: WeakKeyDictionary[Memory, DeviceExchange] = WeakKeyDictionary()
@@ -196,6 +223,17 @@ def over(group: Group) -> DeviceExchange:
     return _made[memory]
 
 
+def stamps_of(group: Group) -> DeviceStamps | None:
+    """Those of all exchanges through a group's memory from now on; None where it has none. All of
+    its ranks call it together."""
+    if group.device_memory is None:
+        return None
+    exchange = over(group)
+    if exchange.stamps is None:
+        exchange.stamps = DeviceStamps(exchange.memory, group.rank, group.size, PATIENCE)
+    return exchange.stamps
+
+
 def _refuse_parts(plan: ExchangePlan, part: Part | None) -> None:
     if part is not None and part != plan.whole:
         raise ValueError(f"{part} of {plan.whole}: GPUs exchange the rows of all experts at once")
@@ -209,6 +247,7 @@ def _ready(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]
 
 class _Pending(NamedTuple):
     slots: _Slots
+    slabs: kernels.Slabs  # of this exchange
     slot: int
     known: _Known
     plan: ExchangePlan
@@ -227,7 +266,7 @@ class DeviceOut(_Pending):
         rows, weights = kernels.take(
             self.like,
             self.known.counts,
-            self.slots.slabs,
+            self.slabs,
             self.slot,
             self.known.rows,
             weighted=self.weighted,
@@ -240,7 +279,7 @@ class DeviceOut(_Pending):
         self.slots.open[False] -= 1
         known, ffn = self.known, ffn._replace(x=self.like, offsets=self.known.offsets)
         rows, weights, h, a = products.up(
-            ffn, known.counts, self.slots.slabs, self.slot, known.rows, keep_h
+            ffn, known.counts, self.slabs, self.slot, known.rows, keep_h
         )
         self._join()
         return ffn._replace(x=rows, weights=weights), h, a
@@ -250,7 +289,7 @@ class DeviceOut(_Pending):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same of the backward: dy [R', H] that came, dh, the weighted a, dweights [R']."""
         self.slots.open[False] -= 1
-        counts, slabs = self.known.counts, self.slots.slabs
+        counts, slabs = self.known.counts, self.slabs
         found = products.dact(ffn, h, counts, slabs, self.slot, want_weighted_a, True)
         self._join()
         return found
@@ -268,7 +307,7 @@ class _DeviceBack(_Pending):
             *kernels.take_home(
                 self.like,
                 self.known.counts,
-                self.slots.slabs,
+                self.slabs,
                 self.slot,
                 self.plan.slot_of.shape[0],
                 weighted=self.weighted,

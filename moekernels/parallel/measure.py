@@ -22,18 +22,22 @@ from moekernels import _host
 from moekernels.parallel.clock import SpanClock
 
 if TYPE_CHECKING:
+    from moekernels.parallel.device_stamps import DeviceStamps
     from moekernels.parallel.mesh import Group
 
 # What a stamp's label says beside the layer: which of an exchange's four ways it is. Exchanges of
 # whole tensors know no layer. As in `csrc/host/peers.h`.
 WHOLE = -1
+OUT, BACK, GRAD_OUT, GRAD_BACK = range(4)
 NAMES = ("dispatch", "combine", "combine's gradient", "dispatch's gradient")
+COUNTS = -2  # the label of what everybody sends everybody, before rows
+_OTHERS = {WHOLE: "tokens", COUNTS: "counts"}
 WORTH_HIDING = 0.01  # of the step: where exchanges take less of it there is nothing to hide
 
 
 class Stamps(NamedTuple):
     """Nanoseconds of `_host.now`, but for `moving`, which is a duration, `size` in bytes and
-    `label`, 4 x the layer + which of `NAMES`, or `WHOLE`."""
+    `label`, 4 x the layer + which of `NAMES`, `WHOLE` or COUNTS."""
 
     post: int
     last: int
@@ -94,7 +98,7 @@ def flights_of(stamps: Iterable[Stamps], origin: float) -> list[Flight]:
     """In seconds since `origin`, a moment of time.perf_counter()."""
     zero, flights = origin_of(origin), []
     for s in stamps:
-        name = "tokens" if s.label == WHOLE else f"{NAMES[s.label % 4]} {s.label // 4}"
+        name = _OTHERS.get(s.label) or f"{NAMES[s.label % 4]} {s.label // 4}"
         start, end, posted = ((t - zero) / 1e9 for t in (s.start, s.ready, s.post))
         flights.append(Flight(name, start, end, s.size, s.waited / 1e9, s.late / 1e9, posted))
     return flights
@@ -152,22 +156,35 @@ border = Border()
 
 class Measure:
     """The exchanges of one rank since the last `take`: of `group`, and of those of its ranks that
-    are `inside` a node where rows travel in two levels."""
+    are `inside` a node where rows travel in two levels. `device` has the stamps of those that
+    kernels make."""
 
-    def __init__(self, group: Group, inside: Group | None = None) -> None:
-        self.group, self.memory = group, (inside or group).memory
+    def __init__(
+        self, group: Group, inside: Group | None = None, device: DeviceStamps | None = None
+    ) -> None:
+        self.group, self.memory, self.device = group, (inside or group).memory, device
         self.stamps: list[Stamps] = []  # of the last `take`
         self.sent = 0  # bytes to other nodes, before the last `take`
         waited.running = group.size > 1
 
+    def read(self) -> None:
+        """Behind a step's work: sends for what a device knows of it, and does not wait."""
+        if self.device is not None:
+            self.device.read()
+
     def take(self) -> Times:
+        """Behind `read`."""
         if self.group.size == 1:
             return Times()
         self.stamps, self.sent = [], border.take()
         if self.memory is not None:
             self.stamps = [Stamps(*s) for s in self.memory.host.take_stamps()]
+        if self.device is not None:
+            self.stamps = self.device.take()
         times = times_of(self.stamps)
-        if self.group.memory is None:  # collectives tell how long they were waited for
+        if (
+            self.group.memory is None and self.device is None
+        ):  # collectives tell how long they were waited for
             nan, exposed = float("nan"), times.exposed + times.skew
             times = Times(times.moving, nan, exposed + waited.take()[0], nan, nan)
         return times

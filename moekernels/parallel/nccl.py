@@ -55,6 +55,11 @@ TABLE: dict[str, Row] = {
     "tp": Row(high_priority=True, why="on the critical path"),
     "dp": Row(max_ctas=8, cta_policy="efficiency", why="beside the last backward"),
     "edp": Row(max_ctas=8, cta_policy="efficiency", why="beside the last backward"),
+    "ends": Row(
+        max_ctas=8,
+        cta_policy="efficiency",
+        why="a tied embedding's gradient, once a step, beside the last backward",
+    ),
 }
 
 

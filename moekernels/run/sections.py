@@ -234,6 +234,7 @@ class NcclSection:
     tp: str = _options("tensor-parallel groups", "tp")
     dp: str = _options("data-parallel groups", "dp")
     edp: str = _options("the copies of experts", "edp")
+    ends: str = _options("the stages that hold a tied embedding", "ends")
 
 
 @dataclass

@@ -19,7 +19,7 @@ from moekernels.data.batch import MicroBatch
 from moekernels.errors import RunError
 from moekernels.model.tensors import SELECTION_BIAS
 from moekernels.nn.transformer import StageModel
-from moekernels.parallel import launch
+from moekernels.parallel import device_exchange, launch
 from moekernels.parallel.measure import Measure
 from moekernels.parallel.nodes import cores
 from moekernels.parallel.shard import blank, shard
@@ -99,7 +99,8 @@ class Trainer:
         self.monitor = Monitor(self.mesh, self.chunks, self.rows, self.moves, t.steps)
         self.heat = torch.zeros(m.moe_layers, m.num_experts, dtype=torch.float64)
         self.peak = peak_flops(env.device)
-        self.exchanges = Measure(self.mesh.exchange, self.mesh.inside)
+        stamps = device_exchange.stamps_of(self.mesh.exchange)
+        self.exchanges = Measure(self.mesh.exchange, self.mesh.inside, stamps)
         self.origin = 0.0  # of the times of the last step's events
         self.held_out: list[list[MicroBatch]] | None = None
         self.stopping = False  # a signal reached some rank: this step is the last
@@ -245,7 +246,8 @@ class Trainer:
         while not fits:  # rows that do not fit make a step that never was
             attempts, began = attempts + 1, time.perf_counter()
             self.optimizer.zero_grad()
-            self.exchanges.take()  # not those of an evaluation
+            self.exchanges.read()  # not those of an evaluation
+            self.exchanges.take()
             origin = self.shared_clock() if step == self.run.train.steps else None
             flush, worked = time.perf_counter(), time.process_time()
             self.origin = flush if origin is None else origin
@@ -254,6 +256,7 @@ class Trainer:
             begin = None if self.run.train.replicas else self.optimizer.sums.begin
             result = self.runtime.step(batches, origin=origin, finished=begin)
             flush, worked = time.perf_counter() - flush, time.process_time() - worked
+            self.exchanges.read()
             self.hot.bring_home()
             self.optimizer.reduce()
             norm = self.optimizer.grad_norm()

@@ -349,6 +349,10 @@ def backwards(x, *others):
     exchange_rungs.kernels.put(x.flip(0), *others)
 
 
+def swapped(record):
+    return record[1:] + record[:1]
+
+
 def negative(ffn, *others):
     return exchange_rungs.products.up(ffn._replace(w1=-ffn.w1), *others)
 
@@ -362,6 +366,7 @@ def negative(ffn, *others):
         ("simt", lambda: {"route": misplaced}, "route's token_of has other bits"),
         ("exchange", lambda: {"put": backwards}, "rows that came to rank 0 has other bits"),
         ("put", lambda: {"put": backwards}, "rows that came to rank 1 has other bits"),
+        ("stamps", lambda: {"record": swapped}, "bytes came"),
         ("straight", lambda: {"up": negative}, "h of rank 0 has other bits"),
     ],
 )

@@ -6,51 +6,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from moekernels.parallel import expert
 from moekernels.parallel.bound import Bound
 from moekernels.parallel.mesh import Group
 from python_tests.support import emulated
 from python_tests.support.devices import emulated_devices
-from python_tests.support.virtual_ranks import MODES, Ranks, aligned, all_ids, same
+from python_tests.support.virtual_ranks import MODES, Ranks, SlabsOfDevices, all_ids, same
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
 PEERS, EXPERTS = 2, 2
-
-
-class SlabsOfDevices:
-    """Slabs for all ranks, made when the first asks for one; `made` is how many rounds there
-    were."""
-
-    def __init__(self, emulator) -> None:
-        self.emulator, self.made, self.asked = emulator, [], [0] * PEERS
-
-    def __enter__(self) -> SlabsOfDevices:
-        return self
-
-    def __exit__(self, *_) -> None:
-        for memory in (memory for mine in self.made for memory in mine):
-            del self.emulator.lasting[memory.data_ptr()]
-
-    def of(self, rank: int) -> SlabsOfRank:
-        return SlabsOfRank(self, rank)
-
-
-class SlabsOfRank:
-    def __init__(self, slabs: SlabsOfDevices, rank: int) -> None:
-        self.slabs, self.rank = slabs, rank
-
-    def allocate(self, nbytes: int) -> tuple[Tensor, list[int]]:
-        slabs, number = self.slabs, self.slabs.asked[self.rank]
-        slabs.asked[self.rank] += 1
-        if number == len(slabs.made):
-            slabs.made.append([aligned(nbytes) for _ in range(PEERS)])
-            for memory in slabs.made[-1]:
-                slabs.emulator.know(memory, lasts=True)
-        mine = slabs.made[number]
-        assert mine[self.rank].numel() == nbytes  # all ranks ask for the same
-        return mine[self.rank], [memory.data_ptr() for memory in mine]
 
 
 def routings(*names: str) -> list[Ranks]:
@@ -75,7 +40,7 @@ def test_a_bounded_layer_is_recorded_once_for_all_routings(how, monkeypatch) -> 
     first, *others = routings("ordinary", "dropped", "one_rank", "other")
     rows = max(i.numel() for i in first.ids)
     x, weights, routed = first.x, first.weights, first.routings
-    with emulated_devices(**how) as devices, SlabsOfDevices(devices.emulator) as slabs:
+    with emulated_devices(**how) as devices, SlabsOfDevices(devices.emulator, PEERS) as slabs:
         groups = [Group(None, p, PEERS, (0, 1), device_memory=slabs.of(p)) for p in range(PEERS)]
         told = []
         for p, group in enumerate(groups):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ptx_emulator as ptx
 from moekernels.ops import _exchange_experts as over
-from moekernels.ops import exchange
+from moekernels.ops import exchange, exchange_clock
 from moekernels.ops._ffn import Ffn
 from moekernels.ops._library import raw
 from moekernels.parallel.expert import ExchangePlan
@@ -24,14 +24,14 @@ from moekernels.parallel.mesh import Group
 from moekernels.parallel.peers import PeerMemory
 from python_tests.support import emulated, planted
 from python_tests.support.spec import randn
-from python_tests.support.virtual_ranks import MODES, ROUTINGS, Ranks, all_ids
+from python_tests.support.virtual_ranks import MODES, ROUTINGS, Ranks, aligned, all_ids
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
 BF16, F32 = torch.bfloat16, torch.float32
 HIDDEN, WIDTH = 16, 24  # H, F
 STYLE = ("swiglu", 1.702, 7.0, False, False)
 CASES = [((2, 3, 8)[i % 3], name, BF16) for i, name in enumerate(ROUTINGS)]
-CASES += [(2, "ordinary", F32), (2, "dropped", F32)]
+CASES += [(2, "ordinary", F32), (3, "k_is_e", F32), (8, "dropped", F32)]
 
 
 class Layer:
@@ -335,6 +335,37 @@ def test_a_product_leaves_room_for_who_sends_its_rows(room, error):
         else:
             with pytest.raises(error):
                 devices.run()
+
+
+def test_a_product_stamps_what_it_waits_for():
+    """Its one block waits for a late peer's rows; who takes them behind it waits no more."""
+    layer, delay = small_layer(), 50_000
+    ranks, rows = layer.ranks, rows_of(layer)
+    records = [aligned(8 * exchange_clock.record_words(2)) for _ in range(2)]
+    addresses = tuple(r.data_ptr() for r in records)
+    with ranks.devices() as devices, blocks(1):
+        for memory in records:
+            devices.emulator.know(memory, lasts=True)
+        ranks.gather(devices)
+        devices.run()
+        began = devices.time
+        for p in range(2):
+            ranks.slabs[p] = ranks.slabs[p]._replace(record=addresses)
+            with devices.on(p, stream=1):
+                if p == 1:
+                    devices.delay(p, delay, stream=1)
+                ranks.put(p, ranks.x[p], ranks.weights[p])
+            with devices.on(p):
+                ffn = layer.ffn(p, ranks.x[p], None, ranks.known[p].held)
+                over.up(ffn, ranks.known[p], ranks.slabs[p], 0, rows[p], True)
+        devices.run()
+        for memory in records:
+            del devices.emulator.lasting[memory.data_ptr()]
+    for p, record in enumerate(records):
+        need, waited, readers, taking, takers, _, came = record.view(torch.int64)[:7].tolist()
+        assert (readers, came) == (1, rows[p]) and takers > 0
+        assert 2**63 - 1 - need - began < 0.1 * delay
+        assert waited == pytest.approx(delay, rel=0.1) and taking < 0.1 * delay * takers
 
 
 @pytest.mark.parametrize("how", MODES[2:], ids=["by chance", "by chance, late"])

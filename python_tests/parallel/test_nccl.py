@@ -94,9 +94,13 @@ def test_every_group_of_the_table_is_told_apart(monkeypatch: pytest.MonkeyPatch)
     assert ((0, 2), True, 4) in priorities
     assert mesh.pp.options.config.max_ctas == 4  # for the second direction's group
     assert mesh.tp.process_group == "group" and mesh.world.options is None
+    told.clear()
+    mesh._place(ends=True)
+    options = [(ranks, k["pg_options"].config.max_ctas) for ranks, k in told if "pg_options" in k]
+    assert options == [([0, 2], 8), ([1, 3], 8)]
 
 
 def test_info_shows_the_table() -> None:
     rows = dict(nccl.described())
-    assert list(rows) == [f"nccl {name}" for name in ("exchange", "pp", "tp", "dp", "edp")]
+    assert list(rows) == [f"nccl {name}" for name in ("exchange", "pp", "tp", "dp", "edp", "ends")]
     assert rows["nccl exchange"].startswith("high priority, max_ctas 16")

@@ -7,44 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekernels import ops
 from moekernels.parallel import expert, straight
 from moekernels.parallel.mesh import Group
-from python_tests.support.exchanges import EXPERTS, HIDDEN, Threads, group_of, in_threads, inputs
-from python_tests.support.spec import randn
-
-WIDTH = 5
-
-
-def parameters(rank: int, dtype: torch.dtype, main: bool) -> dict[str, Tensor]:
-    shapes = {"w1": (2 * WIDTH, HIDDEN), "w2": (HIDDEN, WIDTH), "b1": (2 * WIDTH,), "b2": (HIDDEN,)}
-    made = {}
-    for seed, (name, shape) in enumerate(shapes.items()):
-        made[name] = p = randn(dtype, EXPERTS, *shape, seed=100 * rank + seed).requires_grad_()
-        if main:
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            p.main_grad = torch.ones(p.shape, dtype=wide)
-    return made
-
-
-def in_steps(x: Tensor, weights: Tensor, plan: expert.ExchangePlan, w1, w2, **how) -> Tensor:
-    rows, row_weights, offsets = expert.dispatch(x, weights, plan)
-    return expert.combine(ops.experts(rows, row_weights, w1, w2, offsets, **how), plan)
-
-
-def layers(rank: int, groups: list[Group], layer, dtype, how: dict, main: bool) -> list[Tensor]:
-    """Of calls that grow: what each gives, and all gradients."""
-    found, group = [], groups[rank]
-    for call in range(2):
-        x, ids, weights = inputs(rank, dtype, group.size, call)
-        x.requires_grad_(), weights.requires_grad_()
-        learnt = parameters(rank, dtype, main)
-        plan = expert.ExchangePlan.make(ids, EXPERTS, group, layer=call)
-        out = layer(x, weights, plan, **learnt, **how)
-        (out * out).sum().backward()
-        found += [out, x.grad, weights.grad]
-        found += [p.main_grad if main else p.grad for p in learnt.values()]
-    return found
+from python_tests.support.exchanges import (
+    EXPERTS,
+    Threads,
+    group_of,
+    in_steps,
+    in_threads,
+    inputs,
+    learning,
+    parameters,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +34,7 @@ def test_in_one_go_it_has_the_bits_of_the_steps(size, dtype, how, main):
     for layer in (in_steps, straight.experts):
         threads = Threads(size)
         groups = [group_of(threads, rank, size) for rank in range(size)]
-        results.append(in_threads(size, layers, groups, layer, dtype, how, main))
+        results.append(in_threads(size, learning, groups, layer, dtype, how, main))
     for theirs, mine in zip(*results):
         assert len(theirs) == 2 * 7 and all(map(torch.equal, theirs, mine))
 

@@ -7,6 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
 
 class TooManyCalls(Exception):
     pass
@@ -49,3 +53,56 @@ def calls_within(folder: str, run: Callable[[], Any]) -> int:
     finally:
         sys.setprofile(before)
     return found
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what would have the host wait for a device: `reads` names them, in their order.
+
+        with HostReads() as counted:
+            ...
+        assert counted.reads == []
+
+    On a GPU torch's own counter of synchronisations would be asked; without one, that values are
+    asked for (`item`, `tolist`, `cpu`, `nonzero`, a tensor as a condition, ...) by calls of Python
+    or within torch.
+    """
+
+    _ASKING = frozenset(
+        ["item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__",
+         "__index__", "unique", "masked_select", "equal", "allclose", "is_nonzero", "bincount"]
+    )  # fmt: skip
+    _WITHIN = frozenset(
+        ["aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal",
+         "aten::is_nonzero", "aten::_unique2", "aten::bincount"]
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+
+    def __enter__(self):
+        reads, within = self.reads, self._WITHIN
+
+        class Within(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                name = func._schema.name
+                mask = name == "aten::index" and any(
+                    i is not None and i.dtype == torch.bool for i in args[1]
+                )
+                if name in within or mask:
+                    reads.append(name)
+                return func(*args, **(kwargs or {}))
+
+        self._inner = Within()
+        self._inner.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        return self._inner.__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in self._ASKING:
+            self.reads.append(name)
+        return func(*args, **(kwargs or {}))

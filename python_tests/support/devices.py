@@ -12,15 +12,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
 
 import ptx_emulator as ptx
 from python_tests.support import emulated
+
+
+@cache
+def _delay() -> ptx.Module:
+    return ptx.Module(""".version 8.5
+.target sm_80
+.address_size 64
+.visible .entry delay(.param .u64 delay_param_0) {
+  .reg .pred %p<2>;
+  .reg .b64 %rd<5>;
+  ld.param.u64 %rd1, [delay_param_0];
+  mov.u64 %rd2, %globaltimer;
+$more:
+  mov.u64 %rd3, %globaltimer;
+  sub.s64 %rd4, %rd3, %rd2;
+  setp.lt.s64 %p1, %rd4, %rd1;
+  @%p1 bra $more;
+  ret;
+}
+""")
 
 
 class Devices:
     def __init__(self, emulator: emulated._Device, schedule: int | None, lazy: bool, resident):
         self.emulator, self.schedule, self.lazy = emulator, schedule, lazy
         self.resident = resident
+        self.time, self.ahead = 1, {}  # of %globaltimer; and what some devices' shows beyond it
         self.launches: list[ptx.Launch] = []
         self.kept: list = []  # memory that recorded launches will touch
 
@@ -47,13 +71,25 @@ class Devices:
         finally:
             self.emulator.record = self.emulator.keep = None
 
+    def delay(self, rank: int, ticks: int, stream: int = 0) -> None:
+        """What this rank's stream is given next comes as much later."""
+        launch = ptx.Launch(rank, _delay(), "delay", 1, 1, [np.uint64(ticks)], stream=stream)
+        self.launches.append(launch)
+
     def run(self, *, again: bool = False) -> list[ptx.Stats]:
         """All that was recorded; `again`: it stays, as a graph does, to be run once more."""
         launches = self.launches
         try:
-            return ptx.launch_together(
-                launches, schedule=self.schedule, lazy=self.lazy, resident=self.resident
+            stats = ptx.launch_together(
+                launches,
+                schedule=self.schedule,
+                lazy=self.lazy,
+                resident=self.resident,
+                began=self.time,
+                ahead=self.ahead,
             )
+            self.time += sum(s.steps for s in stats)
+            return stats
         finally:
             if not again:
                 self.launches = []

@@ -115,6 +115,40 @@ def aligned(nbytes: int) -> Tensor:
     return memory[(first := -memory.data_ptr() % 128) : first + nbytes]
 
 
+class SlabsOfDevices:
+    """Slabs for all ranks, made when the first asks for one; `made` is how many rounds there
+    were."""
+
+    def __init__(self, emulator, peers: int) -> None:
+        self.emulator, self.made, self.asked = emulator, [], [0] * peers
+
+    def __enter__(self) -> SlabsOfDevices:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for memory in (memory for mine in self.made for memory in mine):
+            del self.emulator.lasting[memory.data_ptr()]
+
+    def of(self, rank: int) -> SlabsOfRank:
+        return SlabsOfRank(self, rank)
+
+
+class SlabsOfRank:
+    def __init__(self, slabs: SlabsOfDevices, rank: int) -> None:
+        self.slabs, self.rank = slabs, rank
+
+    def allocate(self, nbytes: int) -> tuple[Tensor, list[int]]:
+        slabs, number = self.slabs, self.slabs.asked[self.rank]
+        slabs.asked[self.rank] += 1
+        if number == len(slabs.made):
+            slabs.made.append([aligned(nbytes) for _ in slabs.asked])
+            for memory in slabs.made[-1]:
+                slabs.emulator.know(memory, lasts=True)
+        mine = slabs.made[number]
+        assert mine[self.rank].numel() == nbytes  # all ranks ask for the same
+        return mine[self.rank], [memory.data_ptr() for memory in mine]
+
+
 def arrived(ranks: Ranks, p: int, rows: int) -> list[Tensor]:
     with_weights = ranks.take(p, rows)
     return [*with_weights, ranks.known[p].offsets]

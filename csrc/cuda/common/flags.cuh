@@ -27,6 +27,14 @@ __device__ inline int64_t nanoseconds() {
   return now;
 }
 
+// Times of many blocks in one word: the greatest, or all of them added up.
+__device__ inline void note_most(int64_t* word, int64_t time) {
+  asm volatile("red.relaxed.gpu.global.max.s64 [%0], %1;" ::"l"(word), "l"(time) : "memory");
+}
+__device__ inline void note_sum(int64_t* word, int64_t time) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(word), "l"(time) : "memory");
+}
+
 // Waits until a word of the own slab, at `base`, has reached `least`; behind `patience` it says
 // what it waited for and traps.
 __device__ inline void await(const uint32_t* word, uint32_t least, const char* base, int64_t rank,

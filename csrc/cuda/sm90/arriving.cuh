@@ -18,7 +18,7 @@ struct Arrivals {
   const Args& from;
   int32_t come = 0;  // the experts before this one have all their rows
 
-  __device__ explicit Arrivals(const Args& args) : from(args) {}
+  __device__ explicit Arrivals(const Args& args) : from(args) {}  // one thread of a block
   static __device__ void begin(const Args&) {}
   __device__ uint32_t* claims() const { return from.peers.own().claims(from.slot); }
 
@@ -27,18 +27,33 @@ struct Arrivals {
                              const ProductTile& tile) {
     const PeerSlabs& peers = from.peers;
     const Slab own = peers.own();
+    if (peers.stamped() && come == 0) note_sum(peers.stamps(peers.rank).readers(false), 1);
     bool waited = false;
 #pragma unroll 1
     for (; come < args.experts && (come <= tile.group || s.row_begin[come] < tile.row + kTileRows);
          ++come) {
       const int64_t rows = from.offsets[come + 1] - from.offsets[come];
       if (rows == 0) continue;
+      if (peers.stamped()) note_need();
       await(own.arrived(from.slot, come),
             *own.expected(from.slot, come) + static_cast<uint32_t>(rows), own.base, peers.rank,
             peers.patience, peers.stuck);
+      if (peers.stamped()) note_got();
       waited = true;
     }
     if (waited) fence_arrived();
+  }
+
+ protected:
+  // The time between the two is added up as the second less the first: no register holds it.
+  __device__ void note_need() const {
+    const Record stamps = from.peers.stamps(from.peers.rank);
+    const int64_t now = nanoseconds();
+    note_most(stamps.need(), Record::early(now));
+    note_sum(stamps.waited(false), -now);
+  }
+  __device__ void note_got() const {
+    note_sum(from.peers.stamps(from.peers.rank).waited(false), nanoseconds());
   }
 };
 

@@ -101,15 +101,46 @@ struct Slab {
   }
 };
 
+// When what happened of one exchange: words that every rank has, in nanoseconds of its own clock
+// but where a peer wrote them, in that one's. moekernels/parallel/device_stamps.py reads them.
+struct Record {
+  int64_t* word;
+
+  static constexpr int64_t kOwn = 8, kEach = 3;
+  MOEKERNELS_BOTH static int64_t words(int64_t peers) { return kOwn + kEach * peers; }
+  // The first of some moments is kept as the greatest of how long before the end of all time they
+  // are: what nobody wrote is zero.
+  MOEKERNELS_BOTH static int64_t early(int64_t time) { return INT64_MAX - time; }
+
+  // When somebody first asked for rows; early.
+  MOEKERNELS_BOTH int64_t* need() const { return word; }
+  // For how long readers waited, in all, and how many asked at all: blocks of the product that
+  // reads rows while they come, warps of the kernel that takes them.
+  MOEKERNELS_BOTH int64_t* waited(bool taking) const { return word + (taking ? 3 : 1); }
+  MOEKERNELS_BOTH int64_t* readers(bool taking) const { return waited(taking) + 1; }
+  MOEKERNELS_BOTH int64_t* copied() const { return word + 5; }  // the most that a warp took to
+  MOEKERNELS_BOTH int64_t* rows() const { return word + 6; }    // that came
+  // When blocks of this rank began to send, until the last of them tells peers; early.
+  MOEKERNELS_BOTH int64_t* sending() const { return word + 7; }
+  // Of each peer, by its clock: when it began to send, and had given this rank its last row; then,
+  // by the own clock, when this rank had given it the last of its own.
+  MOEKERNELS_BOTH int64_t* began(int64_t peer) const { return word + kOwn + peer * kEach; }
+  MOEKERNELS_BOTH int64_t* ended(int64_t peer) const { return began(peer) + 1; }
+  MOEKERNELS_BOTH int64_t* given(int64_t peer) const { return began(peer) + 2; }
+};
+
 struct PeerSlabs {
   char* slab[kMostPeers];  // by value: an address is no dependent load
   SlabShape shape;
   int64_t rank;
-  int64_t patience;  // nanoseconds after which a wait gives up; 0: never
-  int64_t* stuck;    // [4] rank, offset of the word in the slab, value, wanted; or null
+  int64_t patience;             // nanoseconds after which a wait gives up; 0: never
+  int64_t* stuck;               // [4] rank, offset of the word in the slab, value, wanted; or null
+  int64_t* record[kMostPeers];  // of this exchange, at every rank; or null
 
   MOEKERNELS_BOTH Slab of(int64_t peer) const { return {slab[peer], shape}; }
   MOEKERNELS_BOTH Slab own() const { return of(rank); }
+  MOEKERNELS_BOTH bool stamped() const { return record[0] != nullptr; }
+  MOEKERNELS_BOTH Record stamps(int64_t peer) const { return {record[peer]}; }
 };
 
 // A run: rows from `begin` on, up to the next one's, go to `place` and after in the peer's slot.
