@@ -31,7 +31,7 @@ def entry(name: str) -> str:
 
 def formulas(*registers: str) -> str:
     """A table of the entries of the reference's registers, and what each means."""
-    tree = ast.parse((PACKAGE / "reference.py").read_text(encoding="utf-8"))
+    tree = ast.parse((PACKAGE / "reference" / "__init__.py").read_text(encoding="utf-8"))
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
 
     def meaning(value: ast.expr) -> str:

@@ -61,6 +61,7 @@ def layout_of(run: cfg.RunConfig) -> Layout:
     replan_rule(run)
     _check_pairs(run, layout)
     check_at_once(run)
+    _check_fp8(run)
     bound_of(run)
     check_replicas(run)
     return layout
@@ -85,6 +86,21 @@ def _check_pairs(run: cfg.RunConfig, layout: Layout) -> None:
         raise UsageError(
             f"--exchange-parts {run.train.exchange_parts} cuts what --schedule {name} hides whole; "
             f"give one of the two"
+        )
+
+
+def _check_fp8(run: cfg.RunConfig) -> None:
+    """UsageError where there is no FP8, or where its blocks would depend on the layout."""
+    part = run.model.expert_d_ff // run.layout.etp
+    if not run.model.fp8_experts:
+        return
+    if run.train.dtype == "fp64":
+        raise UsageError("--fp8-experts beside --dtype fp64; give --dtype bf16 or fp32")
+    if run.layout.etp > 1 and part % 128:
+        raise UsageError(
+            f"--fp8-experts scales blocks of 128, and --etp {run.layout.etp} parts "
+            f"{run.model.expert_d_ff} hidden units of an expert by {part}; give --etp 1, or an "
+            f"expert_d_ff whose parts 128 divides"
         )
 
 

@@ -14,8 +14,24 @@ _LANE = np.arange(32)
 _GROUP, _IN_GROUP = _LANE // 4, _LANE % 4
 
 
+def _e4m3_values() -> np.ndarray:
+    """What each of the 256 codes means: no infinity, NaN where all bits but the sign are set."""
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    normal = np.ldexp(8.0 + mantissa, exponent - 10)
+    values = np.where(exponent == 0, mantissa * 2.0**-9, normal)
+    values = np.where(code & 127 == 127, np.nan, values)
+    return np.where(code & 128, -values, values).astype(np.float32)
+
+
+_E4M3 = _e4m3_values()
+
+
 def unpack_floats(words: np.ndarray, ptx_type: str) -> np.ndarray:
-    """uint32 registers -> float32 with one more axis: the 2 (bf16, f16) or 1 (tf32) values."""
+    """uint32 registers -> float32 with one more axis: the 4 (e4m3), 2 (bf16, f16) or 1 (tf32)
+    values."""
+    if ptx_type == "e4m3":
+        return _E4M3[np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)]
     if ptx_type == "tf32":
         return (words & np.uint32(0xFFFFE000)).view(np.float32)[..., None]
     halves = np.ascontiguousarray(words).view(np.uint16).reshape(*words.shape, 2)

@@ -25,6 +25,7 @@ DTYPES = {
     "f16x2": np.dtype(np.uint32),
     "bf16x2": np.dtype(np.uint32),
     "tf32": np.dtype(np.float32),
+    "e4m3": np.dtype(np.uint8),
 }
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}

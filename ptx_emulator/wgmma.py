@@ -14,6 +14,7 @@ from .schedule import Waits
 from .syntax import Instruction, Vector
 from .tensor_map import swizzle
 
+ITEM = {"bf16": 2, "f16": 2, "tf32": 4, "e4m3": 1}  # bytes of an element
 _SPANS = {0: 0, 1: 128, 2: 64, 3: 32}
 
 
@@ -183,9 +184,11 @@ def _uniform(machine: Machine, values: np.ndarray, lanes: Lanes, ins: Instructio
 def _bind_product(machine: Machine, ins: Instruction):
     shape = re.fullmatch(r"m64n(\d+)k(\d+)", next(m for m in ins.mods if m.startswith("m64n")))
     columns, (d_type, a_type, b_type) = int(shape[1]), ins.types[:3]
-    if d_type != "f32" or a_type != b_type or a_type not in ("bf16", "f16", "tf32"):
+    if d_type != "f32" or a_type != b_type or a_type not in ITEM:
         raise Unsupported(f"`{ins.text}`")
-    item = 4 if a_type == "tf32" else 2
+    item = ITEM[a_type]
+    if int(shape[2]) * item != 32 or (item != 2 and len(ins.operands) > 6):
+        raise Unsupported(f"`{ins.text}`")  # along M or N lie operands of 16 bits alone
     result, a, b, keep, scale_a, scale_b, *transposed = ins.operands
     from_registers = isinstance(a, Vector)
     flags = [bool(t.value) for t in transposed]
@@ -248,6 +251,7 @@ def _bind_product(machine: Machine, ins: Instruction):
             else:
                 left = fetch(a_chunks, a_transposed)
             # In double, so that an element is the same whatever N is: float32 sums of BLAS are not.
+            # Of e4m3 that is exact; what the hardware drops of such sums is its own.
             right = fetch(b_chunks, b_transposed).T.astype(np.float64)
             product = (left.astype(np.float64) @ right).astype(np.float32) * sign  # [64, N]
             # Rows are (warp, half, 8 groups), columns (block of 8, 4 in a group, pair).

@@ -159,7 +159,7 @@ def test_an_op_is_six_files_and_its_cases(tree):
     tree.new("csrc/torch/negate.cpp", BINDING)
     tree.new("moekernels/ops/negate.py", OP)
     text = "def negate(x: Tensor) -> Tensor:\n    return -x\n\n\n"
-    tree.insert("moekernels/reference.py", "def grouped_gemm(rows", text)
+    tree.insert("moekernels/reference/__init__.py", "def grouped_gemm(\n", text)
     assert tree.files == 6
     tree.new("python_tests/support/cases/negate.py", CASES)
     tree.run(USE_OP)

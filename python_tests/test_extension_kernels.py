@@ -51,7 +51,9 @@ def test_an_activation_is_four_files(tree):
     kind = "} else if constexpr (kind == Activation::"
     formula = f"{kind}cubic) {{\n    return {{g * g * g, S(3) * g * g, V{{}}}};\n  "
     tree.insert("csrc/include/moekernels/activation.h", f"{kind}relu2) {{", formula)
-    tree.insert("moekernels/reference.py", '    "gelu": F.gelu,', '    "cubic": lambda h: h**3,\n')
+    tree.insert(
+        "moekernels/reference/__init__.py", '    "gelu": F.gelu,', '    "cubic": lambda h: h**3,\n'
+    )
     tree.insert("moekernels/model/experts.py", '    "gelu": False,', '    "cubic": False,\n')
     assert tree.files <= 4
     tree.run(USE_ACTIVATION)
@@ -111,7 +113,7 @@ def test_a_score_is_four_files(tree):
         f"{kind}return S(2) * value * (S(1) - {s});\n  ",
     )
     meaning = '    "sigmoid2": lambda x: torch.sigmoid(x).square(),\n'
-    tree.insert("moekernels/reference.py", '    "sqrtsoftplus": lambda', meaning)
+    tree.insert("moekernels/reference/__init__.py", '    "sqrtsoftplus": lambda', meaning)
     tree.insert("moekernels/model/router.py", '"sqrtsoftplus")', '"sigmoid2", ')
     assert tree.files <= 4
     tree.run(USE_SCORE)

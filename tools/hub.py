@@ -49,8 +49,9 @@ def imported(path: Path) -> Iterator[str]:
         folder = "/".join(node.module.split(".")[1:])
         for name in ("", *(alias.name for alias in node.names)):
             stem = "/".join(part for part in (folder, name) if part)
-            if stem and (PACKAGE / f"{stem}.py").exists():
-                yield f"{stem}.py"
+            for path in (f"{stem}.py", f"{stem}/__init__.py") if stem else ():
+                if (PACKAGE / path).exists():
+                    yield path
 
 
 def closure() -> list[str]:

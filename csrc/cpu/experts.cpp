@@ -84,6 +84,11 @@ inline void join(const Halves<S>& halves, T* pairs, int64_t count) {
   }
 }
 
+template <class T, class S = Wide<T>>
+inline void widen(const T* from, int64_t count, S* to) {
+  for_vectors<S>(count, [&](int64_t j, auto n) { store(to + j, load(from + j, n), n); });
+}
+
 // The block of h's product in C: gate and up as they lie in h, or, where they lie far apart there,
 // side by side, each `columns` wide.
 template <class S>
@@ -180,11 +185,34 @@ void up(const ExpertsUpArgs& args, int64_t worker, int64_t workers) {
   });
 }
 
-// Rows through w2, summed over F, or else over H: f(expert, block, C of it, [rows, columns]) while
-// the block is hot.
-template <class S, class F>
-void through_w2(const ExpertsArgs& of, const void* rows, bool over_ffn, int64_t worker,
-                int64_t workers, const F& f) {
+template <class T>
+void act(const ExpertsActArgs& args, int64_t row_begin, int64_t row_end) {
+  using S = Wide<T>;
+  const ExpertsArgs& of = args.of;
+  const HLayout layout(of);
+  const int64_t slice = kColumns / layout.gates();
+  with_activation(of.activation, [&](auto kind) {
+    alignas(64) S wide[kColumns];
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      const T* h = row_at<T>(args.h, row, layout.width());
+      for (int64_t j = 0; j < of.ffn; j += slice) {
+        const int64_t count = std::min(of.ffn - j, slice);
+        const int64_t gates = layout.interleaved ? 2 * count : count;
+        widen(h + layout.at(j), gates, wide);
+        if (layout.gated && !layout.interleaved) widen(h + of.ffn + j, count, wide + count);
+        const UpBlock<S> block{.c = wide, .ldc = 0, .first = j, .columns = count};
+        finish_h<decltype(kind)::value, T>(of, layout, block, 0, j, count, nullptr, nullptr,
+                                           row_at<T>(args.a, row, of.ffn));
+      }
+    }
+  });
+}
+
+// Rows through w2, summed over F, or else over H, or as they are in `product`: f(expert, block, C
+// of it, [rows, columns]) while the block is hot.
+template <class T, class S, class F>
+void through_w2(const ExpertsArgs& of, const void* rows, const void* product, bool over_ffn,
+                int64_t worker, int64_t workers, const F& f) {
   const Engine& engine = engine_for(of.dtype);
   Workspace& workspace = Workspace::mine();
   workspace.reset();
@@ -195,6 +223,13 @@ void through_w2(const ExpertsArgs& of, const void* rows, bool over_ffn, int64_t 
   for_blocks(engine, of.experts, kColumns, over_ffn == of.transposed, worker, workers, extent,
              [&](int64_t e, const Block& block) {
     S* c = static_cast<S*>(workspace.block(engine, block.rows() * block.columns()));
+    if (product != nullptr) {
+      for (int64_t r = 0; r < block.rows(); ++r) {
+        widen(row_at<T>(product, of.offsets[e] + block.m0 + r, n) + block.n0, block.columns(),
+              c + r * block.columns());
+      }
+      return f(e, block, c);
+    }
     workspace.multiply(engine, {.a = rows_of(of, rows, of.offsets[e], k, false),
                                 .b = weights_of(of, of.w2, e, of.hidden, of.ffn, over_ffn),
                                 .block = block,
@@ -209,7 +244,8 @@ template <class T>
 void down(const ExpertsDownArgs& args, int64_t worker, int64_t workers) {
   using S = Wide<T>;
   const ExpertsArgs& of = args.of;
-  through_w2<S>(of, args.a, true, worker, workers, [&](int64_t e, const Block& block, const S* c) {
+  through_w2<T, S>(of, args.a, nullptr, true, worker, workers,
+                   [&](int64_t e, const Block& block, const S* c) {
     const int64_t columns = block.columns();
     const T* bias = of.b2 ? row_at<T>(of.b2, e, of.hidden) + block.n0 : nullptr;
     for (int64_t r = 0; r < block.rows(); ++r) {
@@ -254,7 +290,8 @@ void dact(const ExpertsDActArgs& args, int64_t worker, int64_t workers) {
   const ExpertsArgs& of = args.of;
   const HLayout layout(of);
   const int64_t parts = experts_dweights_parts(of.ffn);
-  through_w2<S>(of, args.dy, false, worker, workers, [&](int64_t e, const Block& block, S* c) {
+  through_w2<T, S>(of, args.dy, args.da, false, worker, workers,
+                   [&](int64_t e, const Block& block, S* c) {
     with_activation(of.activation, [&](auto kind) {
       Halves<S> in{}, out{};
       for (int64_t j = block.n0; j < block.n1; j += kDWeightsColumns) {
@@ -363,6 +400,10 @@ void experts_down(const ExpertsDownArgs& args, int64_t worker, int64_t workers) 
 
 void experts_dact(const ExpertsDActArgs& args, int64_t worker, int64_t workers) {
   with_storage(args.of.dtype, [&]<class T>(T) { dact<T>(args, worker, workers); });
+}
+
+void experts_act(const ExpertsActArgs& args, int64_t row_begin, int64_t row_end) {
+  with_storage(args.of.dtype, [&]<class T>(T) { act<T>(args, row_begin, row_end); });
 }
 
 void experts_dweights(const ExpertsDWeightsArgs& args, int64_t worker, int64_t workers) {

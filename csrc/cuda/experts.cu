@@ -5,6 +5,7 @@
 #include "common/activation.cuh"
 #include "common/tiles.cuh"
 #include "mma/gemm.cuh"
+#include "mma/h_chunk.cuh"
 #include "mma/launch.cuh"
 
 namespace moekernels::cuda {
@@ -14,66 +15,10 @@ extern __shared__ __align__(128) char shared[];
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
-template <class Args>
-__device__ bool is_used(const Args& of, int64_t row) {
-  return of.token_of == nullptr || inside(of.token_of[row], of.tokens);
-}
-template <class Args>
-__device__ float weight_of(const Args& of, int64_t row) {
-  return of.weights != nullptr ? static_cast<const float*>(of.weights)[row] : 1.0f;
-}
 template <class T>
 __device__ float rounded(float v) {
   return to_float(from_float<T>(v));
 }
-
-// kChunk columns of F in a row of h [R, G], gate and up, whichever way they lie there.
-template <class T>
-struct HChunk {
-  T *gate, *up;  // interleaved: gate alone, 2 * kChunk of both
-  int64_t count;
-  bool gated, interleaved, vector;
-
-  __device__ HChunk(const ExpertsArgs& of, const void* h, int64_t row, int64_t column, bool vectors)
-      : count(of.ffn - column),
-        gated(is_gated(of.activation)),
-        interleaved(gated && of.interleaved),
-        vector(vectors) {
-    T* begin = static_cast<T*>(const_cast<void*>(h)) + row * (gated ? 2 : 1) * of.ffn;
-    gate = begin + (interleaved ? 2 : 1) * column;
-    up = begin + of.ffn + column;
-  }
-  __device__ void load(float (&g)[kChunk], float (&u)[kChunk]) const {
-    if (interleaved) {
-      float first[kChunk], second[kChunk];
-      load_chunk(first, gate, 2 * count, vector);
-      load_chunk(second, gate + kChunk, 2 * count - kChunk, vector);
-#pragma unroll
-      for (int n = 0; n < kChunk; ++n) {
-        g[n] = n < kChunk / 2 ? first[2 * n] : second[2 * n - kChunk];
-        u[n] = n < kChunk / 2 ? first[2 * n + 1] : second[2 * n + 1 - kChunk];
-      }
-    } else {
-      load_chunk(g, gate, count, vector);
-      if (gated) load_chunk(u, up, count, vector);
-    }
-  }
-  __device__ void store(const float (&g)[kChunk], const float (&u)[kChunk]) const {
-    if (interleaved) {
-      float first[kChunk], second[kChunk];
-#pragma unroll
-      for (int n = 0; n < kChunk; ++n) {
-        first[n] = n % 2 ? u[n / 2] : g[n / 2];
-        second[n] = n % 2 ? u[(kChunk + n) / 2] : g[(kChunk + n) / 2];
-      }
-      store_chunk(gate, first, 2 * count, vector);
-      store_chunk(gate + kChunk, second, 2 * count - kChunk, vector);
-    } else {
-      store_chunk(gate, g, count, vector);
-      if (gated) store_chunk(up, u, count, vector);
-    }
-  }
-};
 
 template <class T, int tile, bool transposed>
 __global__ void __launch_bounds__(GemmShape<T, tile>::kThreads)
@@ -376,6 +321,7 @@ void experts_down(const ExpertsDownArgs& args, Stream stream) {
 }
 
 void experts_dact(const ExpertsDActArgs& args, Stream stream) {
+  if (args.da != nullptr) return experts_dact_of_product(args, stream);
   const ExpertsArgs& of = args.of;
   const GemmChoice choice = choice_of(args);
   if constexpr (sm90::kBuilt) {

@@ -32,9 +32,34 @@ std::tuple<Tensor, Tensor> experts(const Ffn& ffn, bool keep_h, OptionalTensor r
 }
 
 std::tuple<Tensor, Tensor, Tensor> experts_dact(const Ffn& ffn, const Tensor& dy, const Tensor& h,
-                                                bool want_weighted_a, bool want_dweights) {
+                                                bool want_weighted_a, bool want_dweights,
+                                                OptionalTensor da) {
   return dact_of(ffn, dy, h, want_weighted_a, want_dweights,
-                 [](auto& args, auto stream) { cuda::experts_dact(args, stream); });
+                 [](auto& args, auto stream) { cuda::experts_dact(args, stream); }, da);
+}
+
+// a [R, F] = act(h [R, G]); of the FFN's numbers those of the activation.
+Tensor experts_act(const Tensor& h, const std::string& activation, double alpha, double limit,
+                   bool interleaved) {
+  const char* op = "experts";
+  const auto kind = named<Activation>(op, "activation", kActivations, activation);
+  check_tensor(op, "h", h, kFloats, {{"R"}, {is_gated(kind) ? "2F" : "F"}});
+  const int64_t gates = is_gated(kind) ? 2 : 1, width = h.size(1) / gates;
+  ExpertsArgs of{};
+  of.dtype = dtype_of(h);
+  of.activation = kind;
+  of.alpha = alpha;
+  of.limit = limit;
+  of.interleaved = interleaved;
+  of.num_rows = h.size(0);
+  of.ffn = width;
+  Tensor a = empty_large({of.num_rows, width}, h.scalar_type(), h);
+  const ExpertsActArgs args{.of = of, .h = h.const_data_ptr(), .a = a.mutable_data_ptr()};
+  run(h, [&](auto stream) { cuda::experts_act(args, stream); }, [&] {
+    parallel(of.num_rows, grain_of((gates + 1) * width * size_of(of.dtype)),
+             [&](int64_t begin, int64_t end) { cpu::experts_act(args, begin, end); });
+  });
+  return a;
 }
 
 void run_dbias(const Tensor& rows, const OptionalTensor& weights, const Tensor& offsets,
@@ -88,10 +113,13 @@ void experts_dbias_(Tensor main_grad, const Tensor& rows, OptionalTensor weights
 STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   const std::string ffn = Ffn::schema();
   m.def(("_experts(" + ffn + "bool keep_h, Tensor? row_of=None) -> (Tensor, Tensor)").c_str());
+  m.def(("_experts_dact(" + ffn +
+         "Tensor dy, Tensor h, bool want_weighted_a, bool want_dweights, Tensor? da=None) "
+         "-> (Tensor, Tensor, Tensor)")
+            .c_str());
   m.def(
-      ("_experts_dact(" + ffn +
-       "Tensor dy, Tensor h, bool want_weighted_a, bool want_dweights) -> (Tensor, Tensor, Tensor)")
-          .c_str());
+      "_experts_act(Tensor h, str activation, float alpha, float limit, bool interleaved) "
+      "-> Tensor");
   m.def(
       "_experts_dbias(Tensor rows, Tensor? weights, Tensor offsets, Tensor? token_of, "
       "SymInt tokens) -> Tensor");
@@ -103,6 +131,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
 MOEKERNELS_IMPL(m) {
   m.impl("_experts", TORCH_BOX(Flat<&experts>::call));
   m.impl("_experts_dact", TORCH_BOX(Flat<&experts_dact>::call));
+  m.impl("_experts_act", TORCH_BOX(&experts_act));
   m.impl("_experts_dbias", TORCH_BOX(&experts_dbias));
   m.impl("_experts_dbias_", TORCH_BOX(&experts_dbias_));
 }

@@ -102,13 +102,14 @@ inline void run_up(const ExpertsUpArgs& args) {
 template <class Launch>
 std::tuple<Tensor, Tensor, Tensor> dact_of(const Ffn& ffn, const Tensor& dy, const Tensor& h,
                                            bool want_weighted_a, bool want_dweights,
-                                           const Launch& launch) {
+                                           const Launch& launch, const OptionalTensor& da = {}) {
   const ExpertsArgs of = checked(ffn);
   const Tensor& x = ffn.x;
   const ScalarType dtype = x.scalar_type();
   const int64_t width = h_width(of);
   check_tensor("experts", "dy", dy, {dtype}, {{"R", of.num_rows}, {"H", of.hidden}}, &x);
   check_tensor("experts", "h", h, {dtype}, {{"R"}, {"G", width}}, &x);
+  check_optional("experts", "da", da, {dtype}, {{"R", of.num_rows}, {"F", of.ffn}}, x);
   const bool kept = h.size(0) > 0;
   if (kept) check_tensor("experts", "h", h, {dtype}, {{"R", of.num_rows}, {"G", width}}, &x);
   Tensor used_h = kept ? h : empty_large({of.num_rows, width}, dtype, x);
@@ -127,6 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> dact_of(const Ffn& ffn, const Tensor& dy, con
       .dh = dh.mutable_data_ptr(),
       .weighted_a = want_weighted_a ? weighted_a.mutable_data_ptr() : nullptr,
       .dweights_parts = want_dweights ? parts.mutable_data_ptr() : nullptr,
+      .da = pointer_of(da),
   };
   const ExpertsDWeightsArgs sums{.of = of,
                                  .dy = dy.const_data_ptr(),

@@ -46,6 +46,56 @@ Tensor grouped_gemm(const Tensor& rows, const Tensor& w, const Tensor& offsets, 
   return out;
 }
 
+// Of e4m3 rows [R, I] and w [E, O, I] with their scales: [R, O] of the dtype that is named, plus a
+// bias [E, O] and times the rows' weights [R]; rows without a token are zero.
+Tensor grouped_gemm_fp8(const Tensor& rows, const Tensor& row_scales, const Tensor& w,
+                        const Tensor& w_scales, const Tensor& offsets, OptionalTensor bias,
+                        OptionalTensor weights, OptionalTensor token_of, int64_t tokens,
+                        std::string dtype) {
+  const char* op = "grouped_gemm";
+  constexpr auto kFp8 = ScalarType::Float8_e4m3fn;
+  constexpr const char* kNames[] = {"float32", "bfloat16", "float16"};
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  const auto out_dtype = named<DType>(op, "dtype", kNames, dtype);
+  const ScalarType out_type = kTypes[static_cast<int>(out_dtype)];
+  check_tensor(op, "rows", rows, {kFp8}, {{"R"}, {"I"}});
+  const Axis num_rows{"R", rows.size(0)}, in{"I", rows.size(1)};
+  check_tensor(op, "w", w, {kFp8}, {{"E"}, {"O"}, in}, &rows);
+  const Axis experts{"E", w.size(0)}, out_width{"O", w.size(1)};
+  const Axis blocks{"I/128", scale_blocks(in.length)};
+  check_tensor(op, "row_scales", row_scales, {ScalarType::Float}, {num_rows, blocks}, &rows);
+  check_tensor(op, "w_scales", w_scales, {ScalarType::Float},
+               {experts, {"O/128", scale_blocks(out_width.length)}, blocks}, &rows);
+  check_offsets(op, offsets, experts.length, num_rows.length, rows);
+  check_optional(op, "bias", bias, {out_type}, {experts, out_width}, rows);
+  check_optional(op, "weights", weights, {ScalarType::Float}, {num_rows}, rows);
+  check_optional(op, "token_of", token_of, kInt32, {num_rows}, rows);
+  Tensor out = empty_large({num_rows.length, out_width.length}, out_type, rows);
+  const GroupedGemmFp8Args args{
+      .dtype = out_dtype,
+      .rows = static_cast<const uint8_t*>(rows.const_data_ptr()),
+      .row_scales = row_scales.const_data_ptr<float>(),
+      .w = static_cast<const uint8_t*>(w.const_data_ptr()),
+      .w_scales = w_scales.const_data_ptr<float>(),
+      .offsets = offsets.const_data_ptr<int64_t>(),
+      .bias = pointer_of(bias),
+      .weights = static_cast<const float*>(pointer_of(weights)),
+      .token_of = static_cast<const int32_t*>(pointer_of(token_of)),
+      .tokens = tokens,
+      .out = out.mutable_data_ptr(),
+      .num_rows = num_rows.length,
+      .in = in.length,
+      .out_width = out_width.length,
+      .experts = experts.length,
+  };
+  run(rows, [&](auto stream) { cuda::grouped_gemm_fp8(args, stream); }, [&] {
+    with_workers(args.num_rows * args.in * args.out_width, [&](int64_t worker, int64_t workers) {
+      cpu::grouped_gemm_fp8(args, worker, workers);
+    });
+  });
+  return out;
+}
+
 // rows [R, I] ([T, I] seen through token_of when `gather`), drows [R, O]; checks, then adds into or
 // sets dw.
 struct Wgrad {
@@ -217,6 +267,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
       "_grouped_gemm(Tensor rows, Tensor w, Tensor offsets, bool transposed, bool tf32=False) "
       "-> Tensor");
   m.def(
+      "_grouped_gemm_fp8(Tensor rows, Tensor row_scales, Tensor w, Tensor w_scales, Tensor offsets, "
+      "Tensor? bias, Tensor? weights, Tensor? token_of, SymInt tokens, str dtype) -> Tensor");
+  m.def(
       "_grouped_gemm_wgrad(Tensor rows, Tensor drows, Tensor offsets, bool transposed, "
       "Tensor? token_of, SymInt tokens, bool gather, bool tf32=False) -> Tensor");
   m.def(
@@ -230,6 +283,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
 
 MOEKERNELS_IMPL(m) {
   m.impl("_grouped_gemm", TORCH_BOX(&grouped_gemm));
+  m.impl("_grouped_gemm_fp8", TORCH_BOX(&grouped_gemm_fp8));
   m.impl("_grouped_gemm_wgrad", TORCH_BOX(&grouped_gemm_wgrad));
   m.impl("_grouped_gemm_wgrad_", TORCH_BOX(&grouped_gemm_wgrad_));
   m.impl("_grouped_gemm_wgrads_", TORCH_BOX(&grouped_gemm_wgrads_));

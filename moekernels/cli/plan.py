@@ -65,6 +65,11 @@ def plan(
         flag = "--objective" if key == "best" else "--" + key.replace("_", "-")
         value = cfg.check_value(flag, cfg.SECTIONS[section], key, value)
         setattr(getattr(run, section), key, value)
+    if run.model.fp8_experts:
+        raise UsageError(
+            "plan: it has no measured rate of products in FP8, and would take them for those of "
+            "--dtype; plan without fp8_experts"
+        )
     name = file.stem if file else preset or "spec-30b"
     check_claims(str(file or f"preset {name}"), run.claims)
     lengths = asked.read_lengths(lengths_from) if lengths_from else None

@@ -50,6 +50,11 @@ class ExpertsSpec(RouterSpec):
     recompute_experts: bool = key(
         False, "experts keep no pre-activation and compute it again in backward"
     )
+    fp8_experts: bool = key(
+        False,
+        "the routed experts' two products and the gradients of their rows in FP8 (e4m3, a scale "
+        "for each block of 128), their weights' gradients and all else as without",
+    )
 
     @property
     def d_in(self) -> int:
@@ -129,13 +134,15 @@ def working(spec: ExpertsSpec, at: Place) -> float:
     are put off, all of these, until the input's gradient is on its way; h is gone by then."""
     way, f, hidden = way_of(at), spec.expert_d_ff / at.layout.etp, spec.d_model
     rows, up = way.rows(spec, at), spec.up_rows * f
+    # Of the largest product in FP8: both operands, a byte an element.
+    fp8 = up * (rows + spec.num_experts / at.layout.ep * spec.d_in) if spec.fp8_experts else 0.0
     if not way.defers:
         size = spec.d_in + up + max(f, spec.d_in) - (spec.d_in if spec.lifted else 0)
-        return rows * at.width * size
+        return rows * at.width * size + fp8
     held = spec.d_in + up + f + (hidden + spec.d_in if spec.lifted else 0)
     within = held + (0 if spec.lifted else spec.d_in)
     back = held + 3 * hidden - (0 if spec.recompute_experts else up)  # a gradient, sent, received
-    return rows * at.width * max(within, back)
+    return rows * at.width * max(within, back) + fp8
 
 
 def work(spec: ExpertsSpec, at: Place) -> Work:

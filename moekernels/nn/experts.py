@@ -59,7 +59,7 @@ class Experts(nn.Module):
         super().__init__()
         layout, d_in, d_ff = mesh.layout, config.d_in, config.expert_d_ff
         layout.validate(num_experts=config.num_experts, d_ff=d_ff)
-        self.how = epilogue(config)
+        self.how = {**epilogue(config), "fp8": config.fp8_experts}
         self.count = e = config.num_experts // layout.ep
         f = d_ff // layout.etp
         experts = (mesh.ep_index * e, (mesh.ep_index + 1) * e)
@@ -130,14 +130,17 @@ class Experts(nn.Module):
 
     def between(self, x: Tensor) -> dict[str, Any] | None:
         """What `parallel.straight.experts` takes for tokens like x [T, H], where it computes the
-        same: not under autocast, nor for rows that are lifted or go to copies, nor where the
-        experts' time is taken."""
-        if self.lifted or self.spare.count or expert_clock.running or x.dtype != self.w1.dtype:
+        same: not under autocast, in FP8, nor for rows that are lifted or go to copies, nor where
+        the experts' time is taken."""
+        if self.how["fp8"] or self.lifted or self.spare.count or expert_clock.running:
+            return None
+        if x.dtype != self.w1.dtype:
             return None
         if torch.is_autocast_enabled(x.device.type):
             return None
         biases = {"b1": self.b1, "b2": self.b2 if self.adds_b2 else None}
-        return {"w1": self.w1, "w2": self.w2, **biases, **self.how}
+        how = {key: value for key, value in self.how.items() if key != "fp8"}
+        return {"w1": self.w1, "w2": self.w2, **biases, **how}
 
     def _compute(self, rows: Tensor, routing: Routed, part: Part | None) -> Tensor:
         """Rows of own experts come first, those of copies behind them."""

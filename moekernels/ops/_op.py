@@ -55,6 +55,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     int: ("an int", lambda v: hasattr(v, "__index__") and not isinstance(v, Tensor)),
     float: ("a number", lambda v: isinstance(v, (numbers.Real, torch.SymFloat, torch.SymInt))),
     str: ("a str", lambda v: isinstance(v, str)),
+    torch.dtype: ("a torch.dtype", lambda v: isinstance(v, torch.dtype)),
     types.NoneType: ("None", lambda v: v is None),
 }
 

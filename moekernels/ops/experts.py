@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moekernels import reference
 from moekernels.ops import _derivatives, _main_grad
+from moekernels.ops._experts_fp8 import experts_fp8
 from moekernels.ops._ffn import Ffn, Learnt, dbias_or_accumulate, tf32, wgrad_or_accumulate
 from moekernels.ops._library import fake, raw
 from moekernels.ops._main_grad import main_grad_of
@@ -30,7 +31,7 @@ def _(ffn: Ffn, keep_h: bool, row_of: Tensor | None = None):
 
 
 @fake("_experts_dact", bundle=Ffn)
-def _(ffn: Ffn, dy: Tensor, h: Tensor, want_weighted_a: bool, want_dweights: bool):
+def _(ffn: Ffn, dy, h: Tensor, want_weighted_a: bool, want_dweights: bool, da=None):
     x, rows, out = ffn.x, dy.shape[0], 2 if ffn.transposed else 1
     return (
         x.new_empty(rows, ffn.w1.shape[out]),
@@ -130,7 +131,16 @@ def _plain_backward(ctx, ffn: Ffn, row_of: Tensor | None, need: Learnt, dy: Tens
     return Learnt(*_derivatives.vjp(plain, inputs, need, (dy,), alias))
 
 
-@op(reference.experts)
+def _plain(*, fp8: bool = False, **arguments: Any) -> Tensor:
+    if fp8:
+        raise RuntimeError(
+            "experts: in FP8 it has no forward-mode derivative and takes part in no torch.func "
+            "transform; give fp8=False"
+        )
+    return reference.experts(**arguments)
+
+
+@op(_plain)
 def experts(
     x: Tensor,
     weights: Tensor | None,
@@ -148,6 +158,7 @@ def experts(
     interleaved: bool = False,
     transposed: bool = False,
     recompute: bool = False,
+    fp8: bool = False,
 ) -> Tensor:
     """Runs every expert's FFN on its rows and applies the routing weights.
 
@@ -169,6 +180,9 @@ def experts(
         b2: [E, H], the bias of w2, or None.
         interleaved: gate and up alternate in w1 and b1, rather than one after the other.
         recompute: keep not even h for the backward, and compute it again there.
+        fp8: both products, and the gradients of x and a, of FP8 operands (`quantize`: rows by
+            blocks of 1 x 128, weights of 128 x 128); all else, and the weights' gradients, of x's
+            dtype, which is not fp64.
 
     Returns:
         [R, H] weighted rows in x's dtype, for `combine` to sum. Rows past offsets[E] are zero.
@@ -184,7 +198,9 @@ def experts(
         Hopper products of fewer than 4096 columns gather them instead, with the same bits. A
         parameter with an attribute `main_grad` (fp32, its shape) has its gradient added there by a
         backward that reaches it, and none returned. Gradients of gradients are made in plain
-        torch. Under autocast all but `weights` are cast. Deterministic, whatever the threads.
+        torch. Under autocast all but `weights` are cast. Deterministic, whatever the threads. With
+        fp8 gradients pass through rounding as if there were none, and have none themselves; weights
+        are quantized in every call.
 
     Examples:
         >>> rows, weights = torch.ones(3, 2), torch.tensor([1.0, 1.0, 0.5])
@@ -205,11 +221,17 @@ def experts(
     weights, b1, b2 = (t if t is None else t.contiguous() for t in (weights, b1, b2))
     inputs = (x, weights, w1, w2, b1, b2)
     style = (activation, alpha, limit, interleaved, transposed)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        if token_of is not None and row_of is None and x.requires_grad:
-            raise RuntimeError("experts: x seen through token_of needs row_of for its gradient")
-        kept = any(g is not None for g in main_grads)
-        collected = Learnt(None, None, *main_grads) if kept else None
+    differentiates = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in inputs
+    )
+    kept = differentiates and any(g is not None for g in main_grads)
+    collected = Learnt(None, None, *main_grads) if kept else None
+    if differentiates and token_of is not None and row_of is None and x.requires_grad:
+        raise RuntimeError("experts: x seen through token_of needs row_of for its gradient")
+    if fp8:
+        where = (offsets, token_of, row_of)
+        return experts_fp8(inputs, *where, style, collected, recompute, differentiates)
+    if differentiates:
         return _Experts.apply(*inputs, offsets, token_of, row_of, style, collected, recompute)
     ffn = (x, weights, w1, w2, offsets, token_of, b1, b2, *style, tf32(x))
     return _experts(*ffn, False, row_of)[0]

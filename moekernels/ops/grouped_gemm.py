@@ -18,12 +18,18 @@ __all__ = ["grouped_gemm", "grouped_gemm_dgrad", "grouped_gemm_wgrad"]
 
 T = TypeVar("T", Tensor, Tensor | None)
 _grouped_gemm = raw._grouped_gemm.default
+_grouped_gemm_fp8 = raw._grouped_gemm_fp8.default
 _wgrad = raw._grouped_gemm_wgrad.default
 
 
 @fake("_grouped_gemm")
 def _(rows: Tensor, w: Tensor, offsets: Tensor, transposed: bool, tf32: bool = False) -> Tensor:
     return rows.new_empty(rows.shape[0], w.shape[2 if transposed else 1])
+
+
+@fake("_grouped_gemm_fp8")
+def _(rows, row_scales, w, w_scales, offsets, bias, weights, token_of, tokens, dtype) -> Tensor:
+    return rows.new_empty(rows.shape[0], w.shape[1], dtype=getattr(torch, dtype))
 
 
 @fake("_grouped_gemm_wgrad")
@@ -106,16 +112,52 @@ def _product(rows, w, offsets, transposed: bool, main_grad: Tensor | None = None
     return _grouped_gemm(rows, w, offsets, transposed, tf32(rows))
 
 
+def _fp8(
+    rows: Tensor,
+    w: Tensor,
+    offsets: Tensor,
+    transposed: bool,
+    row_scales: Tensor | None,
+    w_scales: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    if row_scales is None or w_scales is None:
+        raise RuntimeError("grouped_gemm: row_scales and w_scales are of FP8 rows and w; give both")
+    if transposed:
+        raise RuntimeError(
+            "grouped_gemm: FP8 weights lie along the summed axis; give "
+            "quantize(w, tiles=True, transposed=True) rather than transposed=True"
+        )
+    all_ = (rows, row_scales, w, w_scales)
+    why = "it is of rounded numbers; ops.experts(fp8=True) has the gradients"
+    _derivatives.refuse_gradients("grouped_gemm in FP8", why, *all_)
+    name = str(torch.bfloat16 if dtype is None else dtype).removeprefix("torch.")
+    given = (t.contiguous() for t in all_)
+    return _grouped_gemm_fp8(*given, offsets, None, None, None, 0, name)
+
+
 @op(reference.grouped_gemm)
-def grouped_gemm(rows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool = False) -> Tensor:
+def grouped_gemm(
+    rows: Tensor,
+    w: Tensor,
+    offsets: Tensor,
+    *,
+    transposed: bool = False,
+    row_scales: Tensor | None = None,
+    w_scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Multiplies each expert's rows by its weights.
 
         out[offsets[e]:offsets[e+1]] = rows[offsets[e]:offsets[e+1]] @ w[e].T
 
     Args:
-        rows: [R, I] fp32, bf16, fp16 or fp64, in expert order (`permute`).
+        rows: [R, I] fp32, bf16, fp16 or fp64, in expert order (`permute`); or FP8 of `quantize`.
         w: [E, O, I] in rows' dtype; with `transposed` [E, I, O], and the product is rows @ w[e].
         offsets: [E+1] int64, where each expert's rows begin (`Routing.offsets`).
+        row_scales: with FP8, [R, ceil(I/128)] fp32 of `quantize(rows)`.
+        w_scales: with FP8, [E, ceil(O/128), ceil(I/128)] fp32 of `quantize(w, tiles=True)`.
+        dtype: with FP8, the result's: fp32, bf16 (None) or fp16.
 
     Returns:
         [R, O] in rows' dtype. Rows past offsets[E] are zero.
@@ -131,11 +173,25 @@ def grouped_gemm(rows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool =
         none for w. Under autocast both run in autocast's dtype. Deterministic: the same input
         gives the same bits on any number of threads. An expert without rows costs nothing.
 
+        In FP8 (e4m3) nothing is differentiable and w is never transposed. Each 128 of I are summed
+        apart and promoted, times both scales, to fp32 sums: within (B + 5) 2^-24 sum |a b| of the
+        exact product of the dequantized numbers, B = ceil(I/128), before the result is rounded.
+        Source: DeepSeek-V3 2024, section 3.3.
+
     Examples:
         >>> w = torch.tensor([[[1.0, 1.0]], [[10.0, 10.0]]])  # two experts, from 2 to 1
         >>> ops.grouped_gemm(torch.ones(3, 2), w, torch.tensor([0, 1, 3])).tolist()
         [[2.0], [20.0], [20.0]]
+        >>> rows, row_scales = ops.quantize(torch.ones(3, 2))
+        >>> w, w_scales = ops.quantize(w, tiles=True)
+        >>> scales = {"row_scales": row_scales, "w_scales": w_scales}
+        >>> ops.grouped_gemm(rows, w, torch.tensor([0, 1, 3]), **scales).tolist()
+        [[2.0], [20.0], [20.0]]
     """
+    if row_scales is not None or w_scales is not None:
+        return _fp8(rows, w, offsets, transposed, row_scales, w_scales, dtype)
+    if dtype is not None:
+        raise RuntimeError("grouped_gemm: dtype is of products in FP8; others give rows' dtype")
     main_grad = main_grad_of(w)
     rows, w = autocast(rows.device, rows, w)
     return _product(rows, w, offsets, transposed, main_grad)

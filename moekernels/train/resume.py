@@ -135,6 +135,7 @@ MODEL_MAY_CHANGE = (
     "init_std",
     "embedding_std",
     "recompute_experts",
+    "fp8_experts",
 )
 # Of [train]: what no number of the run depends on.
 NO_MATTER = (

@@ -104,6 +104,20 @@ def style_as(monkeypatch, name: str, folder: Path) -> None:
     monkeypatch.setitem(globals(), "module", lambda name: other if name == stem else own(name))
 
 
+def fp8_as(monkeypatch, bug: str, folder: Path) -> None:
+    """The product in FP8 runs as compiled with one of the bugs of `planted.BUGS_OF_FP8`."""
+    text = ptx.compile_ptx(
+        ROOT / "python_tests" / "ptx_emulator" / "kernels" / "fp8_sm90.cu",
+        ARCH,
+        defines=['MOEKERNELS_CUDA_ARCHS="PTX"'],
+        include=[ROOT / "csrc" / "include", planted.fp8_headers_with(bug, ROOT, folder)],
+        lines=False,
+    )
+    other, own = ptx.Module(text), module
+    stem = "grouped_gemm_fp8_sm90"
+    monkeypatch.setitem(globals(), "module", lambda name: other if name == stem else own(name))
+
+
 def _bytes_read(kernel: ptx.syntax.Kernel) -> list[np.ndarray]:
     """For each parameter, which of its bytes the kernel loads: all, where it cannot be told."""
     read = {variable.name: np.zeros(variable.size, bool) for variable, _ in kernel.params}
@@ -131,7 +145,7 @@ def _bytes_read(kernel: ptx.syntax.Kernel) -> list[np.ndarray]:
 
 
 _MAP_MAGIC = 0x70616D726F736E74
-_MAP_TYPES = {6: np.float16, 7: np.float32, 9: np.uint16}  # of CUtensorMapDataType
+_MAP_TYPES = {0: np.uint8, 6: np.float16, 7: np.float32, 9: np.uint16}  # of CUtensorMapDataType
 _MAP_SWIZZLES = (0, 32, 64, 128)
 
 

@@ -40,6 +40,23 @@ BUGS_OF_GATHER = {
         ("        int32_t column = ", "        arrive(full);\n        int32_t column = "),
     ),
 }
+FP8 = "sm90/fp8.cuh"
+BUGS_OF_FP8 = {
+    "scale_of_another_block": (("w = scales.w[step],", "w = scales.w[step > 0 ? step - 1 : 0],"),),
+    "scale_of_other_columns": (("+ tile.column_tile) * of.blocks;", ") * of.blocks;"),),
+    "scale_of_other_rows": (("lane / 4 + 8 * half;  //", "lane / 4;  //"),),
+    "no_promotion": (
+        (
+            "multiply_e4m3(d, a + k * kStep, b + k * kStep, k > 0);",
+            "multiply_e4m3(d, a + k * kStep, b + k * kStep, step + k > 0);",
+        ),
+    ),
+    "not_waited_for": (("    wait_products<0>();\n", ""),),
+    "given_back_early": (
+        ("    release(s, ring.stage, lane);\n", ""),
+        ("    commit_products();\n", "    commit_products();\n    release(s, ring.stage, lane);\n"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -214,6 +231,13 @@ def headers_with(bug: str, root: Path, folder: Path) -> Path:
     plant(folder, PRODUCT, *BUGS.get(bug, ()))
     plant(folder, ADD, *BUGS_OF_ADD.get(bug, ()))
     plant(folder, GATHER, *BUGS_OF_GATHER.get(bug, ()))
+    return folder
+
+
+def fp8_headers_with(bug: str, root: Path, folder: Path) -> Path:
+    """A copy of csrc/cuda's headers whose product in FP8 has this bug."""
+    copy_headers(root, folder)
+    plant(folder, FP8, *BUGS_OF_FP8[bug])
     return folder
 
 

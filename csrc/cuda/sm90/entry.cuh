@@ -16,6 +16,7 @@ inline constexpr bool kBuilt = false;
 #endif
 
 void grouped_gemm(const GroupedGemmArgs& args, const GemmChoice& choice, Stream stream);
+void grouped_gemm_fp8(const GroupedGemmFp8Args& args, Stream stream);
 void grouped_wgrad(const GroupedWgradArgs& args, const GemmChoice& choice, Stream stream);
 void experts_up(const ExpertsUpArgs& args, const GemmChoice& choice, Stream stream);
 void experts_down(const ExpertsDownArgs& args, const GemmChoice& choice, Stream stream);

@@ -190,6 +190,15 @@ __device__ inline void multiply(float (&d)[64], uint64_t a, uint64_t b, int add)
                      MOEKERNELS_D64(0));
   }
 }
+// The same over 32 of K, of bytes that are e4m3; both operands lie along K.
+__device__ inline void multiply_e4m3(float (&d)[64], uint64_t a, uint64_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" MOEKERNELS_REGS_64
+      "}, %64, %65, add, 1, 1;\n}"
+      : MOEKERNELS_D64(0)
+      : "l"(a), "l"(b), "r"(add));
+}
 #undef MOEKERNELS_REGS_64
 #undef MOEKERNELS_REGS_128
 #undef MOEKERNELS_D8

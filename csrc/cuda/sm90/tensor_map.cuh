@@ -27,12 +27,12 @@ inline auto tensor_map_encoder() {
 
 constexpr int kNoPromotion = 0;  // of what is written alone
 
-// A map of a contiguous array of floats that is cut into boxes of 128 bytes by `box_lines` lines,
-// with the 128-byte swizzle; what lies outside loads as zeros, and `promotion` bytes come to L2 at
-// once. `shape` begins with the innermost dimension.
-inline CUtensorMap tensor_map(DType dtype, const void* data, std::initializer_list<int64_t> shape,
-                              int box_lines, int promotion) {
-  cuuint64_t sizes[3], strides[3], bytes = static_cast<cuuint64_t>(size_of(dtype));
+// A map of a contiguous array of `type`, whose elements have `width` bytes, that is cut into boxes
+// of 128 bytes by `box_lines` lines, with the 128-byte swizzle; what lies outside loads as zeros,
+// and `promotion` bytes come to L2 at once. `shape` begins with the innermost dimension.
+inline CUtensorMap encoded_map(CUtensorMapDataType type, int64_t width, const void* data,
+                               std::initializer_list<int64_t> shape, int box_lines, int promotion) {
+  cuuint64_t sizes[3], strides[3], bytes = static_cast<cuuint64_t>(width);
   cuuint32_t box[3] = {static_cast<cuuint32_t>(128 / bytes), static_cast<cuuint32_t>(box_lines), 1};
   cuuint32_t steps[3] = {1, 1, 1}, rank = 0;
   for (int64_t size : shape) {
@@ -45,19 +45,30 @@ inline CUtensorMap tensor_map(DType dtype, const void* data, std::initializer_li
                                           : promotion == 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B
                                                              : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
   CUtensorMap map;
-  const CUresult error = tensor_map_encoder()(
-      &map,
-      dtype == DType::f32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-      : dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                            : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      rank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, promoted, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult error =
+      tensor_map_encoder()(&map, type, rank, const_cast<void*>(data), sizes, strides, box, steps,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promoted,
+                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS) {
     std::string text = "cuTensorMapEncodeTiled: error " + std::to_string(error) + " for [";
     for (cuuint32_t i = rank; i-- > 0;) text += std::to_string(sizes[i]) + (i ? ", " : "]");
     throw std::runtime_error(text);
   }
   return map;
+}
+
+inline CUtensorMap tensor_map(DType dtype, const void* data, std::initializer_list<int64_t> shape,
+                              int box_lines, int promotion) {
+  const auto type = dtype == DType::f32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                    : dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encoded_map(type, size_of(dtype), data, shape, box_lines, promotion);
+}
+
+// Of bytes, for e4m3.
+inline CUtensorMap byte_map(const void* data, std::initializer_list<int64_t> shape, int box_lines,
+                            int promotion) {
+  return encoded_map(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data, shape, box_lines, promotion);
 }
 
 }  // namespace moekernels::cuda::sm90

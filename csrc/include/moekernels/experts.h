@@ -24,6 +24,9 @@ struct ExpertsArgs {
   bool gather = false;  // CUDA: experts_up sees x through token_of
 };
 
+// Where a product was computed before, in FP8, experts_act and experts_dact do the rest: a =
+// act(h), and the gradients from da [R, F].
+
 // a [R, F] = act(h), h [R, G] = x w1 + b1; either of h and a may be null.
 struct ExpertsUpArgs {
   ExpertsArgs of;
@@ -48,6 +51,14 @@ struct ExpertsDActArgs {
   void* dh;
   void* weighted_a;
   void* dweights_parts;
+  const void* da = nullptr;  // dy w2, if it is there already; dy is not read then
+};
+
+// a [R, F] = act(h [R, G]).
+struct ExpertsActArgs {
+  ExpertsArgs of;
+  const void* h;
+  void* a;
 };
 
 // dweights [R] = sum of the parts + <dy, b2>.
@@ -93,6 +104,7 @@ bool experts_up_gathers(const ExpertsUpArgs& args);
 void experts_up(const ExpertsUpArgs& args, Stream stream);
 void experts_down(const ExpertsDownArgs& args, Stream stream);
 void experts_dact(const ExpertsDActArgs& args, Stream stream);
+void experts_act(const ExpertsActArgs& args, Stream stream);
 void experts_dweights(const ExpertsDWeightsArgs& args, Stream stream);
 void experts_dbias(const ExpertsDBiasArgs& args, Stream stream);
 }  // namespace cuda
@@ -104,6 +116,7 @@ void experts_dbias(const ExpertsDBiasArgs& args, Stream stream);
 MOEKERNELS_CPU_KERNEL(experts_up, const ExpertsUpArgs& args, int64_t worker, int64_t workers)
 MOEKERNELS_CPU_KERNEL(experts_down, const ExpertsDownArgs& args, int64_t worker, int64_t workers)
 MOEKERNELS_CPU_KERNEL(experts_dact, const ExpertsDActArgs& args, int64_t worker, int64_t workers)
+MOEKERNELS_CPU_KERNEL(experts_act, const ExpertsActArgs& args, int64_t row_begin, int64_t row_end)
 MOEKERNELS_CPU_KERNEL(experts_dweights, const ExpertsDWeightsArgs& args, int64_t worker,
                       int64_t workers)
 MOEKERNELS_CPU_KERNEL(experts_dbias, const ExpertsDBiasArgs& args, int64_t worker, int64_t workers)

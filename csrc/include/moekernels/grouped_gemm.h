@@ -3,6 +3,7 @@
 #pragma once
 
 #include "moekernels/common.h"
+#include "moekernels/float8.h"
 
 namespace moekernels {
 
@@ -16,6 +17,23 @@ struct GroupedGemmArgs {
   int64_t num_rows, in, out_width, experts;
   bool transposed;
   bool tf32 = false;  // CUDA: fp32 rows and weights may be rounded to tf32
+};
+
+// Of e4m3 operands with a scale for each block (float8.h): out [R, O] = weights (rows x w + bias),
+// unused rows zero. w always runs along the summed axis.
+struct GroupedGemmFp8Args {
+  DType dtype;              // of out and bias: f32, bf16 or f16
+  const uint8_t* rows;      // [R, I]
+  const float* row_scales;  // [R, scale_blocks(I)]
+  const uint8_t* w;         // [E, O, I]
+  const float* w_scales;    // [E, scale_blocks(O), scale_blocks(I)]
+  const int64_t* offsets;   // [E+1]
+  const void* bias;         // [E, O] or null
+  const float* weights;     // [R] or null
+  const int32_t* token_of;  // [R] or null; outside [0, tokens): an unused row
+  int64_t tokens;
+  void* out;  // [R, O], rows past offsets[E] are set to zero
+  int64_t num_rows, in, out_width, experts;
 };
 
 // Rows of one microbatch among several whose products go to one gradient; as GroupedWgradArgs has
@@ -51,6 +69,8 @@ struct GroupedWgradArgs {
 
 namespace cuda {
 void grouped_gemm(const GroupedGemmArgs& args, Stream stream);
+// On sm_90 alone; throws elsewhere, and where an address or width is no multiple of 16 bytes.
+void grouped_gemm_fp8(const GroupedGemmFp8Args& args, Stream stream);
 // Whether grouped_wgrad takes these arguments, in which a side is seen through token_of; else the
 // binding permutes its rows. Rows whose token lies outside [0, tokens) count as zero in any case.
 bool grouped_wgrad_gathers(const GroupedWgradArgs& args);
@@ -63,3 +83,5 @@ void grouped_wgrad(const GroupedWgradArgs& args, Stream stream);
 // any number of them.
 MOEKERNELS_CPU_KERNEL(grouped_gemm, const GroupedGemmArgs& args, int64_t worker, int64_t workers)
 MOEKERNELS_CPU_KERNEL(grouped_wgrad, const GroupedWgradArgs& args, int64_t worker, int64_t workers)
+MOEKERNELS_CPU_KERNEL(grouped_gemm_fp8, const GroupedGemmFp8Args& args, int64_t worker,
+                      int64_t workers)

@@ -14,6 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekernels.reference.exchange import exchange as exchange
+from moekernels.reference.exchange import pack as pack
+from moekernels.reference.exchange import regroup as regroup
+from moekernels.reference.exchange import ungroup as ungroup
+from moekernels.reference.fp8 import BLOCK as BLOCK
+from moekernels.reference.fp8 import Quantized as Quantized
+from moekernels.reference.fp8 import dequantize as dequantize
+from moekernels.reference.fp8 import experts_product, scaled_product
+from moekernels.reference.fp8 import quantize as quantize
+
 
 class GateOutput(NamedTuple):
     weights: Tensor  # [T, K] routing weights, fp32 (fp64 for fp64 logits)
@@ -228,13 +238,28 @@ def permute_weights(weights: Tensor, routing: Routing) -> Tensor:
     return flat.reshape(-1)
 
 
-def grouped_gemm(rows: Tensor, w: Tensor, offsets: Tensor, *, transposed: bool = False) -> Tensor:
-    """rows [R, I] x w [E, O, I] (transposed: [E, I, O]) -> [R, O]; zeros past offsets[E]."""
-    out = [
-        rows[begin:end] @ (w[e] if transposed else w[e].T)
-        for e, (begin, end) in enumerate(zip(offsets.tolist()[:-1], offsets.tolist()[1:]))
-    ]
+def grouped_gemm(
+    rows: Tensor,
+    w: Tensor,
+    offsets: Tensor,
+    *,
+    transposed: bool = False,
+    row_scales: Tensor | None = None,
+    w_scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """rows [R, I] x w [E, O, I] (transposed: [E, I, O]) -> [R, O]; zeros past offsets[E]. With
+    scales rows and w [E, O, I] are e4m3, and the result is of `dtype` (bf16)."""
+    bounds = list(zip(offsets.tolist()[:-1], offsets.tolist()[1:]))
     width = w.shape[2] if transposed else w.shape[1]
+    if row_scales is not None and w_scales is not None:
+        parts = [
+            scaled_product(rows[i:j], row_scales[i:j], w[e], w_scales[e])
+            for e, (i, j) in enumerate(bounds)
+        ]
+        parts.append(row_scales.new_zeros(rows.shape[0] - int(offsets[-1]), width))
+        return torch.cat(parts).to(dtype or torch.bfloat16)
+    out = [rows[i:j] @ (w[e] if transposed else w[e].T) for e, (i, j) in enumerate(bounds)]
     out.append(rows.new_zeros(rows.shape[0] - int(offsets[-1]), width))
     return torch.cat(out)
 
@@ -322,12 +347,14 @@ def experts(
     interleaved: bool = False,
     transposed: bool = False,
     recompute: bool = False,
+    fp8: bool = False,
 ) -> Tensor:
     """The whole expert FFN: x [R, H] (or [T, H] seen through token_of [R]) -> weighted rows [R, H].
 
     w1 [E, 2F, H] (ungated [E, F, H]), w2 [E, H, F]; `transposed`: [E, H, 2F] and [E, F, H]; b1
-    [E, 2F], b2 [E, H].
+    [E, 2F], b2 [E, H]. fp8: products and gradients of their rows in FP8 (`reference.fp8`).
     """
+    product = experts_product if fp8 else grouped_gemm
     rows = x if token_of is None else permute(x, token_of, row_of)
     of_row = torch.repeat_interleave(
         torch.arange(w1.shape[0], device=x.device), offsets.diff(), output_size=int(offsets[-1])
@@ -338,83 +365,12 @@ def experts(
             return y
         return torch.cat([y[: len(of_row)] + b[of_row], y[len(of_row) :]])
 
-    h = with_bias(grouped_gemm(rows, w1, offsets, transposed=transposed), b1)
+    h = with_bias(product(rows, w1, offsets, transposed=transposed), b1)
     a = activate(h, activation, alpha=alpha, limit=limit, interleaved=interleaved)
-    y = with_bias(grouped_gemm(a, w2, offsets, transposed=transposed), b2)
+    y = with_bias(product(a, w2, offsets, transposed=transposed), b2)
     if weights is not None:
         weighted = (_wide(y) * _wide(weights)[:, None]).to(y.dtype)
         y = torch.cat([weighted[: len(of_row)], y[len(of_row) :]])  # zeros, whatever is beside them
     if token_of is not None:
         y = torch.where((token_of >= 0)[:, None], y, 0)
     return y
-
-
-def _weight_elements(dtype: torch.dtype) -> int:
-    """How many elements of `dtype` hold one routing weight (fp32, or fp64 beside fp64 rows)."""
-    return {torch.float64: 1, torch.float32: 1}.get(dtype, 2)
-
-
-def pack(x: Tensor, weights: Tensor | None, slot_of: Tensor, top_k: int) -> Tensor:
-    """x [T, H], weights [T, K] -> message [R, H + w]: rows in routing order, the bits of each
-    row's weight behind it."""
-    used = (slot_of >= 0)[:, None]
-    slot = slot_of.clamp_min(0).long()
-    rows = (
-        torch.where(used, x[slot // max(top_k, 1)], 0)
-        if len(x)
-        else x.new_zeros(len(slot), x.shape[1])
-    )
-    if weights is None:
-        return rows
-    flat = weights.to(torch.promote_types(torch.float32, x.dtype)).reshape(-1, 1)
-    picked = torch.where(used, flat[slot], 0) if len(flat) else flat.new_zeros(len(slot), 1)
-    return torch.cat([rows, picked.contiguous().view(x.dtype)], dim=1)
-
-
-def exchange(
-    messages: list[Tensor], counts: list[Tensor], width: int
-) -> list[tuple[Tensor, Tensor | None, Tensor]]:
-    """What every rank takes in, as `regroup` says it: messages[p] [R, H + w] of rank p in routing
-    order, counts[p] [P, e] of its rows for each expert of each rank (those behind are unused)."""
-    arrived = []
-    for rank in range(len(messages)):
-        parts = [m[: c.sum()].split(c.sum(1).tolist())[rank] for m, c in zip(messages, counts)]
-        arrived.append(regroup(torch.cat(parts), torch.stack([c[rank] for c in counts]), width))
-    return arrived
-
-
-def _local_order(counts: Tensor) -> Tensor:
-    """counts [P, e] -> [R'] the source-major row of each row in expert-major order."""
-    begins = counts.flatten().cumsum(0).sub(counts.flatten()).view_as(counts)
-    ends = begins + counts
-    order = [
-        torch.arange(int(begins[p, e]), int(ends[p, e]))
-        for e in range(counts.shape[1])
-        for p in range(counts.shape[0])
-    ]
-    return torch.cat(order) if order else torch.empty(0, dtype=torch.int64)
-
-
-def regroup(message: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """message [R', H + w] by source, then expert; counts [P, e] -> rows [R', H] by expert,
-    weights [R'], offsets [e+1]."""
-    order = _local_order(counts.cpu()).to(message.device)
-    rows = message[order]
-    offsets = F.pad(counts.sum(0).cumsum(0), (1, 0)).to(message.device)
-    if width == message.shape[1]:
-        return rows, None, offsets
-    wide = torch.promote_types(torch.float32, message.dtype)
-    weights = rows[:, width:].clone(memory_format=torch.contiguous_format).view(wide).reshape(-1)
-    return rows[:, :width].contiguous(), weights, offsets
-
-
-def ungroup(rows: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The inverse of `regroup`: rows [R', H] (and weights [R']) by expert -> message [R', H + w]
-    by source."""
-    order = _local_order(counts.cpu()).to(rows.device)
-    if weights is not None:
-        wide = weights.to(torch.promote_types(torch.float32, rows.dtype)).reshape(-1, 1)
-        rows = torch.cat([rows, wide.view(rows.dtype)], dim=1)
-    message = torch.empty_like(rows)
-    message[order] = rows
-    return message
