@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from tune_problems import GROUPED, LAYERS  # noqa: E402
 
 from moekernels import jsonio  # noqa: E402
-from moekernels.predict import published  # noqa: E402
+from moekernels.predict import fp8, published  # noqa: E402
 from moekernels.predict.card import CARDS, H100  # noqa: E402
 from moekernels.predict.events import epilogue_cycles, predict  # noqa: E402
 from moekernels.predict.kernel import Kernel  # noqa: E402
@@ -51,11 +51,17 @@ def variants(layer: Layer) -> None:
             kernel = kernel_of(op, **way)
             rates = [product(op, layer, card, kernel).tflops for card in CARDS.values()]
             print(f"  {op:8}{kernel.name:52}" + "".join(f"{rate:6.0f}" for rate in rates))
+    for op in fp8.products(layer, H100):
+        rates = "".join(f"{fp8.products(layer, card)[op]:6.0f}" for card in CARDS.values())
+        print(f"  {op:8}{fp8.KERNEL.name:52}{rates}")
     for name, recipe in {"permuted": DEFAULT, "gathered": GATHERING}.items():
         found = [layer_tflops(layer, recipe, card) for card in CARDS.values()]
         for way in found[0]:
             rates = "".join(f"{on[way]:6.0f}" for on in found)
             print(f"  the layer, rows {name}, {way:37}{rates}")
+    for way in ("forward", "backward"):
+        rates = "".join(f"{fp8.layer_tflops(layer, card)[way]:6.0f}" for card in CARDS.values())
+        print(f"  the layer, experts in FP8, {way:34}{rates}")
 
 
 # ---- what is stored

@@ -90,6 +90,35 @@ def rows_many_tiles(kit: Kit) -> dict:
     return {"rows": sum(counts)}
 
 
+@rung(7, "rows_many_tiles", look="sm90/fp8.cuh: scales of rows and columns, promotion, byte_map")
+def rows_fp8(kit: Kit) -> dict:
+    """e4m3 with scales that differ from block to block. Tensor cores keep few bits of a block's
+    sum, so 2^-13 of the largest terms is let pass; a wrong scale is off by a factor."""
+    counts, width, out = (130, 0, 1, 65), 400, 264
+    spread = [normal(F32, n, 1, seed=i) for i, n in enumerate((sum(counts), out))]
+    x = normal(F32, sum(counts), width) * 4 ** spread[0].round()
+    w = normal(F32, len(counts), out, width, seed=1) * 4 ** spread[1].round()
+    (values, row_scales), (wide, w_scales) = ops.quantize(x), ops.quantize(w, tiles=True)
+    inputs = {"rows": values, "row_scales": row_scales, "w": wide, "w_scales": w_scales}
+    inputs["offsets"] = offsets_of(*counts)
+    with kit.ops() as launched:
+        y = ops.grouped_gemm(**kit.place(inputs)).cpu().double()
+    expect_products(kit, launched, {"StoreRows"})
+    a = reference.dequantize(values, row_scales)
+    b = reference.dequantize(wide, w_scales, tiles=True)
+    exact_, most = (
+        reference.grouped_gemm(p, q, inputs["offsets"]) for p, q in ((a, b), (a.abs(), b.abs()))
+    )
+    wrong = (y - exact_).abs() - (2.0**-8 * exact_.abs() + 2.0**-11 * most)
+    where_ = int(wrong.argmax())
+    require(
+        not (wrong > 0).any(),
+        f"row {where_ // out}, column {where_ % out} is {y.flatten()[where_]}, not "
+        f"{exact_.flatten()[where_]}",
+    )
+    return {"rows": sum(counts)}
+
+
 # ---- 8: StoreGradient
 @rung(
     8,

@@ -17,7 +17,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from moekernels.predict.card import Card
-from moekernels.predict.kernel import DEPTH, Kernel, Problem
+from moekernels.predict.kernel import Kernel, Problem
 from moekernels.predict.walk import tiles_of
 
 MOST_LOADS, LEAST_WAVES = 10_000, 4  # that are played
@@ -53,10 +53,10 @@ def tiles(problem: Problem, kernel: Kernel) -> Iterator[Tile]:
     of_groups = problem.counts
     if problem.over_rows:
         of_groups = tuple(problem.m if rows else 0 for rows in problem.counts)
-    steps = -(-problem.k // DEPTH)
+    steps = -(-problem.k // kernel.depth)
     for group, row, column, rows in tiles_of(list(of_groups), tile_m, columns, kernel.band):
         if problem.over_rows:
-            steps = -(-problem.counts[group] // DEPTH)
+            steps = -(-problem.counts[group] // kernel.depth)
         yield Tile(steps, rows, ((group, row), (group, -1 - column)))
 
 
@@ -65,9 +65,9 @@ def total_work(problem: Problem, kernel: Kernel) -> tuple[int, int]:
     columns = -(-problem.n // (kernel.tile_n * (1 + (kernel.pair == "n"))))
     groups = [rows for rows in problem.counts if rows]
     if problem.over_rows:
-        depths = [-(-rows // DEPTH) for rows in groups]
+        depths = [-(-rows // kernel.depth) for rows in groups]
         return columns * problem.m * sum(depths), sum(depths) // max(1, len(depths))
-    steps = -(-problem.k // DEPTH)
+    steps = -(-problem.k // kernel.depth)
     return columns * sum(groups) * steps, steps
 
 

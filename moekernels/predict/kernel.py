@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-DEPTH = 64  # of K, a step
-LINE = 2 * DEPTH  # bytes of a row of a stage
+LINE = 128  # bytes of a row of a stage
 
 
 @dataclass(frozen=True)
@@ -19,6 +18,8 @@ class Kernel:
     pack: cycles that a hidden epilogue still stops the consumers for.
     gathered: A comes row by row, by cp.async, not by TMA.
     bulk_sums: L2 adds to what is there, so that what an epilogue reads passes no SM.
+    fp8: operands are bytes, multiplied at twice the rate; one consumer promotes its sums while the
+    other multiplies.
     """
 
     tile_m: int = 128
@@ -32,6 +33,12 @@ class Kernel:
     bulk_sums: bool = False
     band: int = 0
     grid: int = 0
+    fp8: bool = False
+
+    @property
+    def depth(self) -> int:
+        """Of K, a step."""
+        return LINE if self.fp8 else LINE // 2
 
     @property
     def loads(self) -> tuple[int, int]:
@@ -41,13 +48,13 @@ class Kernel:
     @property
     def tensor(self) -> float:
         """Cycles of the tensor cores for a step."""
-        return self.tile_m * self.tile_n * DEPTH * 2 / 4096
+        return self.tile_m * self.tile_n * LINE / 4096
 
     @property
     def name(self) -> str:
         parts = [f"{self.tile_m}x{self.tile_n}", f"{self.stages} stages", self.epilogue]
         parts += [f"pairs along {self.pair.upper()}"] * bool(self.pair)
-        parts += ["gathered"] * self.gathered + ["bulk sums"] * self.bulk_sums
+        parts += ["gathered"] * self.gathered + ["bulk sums"] * self.bulk_sums + ["FP8"] * self.fp8
         return ", ".join(parts)
 
     def passes(self, problem: Problem) -> float:

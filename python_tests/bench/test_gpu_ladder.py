@@ -123,6 +123,7 @@ GATHERED = (
     "gathered_sm90",
 )
 UP_GATHERED = ("sm90/up.cuh", "StoreUp<__nv_bfloat16>", "false, false, false", "gathered_sm90")
+FP8 = ("sm90/fp8.cuh", "__nv_bfloat16", "", "grouped_gemm_fp8_sm90", "fp8_")
 SET = (
     "sm90/rows.cuh",
     "StoreGradient<__nv_bfloat16, 256, false>",
@@ -161,6 +162,8 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
     planted.plant(folder, file, (right, wrong))
     source = folder / "planted.cu"
     kernel = f"product<{kind}, {flags}>" if flags else f"product_into_sums<{kind}>"
+    if stem == "grouped_gemm_fp8_sm90":
+        kernel = f"product<{kind}>"
     if stem == "gathered_sm90":
         kernel = f"product_gathered<{kind}, {flags}>"
     source.write_text(INSTANCE.format(header=header, kernel="".join([*style, kernel])))
@@ -223,6 +226,14 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
             "  uint64_t rows_in = kOverRows",
             "  ring = {args.stages};\n  uint64_t rows_in = kOverRows",
             "many tiles a block is wrong|wait",
+        ),
+        (
+            "rows_fp8",
+            FP8,
+            "sm90/fp8.cuh",
+            "const float scale[2] = {first * w, second * w};",
+            "const float scale[2] = {second * w, first * w};",
+            r"row \d+, column \d+ is .*, not",
         ),
         (
             "wgrad",

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from moekernels.predict import published
+from moekernels.predict import fp8, published
 from moekernels.predict.card import H100, H200
 from moekernels.predict.events import predict
 from moekernels.predict.kernel import Kernel, Problem
@@ -92,6 +92,15 @@ def test_rows_are_gathered_where_it_pays():
         permuted, gathered = (layer_tflops(layer, r, H100)["forward"] for r in (DEFAULT, GATHERING))
         assert gathered > gains * permuted if gains > 1 else gathered < permuted
     assert rate("up", gathered=True) < rate("up")
+
+
+def test_fp8_is_faster_where_products_outweigh_passes():
+    """Tiles of 128 x 128 want 64 bytes a cycle, which L2 does not give; few rows an expert do not
+    pay for weights that are quantized in every call."""
+    rates = fp8.products(OURS, H100)
+    assert 1.25 * rate("down") < rates["down"] < 1.7 * rate("down")
+    few = Layer(2048, 2048, 4096, 64, 4)
+    assert fp8.layer_tflops(few, H100)["forward"] < layer_tflops(few, DEFAULT, H100)["forward"]
 
 
 def test_any_size_takes_no_time_to_predict():
