@@ -176,7 +176,7 @@ def where(side: Side, steps: int) -> None:
     symbols: Counter[str] = Counter()
     for line in report.splitlines():
         share, dso, *symbol = line.strip().split("\t")
-        part = float(share.rstrip("%"))
+        part = float(share.strip().rstrip("%"))
         name = next((k for k, v in PLACES.items() if any(x in dso for x in v)), "other")
         parts[name] += part
         symbols[f"{dso}: {' '.join(symbol)[:90]}"] += part
