@@ -8,22 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekernels.ops import _deferred, _derivatives, _main_grad
+from moekernels.ops import _deferred, _dense, _derivatives, _main_grad
 
 
 class _Linear(torch.autograd.Function):
-    """`F.linear` that hands the gradient of a parameter to its `main_grad`, now or later.
-
-    The operations are those of torch's own derivative and of its sums into parameters, so that the
-    bits are theirs.
-    """
+    """`F.linear` that hands the gradient of a parameter to its `main_grad`, now or later."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor) -> Tensor:
         wide = weight.to(x.dtype)
         ctx.save_for_backward(x, weight, None if wide is weight else wide)
         ctx.main_grad = main_grad
-        return F.linear(x, wide, None if bias is None else bias.to(x.dtype))
+        y = _dense.product(x, wide)
+        return y if bias is None else y.add_(bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -33,18 +30,14 @@ class _Linear(torch.autograd.Function):
         if wide is None or differentiable:
             wide = weight.to(x.dtype)
         _, main_grad = _main_grad.reached(ctx, (None, ctx.main_grad), (x, weight))
-        dx = dy.mm(wide) if need_x else None
+        dx = None if not need_x else dy.mm(wide) if differentiable else _dense.dgrad(dy, wide)
         dbias = dy.sum(0).to(weight.dtype) if need_bias else None
         dweight = None
         if need_weight and main_grad is not None and not differentiable:
-            _deferred.later(partial(_add, main_grad, x, dy, weight.dtype))
+            _deferred.later(partial(_dense.add_wgrad, main_grad, x, dy, weight.dtype))
         elif need_weight:
             dweight = _main_grad.add(main_grad, dy.t().mm(x).to(weight.dtype))
         return dx, dweight, dbias, None
-
-
-def _add(main_grad: Tensor, x: Tensor, dy: Tensor, dtype: torch.dtype) -> None:
-    main_grad.add_(dy.t().mm(x).to(dtype))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
