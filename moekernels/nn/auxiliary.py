@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moekernels import ops
 from moekernels.model.decoder import DecoderSpec
 from moekernels.nn.batch import Batch
 from moekernels.ops import _derivatives
@@ -94,20 +93,25 @@ class Auxiliary(nn.Module):
         """score_sum, counts [L*S, E] and z_sum [L*S] of own tokens, S segments per layer -> the
         chunk's auxiliary losses, a scalar for `inject` or `join`; None where they have no part in
         the loss."""
-        layers = len(self.loads)
-        self.loads += counts.unflatten(0, (layers, -1)).sum(1)
+        layers, experts = self.loads.shape
+        self.loads += counts if len(counts) == layers else counts.unflatten(0, (layers, -1)).sum(1)
         if not self.weighs:
             return None
-        experts = counts.shape[1]
         # Counts are exact in fp32 up to 2^24 choices of an expert in a microbatch.
-        message = torch.cat([score_sum, counts.to(score_sum.dtype), z_sum[:, None]], dim=1)
-        score_sum, counts, z_sum = reduce_from(message, self.tp).split([experts, experts, 1], dim=1)
-        # Segments weigh by their tokens, and layers have equally many: the mean over layers.
-        balance = ops.load_balancing_loss(score_sum, counts.detach(), self.top_k) * layers
-        z = z_sum.sum() / max(batch.num_tokens, 1)
+        message = torch.cat([score_sum, z_sum[:, None], counts.to(score_sum.dtype)], dim=1)
+        message = reduce_from(message, self.tp)
         weight = batch.num_tokens * batch.loss_scale
-        self.losses += torch.stack([balance.detach(), z.detach()]).double() * weight
-        return (self.balance_coef * balance + self.z_coef * z) * weight
+        with torch.no_grad():
+            # Segments weigh by their tokens, and layers have equally many: the mean over layers.
+            balance = slopes(message[:, experts + 1 :], self.top_k)
+            weighs = message.new_full(
+                (len(message), experts + 1), weight / max(batch.num_tokens, 1)
+            )
+            torch.mul(balance, layers * weight, out=weighs[:, :experts])
+        sums = (message[:, : experts + 1] * weighs).sum(0)
+        balance, z = sums[:experts].sum(), sums[experts]
+        self.losses += torch.stack([balance.detach(), z.detach()])
+        return self.balance_coef * balance + self.z_coef * z
 
     def take(self) -> tuple[Tensor, Tensor]:
         """(loads [L, E], losses [2]) since the last call."""
@@ -115,6 +119,14 @@ class Auxiliary(nn.Module):
         self.loads.zero_()
         self.losses.zero_()
         return taken
+
+
+def slopes(counts: Tensor, top_k: int) -> Tensor:
+    """counts [S, E], as floats -> [S, E], what the load-balancing loss rises by with each of the
+    scores' sums, which it is linear in (`ops.load_balancing_loss`)."""
+    tokens = counts.sum(-1, keepdim=True) / top_k
+    scale = counts.shape[-1] / top_k / tokens.sum().clamp_min(1)
+    return counts * (scale / tokens.clamp_min(1))
 
 
 def own_segments(cu_seqlens: list[int], tp: Group, device: torch.device) -> Tensor:

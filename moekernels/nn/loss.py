@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moekernels.model.vocabulary import chunk_tokens
-from moekernels.ops import _derivatives
+from moekernels.ops import _dense, _derivatives
+from moekernels.ops import cross_entropy as op
 from moekernels.parallel.mesh import Group
 from moekernels.parallel.tensor import all_gather, reduce_scatter
 
@@ -34,62 +35,28 @@ def check_labels(labels: Tensor, vocabulary: int) -> None:
         )
 
 
-def _exponentials_(logits: Tensor, labels: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [C, V/P], labels [C] relative to this shard -> (loss, the probability of all but the
-    label, what makes a probability of this shard's exponentials), all [C]; logits become
-    exp(logits - largest), zero at the label.
-
-    The others are summed without the label: of a confident token 1 - p would leave nothing.
-    """
-    here = (labels >= 0) & (labels < logits.shape[1])
-    at = torch.where(here, labels, 0)[:, None]
-    target = logits.gather(1, at)[:, 0] * here
-    mine = logits.amax(1)
-    logits.sub_(mine[:, None]).exp_()
-    logits.scatter_(1, at, torch.where(here[:, None], 0, logits.gather(1, at)))
-    others, largest = logits.sum(1), mine
-    if group.size > 1:
-        shards = all_gather(torch.stack([mine, others, target])[None], group)  # [P, 3, C]
-        largest = shards[:, 0].amax(0)
-        others = (shards[:, 1] * torch.exp(shards[:, 0] - largest)).sum(0)
-        target = shards[:, 2].sum(0)
-    label = torch.exp(target - largest)
-    total = others + label
-    odds = others / label
-    loss = torch.where(odds < 1, torch.log1p(odds), torch.log(total) + (largest - target))
-    return loss, others / total, torch.exp(mine - largest) / total
-
-
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, first, group, split, needs_grad):
         x = all_gather(hidden, group) if split else hidden
         wide = torch.promote_types(x.dtype, torch.float32)
-        labels = torch.where(labels == NO_LABEL, -1, labels)
+        labels = labels.contiguous()
         total = torch.zeros((), dtype=wide, device=x.device)
-        dx = torch.empty_like(x) if needs_grad else None
-        dweight = None
         chunk = chunk_tokens(weight.shape[0])
+        dx = dweight = None
+        if needs_grad:
+            dx = torch.empty_like(x)
+            dweight = torch.zeros(weight.shape, dtype=wide, device=x.device)
         for begin in range(0, x.shape[0], chunk):
             part, label = x[begin : begin + chunk], labels[begin : begin + chunk]
-            counted, label = label >= 0, label - first
-            logits = (part @ weight.T).to(wide)
-            loss, missed, factor = _exponentials_(logits, label, group)
-            total += torch.where(counted, loss, 0).sum()
-            if dx is None:
-                continue
-            # softmax minus one at the label, zero where the token has no loss
-            p = logits.mul_((factor * counted)[:, None])
-            here = (label >= 0) & (label < p.shape[1])
-            p.scatter_add_(1, torch.where(here, label, 0)[:, None], (-missed * here)[:, None])
-            p = p.to(x.dtype)
-            torch.mm(p, weight, out=dx[begin : begin + chunk])
-            if dweight is None:
-                dweight = (p.T @ part).to(wide)
-            elif p.dtype == wide:
-                dweight.addmm_(p.T, part)
-            else:
-                dweight += p.T @ part
+            logits = _dense.product(part, weight).to(wide)
+            sums = op.sums_(logits, label, first)
+            shards = all_gather(sums[None], group)  # [P, 3, C]
+            total += op.losses_(logits, label, first, shards, group.rank).sum()
+            if dx is not None and dweight is not None:
+                p = logits.to(x.dtype)
+                _dense.dgrad(p, weight, out=dx[begin : begin + chunk])
+                _dense.add_wgrad(dweight, part, p, x.dtype)
         if dx is not None:
             # Every rank has its columns' part of dx: the sum belongs to hidden's backward.
             dx = reduce_scatter(dx, group) if split else dx

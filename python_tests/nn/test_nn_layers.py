@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moekernels import ops
 from moekernels.errors import UsageError
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.experts import one_expert
@@ -14,16 +15,18 @@ from moekernels.model.rotary import RotarySpec, frequencies
 from moekernels.model.router import SCORES
 from moekernels.nn import loss as loss_module
 from moekernels.nn.attention import causal_attention
+from moekernels.nn.auxiliary import slopes
 from moekernels.nn.home import Home
 from moekernels.nn.loss import cross_entropy
 from moekernels.nn.norm import RMSNorm
 from moekernels.nn.rotary import Packing, rotate
 from moekernels.nn.transformer import StageModel
+from moekernels.ops import _dense
 from moekernels.parallel.mesh import Group, Mesh
 from python_tests.support.layouts import TINY, micro_batches, variant
 
 ALONE = Group(None, 0, 1, (0,))
-MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm_.default)
+MATRIX_PRODUCTS = (_dense._product, torch.ops.aten.addmm_.default)
 DOUBLE = Home(torch.float64)
 
 
@@ -139,6 +142,13 @@ def test_cross_entropy_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -
     with Watch(), torch.no_grad():
         cross_entropy(hidden, head, torch.randint(0, 64, (256,)), 0, ALONE, split=True)
     assert products == 4 * chunks  # evaluation makes no gradients
+
+
+def test_slopes_are_those_of_the_load_balancing_loss() -> None:
+    counts, scores = torch.randint(0, 9, (3, 4)).double(), torch.randn(3, 4, dtype=torch.float64)
+    counts[1] = 0  # a segment without tokens
+    loss = ops.load_balancing_loss(scores.requires_grad_(), counts, 2)
+    torch.testing.assert_close(slopes(counts, 2), torch.autograd.grad(loss, scores)[0])
 
 
 @pytest.mark.parametrize("score", SCORES)
