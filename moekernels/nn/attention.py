@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekernels.model.decoder import DecoderSpec
+from moekernels.nn import half
 from moekernels.nn.home import Home
 from moekernels.nn.linear import linear
 from moekernels.nn.masked import masked_attention
@@ -127,16 +128,31 @@ class Attention(nn.Module):
         y = scatter_tokens(y, self.tp) if self.sequence_parallel else reduce_from(y, self.tp)
         return y if self.out_bias is None else y + self.out_bias
 
+    def behind(self, norm: RMSNorm, x: Tensor, packing: Packing) -> Tensor:
+        """`self(norm(x), packing)`, in one autograd function where nothing else stands between."""
+        if self.qkv_bias is None and self._fits(x, packing):
+            weights, eps = self._norms()
+            given = half.Weights(norm.weight, self.qkv, self.out, *weights)
+            if half.fits(x, given):
+                how = How(self.heads, self.kv_heads, self.scale, eps)
+                way = (packing, how, norm.eps, self.tp, self.sequence_parallel, self.head_dim)
+                y = half.half(x, given, half.Way(*way))
+                return y if self.out_bias is None else y + self.out_bias
+        return self(norm(x), packing)
+
     def _fits(self, heads: Tensor, packing: Packing) -> bool:
         """Whether all that stands between the projection and plain attention has one kernel."""
         between = packing.pairs or packing.cache is not None or type(self.q_norm) is WideRMSNorm
         return not (between or self.window or self.sinks is not None or not heads.is_cpu)
 
-    def _at_once(self, heads: Tensor, packing: Packing) -> Tensor:
-        weights: tuple[Tensor | None, Tensor | None] = None, None
-        eps = 0.0
+    def _norms(self) -> tuple[tuple[Tensor | None, Tensor | None], float]:
+        """The weights of queries' and keys' norms, and what they add to the mean of squares."""
         if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
-            weights, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
+            return (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
+        return (None, None), 0.0
+
+    def _at_once(self, heads: Tensor, packing: Packing) -> Tensor:
+        weights, eps = self._norms()
         how = How(self.heads, self.kv_heads, self.scale, eps)
         return attention(heads, *weights, *packing.angles, packing.bounds, how)
 

@@ -13,6 +13,7 @@ from moekernels.nn.dispatcher import Dispatcher, PartedDispatcher, StraightDispa
 from moekernels.nn.experts import Experts
 from moekernels.nn.ffn import SharedExpert
 from moekernels.nn.home import Home
+from moekernels.nn.norm import RMSNorm
 from moekernels.nn.router import RouteHook, Router
 from moekernels.nn.watch import Watch
 from moekernels.parallel import turns
@@ -98,18 +99,20 @@ class MoE(nn.Module):
 
     def forward(
         self,
+        norm: RMSNorm,
         x: Tensor,
+        added: Tensor,
         valid: Tensor | None,
         hook: RouteHook | None = None,
         segments: Tensor | None = None,
         kept: Kept | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [T/tp, H] ([T, H] where replicated), valid [T/tp] -> the same shape, and of own tokens
-        the scores' sum [1, E], the counts [1, E] and the z-loss' sum [1]; S of each with segments
-        [S+1]."""
-        logits = self.router.logits(x)
+        """x and added [T/tp, H] ([T, H] where replicated), valid [T/tp] -> their sum with what the
+        experts make of its norm, and of own tokens the scores' sum [1, E], the counts [1, E] and
+        the z-loss' sum [1]; S of each with segments [S+1]."""
+        x, total, gate = self.router.behind(norm, x, added, valid, hook, segments)
+        weights, ids, *sums = gate
         own = split_tokens(x, self.tp) if self.replicated else x
-        weights, ids, *sums = self.router.gate(logits, valid, hook, segments)
         again = kept is not None and kept.replaying
         if self.watch is not None and not again:
             self.watch.see(ids)
@@ -127,4 +130,4 @@ class MoE(nn.Module):
             y = join_tokens(y, self.tp)
         for kind in self.beside:
             y = y + getattr(self, kind)(x)
-        return (y, *sums)
+        return (total + y, *sums)

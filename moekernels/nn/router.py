@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,11 @@ from moekernels import ops, reference
 from moekernels.errors import UsageError
 from moekernels.model.decoder import DecoderSpec
 from moekernels.model.tensors import SELECTION_BIAS
+from moekernels.nn import choice
 from moekernels.nn.home import Home
 from moekernels.nn.linear import linear
+from moekernels.nn.norm import RMSNorm
+from moekernels.ops.gate import gate
 from moekernels.parallel.mesh import Mesh
 from moekernels.parallel.shard import shard
 from moekernels.parallel.tensor import copy_to, swap_columns
@@ -73,6 +77,41 @@ class Router(nn.Module):
             return linear(x.to(wide), self.weight, self.bias)
         return swap_columns(linear(copy_to(x, self.tp).to(wide), self.weight, self.bias), self.tp)
 
+    def _gating(self) -> dict[str, Any]:
+        """How `ops.gate` chooses and weighs, in its order."""
+        config = self.config
+        return {
+            "top_k": self.top_k,
+            "score": config.score,
+            "bias": self.selection_bias,
+            "num_groups": config.num_groups,
+            "groups_kept": config.groups_kept,
+            "group_score": config.group_score,
+            "renormalize": config.renormalize,
+            "scale": config.scale,
+        }
+
+    def behind(
+        self,
+        norm: RMSNorm,
+        x: Tensor,
+        added: Tensor,
+        valid: Tensor | None,
+        hook: RouteHook | None = None,
+        segments: Tensor | None = None,
+    ) -> choice.Chosen:
+        """x and added [T/tp, H]: the norm of their sum, that sum, and `gate` of the norm's logits,
+        in one autograd function where nothing else stands between."""
+        plain = self.by_columns or self.bias is not None or hook is not None
+        if not plain and choice.fits(x, norm.weight, self.weight):
+            gating = self._gating()
+            if self.selection_bias is not None:
+                gating["bias"] = self.selection_bias.to(x.dtype)
+            way = choice.Way(norm.eps, tuple(gating.values()), segments, valid)
+            return choice.choose(x, added, norm.weight, self.weight, way)
+        normed, total = norm.behind(x, added)
+        return choice.Chosen(normed, total, self.gate(self.logits(normed), valid, hook, segments))
+
     def gate(
         self,
         logits: Tensor,
@@ -82,20 +121,7 @@ class Router(nn.Module):
     ) -> ops.GateOutput:
         """logits [T, E] -> weights and ids [T, K] and the sums of the losses, over each of the
         segments [S+1] where they are given; tokens that are not valid go nowhere."""
-        config = self.config
-        out = ops.gate(
-            logits,
-            self.top_k,
-            score=config.score,
-            bias=self.selection_bias,
-            num_groups=config.num_groups,
-            groups_kept=config.groups_kept,
-            group_score=config.group_score,
-            renormalize=config.renormalize,
-            scale=config.scale,
-            segments=segments,
-            valid=valid,
-        )
+        out = gate(logits, **self._gating(), segments=segments, valid=valid)
         if hook is None:
             return out
         ids = hook(self.layer, logits.detach(), out.ids)

@@ -79,13 +79,14 @@ class Block(nn.Module):
         kept: Kept | None = None,
     ) -> tuple[Tensor, ...]:
         """x [T/tp, H] -> the same shape, and, if it has experts, the sums of `MoE`."""
-        y = self.attention(self.attention_norm(x), packing)
+        if isinstance(self.attention, Attention):
+            y = self.attention.behind(self.attention_norm, x, packing)
+        else:
+            y = self.attention(self.attention_norm(x), packing)
         if not self.has_experts:
             normed, x = self.ffn_norm.behind(x, y)
             return (x + self.ffn(normed),)
-        normed, x = self.moe_norm.behind(x, y)
-        y, *sums = self.moe(normed, valid, hook, segments, kept)
-        return (x + y, *sums)
+        return self.moe(self.moe_norm, x, y, valid, hook, segments, kept)
 
 
 class StageModel(nn.Module):
