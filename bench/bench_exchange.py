@@ -99,9 +99,9 @@ def side(args: argparse.Namespace) -> int:
 def run(checkout: Path, mode: str, arguments: list[str]) -> dict[str, float]:
     command = [str(checkout / ".venv/bin/python"), __file__, *arguments, "--mode", mode, "--side"]
     environment = dict(os.environ, PYTHONPATH=str(checkout))
-    said = subprocess.run(
-        command, cwd=checkout, env=environment, check=True, capture_output=True, text=True
-    )
+    said = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    if said.returncode:
+        raise SystemExit(f"{checkout} failed:\n{said.stderr}")
     return json.loads(said.stdout.splitlines()[-1])
 
 

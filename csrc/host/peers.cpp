@@ -241,7 +241,6 @@ void bind_peers(pybind11::module_& m) {
       .def_property_readonly("fd", &Peers::fd)
       .def_property_readonly("held", &Peers::held)
       .def_readwrite("spins", &Peers::spins)
-      .def_readwrite("yields", &Peers::yields)
       .def_readwrite("patience", &Peers::patience)
       .def_readwrite("latency", &Peers::latency)
       .def_readwrite("rate", &Peers::rate)

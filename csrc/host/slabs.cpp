@@ -9,7 +9,6 @@
 #if defined(__linux__)
 #include <fcntl.h>
 #include <linux/futex.h>
-#include <sched.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -211,10 +210,6 @@ template <class Done>
 void Slabs::wait_until(std::atomic<uint32_t>& word, std::atomic<uint32_t>& sleepers, int peer,
                        const Done& done) {
   for (int i = 0; i < spins; ++i) {
-    if (done()) return;
-  }
-  for (int i = 0; i < yields; ++i) {
-    sched_yield();
     if (done()) return;
   }
   const int64_t began = now(), look = 1'000'000'000;

@@ -65,7 +65,6 @@ class Slabs {
   void taken(int lane, int peer, uint32_t number);
 
   int spins = 50;           // before a wait sleeps: more where every rank has a core of its own
-  int yields = 0;           // behind those, to whoever else would have the core
   double patience = 600.0;  // seconds
 
  private:

@@ -109,11 +109,6 @@ class Shared:
         return _SharedBack(self, rows, weights, plan, part or plan.whole)
 
 
-def _beside(weights: Tensor, rows: Tensor) -> Tensor:
-    dtype = wide(rows.dtype)
-    return (weights if weights.dtype is dtype else weights.to(dtype)).contiguous()
-
-
 # Of a small exchange Python takes most of the time: few calls, and each tensor made once.
 
 
@@ -128,12 +123,15 @@ class _SharedOut:
         x, size = x.contiguous(), x.itemsize
         address = weight = 0
         if weights is not None:
-            weights = _beside(weights, x)
+            if weights.dtype is not x.dtype or size < 4:
+                weights = weights.to(wide(x.dtype))
+            weights = weights.contiguous()
             address, weight = weights.data_ptr(), weights.itemsize
         self.exchange, self.plan, self.part, self.x, self.weights = exchange, plan, part, x, weights
+        first, end = part
         try:
             self.number = exchange.host.post_out(
-                plan.route, x.data_ptr(), address, x.shape[1] * size, weight, *part
+                plan.route, x.data_ptr(), address, x.shape[1] * size, weight, first, end
             )
         except _host.Lost as lost:
             raise exchange.memory.lost(lost, f"room for rows of {plan.describe(part)}") from None
@@ -165,16 +163,19 @@ class _SharedBack:
     def __init__(
         self, exchange: Shared, rows: Tensor, weights: Tensor | None, plan: ExchangePlan, part: Part
     ) -> None:
-        rows = rows.contiguous()
+        rows, size = rows.contiguous(), rows.itemsize
         address = weight = 0
         if weights is not None:
-            weights = _beside(weights, rows)
+            if weights.dtype is not rows.dtype or size < 4:
+                weights = weights.to(wide(rows.dtype))
+            weights = weights.contiguous()
             address, weight = weights.data_ptr(), weights.itemsize
         self.exchange, self.plan, self.rows, self.weights = exchange, plan, rows, weights
         count, width = rows.shape
+        first, end = part
         try:
             self.number = exchange.host.post_back(
-                plan.route, rows.data_ptr(), address, width * rows.itemsize, weight, count, *part
+                plan.route, rows.data_ptr(), address, width * size, weight, count, first, end
             )
         except _host.Lost as lost:
             raise exchange.memory.lost(lost, f"room for rows of {plan.describe(part)}") from None

@@ -20,6 +20,7 @@ from torch import Tensor
 from .build import build
 from .check import SENDS_IN_FLIGHT
 from .interleave import Piece, interleave
+from .mailbox import Ends, PipelineMemory, Receive
 from .schedule import Action, Kind, Message, Pair, Schedule, batches
 from .stage import Chunk, Joined, PutOff, Stage
 from .trace import Clock, Event
@@ -45,28 +46,6 @@ class PipelineGroup(Protocol):
 
     @property
     def memory(self) -> PipelineMemory | None: ...
-
-
-class PipelineMemory(Protocol):
-    """Messages that a lane delivers in the order in which they were sent."""
-
-    def send(self, x: Tensor, peer: int, lane: int, tag: int) -> None: ...
-
-    def expect(self, peer: int, lane: int) -> int: ...
-
-    def receive(self, out: Tensor, peer: int, lane: int, number: int, tag: int) -> None: ...
-
-
-class _Receive:
-    """A message that shared memory will hold; `wait` copies it out."""
-
-    def __init__(self, memory: PipelineMemory, out: Tensor, peer: int, lane: int, tag: int):
-        self._memory, self._number = memory, memory.expect(peer, lane)
-        self._message = out, peer, lane, tag
-
-    def wait(self) -> None:
-        out, peer, lane, tag = self._message
-        self._memory.receive(out, peer, lane, self._number, tag)
 
 
 class TakeTurns(Protocol):
@@ -131,6 +110,7 @@ class PipelineRuntime:
         self._stage = Stage(chunks, put_off, joined, at_once)
         self._turns = turns
         self._channels = self._open_channels()
+        self._ends = Ends(group.rank)
 
     def step(
         self,
@@ -246,7 +226,7 @@ class _Step:
         self.losses: dict[int, Tensor] = {}
         # What waits for its send, or for the next chunk of this rank.
         self._made: dict[Message, Tensor] = {}
-        self._awaited: dict[Message, tuple[Tensor, dist.Work | _Receive]] = {}
+        self._awaited: dict[Message, tuple[Tensor, dist.Work | Receive]] = {}
         self._sent: dict[bool, deque[tuple[Action, Tensor, dist.Work]]] = {
             True: deque(),
             False: deque(),
@@ -311,8 +291,11 @@ class _Step:
         try:
             yield
         except Exception as error:
-            error.add_note(f"in {self._where(action)}")
+            self._note(error, action)
             raise
+
+    def _note(self, error: Exception, action: Action) -> None:
+        error.add_note(f"in {self._where(action)}")
 
     def communicate(self, batch: list[Action]) -> None:
         if self.runtime.group.memory is not None:
@@ -352,15 +335,16 @@ class _Step:
         """A send is over once its tensor is copied; a lane each way, as neither waits for the
         other."""
         for action in batch:
-            message = self.schedule.message(self.rank, action)
-            tag, lane = self.schedule.tag(message), 0 if message.forward else 1
-            peer = self.schedule.peer(self.rank, action)
-            if action.kind.sends:
-                with self._noted(action):
+            message, sends, peer, lane, tag = self.runtime._ends.of(self.schedule, action)
+            if sends:
+                try:
                     memory.send(self._made.pop(message), peer, lane, tag)
+                except Exception as error:
+                    self._note(error, action)
+                    raise
             else:
                 room = self._room(message)
-                self._awaited[message] = room, _Receive(memory, room, peer, lane, tag)
+                self._awaited[message] = room, Receive(memory, room, peer, lane, tag)
 
     def _room(self, message: Message) -> Tensor:
         return torch.empty(
@@ -392,9 +376,12 @@ class _Step:
         action, _tensor, work = self._sent[forward].popleft()
         self._wait(action, work)
 
-    def _wait(self, action: Action, work: dist.Work | _Receive) -> None:
-        with self._noted(action):
+    def _wait(self, action: Action, work: dist.Work | Receive) -> None:
+        try:
             work.wait()
+        except Exception as error:
+            self._note(error, action)
+            raise
 
     def _check_planned(self, result: Tensor, batch: Any) -> None:
         planned = tuple(self.runtime.shapes(batch)), self.runtime.dtype

@@ -336,10 +336,10 @@ class _Operations(TorchDispatchMode):
 # Way -> the most functions of ours that it calls, and operations of torch: one for each tensor that
 # comes.
 WORK = {
-    "dispatch": (5, 2),
+    "dispatch": (3, 2),
     "combine": (4, 1),
     "combine's gradient": (3, 1),
-    "dispatch's gradient": (6, 2),
+    "dispatch's gradient": (4, 2),
     "plan": (12, 2),
     "all_gather": (2, 1),
     "reduce_scatter": (2, 1),
