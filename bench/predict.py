@@ -22,7 +22,16 @@ from moekernels.predict.card import CARDS, H100  # noqa: E402
 from moekernels.predict.events import epilogue_cycles, predict  # noqa: E402
 from moekernels.predict.kernel import Kernel  # noqa: E402
 from moekernels.predict.layer import OPS, Layer, layer_tflops  # noqa: E402
-from moekernels.predict.ours import DEFAULT, GATHERING, VARIANTS, kernel_of, product, recipe_of  # noqa: E402
+from moekernels.predict.ours import (  # noqa: E402
+    DEFAULT,
+    GATHERING,
+    JOINED,
+    SEGMENTS,
+    VARIANTS,
+    kernel_of,
+    product,
+    recipe_of,
+)
 
 STORE = ROOT / "bench" / "predicted.json"
 WHAT = (
@@ -54,11 +63,13 @@ def variants(layer: Layer) -> None:
     for op in fp8.products(layer, H100):
         rates = "".join(f"{fp8.products(layer, card)[op]:6.0f}" for card in CARDS.values())
         print(f"  {op:8}{fp8.KERNEL.name:52}{rates}")
-    for name, recipe in {"permuted": DEFAULT, "gathered": GATHERING}.items():
+    recipes = {"rows permuted": DEFAULT, "rows gathered": GATHERING}
+    recipes[f"gradients of {SEGMENTS} microbatches"] = JOINED
+    for name, recipe in recipes.items():
         found = [layer_tflops(layer, recipe, card) for card in CARDS.values()]
         for way in found[0]:
             rates = "".join(f"{on[way]:6.0f}" for on in found)
-            print(f"  the layer, rows {name}, {way:37}{rates}")
+            print(f"  the layer, {f'{name}, {way}':49}{rates}")
     for way in ("forward", "backward"):
         rates = "".join(f"{fp8.layer_tflops(layer, card)[way]:6.0f}" for card in CARDS.values())
         print(f"  the layer, experts in FP8, {way:34}{rates}")
@@ -87,11 +98,12 @@ def calibration() -> dict:
 
 def of_products(layer: Layer) -> dict[str, list[int]]:
     """TFLOP/s of a layer's products, [H100, H200]."""
+    kernels = {op.replace("wgrad", "wgrad w"): (op, None) for op in OPS}
+    joined = JOINED.wgrad
+    kernels |= {f"wgrad w{i} of {SEGMENTS}": (f"wgrad{i}", joined) for i in (1, 2)}
     return {
-        op.replace("wgrad", "wgrad w"): [
-            round(product(op, layer, card).tflops) for card in CARDS.values()
-        ]
-        for op in OPS
+        name: [round(product(op, layer, card, kernel).tflops) for card in CARDS.values()]
+        for name, (op, kernel) in kernels.items()
     }
 
 

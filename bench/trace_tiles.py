@@ -21,7 +21,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from tune_problems import LAYERS, TINY, TOKENS, Problem, problems  # noqa: E402
+from tune_problems import LAYERS, MANY, TINY, TOKENS, Problem, problems  # noqa: E402
 
 from moekernels import jsonio  # noqa: E402
 
@@ -105,7 +105,7 @@ def main() -> int:
     with args.out.open("w") as out:
         for layer in TINY if args.rehearse else LAYERS[:3]:
             for problem in problems(layer, "cpu" if args.rehearse else "cuda"):
-                if problem.of.endswith(TOKENS):
+                if problem.of.endswith((TOKENS, MANY)):
                     continue
                 records = made_up(problem) if args.rehearse else record(problem)
                 line = {"layer": str(layer), **figures(problem.op, records)}

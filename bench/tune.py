@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from tune_problems import (  # noqa: E402
     GROUPED,
     LAYERS,
+    MANY,
     PRODUCTS,
     QUICK,
     STAGES,
@@ -181,16 +182,18 @@ def row(line: dict) -> str:
     row of fewer rows an expert would answer for this shape."""
     best, default, other = line["best"], line["default_ms"], line.get("next")
     if best["ms"] > default * (1 - WORTH):
-        best = {**best, **asdict(Setting()), "ms": default, "gather": best["gather"]}
+        best = {**best, **asdict(Setting()), "ms": default, **{n: best[n] for n in TOLD}}
         best["tflops"] = line["best"]["tflops"] * line["best"]["ms"] / default
     least = line["T"] * line["K"] // line["E"]
     least_m = line["m"] if line["op"] == "wgrad" else 0
     flags = ", ".join(str(best[name]).lower() for name in ("prefetch", "bulk_sums"))
-    gather = -1 if best["gather"] is None else int(best["gather"])
+    told = [-1 if best[name] is None else int(best[name]) for name in TOLD]
+    while told and told[-1] < 0:  # as the table has it by itself
+        told.pop()
     order = f"{{{best['band']}, {best['grid']}, {best['promotion']}, {flags}"
-    if best["style"] != "direct" or gather >= 0:
+    if best["style"] != "direct" or told:
         order += f", GemmStyle::{best['style']}, GemmPair::{best['pair']}"
-    order += f", {gather}}}" if gather >= 0 else "}"
+    order += "".join(f", {value}" for value in told) + "}"
     tile_n = 128 if best["style"] == "pingpong" else 256
     setting = setting_in(other) if other else "none"
     reason = (
@@ -207,27 +210,38 @@ def row(line: dict) -> str:
     )
 
 
+# Problems without a row of their own, by how `of` ends; each says one thing in the row of the
+# product that it is a case of.
+TOLD = {"gather": TOKENS, "join": MANY}
+
+
 def product_of(line: dict) -> tuple:
-    return tuple(line[name] for name in ("op", "m", "n", "k", *"THFEK"))
+    return tuple(line[name] for name in ("op", "m", "n", *"THFEK"))
 
 
-def who_gathers(line: dict) -> bool | None:
-    """None: as the default does, which is as good."""
-    best = line["best"]
-    return best["gather"] if best["ms"] <= line["default_ms"] * (1 - WORTH) else None
+def told_by(lines: list[dict], name: str) -> dict[tuple, bool | None]:
+    """What the problems of `name` say, by product; None: the default is as good."""
+    return {
+        product_of(line): line["best"][name]
+        if line["best"]["ms"] <= line["default_ms"] * (1 - WORTH)
+        else None
+        for line in lines
+        if line.get("of", "").endswith(TOLD[name])
+    }
 
 
 def rows(lines: list[dict]) -> str:
     """Rows in the order that the first fit needs: more rows an expert and wider ones come first.
 
-    A product that sees x through token_of has no row: it says who gathers in the other's.
+    A product that sees x through token_of, or is of several microbatches, has no row: it says in
+    the other's who gathers, or whether one launch adds them.
     """
-    seen, plain = (
-        [line for line in lines if line.get("of", "").endswith(TOKENS) == tokens]
-        for tokens in (True, False)
-    )
-    gathers = {product_of(line): who_gathers(line) for line in seen}
-    told = [{**x, "best": {**x["best"], "gather": gathers.get(product_of(x))}} for x in plain]
+    plain = [line for line in lines if not line.get("of", "").endswith(tuple(TOLD.values()))]
+    say = {name: told_by(lines, name) for name in TOLD}
+    told = []
+    for line in plain:
+        by_name = {name: of.get(product_of(line)) for name, of in say.items()}
+        told.append({**line, "best": {**line["best"], **by_name}})
     wide = [line for line in told if line["n"] > 128]
     order = sorted(wide, key=lambda x: (-(x["T"] * x["K"] // x["E"]), -x["n"], -x["m"]))
     return "".join(map(row, order))

@@ -41,7 +41,8 @@ TINY = (Layer(24, 136, 136, 2, 2),)
 class Setting:
     """What a launch may be told (moekernels/sm90.h); 0: the default. stages 0: the table's.
 
-    style, pair: how the epilogue goes, and what two blocks share (moekernels/gemm_tuned.h)."""
+    style, pair: how the epilogue goes, and what two blocks share (moekernels/gemm_tuned.h). join:
+    gradients of several microbatches by one launch."""
 
     stages: int = 0
     band: int = 0
@@ -52,6 +53,7 @@ class Setting:
     style: str = "direct"
     pair: str = "none"
     gather: bool | None = None
+    join: bool | None = None
 
     def __str__(self) -> str:
         told = [f"{n} {v}" for n, v in asdict(self).items() if v != Setting.__dict__[n]]
@@ -59,13 +61,17 @@ class Setting:
 
 
 TOKENS = "tokens"  # of a problem that sees x through token_of
+SEGMENTS = 4  # microbatches whose gradients one call adds
+MANY = f"of {SEGMENTS}"  # of such a problem
 
 
 def settings_of(op: str, multiprocessors: int, of: str = "") -> list[Setting]:
     """Every setting of an op, the default first; those of other styles with the table's stages. Of
-    x seen through token_of: who gathers it."""
+    x seen through token_of: who gathers it; of several microbatches: whether one launch adds."""
     if of.endswith(TOKENS):
         return [Setting(gather=gather) for gather in (None, True, False)]
+    if of.endswith(MANY):
+        return [Setting(join=join) for join in (None, True, False)]
     fewer = multiprocessors // 8 * 8 if multiprocessors % 8 else multiprocessors - 4
     axes = itertools.product(
         (0, 3),
@@ -149,7 +155,7 @@ def forward(layer: Layer, device: str) -> Problem:
     return Problem("forward", layer, layer.rows, layer.F, layer.H, run)
 
 
-PRODUCTS = 8  # of a layer
+PRODUCTS = 10  # of a layer
 
 
 def problems(layer: Layer, device: str) -> Iterator[Problem]:
@@ -192,6 +198,18 @@ def problems(layer: Layer, device: str) -> Iterator[Problem]:
 
         return run
 
+    def wgrads(m: int, n: int, rows: Tensor, drows: Tensor) -> Callable[[], Tensor]:
+        total = torch.zeros(e, m, n, device=device)
+        # What one microbatch reads another must not find in the cache.
+        many = [[t, *(t.clone() for _ in range(SEGMENTS - 1))] for t in (rows, drows)]
+
+        def run() -> Tensor:
+            rest = ([offsets] * SEGMENTS, False, [], [0] * SEGMENTS, False)
+            raw._grouped_gemm_wgrads_(total, *many, *rest)
+            return total
+
+        return run
+
     yield Problem("up", layer, rows, 2 * f, h, both, down)
     yield Problem("up", layer, rows, 2 * f, h, both_of_tokens, down, of=TOKENS)
     yield Problem("down", layer, rows, h, f, down)
@@ -201,3 +219,6 @@ def problems(layer: Layer, device: str) -> Iterator[Problem]:
     of_tokens = wgrad(2 * f, h, tokens, kept, token_of, layer.T, True)
     yield Problem("wgrad", layer, 2 * f, h, rows, of_tokens, of=f"w1 {TOKENS}")
     yield Problem("wgrad", layer, h, f, rows, wgrad(h, f, a, dy), of="w2")
+    all_rows = SEGMENTS * rows
+    yield Problem("wgrad", layer, 2 * f, h, all_rows, wgrads(2 * f, h, x, kept), of=f"w1 {MANY}")
+    yield Problem("wgrad", layer, h, f, all_rows, wgrads(h, f, a, dy), of=f"w2 {MANY}")

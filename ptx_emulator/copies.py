@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .clusters import refuse_gone
-from .errors import AsyncHazard
+from .errors import AsyncHazard, GlobalRace
 from .machine import Lanes, Machine
 from .schedule import Waits
 from .syntax import Instruction
@@ -67,6 +67,8 @@ class Copies(Waits):
         self.open_stores: dict[int, list[BulkStore]] = {}
         self.store_groups: dict[int, list[list[BulkStore]]] = {}
         self.bulk_warps: dict[str, set[int]] = {}  # of a block, by what they issued
+        # For every 2 bytes of global memory: the thread that stores there in bulk, + 1; 0: none.
+        self.storing: np.ndarray | None = None
 
     # ---- cp.async
     def issue(self, copy: ThreadCopy) -> None:
@@ -161,12 +163,31 @@ class Copies(Waits):
             row = self.machine.warp[[store.thread_id]]
             actor = races.store_actor(int(row[0]))
             store.epoch = races.async_read(cells, row, [store.thread_id], store.ins, actor)
+        self._refuse_overtaking(store)
         block = int(self.machine.block_of[store.thread_id])
         self.machine.note("store", block, store.thread_id, 0, store.target.size * store.chunk)
         store.late = self.lazy or self.machine.scheduler.delays()
         if not store.late:
             self._write_out(store)
         self.open_stores.setdefault(store.thread_id, []).append(store)
+
+    def _halves(self, store: BulkStore) -> np.ndarray:
+        """Where a bulk store writes, in units of 2 bytes."""
+        return (store.target[:, None] + np.arange(0, store.chunk, 2)).reshape(-1) >> 1
+
+    def _refuse_overtaking(self, store: BulkStore) -> None:
+        """Of two bulk stores on their way, even of one thread, either may come first."""
+        if self.storing is None:
+            self.storing = np.zeros(len(self.machine.memory.globals.data) // 2, np.int32)
+        halves = self._halves(store)
+        busy = self.storing[halves]
+        if self.machine.memory.global_races is not None and busy.any():
+            first = np.flatnonzero(busy)[0]
+            where = self.machine.memory.globals.describe(2 * int(halves[first]))
+            who = int(self.machine.thread[busy[first] - 1])
+            what = f"a bulk store to {where} while one of thread {who} is on its way there"
+            self.machine.fail(GlobalRace, what, store.thread_id, store.ins)
+        self.storing[halves] = store.thread_id + 1
 
     def _write_out(self, store: BulkStore) -> None:
         values = self._read_source(store) if store.values is None else store.values
@@ -209,6 +230,8 @@ class Copies(Waits):
     def _complete(self, thread_id: int, store: BulkStore) -> None:
         if store.late:
             self._write_out(store)
+        if self.storing is not None:
+            self.storing[self._halves(store)] = 0
         if self.machine.memory.global_races is not None:
             self.machine.memory.global_races.landed(thread_id, store.target, store.chunk)
 

@@ -138,6 +138,8 @@ def _buffer(arg, kind: str | None, addresses: dict[int, int]) -> ctypes.Array:
         return tensor_map(arg, addresses[id(arg.array)])
     if isinstance(arg, ptx.Packed):
         data = arg.moved(addresses)
+        for at, held in arg.maps.items():
+            data = data[:at] + bytes(tensor_map(held, addresses[id(held.array)])) + data[at + 128 :]
     elif isinstance(arg, bytes):
         data = arg
     elif arrays := _arrays(arg):

@@ -168,14 +168,21 @@ class Module:
 
 
 class Packed:
-    """A parameter as a launcher passes it: bytes, with host addresses of arrays among its words."""
+    """A parameter as a launcher passes it: bytes, with host addresses of arrays among its words,
+    and tensor maps where they lie in it."""
 
-    def __init__(self, data: bytes, arrays: list[np.ndarray | Uninitialized]):
-        self.data, self.arrays = data, arrays
+    def __init__(
+        self,
+        data: bytes,
+        arrays: list[np.ndarray | Uninitialized],
+        maps: dict[int, TensorMap] | None = None,
+    ):
+        self.data, self.arrays, self.maps = data, arrays, maps or {}
 
     def entries(self) -> list[tuple[str, np.ndarray, bool]]:
-        fresh = [isinstance(a, Uninitialized) for a in self.arrays]
-        plain = [a.array if isinstance(a, Uninitialized) else a for a in self.arrays]
+        of_maps = [tensor_map.array for tensor_map in self.maps.values()]
+        fresh = [isinstance(a, Uninitialized) for a in (*self.arrays, *of_maps)]
+        plain = [a.array if isinstance(a, Uninitialized) else a for a in (*self.arrays, *of_maps)]
         return [(f"the array of {a.nbytes} bytes", a, f) for a, f in zip(plain, fresh)]
 
     def moved(self, addresses: dict[int, int]) -> bytes:
@@ -275,6 +282,9 @@ class Prepared:
                 value = np.uint64(addresses[id(arg)]).tobytes()
             elif isinstance(arg, Packed):
                 value = arg.moved(addresses)
+                for at, tensor_map in arg.maps.items():
+                    bound = tensor_map.at(addresses[id(tensor_map.array)])
+                    self.maps[variable.offset + at] = bound
             elif isinstance(arg, bytes):
                 value = arg
             else:

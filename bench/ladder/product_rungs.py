@@ -141,10 +141,13 @@ def wgrad(kit: Kit) -> dict:
     return {"experts": 4}
 
 
-def _gradient(counts: tuple[int, ...], m: int, n: int) -> tuple[dict, Tensor]:
+def _gradient(counts: tuple[int, ...], m: int, n: int, seed: int = 0) -> tuple[dict, Tensor]:
     """Inputs of a gradient, and what it is added to."""
     rows = sum(counts)
-    inputs = {"rows": normal(BF16, rows, n), "drows": normal(BF16, rows, m, seed=2)}
+    inputs = {
+        "rows": normal(BF16, rows, n, seed=10 * seed),
+        "drows": normal(BF16, rows, m, seed=10 * seed + 2),
+    }
     return {**inputs, "offsets": offsets_of(*counts)}, normal(F32, len(counts), m, n, seed=3)
 
 
@@ -219,6 +222,29 @@ def wgrad_gathered(kit: Kit) -> dict:
             expect_products(kit, launched, {"StoreGradient"})
         same(f"dw{' transposed' * transposed}", found[1], found[0])
     return {"tokens": tokens}
+
+
+@rung(8, "wgrad_sums", "wgrad_tail", look="sm90/segments.cuh: rows, maps and order of segments")
+def wgrad_segments(kit: Kit) -> dict:
+    """The rows of four microbatches by one launch, some experts and one microbatch without rows:
+    the bits of four launches."""
+    many = ((0, 40, 129, 1), (70, 0, 5, 0), (0, 0, 0, 0), (3, 64, 0, 65))
+    inputs = [_gradient(counts, 136, 264, seed=i) for i, counts in enumerate(many)]
+    begin, found = inputs[0][1], []
+    sides = {n: [kit.place(of)[n] for of, _ in inputs] for n in ("rows", "drows", "offsets")}
+    for join in (False, True):
+        total = kit.place({"total": begin.clone()})["total"]
+        with kit.ops() as launched:
+            kit.settings(join=join)
+            try:
+                rest = (False, [], [0] * len(many), False)
+                raw._grouped_gemm_wgrads_(total, *sides.values(), *rest)
+            finally:
+                kit.settings()
+        expect_products(kit, launched, {"AddGradient"})
+        found.append(total.cpu())
+    same("sums of four microbatches", found[1], found[0])
+    return {"microbatches": len(many)}
 
 
 # ---- 9, 10: the experts

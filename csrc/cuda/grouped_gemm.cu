@@ -183,9 +183,24 @@ bool grouped_wgrad_gathers(const GroupedWgradArgs& args) {
   return false;
 }
 
+int64_t grouped_wgrad_joins(const GroupedWgradArgs& args) {
+  int64_t count = 0;
+  if constexpr (sm90::kBuilt) {
+    const GemmChoice choice = choice_of(args);
+    if (choice.kernel != GemmKernel::wgmma || !sm90::joins(args, choice)) return 0;
+    const auto fits = [&](const WgradRows& rows) {
+      return rows.num_rows == 0 || choice_of(args.with(rows)).kernel == GemmKernel::wgmma;
+    };
+    const int64_t most = std::min<int64_t>(args.more_count, sm90::kMostSegments - 1);
+    while (count < most && fits(args.more[count])) ++count;
+  }
+  return count;
+}
+
 void grouped_wgrad(const GroupedWgradArgs& args, Stream stream) {
   const GemmChoice choice = choice_of(args);
   if constexpr (sm90::kBuilt) {
+    if (args.more_count > 0) return sm90::grouped_wgrad_segments(args, choice, stream);
     if (args.gather_a || args.gather_b) return sm90::grouped_wgrad_gathered(args, choice, stream);
     if (choice.kernel == GemmKernel::wgmma) return sm90::grouped_wgrad(args, choice, stream);
   }

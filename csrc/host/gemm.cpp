@@ -42,13 +42,13 @@ py::dict choice(const std::string& op, const std::string& dtype, int64_t m, int6
   out["kernel"] = kKernels[static_cast<int>(chosen.kernel)];
   out["tile"] = py::make_tuple(chosen.tile_m, chosen.tile_n, chosen.tile_k);
   out["stages"] = chosen.stages;
-  out["order"] = py::dict(py::arg("band") = chosen.order.band, py::arg("grid") = chosen.order.grid,
-                          py::arg("promotion") = chosen.order.promotion,
-                          py::arg("prefetch") = chosen.order.prefetch,
-                          py::arg("bulk_sums") = chosen.order.bulk_sums,
-                          py::arg("style") = kGemmStyles[static_cast<int>(chosen.order.style)],
-                          py::arg("pair") = kGemmPairs[static_cast<int>(chosen.order.pair)],
-                          py::arg("gather") = chosen.order.gather);
+  out["order"] = py::dict(
+      py::arg("band") = chosen.order.band, py::arg("grid") = chosen.order.grid,
+      py::arg("promotion") = chosen.order.promotion, py::arg("prefetch") = chosen.order.prefetch,
+      py::arg("bulk_sums") = chosen.order.bulk_sums,
+      py::arg("style") = kGemmStyles[static_cast<int>(chosen.order.style)],
+      py::arg("pair") = kGemmPairs[static_cast<int>(chosen.order.pair)],
+      py::arg("gather") = chosen.order.gather, py::arg("join") = chosen.order.join);
   out["reason"] = chosen.reason;
   out["obstacle"] = chosen.obstacle != nullptr ? py::object(py::str(chosen.obstacle)) : py::none();
   return out;

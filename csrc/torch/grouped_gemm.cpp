@@ -248,16 +248,36 @@ void grouped_gemm_wgrads_(Tensor main_grad, std::vector<Tensor> rows, std::vecto
     all.back().check_arguments();
     all.back().check_main_grad(main_grad);
   }
+  std::vector<WgradRows> each;
+  for (const Wgrad& one : all) each.push_back(one.sides());
+  const auto args_from = [&](size_t first) {
+    GroupedWgradArgs args = all[first].args_for(main_grad, true);
+    args.more = each.data() + first + 1;
+    args.more_count = static_cast<int64_t>(count - first - 1);
+    return args;
+  };
   run(main_grad, [&](auto stream) {
-    for (const Wgrad& one : all) one.on_cuda(one.args_for(main_grad, true), stream);
-  }, [&] {
-    std::vector<WgradRows> more;
-    for (size_t i = 1; i < count; ++i) more.push_back(all[i].sides());
-    GroupedWgradArgs args = all[0].args_for(main_grad, true);
-    args.more = more.data();
-    args.more_count = static_cast<int64_t>(more.size());
-    Wgrad::on_cpu(args);
-  });
+    for (size_t i = 0; i < count;) {
+      GroupedWgradArgs args = args_from(i);
+      args.more_count = !seen && cutlass_wanted() ? 0 : cuda::grouped_wgrad_joins(args);
+      if (args.more_count == 0) {
+        all[i++].on_cuda(args, stream);
+        continue;
+      }
+      std::vector<Tensor> kept;  // rows of tokens, until they are launched
+      const size_t first = i;
+      for (const size_t end = i + 1 + static_cast<size_t>(args.more_count); i < end; ++i) {
+        if (!gather) continue;
+        kept.push_back(permuted(rows[i], *tokens_of[i], stream));
+        (transposed ? each[i].a : each[i].b) = kept.back().const_data_ptr();
+      }
+      const auto more_count = args.more_count;
+      args = args_from(first).with(each[first]);
+      args.more = each.data() + first + 1;
+      args.more_count = more_count;
+      cuda::grouped_wgrad(args, stream);
+    }
+  }, [&] { Wgrad::on_cpu(args_from(0)); });
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ KEYS = ("T", "H", "F", "E", "K")
 DTYPES = ("bf16", "fp16", "fp32")
 # Where the table says nothing.
 ORDER: dict[str, Any] = {"band": 0, "grid": 0, "promotion": 0, "prefetch": True, "bulk_sums": True}
-ORDER |= {"style": "direct", "pair": "none", "gather": -1}
+ORDER |= {"style": "direct", "pair": "none", "gather": -1, "join": -1}
 OPS = {  # of the products, as the timing model names them
     "up (forward)": "up",
     "down (forward)": "down",

@@ -21,13 +21,15 @@ from moekernels.predict.kernel import Kernel, Problem
 from moekernels.predict.walk import tiles_of
 
 MOST_LOADS, LEAST_WAVES = 10_000, 4  # that are played
+LEAST_OF_SEGMENTS = 2  # waves: all segments of a tile are one
 MOST_STEPS = 256  # of a tile
 EPILOGUE_GAP = 300.0  # cycles, to begin and to end one
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """seconds: of the launch. tflops: of the products that the problem asks for, no waste counted.
+    """seconds: of the launch. tflops: of the products that the problem asks for, no waste counted,
+    of each of the kernel's segments.
     tensor: the share of the time in which the tensor cores work; dram: bytes moved."""
 
     seconds: float
@@ -61,7 +63,7 @@ def tiles(problem: Problem, kernel: Kernel) -> Iterator[Tile]:
 
 
 def total_work(problem: Problem, kernel: Kernel) -> tuple[int, int]:
-    """Of all tiles: the sum of steps times rows, and the steps of one in the mean."""
+    """Of all tiles of a segment: the sum of steps times rows, and the steps of one in the mean."""
     columns = -(-problem.n // (kernel.tile_n * (1 + (kernel.pair == "n"))))
     groups = [rows for rows in problem.counts if rows]
     if problem.over_rows:
@@ -139,8 +141,8 @@ class Unit:
             b if kernel.pair == "m" else b * self.sms
         )
 
-    def begin(self, tile: Tile) -> None:
-        self.tile, self.step = tile, 0
+    def begin(self, tile: Tile, segment: int = 0) -> None:
+        self.tile, self.segment, self.step = tile, segment, 0
         # The products of a tile wait for the epilogue that holds their accumulators.
         self.multiplied = max(self.multiplied, self.stored[0]) + self.card.tile_gap
 
@@ -152,7 +154,7 @@ class Unit:
         """Asks for the next stage at this time and multiplies it; True: the tile is over."""
         machine, kernel, tile = self.machine, self.kernel, self.tile
         card = self.card
-        (a_key, b_key), step = tile.key, self.step
+        (a_key, b_key), step = tile.key, (self.segment, self.step)
         missed = machine.cache.misses((a_key, step), self.a * (2 if kernel.pair == "m" else 1))
         missed += machine.cache.misses((b_key, step), self.b * (2 if kernel.pair == "n" else 1))
         self.link = max(self.link, at) + (self.a + self.b) / card.link_rate
@@ -187,7 +189,11 @@ class Unit:
             self.stored = [begin + takes, begin + takes]
         self.done.append((self.stored[1], tile.steps * tile.rows))
         elements *= self.sms
-        return begin, elements * kernel.passes(problem), elements * (problem.reads + problem.writes)
+        moved = elements * (problem.reads + problem.writes)
+        # Where a segment before has brought the sums, they may still be there.
+        if kernel.segments > 1 and not self.machine.cache.misses(tile.key, int(4 * elements)):
+            moved = 0.0
+        return begin, elements * kernel.passes(problem), moved
 
 
 @functools.cache
@@ -201,7 +207,8 @@ def predict(problem: Problem, kernel: Kernel, card: Card) -> Predicted:
     more = (steps - parts[0]) / (parts[0] - parts[1])
     seconds = long.seconds + more * (long.seconds - short.seconds)
     dram = long.dram + more * (long.dram - short.dram)
-    return Predicted(seconds, problem.flops / seconds / 1e12, long.tensor, dram)
+    tflops = kernel.segments * problem.flops / seconds / 1e12
+    return Predicted(seconds, tflops, long.tensor, dram)
 
 
 def play(problem: Problem, kernel: Kernel, card: Card) -> Predicted:
@@ -212,7 +219,9 @@ def play(problem: Problem, kernel: Kernel, card: Card) -> Predicted:
     work, steps = total_work(problem, kernel)
     if not work:
         return Predicted(card.launch_s, 0.0, 0.0, 0.0)
-    waves = max(LEAST_WAVES, MOST_LOADS // (count * max(1, steps)))
+    work *= kernel.segments
+    least = LEAST_WAVES if kernel.segments == 1 else LEAST_OF_SEGMENTS
+    waves = max(least, MOST_LOADS // (count * max(1, steps * kernel.segments)))
     played = list(itertools.islice(tiles(problem, kernel), waves * count))
     count = min(count, len(played))
     units = [Unit(machine, kernel, problem) for _ in range(count)]
@@ -234,13 +243,16 @@ def play(problem: Problem, kernel: Kernel, card: Card) -> Predicted:
         if unit.tile.steps == 0 or unit.load(at):
             begin, passed, moved = unit.end()
             heapq.heappush(heap, (begin, -1, 0, passed, moved))
-            place += 1
-            if place == len(queues[i]):
-                continue
-            unit.begin(queues[i][place])
+            if unit.segment + 1 < kernel.segments:
+                unit.begin(unit.tile, unit.segment + 1)
+            else:
+                place += 1
+                if place == len(queues[i]):
+                    continue
+                unit.begin(queues[i][place])
         heapq.heappush(heap, (unit.ready(), i, place, 0.0, 0.0))
     end = max(u.done[-1][0] for u in units)
-    done = sum(t.steps * t.rows for t in played)
+    done = sum(t.steps * t.rows for t in played) * kernel.segments
     if done < work:
         # What was not played goes at the pace of the later half of what was.
         pace = 0.0
@@ -253,7 +265,7 @@ def play(problem: Problem, kernel: Kernel, card: Card) -> Predicted:
     busy = sum(u.busy for u in units) * per_unit * work / done
     return Predicted(
         seconds,
-        problem.flops / seconds / 1e12,
+        kernel.segments * problem.flops / seconds / 1e12,
         busy / (end * card.multiprocessors),
         machine.dram_bytes * work / done,
     )

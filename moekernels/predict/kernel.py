@@ -20,6 +20,7 @@ class Kernel:
     bulk_sums: L2 adds to what is there, so that what an epilogue reads passes no SM.
     fp8: operands are bytes, multiplied at twice the rate; one consumer promotes its sums while the
     other multiplies.
+    segments: microbatches whose products one launch adds to the same sums, tile by tile.
     """
 
     tile_m: int = 128
@@ -31,6 +32,7 @@ class Kernel:
     pack: float = 900.0
     gathered: bool = False
     bulk_sums: bool = False
+    segments: int = 1
     band: int = 0
     grid: int = 0
     fp8: bool = False
@@ -55,6 +57,7 @@ class Kernel:
         parts = [f"{self.tile_m}x{self.tile_n}", f"{self.stages} stages", self.epilogue]
         parts += [f"pairs along {self.pair.upper()}"] * bool(self.pair)
         parts += ["gathered"] * self.gathered + ["bulk sums"] * self.bulk_sums + ["FP8"] * self.fp8
+        parts += [f"{self.segments} microbatches"] * (self.segments > 1)
         return ", ".join(parts)
 
     def passes(self, problem: Problem) -> float:

@@ -88,7 +88,8 @@ def products(layer: Layer, recipe: Recipe, card: Card) -> dict[str, Predicted]:
 
 def layer_tflops(layer: Layer, recipe: Recipe, card: Card) -> dict[str, float]:
     """forward, backward: TFLOP/s of the whole layer, permutation and combine included."""
-    times = {op: p.seconds for op, p in products(layer, recipe, card).items()}
+    found = products(layer, recipe, card)
+    times = {op: p.seconds / recipe.kernel(op, layer).segments for op, p in found.items()}
     row_bytes = 2 * layer.H
     permute = 2 * layer.rows * row_bytes / card.dram
     combine = (layer.rows + layer.T) * row_bytes / card.dram

@@ -48,6 +48,10 @@ GATHERING = replace(
     of_x=kernel_of("wgrad", bulk_sums=True, gathered=True),
     permutes=(0, 1),
 )
+# Where the gradients of weights of several microbatches are computed together.
+SEGMENTS = 4  # of a launch at most: kMostSegments in csrc/cuda/sm90/entry.cuh
+MANY = {"bulk_sums": True, "segments": SEGMENTS}
+JOINED = replace(DEFAULT, wgrad=kernel_of("wgrad", **MANY))
 GATHER_BELOW = 4096  # columns that a row meets: kGatherBelow in csrc/cuda/gathered_sm90.cu
 
 
@@ -73,5 +77,5 @@ VARIANTS: dict[str, tuple[dict, ...]] = {
     "down": ({}, NARROW, *HIDDEN),
     "dact": ({}, *PINGPONG),
     "dgrad": ({}, NARROW, *HIDDEN),
-    "wgrad": ({"bulk_sums": True}, {"bulk_sums": True, "gathered": True}, {}),
+    "wgrad": ({"bulk_sums": True}, {"bulk_sums": True, "gathered": True}, {}, MANY),
 }

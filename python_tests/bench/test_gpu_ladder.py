@@ -122,6 +122,7 @@ GATHERED = (
     "true, true, true",
     "gathered_sm90",
 )
+SEGMENTS = ("sm90/segments.cuh", "AddGradient<__nv_bfloat16>", "", "segments_sm90")
 UP_GATHERED = ("sm90/up.cuh", "StoreUp<__nv_bfloat16>", "false, false, false", "gathered_sm90")
 FP8 = ("sm90/fp8.cuh", "__nv_bfloat16", "", "grouped_gemm_fp8_sm90", "fp8_")
 SET = (
@@ -166,6 +167,8 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
         kernel = f"product<{kind}>"
     if stem == "gathered_sm90":
         kernel = f"product_gathered<{kind}, {flags}>"
+    if stem == "segments_sm90":
+        kernel = f"product_of_segments<{kind}>"
     source.write_text(INSTANCE.format(header=header, kernel="".join([*style, kernel])))
     buggy = ptx.Module(
         ptx.compile_ptx(
@@ -258,6 +261,14 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
             "tokens[i % kRows]",
             "tokens[(i + 1) % kRows]",
             "dw has other bits",
+        ),
+        (
+            "wgrad_segments",
+            SEGMENTS,
+            "sm90/segments.cuh",
+            "segments.b + i, args,",
+            "segments.b, args,",
+            "sums of four microbatches has other bits",
         ),
         (
             "up_gathered",

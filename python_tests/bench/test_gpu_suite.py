@@ -102,7 +102,7 @@ def test_the_time_is_kept_and_what_is_skipped_is_said(tmp_path, monkeypatch, cap
     sys.argv += ["--out", str(tmp_path / "t.jsonl"), "--rows", str(tmp_path / "rows")]
     assert tune.main() == 1
     lines = [json.loads(x) for x in (tmp_path / "t.jsonl").read_text().splitlines()]
-    assert len(lines) == 9 and all(x["skipped"] for x in lines)
+    assert len(lines) == 11 and all(x["skipped"] for x in lines)
 
 
 @pytest.fixture
@@ -115,7 +115,8 @@ def rehearsed(tmp_path, monkeypatch) -> list[dict]:
 
 
 def test_rows_go_into_the_table_and_are_replaced_there(tmp_path, rehearsed):
-    ops = ["up", *tune_problems.OPS, *["wgrad"] * 2, "forward"]  # up and w1's also of tokens
+    # up and w1's also of tokens, both gradients also of several microbatches
+    ops = ["up", *tune_problems.OPS, *["wgrad"] * 4, "forward"]
     assert [x["op"] for x in rehearsed] == ops
     found, table = (tmp_path / "rows.txt").read_text(), tune.TABLE.read_text()
     once = tune.write_rows(table, found)
@@ -199,6 +200,19 @@ def test_who_gathers_is_told_by_the_product_of_tokens():
         assert found.count("GemmKernel::") == 1 and f"{{8, 0, 0, true, true{gather}}}" in found
 
 
+def test_what_joins_is_told_by_the_product_of_several_microbatches():
+    shape = {**tune.asdict(LAYERS[1]), "op": "wgrad", "m": 8192, "n": 2048}
+    base = {**shape, "card": "H", "driver": "1", "date": "today", "default_ms": 1.0}
+    best = {"ms": 0.9, "tflops": 6.0, **tune.asdict(Setting())}
+    plain = {**base, "k": 32768, "of": "w1", "best": best}
+    for join, ms, told in ((True, 0.8, ", 1"), (False, 0.8, ", 0"), (False, 0.999, None)):
+        best = {"ms": ms, "tflops": 6.0, **tune.asdict(Setting(join=join))}
+        many = {**base, "k": 4 * 32768, "of": "w1 of 4", "best": best}
+        found = tune.rows([plain, many])
+        more = f", GemmStyle::direct, GemmPair::none, -1{told}" * (told is not None)
+        assert found.count("GemmKernel::") == 1 and f"{{0, 0, 0, true, true{more}}}" in found
+
+
 def test_other_lines_than_rows_are_not_applied(tmp_path, monkeypatch, capsys):
     (tmp_path / "rows").write_text("#error\n")
     monkeypatch.setattr(sys, "argv", ["tune", "--apply", str(tmp_path / "rows")])
@@ -221,6 +235,8 @@ def test_the_problems_are_the_layers_products():
         "uptokens": (32, 144, 136),
         "wgradw1 tokens": (144, 136, 32),
         "wgradw2": (136, 72, 32),
+        "wgradw1 of 4": (144, 136, 128),
+        "wgradw2 of 4": (136, 72, 128),
         "forward": (32, 72, 136),
     }
 
@@ -294,7 +310,7 @@ def test_the_report_sets_measured_beside_predicted(tmp_path, rehearsed, capsys, 
     assert "ring (sass) hang" in said and "look: there" in said
     assert "busy: 1755 MHz" in said and "TIMED OUT" in said and "0 of 1 rungs hold" in said
     report = json.loads((tmp_path / "gpu_suite.json").read_text())
-    assert report["tune"][-1] == {"cut_off": '{"op": "dgr'} and len(report["tune"]) == 11
+    assert report["tune"][-1] == {"cut_off": '{"op": "dgr'} and len(report["tune"]) == 13
 
 
 def test_predictions_are_of_what_is_measured():

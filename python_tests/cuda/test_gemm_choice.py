@@ -62,6 +62,7 @@ def test_hopper_takes_wgmma(op, dtype):
         assert chosen["kernel"] == "wgmma" and chosen["obstacle"] is None
         assert chosen["tile"] == (128, 256, 64) and chosen["stages"] >= 3
         wanted = {"band", "grid", "promotion", "prefetch", "bulk_sums", "style", "pair", "gather"}
+        wanted |= {"join"}
         assert set(chosen["order"]) == wanted
 
 

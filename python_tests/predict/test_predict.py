@@ -13,7 +13,16 @@ from moekernels.predict.card import H100, H200
 from moekernels.predict.events import predict
 from moekernels.predict.kernel import Kernel, Problem
 from moekernels.predict.layer import Layer, layer_tflops
-from moekernels.predict.ours import DEFAULT, GATHERING, kernel_of, product, recipe_of
+from moekernels.predict.ours import (
+    DEFAULT,
+    GATHERING,
+    JOINED,
+    MANY,
+    SEGMENTS,
+    kernel_of,
+    product,
+    recipe_of,
+)
 from moekernels.predict.walk import expert_counts, tiles_of
 
 OURS = Layer(32768, 2048, 4096, 64, 4)
@@ -82,6 +91,19 @@ def test_sums_in_l2_pass_an_sm_once():
     kernels = (kernel_of("wgrad", bulk_sums=bulk) for bulk in (True, False))
     found, before = (product("wgrad1", few, H100, kernel) for kernel in kernels)
     assert found.dram == before.dram and found.tflops < 1.02 * before.tflops
+
+
+def test_sums_of_several_microbatches_pass_the_dram_once():
+    """Where a gradient of few rows waits for it; with many rows it is nearly the same."""
+    few = Layer(16384, 2048, 4096, 64, 2)
+    joined = kernel_of("wgrad", **MANY)
+    apart, together = (product("wgrad1", few, H100, kernel) for kernel in (None, joined))
+    assert together.tflops > 1.3 * apart.tflops and together.dram < SEGMENTS * apart.dram / 2
+    gained = product("wgrad1", OURS, H100, joined).tflops / rate("wgrad1", bulk_sums=True)
+    assert 0.97 < gained < 1.03
+    for layer, gain in ((few, 1.2), (OURS, 0.99)):
+        backwards = [layer_tflops(layer, r, H100)["backward"] for r in (DEFAULT, JOINED)]
+        assert backwards[1] > gain * backwards[0]
 
 
 def test_rows_are_gathered_where_it_pays():

@@ -215,6 +215,24 @@ def test_bulk_reductions_of_one_place_in_no_order_are_a_race(sums):
             )
 
 
+def add_to_each(sums, totals, waits: bool, **how) -> None:
+    """By tensor maps that lie in a struct."""
+    maps = {128 + 128 * i: ptx.TensorMap(total, (8, 32)) for i, total in enumerate(totals)}
+    struct = len(totals).to_bytes(128, "little") + bytes(256)
+    sums.launch("add_to_each", 1, 32, [ptx.Packed(struct, [], maps), int(waits)], **how)
+
+
+@pytest.mark.parametrize("schedule, lazy", MODES)
+def test_bulk_reductions_of_one_thread_are_ordered_by_waits_alone(sums, schedule, lazy):
+    how, tile = {"schedule": schedule, "lazy": lazy}, np.arange(1.0, 257).reshape(8, 32)
+    one, other = (np.zeros((8, 32), np.float32) for _ in range(2))
+    add_to_each(sums, [one, one], True, **how)
+    add_to_each(sums, [other, one], False, **how)
+    assert (one == 3 * tile).all() and (other == tile).all()
+    with pytest.raises(ptx.GlobalRace, match="of thread 0 is on its way there"):
+        add_to_each(sums, [one, one], False, **how)
+
+
 def test_bulk_reductions_of_other_types_are_refused(sums):
     maps = ptx.TensorMap(np.zeros((16, 64), np.uint16), (8, 64))
     with pytest.raises(ptx.Unsupported, match="items of 2 bytes"):

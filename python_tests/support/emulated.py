@@ -85,7 +85,7 @@ def products_as(monkeypatch, *defines: str, bug: str = "none") -> None:
             lines=False,
         )
     other, own = ptx.Module(text), module
-    stems = ("grouped_gemm_sm90", "gathered_sm90")
+    stems = ("grouped_gemm_sm90", "gathered_sm90", "segments_sm90")
     monkeypatch.setitem(globals(), "module", lambda name: other if name in stems else own(name))
 
 
@@ -144,14 +144,14 @@ def _bytes_read(kernel: ptx.syntax.Kernel) -> list[np.ndarray]:
     return list(read.values())
 
 
-_MAP_MAGIC = 0x70616D726F736E74
+_MAP_MAGIC, _MAP_BYTES = 0x70616D726F736E74, 128
 _MAP_TYPES = {0: np.uint8, 6: np.float16, 7: np.float32, 9: np.uint16}  # of CUtensorMapDataType
 _MAP_SWIZZLES = (0, 32, 64, 128)
 
 
 def _tensor_map(raw: bytes, spans: dict[int, tuple[int, bool]]) -> ptx.TensorMap | None:
     """The tensor map that csrc/emulated/runtime.cpp encoded into these bytes, if it is one."""
-    if len(raw) != 128 or int.from_bytes(raw[:8], "little") != _MAP_MAGIC:
+    if len(raw) != _MAP_BYTES or int.from_bytes(raw[:8], "little") != _MAP_MAGIC:
         return None
     address, kind, rank, swizzle, *rest = struct.unpack_from("<Q3I5I9Q", raw, 8)
     box, sizes, strides = rest[:rank], rest[5 : 5 + rank], rest[10 : 9 + rank]
@@ -166,6 +166,12 @@ def _tensor_map(raw: bytes, spans: dict[int, tuple[int, bool]]) -> ptx.TensorMap
         shape=tuple(sizes[::-1]),
         strides=(*strides[::-1], dtype.itemsize),
     )
+
+
+def _packed(raw: bytes, arrays: list, spans: dict[int, tuple[int, bool]]) -> ptx.Packed:
+    """A struct by value, with the tensor maps in it."""
+    maps = {at: _tensor_map(raw[at : at + _MAP_BYTES], spans) for at in range(0, len(raw), 64)}
+    return ptx.Packed(raw, arrays, {at: found for at, found in maps.items() if found})
 
 
 def _promotion(raw: bytes) -> int:
@@ -263,7 +269,7 @@ class _Device:
             arrays.append(ptx.Uninitialized(array) if unwritten else array)
             self.spans[begin] = (nbytes, False)
         maps = [_tensor_map(raw, self.spans) for raw in args]
-        packed = [m or ptx.Packed(raw, arrays) for m, raw in zip(maps, args)]
+        packed = [m or _packed(raw, arrays, self.spans) for m, raw in zip(maps, args)]
         promotions = [_promotion(raw) for m, raw in zip(maps, args) if m]
         shape = {"blocks": blocks, "shared": shared_bytes, "promotions": promotions}
         self.shapes.append({**shape, "cluster": cluster})
@@ -283,8 +289,9 @@ class _Device:
         self.forget()
         self.error = None
         for arg in args:
-            if isinstance(arg, Tensor):
-                self.know(arg)
+            for one in arg if isinstance(arg, list | tuple) else [arg]:
+                if isinstance(one, Tensor):
+                    self.know(one)
         try:
             result = getattr(torch.ops.moekernels_emulated, name).default(*args)
             if self.keep is not None:
@@ -329,6 +336,7 @@ def _unlikely(stem: str, name: str) -> tuple[bool, ...]:
         ("sm90" in stem) != ("sm90" in name),
         ("styles" in stem) != style,
         ("gathered" in stem) != ("gathered" in name),
+        ("segments" in stem) != ("segments" in name),
         ("experts" in stem) != ffn,
     )
 

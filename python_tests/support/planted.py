@@ -6,7 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-PRODUCT, ADD, GATHER = (f"sm90/{name}.cuh" for name in ("product", "add", "gather"))
+PRODUCT, ADD, GATHER, SEGMENTS = (
+    f"sm90/{name}.cuh" for name in ("product", "add", "gather", "segments")
+)
 BUGS = {
     "freed_early": (
         ("wait_products<1>();", "release(s, ring.stage, lane);\n    wait_products<1>();"),
@@ -31,6 +33,21 @@ BUGS_OF_ADD = {
     "last_box_overwritten": (("wait_bulk<0>() : ", "wait_bulk_read<1>() : "),),
     "no_add_fence": (("      fence_async_proxy();\n", ""),),
     "left_early": (("  wait_bulk_read<0>();  //", "  //"),),
+    "sums_not_awaited": (("part == 0 ? wait_bulk<0>() :", "part == 0 ? wait_bulk_read<0>() :"),),
+}
+BUGS_OF_SEGMENTS = {
+    "rows_of_the_first": (
+        ("const ProductShared rows = segment(s, args, i);", "const ProductShared rows = s;"),
+    ),
+    "another_s_rows_counted": (("segments.of[i], rows, work,", "segments.of[0], rows, work,"),),
+    "a_segment_not_loaded": (
+        (
+            "i < segments.count; ++i) {\n          const TileWork work",
+            "i < segments.count - 1; ++i) {\n          const TileWork work",
+        ),
+    ),
+    "no_room_of_its_own": (("of.row_begin += i * (args.experts + 2);", ""),),
+    "left_before_the_sums": (("  wait_bulk_read<0>();  //", "  //"),),
 }
 BUGS_OF_GATHER = {
     "one_arrival_short": (("kArrivals = 1 + kWarpgroup", "kArrivals = kWarpgroup"),),
@@ -231,6 +248,7 @@ def headers_with(bug: str, root: Path, folder: Path) -> Path:
     plant(folder, PRODUCT, *BUGS.get(bug, ()))
     plant(folder, ADD, *BUGS_OF_ADD.get(bug, ()))
     plant(folder, GATHER, *BUGS_OF_GATHER.get(bug, ()))
+    plant(folder, SEGMENTS, *BUGS_OF_SEGMENTS.get(bug, ()))
     return folder
 
 

@@ -38,4 +38,9 @@ bool gathers(const GroupedWgradArgs& args, const GemmChoice& choice);
 void experts_up_gathered(const ExpertsUpArgs& args, const GemmChoice& choice, Stream stream);
 void grouped_wgrad_gathered(const GroupedWgradArgs& args, const GemmChoice& choice, Stream stream);
 
+// Rows of several microbatches, at most kMostSegments; csrc/cuda/segments_sm90.cu.
+constexpr int kMostSegments = 4;
+bool joins(const GroupedWgradArgs& args, const GemmChoice& choice);
+void grouped_wgrad_segments(const GroupedWgradArgs& args, const GemmChoice& choice, Stream stream);
+
 }  // namespace moekernels::cuda::sm90

@@ -36,11 +36,6 @@ void set_stages(ProductArgs& args, const char* name, int columns, int wanted,
         std::to_string(args.experts) + " experts, the settings ask for " + std::to_string(asked));
   }
 }
-inline void set_stages(ProductArgs& args, const char* name, int columns, int wanted) {
-  set_stages(args, name, columns, wanted, [columns](int stages, int64_t experts) {
-    return product_shared_bytes(columns, stages, experts);
-  });
-}
 
 inline GemmOrder order_of(const GemmChoice& choice) {
   return order_of(choice, settings(), multiprocessors());
@@ -50,16 +45,19 @@ struct ProductLaunch {
   int64_t blocks, bytes;
 };
 
-// Completes `args` by the choice and lets the kernel have its shared memory. `tiles`: the most
-// there can be.
+// Completes `args` by the choice and lets the kernel have its shared memory, `more_bytes` behind
+// the product's own. `tiles`: the most there can be.
 template <class Kernel>
 ProductLaunch prepare(const char* name, Kernel kernel, int columns, const GemmChoice& choice,
-                      int64_t tiles, ProductArgs& args) {
-  set_stages(args, name, columns, choice.stages);
+                      int64_t tiles, ProductArgs& args, int64_t more_bytes = 0) {
+  const auto shared_bytes = [&](int stages, int64_t experts) {
+    return product_shared_bytes(columns, stages, experts) + more_bytes;
+  };
+  set_stages(args, name, columns, choice.stages, shared_bytes);
   const GemmOrder order = order_of(choice);
   args.band = order.band;
   args.prefetch = order.prefetch;
-  const int64_t bytes = product_shared_bytes(columns, args.stages, args.experts);
+  const int64_t bytes = shared_bytes(args.stages, args.experts);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(bytes)),
         name);

@@ -18,7 +18,8 @@ inline GemmOrder order_of(const GemmChoice& choice, const Settings& asked, int m
           asked.bulk_sums >= 0 ? asked.bulk_sums != 0 : choice.order.bulk_sums,
           asked.style >= 0 ? static_cast<GemmStyle>(asked.style) : choice.order.style,
           asked.pair >= 0 ? static_cast<GemmPair>(asked.pair) : choice.order.pair,
-          asked.gather >= 0 ? asked.gather : choice.order.gather};
+          asked.gather >= 0 ? asked.gather : choice.order.gather,
+          asked.join >= 0 ? asked.join : choice.order.join};
 }
 
 }  // namespace moekernels::cuda::sm90

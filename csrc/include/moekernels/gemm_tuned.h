@@ -36,7 +36,7 @@ struct GemmOrder {
   bool prefetch = true, bulk_sums = true;
   GemmStyle style = GemmStyle::direct;
   GemmPair pair = GemmPair::none;
-  int gather = -1;
+  int gather = -1, join = -1;
 };
 
 struct GemmTuned {

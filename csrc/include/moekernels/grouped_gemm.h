@@ -62,9 +62,24 @@ struct GroupedWgradArgs {
   int64_t m, n, experts;
   int64_t num_rows = 0;  // CUDA: R, within which offsets are held
   bool tf32 = false;
-  // CPU, accumulating: more rows, the sum of each added behind those before it.
+  // Accumulating: more rows, the sum of each added behind those before it; on CUDA at most as many
+  // as grouped_wgrad_joins says.
   const WgradRows* more = nullptr;
   int64_t more_count = 0;
+
+  // The same of other rows alone.
+  GroupedWgradArgs with(const WgradRows& rows) const {
+    GroupedWgradArgs of = *this;
+    of.a = rows.a;
+    of.b = rows.b;
+    of.offsets = rows.offsets;
+    of.token_of = rows.token_of;
+    of.tokens = rows.tokens;
+    of.num_rows = rows.num_rows;
+    of.more = nullptr;
+    of.more_count = 0;
+    return of;
+  }
 };
 
 namespace cuda {
@@ -74,6 +89,9 @@ void grouped_gemm_fp8(const GroupedGemmFp8Args& args, Stream stream);
 // Whether grouped_wgrad takes these arguments, in which a side is seen through token_of; else the
 // binding permutes its rows. Rows whose token lies outside [0, tokens) count as zero in any case.
 bool grouped_wgrad_gathers(const GroupedWgradArgs& args);
+// How many of `more` grouped_wgrad takes beside the first rows. It gathers none of them: what is
+// seen through token_of the binding has permuted.
+int64_t grouped_wgrad_joins(const GroupedWgradArgs& args);
 void grouped_wgrad(const GroupedWgradArgs& args, Stream stream);
 }  // namespace cuda
 

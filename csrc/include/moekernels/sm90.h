@@ -21,6 +21,9 @@ struct Settings {
   int style = -1, pair = -1;  // GemmStyle, GemmPair; a launch that has no such kernel fails
   int gather = -1;  // 1: products of the direct style gather x's rows; 0: they are permuted before;
                     // -1: as the table says, and where it does not, the columns that each row meets
+  int join = -1;    // 1: the weights' gradients of several microbatches are added by one launch; 0:
+                    // by one each; -1: as the table says, and where it does not, of few rows that
+                    // nobody gathers
 };
 constexpr int kMostBand = 64, kMostGrid = 1024, kLoggedLaunches = 64;
 

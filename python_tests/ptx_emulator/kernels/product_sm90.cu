@@ -5,6 +5,7 @@
 #include "sm90/gather.cuh"
 #include "sm90/kernel.cuh"
 #include "sm90/rows.cuh"
+#include "sm90/segments.cuh"
 
 namespace moekernels::cuda::sm90 {
 using Rows = StoreRows<__nv_bfloat16, 128>;
@@ -24,4 +25,7 @@ template __global__ void product_into_sums<AddGradient<__nv_bfloat16>>(
 template __global__ void product_gathered<Gradient, true, true, true>(
     const __grid_constant__ CUtensorMap, const Gather, const ProductArgs, const Gradient::Args,
     const Probe);
+template __global__ void product_of_segments<AddGradient<__nv_bfloat16>>(
+    const __grid_constant__ Segments, const __grid_constant__ CUtensorMap, const ProductArgs, void*,
+    const int64_t, const int64_t, const Probe);
 }  // namespace moekernels::cuda::sm90
