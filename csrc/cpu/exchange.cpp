@@ -113,9 +113,16 @@ void send_rows(const SendArgs& args) {
         std::memcpy(weight, weights + slot * args.weight_bytes, args.weight_bytes);
       }
     }
-    uint32_t* counter =
-        args.back ? peer.returned(args.slot) : peer.arrived(args.slot, i % peers.shape.experts);
-    add_flag(counter, static_cast<uint32_t>((end - run.begin) * args.units));
+    if (args.back) {
+      const int64_t count = std::min(end - run.begin, room - run.place);
+      for (int64_t block = run.place / kHomeRows; block * kHomeRows < run.place + count; ++block) {
+        const int64_t rows = rows_of_block(block, run.place, count);
+        add_flag(peer.returned(args.slot, block), static_cast<uint32_t>(rows * args.units));
+      }
+    } else {
+      add_flag(peer.arrived(args.slot, i % peers.shape.experts),
+               static_cast<uint32_t>(end - run.begin));
+    }
     if (peers.stamped()) *stamps.given(to) = nanoseconds();
   }
   for (int64_t p = 0; peers.stamped() && p < peers.shape.peers; ++p) {
@@ -127,17 +134,19 @@ void send_rows(const SendArgs& args) {
 void receive_rows(const ReceiveArgs& args) {
   const PeerSlabs& peers = args.peers;
   const Slab own = peers.own();
-  const int64_t groups = args.back ? 1 : peers.shape.experts;
+  const int64_t groups = args.back ? own.home_blocks() : peers.shape.experts;
   const int64_t room = args.back ? peers.shape.back : peers.shape.rows;
+  const int64_t total = args.back ? std::min(*args.total, room) : *args.total;
   const int64_t need = nanoseconds();
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t rows = args.back ? *args.total : args.offsets[g + 1] - args.offsets[g];
-    uint32_t* expected = own.expected(args.slot, args.back ? peers.shape.experts : g);
+    const int64_t rows =
+        args.back ? rows_of_block(g, 0, total) : args.offsets[g + 1] - args.offsets[g];
+    uint32_t* expected = own.expected(args.slot, (args.back ? peers.shape.experts : 0) + g);
     *expected += static_cast<uint32_t>(rows * args.units);
-    wait(peers, args.back ? own.returned(args.slot) : own.arrived(args.slot, g), *expected);
+    wait(peers, args.back ? own.returned(args.slot, g) : own.arrived(args.slot, g), *expected);
   }
   const int64_t got = nanoseconds();
-  const int64_t used = std::min({*args.total, room, args.num_rows});
+  const int64_t used = std::min({total, room, args.num_rows});
   const int64_t unused = args.num_rows - used;
   char* rows = static_cast<char*>(args.rows);
   std::memcpy(rows, own.rows(args.slot, args.back), used * args.row_bytes);
@@ -153,7 +162,7 @@ void receive_rows(const ReceiveArgs& args) {
     *stamps.waited(true) = got - need;
     *stamps.readers(true) = 1;
     *stamps.copied() = nanoseconds() - got;
-    *stamps.rows() = *args.total;
+    *stamps.rows() = total;
   }
   const uint32_t uses = ++*own.received(args.slot, args.back);
   for (int64_t p = 0; p < peers.shape.peers; ++p) {

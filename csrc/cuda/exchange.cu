@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "common/flags.cuh"
+#include "common/home.cuh"
 #include "common/launch.cuh"
 #include "common/move.cuh"
 
@@ -185,9 +185,12 @@ __global__ void __launch_bounds__(kThreads) send_tiles(const SendArgs args) {
       send_run<Word>(args, peer, run, row, stop);
       __syncwarp();  // the lane that counts is behind all lanes' stores
       if (lane_id() == 0) {
-        uint32_t* counter =
-            args.back ? peer.returned(args.slot) : peer.arrived(args.slot, index % shape.experts);
-        add_release(counter, static_cast<uint32_t>((stop - row) * args.units));
+        if (args.back) {
+          count_home(peer, args.slot, run.place + row - run.begin, stop - row, args.units);
+        } else {
+          add_release(peer.arrived(args.slot, index % shape.experts),
+                      static_cast<uint32_t>(stop - row));
+        }
         if (peers.stamped()) note_most(stamps.given(to), nanoseconds());
       }
       row = stop;
@@ -234,8 +237,11 @@ __global__ void __launch_bounds__(kThreads) receive_tiles(const ReceiveArgs args
   const PeerSlabs& peers = args.peers;
   const SlabShape& shape = peers.shape;
   const Slab own = peers.own();
-  const int64_t total = *args.total, groups = args.back ? 1 : shape.experts;
   const int64_t room = args.back ? shape.back : shape.rows;
+  // Results that find no room are not counted; rows are.
+  const int64_t total = args.back ? min_of(*args.total, room) : *args.total;
+  const int64_t groups = args.back ? own.home_blocks() : shape.experts;
+  const int64_t before_home = args.back ? shape.experts : 0;  // of `expected`
   const char* from = own.rows(args.slot, args.back);
   const char* weights = own.weights(args.slot, args.back);
   char* rows = static_cast<char*>(args.rows);
@@ -243,7 +249,10 @@ __global__ void __launch_bounds__(kThreads) receive_tiles(const ReceiveArgs args
   if (peers.stamped()) times.begin();
   const int64_t start = peers.stamped() ? nanoseconds() : 0;
   int64_t need = 0, waiting = 0;
-  int64_t group = 0, begin = 0, end = args.back ? total : args.offsets[1];
+  const auto end_of = [&](int64_t group) {
+    return args.back ? min_of((group + 1) * kHomeRows, total) : args.offsets[group + 1];
+  };
+  int64_t group = 0, begin = 0, end = end_of(0);
   bool waited = false;
   for (int64_t tile = warp_of_grid(); tile * kTile < args.num_rows;
        tile += gridDim.x * int64_t{kWarps}) {
@@ -251,13 +260,13 @@ __global__ void __launch_bounds__(kThreads) receive_tiles(const ReceiveArgs args
       const bool used = row < total && row < room;
       for (; used && row >= end; waited = false) {
         begin = end;
-        end = args.offsets[++group + 1];
+        end = end_of(++group);
       }
       if (used && !waited) {
         if (lane_id() == 0) {
           const uint32_t* counter =
-              args.back ? own.returned(args.slot) : own.arrived(args.slot, group);
-          const uint32_t before = *own.expected(args.slot, args.back ? shape.experts : group);
+              args.back ? own.returned(args.slot, group) : own.arrived(args.slot, group);
+          const uint32_t before = *own.expected(args.slot, before_home + group);
           const int64_t now = peers.stamped() ? nanoseconds() : 0;
           wait(peers, counter, before + static_cast<uint32_t>((end - begin) * args.units));
           if (peers.stamped()) {
@@ -284,10 +293,11 @@ __global__ void __launch_bounds__(kThreads) receive_tiles(const ReceiveArgs args
   if (peers.stamped() && threadIdx.x == 0) *peers.stamps(peers.rank).rows() = total;
   // Rows that found no room were counted like the others, and nobody waited for them yet.
   for (int64_t g = threadIdx.x; g < groups; g += kThreads) {
-    const int64_t rows_of = args.back ? total : args.offsets[g + 1] - args.offsets[g];
-    uint32_t* expected = own.expected(args.slot, args.back ? shape.experts : g);
+    const int64_t rows_of =
+        args.back ? rows_of_block(g, 0, total) : args.offsets[g + 1] - args.offsets[g];
+    uint32_t* expected = own.expected(args.slot, before_home + g);
     const uint32_t reached = *expected + static_cast<uint32_t>(rows_of * args.units);
-    wait(peers, args.back ? own.returned(args.slot) : own.arrived(args.slot, g), reached);
+    wait(peers, args.back ? own.returned(args.slot, g) : own.arrived(args.slot, g), reached);
     *expected = reached;
   }
   __syncthreads();

@@ -23,7 +23,9 @@ Numbers exchange_word(Numbers shape, int64_t at) {
     for (int64_t x = 0; x < s.experts; ++x) {
       if (is(slab.arrived(slot, x))) return {1, slot, x};
     }
-    if (is(slab.returned(slot))) return {2, slot, 0};
+    for (int64_t block = 0; block < slab.home_blocks(); ++block) {
+      if (is(slab.returned(slot, block))) return {2, slot, block * kHomeRows};
+    }
     for (int64_t p = 0; p < s.peers; ++p) {
       if (is(slab.freed(slot, p, false))) return {3, slot, p};
       if (is(slab.freed(slot, p, true))) return {4, slot, p};

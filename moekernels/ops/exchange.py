@@ -150,7 +150,7 @@ def describe_wait(slabs: Slabs) -> str:
     what = (
         f"the counts of peer {index}",
         f"rows of its expert {index}, in slot {slot}",
-        f"its results, in slot {slot}",
+        f"its results from row {index} on, in slot {slot}",
         f"peer {index} to take the rows that it has in slot {slot}",
         f"peer {index} to take the results that it has in slot {slot}",
     )[kind]

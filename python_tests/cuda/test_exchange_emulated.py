@@ -29,6 +29,7 @@ from python_tests.support.virtual_ranks import (
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
 DTYPES = (torch.float32, torch.bfloat16)
 CASES = [(2, name, dtype) for name in ROUTINGS for dtype in DTYPES]
+CASES += [(p, "many", DTYPES[p % 2]) for p in (2, 3, 8)]
 CASES += [(p, name, DTYPES[(i + p) % 2]) for p in (3, 8) for i, name in enumerate(ROUTINGS)]
 
 
@@ -37,7 +38,7 @@ def test_rows_go_where_the_exchange_of_messages_takes_them(peers, name, dtype):
     """Out, then back with other rows: every schedule is one of the routings'."""
     experts = 1 if peers == 8 else 2
     ranks = Ranks(all_ids(name, peers, experts), experts, dtype)
-    how = MODES[ROUTINGS.index(name) % len(MODES)]
+    how = MODES[(*ROUTINGS, "many").index(name) % len(MODES)]
     expected = ranks.expected()
     with ranks.devices(**how) as devices:
         ranks.gather(devices)

@@ -23,6 +23,10 @@ def all_ids(name: str, peers: int, experts: int) -> list[Tensor]:
     tokens = [4 + p for p in range(peers)]
     ids = [random_ids(t, every, top_k, seed=p) for p, t in enumerate(tokens)]
     match name:
+        case "many":  # more than come home in one block
+            ids = [random_ids(36 + t, every, top_k, seed=t) for t in tokens]
+        case "uneven":  # the same, at one rank alone
+            ids = [random_ids(1 + 32 * (p == 0), every, top_k, seed=p) for p in range(peers)]
         case "one_rank":  # all to the experts of rank 1
             ids = [experts + random_ids(t, experts, top_k, seed=t) for t in tokens]
         case "one_expert":

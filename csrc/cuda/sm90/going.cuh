@@ -1,7 +1,7 @@
 // Results of a product that go straight to their owners, in the order of the owners' rows.
 #pragma once
 
-#include "common/flags.cuh"
+#include "common/home.cuh"
 #include "moekernels/exchange.h"
 #include "product.cuh"
 #include "rows.cuh"
@@ -40,7 +40,7 @@ struct Returns {
     if (end <= begin) return;
     const int32_t left = to.width - tile.column_tile * columns;
     const int64_t units = home_units(left < columns ? left : columns);
-    add_release(to.peers.of(lane).returned(to.slot), static_cast<uint32_t>((end - begin) * units));
+    count_home(to.peers.of(lane), to.slot, run->place + begin - run->begin, end - begin, units);
   }
 };
 

@@ -13,6 +13,9 @@
 namespace moekernels {
 
 inline constexpr int kMostPeers = 16;
+// Rows that come home are counted by so many, in the order of their owner's routing: whoever sums
+// them begins with those that are here.
+inline constexpr int64_t kHomeRows = 64;
 
 // The same for all ranks of a group.
 struct SlabShape {
@@ -38,14 +41,19 @@ struct Slab {
     const int64_t bytes = lines(shape.peers * shape.peers * shape.experts * 4);
     return reinterpret_cast<int32_t*>(base + lines(shape.peers * 4) + number % 2 * bytes);
   }
-  // Rows that have come for each local expert, and home.
+  // Rows that have come for each local expert, and home for each block of kHomeRows.
   MOEKERNELS_BOTH uint32_t* arrived(int64_t slot, int64_t expert) const {
     return words(flags_at() + slot * flag_bytes()) + expert;
   }
-  MOEKERNELS_BOTH uint32_t* returned(int64_t slot) const { return arrived(slot, shape.experts); }
+  MOEKERNELS_BOTH uint32_t* returned(int64_t slot, int64_t block) const {
+    return arrived(slot, shape.experts) + block;
+  }
+  MOEKERNELS_BOTH int64_t home_blocks() const {
+    return shape.back > kHomeRows ? (shape.back + kHomeRows - 1) / kHomeRows : 1;
+  }
   // How often a peer has read what this rank put into its slot.
   MOEKERNELS_BOTH uint32_t* freed(int64_t slot, int64_t peer, bool back) const {
-    return returned(slot) + 1 + (back ? shape.peers : 0) + peer;
+    return returned(slot, home_blocks()) + (back ? shape.peers : 0) + peer;
   }
 
   // Written by this rank alone, between launches: how often it has called, sent and received.
@@ -57,13 +65,15 @@ struct Slab {
   MOEKERNELS_BOTH uint32_t* ticket(int64_t slot, bool back, bool send) const {
     return sent(slot, back) + 4 + (send ? 2 : 0);
   }
-  // What `arrived` and `returned` (the last) had reached before this use.
+  // What `arrived` and, behind them, `returned` had reached before this use.
   MOEKERNELS_BOTH uint32_t* expected(int64_t slot, int64_t expert) const {
     return sent(slot, false) + 4 + kTickets + expert;
   }
 
   // Which tile a product of this slot's rows claims next; zero between launches.
-  MOEKERNELS_BOTH uint32_t* claims(int64_t slot) const { return expected(slot, shape.experts + 1); }
+  MOEKERNELS_BOTH uint32_t* claims(int64_t slot) const {
+    return expected(slot, shape.experts + home_blocks());
+  }
 
   MOEKERNELS_BOTH char* rows(int64_t slot, bool back) const {
     return base + data_at() + slot * data_bytes() + (back ? part_bytes(shape.rows) : 0);
@@ -84,11 +94,11 @@ struct Slab {
     return lines(shape.peers * 4) + 2 * lines(shape.peers * shape.peers * shape.experts * 4);
   }
   MOEKERNELS_BOTH int64_t flag_bytes() const {
-    return lines((shape.experts + 1 + 2 * shape.peers) * 4);
+    return lines((shape.experts + home_blocks() + 2 * shape.peers) * 4);
   }
   MOEKERNELS_BOTH int64_t state_at() const { return flags_at() + shape.slots * flag_bytes(); }
   MOEKERNELS_BOTH int64_t state_bytes() const {
-    return lines((4 + kTickets + shape.experts + 1 + 1) * 4);
+    return lines((4 + kTickets + shape.experts + home_blocks() + 1) * 4);
   }
   MOEKERNELS_BOTH int64_t data_at() const {
     return state_at() + kLine + shape.slots * state_bytes();
@@ -196,6 +206,14 @@ struct Arriving {
   int64_t slot;
   const int64_t* offsets;  // [e+1] of all that come
 };
+
+// The rows [begin, begin + count) of a slot's way home that are of a block.
+MOEKERNELS_BOTH inline int64_t rows_of_block(int64_t block, int64_t begin, int64_t count) {
+  const int64_t first = block * kHomeRows, end = first + kHomeRows;
+  const int64_t from = begin > first ? begin : first;
+  const int64_t to = begin + count < end ? begin + count : end;
+  return to > from ? to - from : 0;
+}
 
 // Where a product's rows go home to (csrc/cuda/sm90/going.cuh); a row counts a unit for each
 // kHomeColumns columns. Rows that it does not have are sent in a later launch.
