@@ -134,8 +134,7 @@ def working(spec: ExpertsSpec, at: Place) -> float:
     are put off, all of these, until the input's gradient is on its way; h is gone by then."""
     way, f, hidden = way_of(at), spec.expert_d_ff / at.layout.etp, spec.d_model
     rows, up = way.rows(spec, at), spec.up_rows * f
-    # Of the largest product in FP8: both operands, a byte an element.
-    fp8 = up * (rows + spec.num_experts / at.layout.ep * spec.d_in) if spec.fp8_experts else 0.0
+    fp8 = up * rows if spec.fp8_experts else 0.0  # the widest operand, a byte an element
     if not way.defers:
         size = spec.d_in + up + max(f, spec.d_in) - (spec.d_in if spec.lifted else 0)
         return rows * at.width * size + fp8

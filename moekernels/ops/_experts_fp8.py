@@ -1,12 +1,15 @@
 """`experts` in FP8: its products, and the gradients of their rows, of operands that are quantized
 on the way; the weights' gradients of what was not.
 
-Weights are quantized anew in every call: their transposed copies are made in the backward, so that
-nothing is kept between the two that is not kept without FP8.
+Weights are quantized anew in every call, but for those within `weights_quantized_once`: their
+transposed copies are made in the backward, so that nothing is kept between the two that is not kept
+without FP8.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +34,35 @@ def _(h: Tensor, activation: str, alpha: float, limit: float, interleaved: bool)
     return h.new_empty(h.shape[0], h.shape[1] // gates)
 
 
+# Within `weights_quantized_once`: (weights, their values and scales) by where they lie and how they
+# are read. Whoever is named here is alive, so that nothing else comes to lie there.
+_once: dict[tuple, tuple[Tensor, tuple[Tensor, Tensor]]] | None = None
+
+
+@contextmanager
+def weights_quantized_once() -> Iterator[None]:
+    """Within, weights are quantized in the first call that needs them so, and again where torch has
+    seen them written to. For the passes of one optimizer step: two bytes a weight, until it
+    ends."""
+    global _once
+    before, _once = _once, {}
+    try:
+        yield
+    finally:
+        _once = before
+
+
+def _of_weights(w: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    if _once is None or torch.compiler.is_compiling():
+        return _quantize(w, True, transposed)
+    # What one stream has made another would have to wait for.
+    stream = torch.cuda.current_stream(w.device).cuda_stream if w.is_cuda else 0
+    key = (w.data_ptr(), w._version, w.shape, w.dtype, transposed, stream)
+    if key not in _once:
+        _once[key] = w, _quantize(w, True, transposed)
+    return _once[key][1]
+
+
 def _product(
     rows: Tensor,
     w: Tensor,
@@ -43,7 +75,7 @@ def _product(
     """rows [R, I] x w [E, O, I] (transposed: [E, I, O]) -> weights (rows w + bias) [R, O]; masked:
     rows without a token are zero."""
     values, row_scales = _quantize(rows, False, False)
-    w, w_scales = _quantize(w, True, transposed)
+    w, w_scales = _of_weights(w, transposed)
     token_of = ffn.token_of if masked else None
     name = str(rows.dtype).removeprefix("torch.")
     given = (values, row_scales, w, w_scales, ffn.offsets, bias, weights, token_of)

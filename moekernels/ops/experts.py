@@ -200,7 +200,7 @@ def experts(
         backward that reaches it, and none returned. Gradients of gradients are made in plain
         torch. Under autocast all but `weights` are cast. Deterministic, whatever the threads. With
         fp8 gradients pass through rounding as if there were none, and have none themselves; weights
-        are quantized in every call.
+        are quantized in every call (in the trainer, once an optimizer step).
 
     Examples:
         >>> rows, weights = torch.ones(3, 2), torch.tensor([1.0, 1.0, 0.5])

@@ -343,6 +343,7 @@ def stage_memory(
     total = sum(parameters.values())
     total += spare_parameters(model, s.layout.ep, s.replicas, parameters.get("experts", 0))
     weight, gradient, *_ = STATE_BYTES[s.dtype, s.optimizer_state]
+    fp8 = 2 * parameters.get("experts", 0) if model.fp8_experts else 0  # both ways, for a step
 
     held = [
         chunk_activations(model, at, s.kinds_of_layers(model, v), v == 0, v == s.depth - 1)
@@ -381,7 +382,7 @@ def stage_memory(
     if bound and device == "cuda":
         messages += slab_bytes(model, at)
     return StageMemory(
-        weights=total * weight,
+        weights=total * weight + fp8,
         gradients=total * gradient,
         optimizer=state - host + on_the_way,
         activations=activations,

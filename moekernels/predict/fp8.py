@@ -13,10 +13,11 @@ KERNEL = Kernel(tile_n=128, stages=6, fp8=True, issue=issue("down", 128))
 QUANTIZE = 3  # bytes of an element: two are read, one is written
 
 
-def passes(layer: Layer) -> dict[str, float]:
-    """Bytes that a layer moves beside its products, forward and backward."""
+def passes(layer: Layer, calls: int) -> dict[str, float]:
+    """Bytes that a layer moves beside its products, forward and backward; weights are quantized
+    once in so many calls, the microbatches of a step."""
     rows, h, f = layer.rows, layer.H, layer.F
-    weights = QUANTIZE * 3 * layer.E * h * f  # anew in each call
+    weights = QUANTIZE * 3 * layer.E * h * f / calls
     there, home = 4.0 * rows * h, 2.0 * (rows + layer.T) * h  # permute and combine
     forward = there + QUANTIZE * rows * h + 6 * rows * f + QUANTIZE * rows * f + home
     # dy; da, h, dh and the weighted a; dh; x for its gradient of the weights
@@ -35,10 +36,10 @@ def products(layer: Layer, card: Card) -> dict[str, float]:
     return {op: predict(layer.plain(n, k), KERNEL, card).tflops for op, (n, k) in sizes.items()}
 
 
-def layer_tflops(layer: Layer, card: Card) -> dict[str, float]:
+def layer_tflops(layer: Layer, card: Card, calls: int = 8) -> dict[str, float]:
     """forward, backward: TFLOP/s of the whole layer, weights' gradients of 16 bits."""
     flops = 2.0 * layer.rows * layer.F * layer.H  # of one matrix
-    rates, moved = products(layer, card), passes(layer)
+    rates, moved = products(layer, card), passes(layer, calls)
     seconds = {op: flops * (2 if op in ("up", "dgrad") else 1) / rates[op] / 1e12 for op in rates}
     gradients = sum(
         predict(layer.problem(op, DEFAULT.wgrad_bytes), DEFAULT.wgrad, card).seconds

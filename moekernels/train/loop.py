@@ -19,6 +19,7 @@ from moekernels.data.batch import MicroBatch
 from moekernels.errors import RunError
 from moekernels.model.tensors import SELECTION_BIAS
 from moekernels.nn.transformer import StageModel
+from moekernels.ops._experts_fp8 import weights_quantized_once
 from moekernels.parallel import device_exchange, launch
 from moekernels.parallel.measure import Measure
 from moekernels.parallel.nodes import cores
@@ -254,7 +255,8 @@ class Trainer:
             self.monitor.begin(step)
             # Copies of experts bring their gradients home behind all chunks.
             begin = None if self.run.train.replicas else self.optimizer.sums.begin
-            result = self.runtime.step(batches, origin=origin, finished=begin)
+            with weights_quantized_once():
+                result = self.runtime.step(batches, origin=origin, finished=begin)
             flush, worked = time.perf_counter() - flush, time.process_time() - worked
             self.exchanges.read()
             self.hot.bring_home()

@@ -15,7 +15,7 @@ from python_tests.support.products import offsets_of
 from python_tests.support.spec import randn
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-MODES = [(None, True), (0, False), (1, True)]
+MODES = [(0, False), (1, True)]
 
 
 def fp8(width: int, out: int, *counts: int, unused: int = 0, dtype=BF16) -> dict:
@@ -38,13 +38,12 @@ def check(inputs: dict, **how) -> None:
     assert same_bits(ours, wanted)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "width, out, counts, unused",
+    "width, out, counts, unused, dtype",
     [
-        (400, 264, (130, 0, 1, 65), 3),  # ragged, empty, one row; K and N past whole tiles
-        (16, 8, (0, 0, 140), 0),
-        (768, 128, (128, 256), 0),  # whole tiles, more stages than the ring has
+        (400, 264, (130, 0, 1, 65), 3, BF16),  # ragged, empty, one row; K, N past whole tiles
+        (16, 8, (0, 0, 140), 0, F16),
+        (896, 128, (128,), 0, BF16),  # whole tiles, more stages than the ring has
     ],
     ids=["ragged", "all_to_one", "whole"],
 )
@@ -54,7 +53,7 @@ def test_products_have_the_bits_of_the_cpu(width, out, counts, unused, dtype):
 
 @pytest.mark.parametrize("schedule, lazy", MODES)
 def test_order_and_lateness_change_no_bit(schedule, lazy):
-    check(fp8(400, 136, 70, 0, 131), schedule=schedule, lazy=lazy)
+    check(fp8(400, 136, 70, 0, 3), schedule=schedule, lazy=lazy)
 
 
 def test_a_short_ring():
@@ -79,12 +78,12 @@ def test_bias_weights_and_rows_without_a_token():
     assert not ours[(token_of < 0) | (token_of > 2)].any() and ours.count_nonzero() > 3000
 
 
-@pytest.mark.parametrize("options", [{}, {"transposed": True, "recompute": True}], ids=str)
+@pytest.mark.parametrize("options", [{"transposed": True, "recompute": True}], ids=str)
 def test_experts(options):
     """The products to the bit; between them exp and sigmoid are of another library."""
     from python_tests.support.products import ffn
 
-    inputs = ffn(BF16, 144, 272, 40, 3, 2, fp8=True, **options)
+    inputs = ffn(BF16, 144, 144, 20, 2, 1, fp8=True, **options)
     spec = spec_of("experts")
     cpu = evaluate(ops.experts, spec, inputs)
     with hopper():
@@ -130,4 +129,4 @@ def test_a_planted_bug_is_found(bug, monkeypatch, tmp_path, where):  # noqa: F81
         pytest.skip("the bugs are planted in PTX")
     emulated.fp8_as(monkeypatch, bug, tmp_path)
     with pytest.raises((AssertionError, RuntimeError, ptx.PtxError)):
-        check(fp8(400, 264, 70, 3, 65))
+        check(fp8(1040, 136, 70))  # more stages than the ring has

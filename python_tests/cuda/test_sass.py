@@ -276,6 +276,23 @@ def test_styles_stay_within_their_registers(style):
         assert wgmmas and sum("gsb0" in t for t in wgmmas) * 4 <= len(wgmmas), name
 
 
+def test_fp8_promotes_by_one_instruction_an_element():
+    """The four products of a stage are waited for once, then 64 fused multiplies and adds; nothing
+    spills, and both roles stay within their registers."""
+    names = [n for n in resources() if "fp8_product" in n]
+    assert len(names) == 2
+    for name in names:
+        assert resources()[name]["STACK"] == resources()[name]["LOCAL"] == 0, name
+        code = code_of(name)
+        body = min((b for b in loops(code) if any("QGMMA" in t for t in b)), key=len)
+        products_ = [t for t in body if "QGMMA.64x128x32.F32.E4M3.E4M3" in t]
+        assert len(products_) == 4 and ["gsb0" in t for t in products_] == [False] * 3 + [True]
+        assert sum("FFMA" in t for t in body) == 64
+        used = held_by_its_roles(code)
+        assert used.keys() == {232, 40} and all(used[left] <= left for left in used), (name, used)
+        assert not any(re.search(r"\b(LDL|STL)\b", text) for _, text in code), name
+
+
 @functools.cache
 def dump() -> tuple[str, str]:
     """A product's name and its machine code."""

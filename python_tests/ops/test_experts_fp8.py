@@ -179,6 +179,37 @@ def test_main_grads_take_the_same_gradient():
         assert torch.equal(each.main_grad.bfloat16(), plain[name])
 
 
+def test_weights_are_quantized_once_where_they_do_not_change(monkeypatch):
+    """Two passes quantize both weights both ways four times, not eight; what was written to, anew;
+    the same bits."""
+    from moekernels.ops import _experts_fp8 as home
+
+    inputs = inputs_of(F32, 64, 128, 20)
+    w1, w2 = inputs["w1"], inputs["w2"]
+    w1.requires_grad_()
+    calls, quantize = [], home._quantize
+    spy = lambda x, tiles, transposed: calls.append(tiles) or quantize(x, tiles, transposed)  # noqa: E731
+    monkeypatch.setattr(home, "_quantize", spy)
+
+    def one() -> list[Tensor]:
+        y = ops.experts(**inputs)
+        return [y, *torch.autograd.grad(y.sum(), w1)]
+
+    plain = one() + one()
+    assert sum(calls) == 6  # no gradient of x is asked for
+    calls.clear()
+    with home.weights_quantized_once():
+        once = one() + one()
+        assert sum(calls) == 3
+        with torch.no_grad():
+            w2 *= 2
+        changed = one()
+        assert sum(calls) == 5
+    assert_same((plain, {}), (once, {}))
+    assert not torch.equal(changed[0], plain[0])
+    assert_same((one(), {}), (changed, {}))
+
+
 def test_compiles_whole():
     torch._dynamo.reset()
     spec, inputs = spec_of("experts"), inputs_of(F32, 64, 128, 20, bias=True)
