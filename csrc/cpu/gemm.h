@@ -85,6 +85,17 @@ struct RowDots {
                    int64_t cols, void* c, int64_t ldc, bool add) = nullptr;
 };
 
+// For more rows of A than RowDots takes and fewer than fill DirectRows' vectors, against such a B:
+// ct [cols, 4 n] = B rows [cols] times A packed in quads (gemm_quads.h), four times n rows of it.
+struct RowQuads {
+  int64_t least_rows = 1, most_rows = 0;
+  int64_t least_columns = 1;
+  int64_t k_divisor = 1;  // what the depth must be a multiple of
+  void (*pack)(void* to, const Operand& from, int64_t i, int64_t ni, int64_t units) = nullptr;
+  void (*multiply)(int64_t units, const void* b, int64_t ldb, int64_t cols, const void* a,
+                   int64_t n, float* ct) = nullptr;
+};
+
 // How products of one dtype are computed on this machine.
 struct Engine {
   int64_t k_unit;         // how many k a packed unit holds
@@ -94,6 +105,7 @@ struct Engine {
   PackedTiles tiles;
   DirectRows direct{};
   RowDots dots{};
+  RowQuads quads{};
   // Around a run of tiles, where the unit has a state to set up.
   void (*enter)() = nullptr;
   void (*leave)() = nullptr;
@@ -159,7 +171,7 @@ class Workspace {
     const void* data = nullptr;
     int64_t m0 = 0, m1 = 0;
     const int32_t* token_of = nullptr;
-    int64_t units = 0;  // of a block along k; 0: read directly
+    int64_t units = 0;  // of a block along k; 0: for DirectRows, -1: for RowQuads
     bool operator==(const Packed&) const = default;
   };
   void* room(Room which, int64_t bytes);
@@ -168,6 +180,7 @@ class Workspace {
   // Rows [m, m + count) of the block's, times columns [j, j + columns) of its.
   void multiply_dots(const Engine& engine, const Product& product, int64_t m, int64_t count,
                      int64_t j, int64_t columns);
+  void multiply_quads(const Engine& engine, const Product& product);
   void multiply_directly(const Engine& engine, const Product& product);
   void multiply_packed(const Engine& engine, const Product& product);
   struct Piece;

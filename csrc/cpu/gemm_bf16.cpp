@@ -8,6 +8,7 @@
 #include "amx.h"
 #include "gemm_dot.h"
 #include "gemm_pack.h"
+#include "gemm_quads.h"
 #include "gemm_tile.h"
 
 namespace moekernels::cpu::MOEKERNELS_ISA {
@@ -264,6 +265,7 @@ const Engine& bf16_engine(Bf16Unit unit) {
                  .k_divisor = 2,
                  .multiply = &direct<PairDot, 256>},
       .dots = {.most_rows = kDotRows, .multiply = &dot<PairDot, bf16>},
+      .quads = row_quads<PairDot, bf16>(),
   };
   static constexpr Engine tiles{
       .k_unit = kTileK,

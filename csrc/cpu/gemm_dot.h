@@ -24,15 +24,43 @@ constexpr int dot_streams(int rows) { return std::min(4, kDotSums / rows); }
 // hardware alone 5 % slower).
 constexpr int64_t kDotLead = 2048;
 
-// c [i, j c_apart] = or += the lanes of sums [streams, rows, lanes].
+// Half `high` of each 2 s lanes of u and v, in turns: what the sums of s lanes are made of.
+template <class V, int s, bool high, int... I>
+inline V halves_of(V u, V v, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(u, v, (I / s % 2 * n + I / s / 2 * 2 * s + I % s + high * s)...);
+}
+
+// x[0] [i] = sum_lanes(x[i]): two vectors' lanes are added by halves into one, and so on.
+template <class Acc, int s = kLanes<Acc> / 2>
+inline void sum_lanes_of(Vec<Acc>* x) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<Acc>>{};
+#pragma GCC unroll 8
+  for (int i = 0; i < s; ++i) {
+    x[i] = halves_of<Vec<Acc>, s, false>(x[i], x[i + s], lanes) +
+           halves_of<Vec<Acc>, s, true>(x[i], x[i + s], lanes);
+  }
+  if constexpr (s > 1) sum_lanes_of<Acc, s / 2>(x);
+}
+
+// c [i, j c_apart] = or += the lanes of sums [streams, rows, lanes], behind which is memory.
 template <class Acc>
 __attribute__((noinline)) void put_sums(const Acc* sums, int64_t streams, int64_t rows, Acc* c,
                                         int64_t ldc, int64_t c_apart, bool add) {
-  for (int64_t j = 0; j < streams; ++j) {
-    for (int64_t i = 0; i < rows; ++i, sums += kLanes<Acc>) {
-      const Acc total = sum_lanes<Acc>(load(sums));
+  constexpr int lanes = kLanes<Acc>;
+  int64_t i = 0, j = 0;
+  for (int64_t left = streams * rows; left > 0; left -= lanes, sums += lanes * lanes) {
+    Vec<Acc> x[lanes];
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) x[l] = load(sums + l * lanes);
+    sum_lanes_of<Acc>(x);
+    const int64_t count = std::min<int64_t>(left, lanes);
+    alignas(64) Acc total[lanes];
+    store(total, x[0]);
+    for (int64_t l = 0; l < count; ++l) {
       Acc* at = c + i * ldc + j * c_apart;
-      *at = add ? *at + total : total;
+      *at = add ? *at + total[l] : total[l];
+      if (++i == rows) i = 0, ++j;
     }
   }
 }
@@ -69,13 +97,14 @@ __attribute__((noinline)) void dot_of(int64_t depth, const T* const* a, const T*
   if (k < depth) products(k, depth - k);
   // Through a copy and a call: sums whose lanes are taken apart here would live in memory all
   // along.
-  alignas(64) Acc copy[streams][rows][kLanes<Acc>];
+  constexpr int whole = (streams * rows + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
+  alignas(64) Acc copy[whole][kLanes<Acc>];
 #pragma GCC unroll 4
   for (int j = 0; j < streams; ++j) {
 #pragma GCC unroll 12
-    for (int i = 0; i < rows; ++i) store(copy[j][i], sum[j][i]);
+    for (int i = 0; i < rows; ++i) store(copy[j * rows + i], sum[j][i]);
   }
-  put_sums(&copy[0][0][0], streams, rows, c, ldc, c_apart, add);
+  put_sums(&copy[0][0], streams, rows, c, ldc, c_apart, add);
 }
 
 // Each stream is a run of whole rows of B, so that the hardware, which follows one stream a page,

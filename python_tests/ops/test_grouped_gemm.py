@@ -22,8 +22,10 @@ ROWS = (
     15,
     16,
     17,
-    22,
-    23,
+    20,
+    21,
+    24,
+    25,
     33,
     47,
     48,
@@ -64,7 +66,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, size: torch.Tensor, dept
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     "width,out",
-    [(64, 96), (160, 33), (67, 35), (1, 5), (1100, 18), (300, 1100), (672, 40)],
+    [(64, 96), (72, 7), (160, 33), (67, 35), (1, 5), (1100, 18), (300, 1100), (672, 40)],
 )
 def test_every_row_count(dtype: torch.dtype, transposed: bool, width: int, out: int):
     torch.manual_seed(0)
@@ -82,6 +84,22 @@ def test_every_row_count(dtype: torch.dtype, transposed: bool, width: int, out: 
     check(ops.grouped_gemm, reference.grouped_gemm, width, x, w)
     check(ops.grouped_gemm_dgrad, reference.grouped_gemm_dgrad, out, drows, w)
     check(ops.grouped_gemm_wgrad, reference.grouped_gemm_wgrad, max(ROWS), x, drows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [14, 20, 24])
+def test_unused_rows_among_few(dtype: torch.dtype, rows: int):
+    """Rows of no token read as zeros: the others get the bits that they get among themselves."""
+    torch.manual_seed(0)
+    x, w1, w2 = draw(dtype, 30, 24), draw(dtype, 1, 64, 24), draw(dtype, 1, 24, 32)
+    offsets, weights = offsets_of([rows]), torch.ones(rows)
+    token_of = torch.randperm(30)[:rows].int()
+    whole = ops.experts(x, weights, w1, w2, offsets, token_of=token_of)
+    unused = torch.tensor([0, 5, rows - 1])
+    token_of[unused] = -1
+    got = ops.experts(x, weights, w1, w2, offsets, token_of=token_of)
+    whole[unused] = 0
+    assert torch.equal(got, whole)
 
 
 def test_main_grad_takes_the_gradient():
