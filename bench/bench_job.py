@@ -174,7 +174,7 @@ def where(side: Side, steps: int) -> None:
         ).stdout  # fmt: skip
     parts: Counter[str] = Counter()
     symbols: Counter[str] = Counter()
-    for line in report.splitlines():
+    for line in filter(str.strip, report.splitlines()):
         share, dso, *symbol = line.strip().split("\t")
         part = float(share.strip().rstrip("%"))
         name = next((k for k, v in PLACES.items() if any(x in dso for x in v)), "other")

@@ -79,6 +79,10 @@ class _Choice(torch.autograd.Function):
         return dx, dx, dnorm, drouter, None, None
 
 
+# Without what torch's own does for tensors of `torch.func`, which `fits` keeps away.
+_apply = super(torch.autograd.Function, _Choice).apply
+
+
 def _plain_backward(ctx, main: Tensor | None, grads: tuple) -> list[Tensor | None]:
     """The gradients for total, norm and router, by functions that are differentiable themselves."""
     norm, router, total, *_, ids = ctx.saved_tensors
@@ -116,7 +120,5 @@ def choose(x: Tensor, added: Tensor, norm: Tensor, router: Tensor, way: Way) -> 
     """x, added [T, H], norm [H], router [E, H] -> what the experts read, the new residual stream,
     and who is chosen."""
     main_grad = router.main_grad  # type: ignore[attr-defined]  # `fits` has asked
-    normed, total, *gate = _Choice.apply(
-        x.contiguous(), added.contiguous(), norm, router, way, main_grad
-    )
+    normed, total, *gate = _apply(x.contiguous(), added.contiguous(), norm, router, way, main_grad)
     return Chosen(normed, total, GateOutput(*gate))

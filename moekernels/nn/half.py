@@ -96,6 +96,10 @@ class _Half(torch.autograd.Function):
         return dx, dnorm, dqkv, dout, dq, dk, None, None
 
 
+# Without what torch's own does for tensors of `torch.func`, which `fits` keeps away.
+_apply = super(torch.autograd.Function, _Half).apply
+
+
 def _wgrad(main_grad: Tensor | None, x: Tensor, dy: Tensor) -> Tensor | None:
     if main_grad is None:
         return dy.t().mm(x)
@@ -142,4 +146,4 @@ def fits(x: Tensor, weights: Weights) -> bool:
 def half(x: Tensor, weights: Weights, way: Way) -> Tensor:
     """x [T/tp, H] where tokens are split, else [T, H] -> the same shape, to be added to x."""
     main_grads = weights.qkv.main_grad, weights.out.main_grad  # type: ignore[attr-defined]
-    return _Half.apply(x.contiguous(), *weights, way, main_grads)
+    return _apply(x.contiguous(), *weights, way, main_grads)

@@ -83,9 +83,11 @@ class Joined(Queue):
     def put(self, work: Work) -> None:
         if hasattr(work, "join"):
             self._kept.append(cast(Joinable, work))
-        else:
+        elif torch.is_grad_enabled():
             with torch.no_grad():
                 work()
+        else:  # as in most backwards, where asking costs less than entering
+            work()
 
     @torch.no_grad()
     def run(self, most: int | None = None) -> int:

@@ -37,12 +37,12 @@ def reached(
     """
     if torch.compiler.is_compiling() or all(g is None for g in main_grads):
         return main_grads
-    edges = iter(ctx.next_functions)  # one for each tensor among the arguments
-    nodes = [None if t is None else next(edges)[0] for t in inputs]
-    return [
-        g if g is not None and _accumulates(node) else None
-        for g, node in zip(main_grads, nodes, strict=True)
-    ]
+    edges, at = ctx.next_functions, 0  # one for each tensor among the arguments
+    added: list[Tensor | None] = []
+    for g, t in zip(main_grads, inputs, strict=True):
+        added.append(g if g is not None and _accumulates(edges[at][0]) else None)
+        at += t is not None
+    return added
 
 
 def _accumulates(node: Any) -> bool:
