@@ -3,12 +3,14 @@ of a layer's products side by side, and what bench/gpu_report.py sets beside wha
 
 python bench/predict.py errors
 python bench/predict.py variants [T H F E K]
+python bench/predict.py launches    # what a chain of launches and one that routes alone gain
 python bench/predict.py store    # into bench/predicted.json, when a kernel or the model changes
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from tune_problems import GROUPED, LAYERS  # noqa: E402
 
 from moekernels import jsonio  # noqa: E402
-from moekernels.predict import fp8, published  # noqa: E402
+from moekernels.predict import fp8, launches, published  # noqa: E402
 from moekernels.predict.card import CARDS, H100  # noqa: E402
 from moekernels.predict.events import epilogue_cycles, predict  # noqa: E402
 from moekernels.predict.kernel import Kernel  # noqa: E402
@@ -73,6 +75,24 @@ def variants(layer: Layer) -> None:
     for way in ("forward", "backward"):
         rates = "".join(f"{fp8.layer_tflops(layer, card)[way]:6.0f}" for card in CARDS.values())
         print(f"  the layer, experts in FP8, {way:34}{rates}")
+
+
+TOKENS = (512, 1024, 2048, 4096, 8192, 32768)
+
+
+def of_launches() -> None:
+    """Our first layer, and Qwen3-30B's, at fewer tokens."""
+    print("us in turn, gain in a chain, and with one launch that routes: forward, backward; H100")
+    for shape in (LAYERS[0], LAYERS[3]):
+        for tokens in TOKENS:
+            layer = replace(shape, T=tokens)
+            turn = launches.passes(layer, H100, False, False)
+            ways = [launches.gains(layer, H100, *way) for way in launches.WAYS[1:]]
+            told = [
+                f"{1e6 * turn[way]:8.0f}" + "".join(f" {on[way]:+6.1%}" for on in ways)
+                for way in turn
+            ]
+            print(f"  {layer!s:32}" + "   ".join(told))
 
 
 # ---- what is stored
@@ -152,6 +172,8 @@ def main() -> int:
         errors()
     elif command == "variants" and len(shape) in (0, 5):
         variants(Layer(*(int(size) for size in shape or (32768, 2048, 4096, 64, 4))))
+    elif command == "launches" and not shape:
+        of_launches()
     elif command == "store" and not shape:
         STORE.write_text(in_lines(figures()))
         print(f"{STORE.relative_to(ROOT)} is as the model says")

@@ -32,6 +32,7 @@ from tune_problems import (  # noqa: E402
     MANY,
     PRODUCTS,
     QUICK,
+    SMALL,
     STAGES,
     TINY,
     TOKENS,
@@ -45,6 +46,7 @@ from moekernels import jsonio  # noqa: E402
 
 TABLE = ROOT / "csrc" / "include" / "moekernels" / "gemm_tuned.h"
 BEGIN, END = "    // measured: begin\n", "    // measured: end\n"
+ORDER = "constexpr LaunchOrder kLaunchOrder = "
 WORTH = 0.01  # a gain below it is noise: the default stays
 CONFIRM = 9  # timings of the finalists
 
@@ -95,6 +97,7 @@ class Rehearsal:
         gain = 0.06 * (setting.band == 8) + 0.03 * (setting.promotion == 128)
         gain += 0.05 * (not setting.prefetch) * (1 if problem.op == "dact" else -1)
         gain -= 0.08 * (setting.stages == 3) + 0.01 * (setting.grid != 0)
+        gain += 0.02 * bool(setting.chain)
         return 1e-3 * (1 - gain)
 
 
@@ -236,8 +239,9 @@ def rows(lines: list[dict]) -> str:
     A product that sees x through token_of, or is of several microbatches, has no row: it says in
     the other's who gathers, or whether one launch adds them.
     """
-    plain = [line for line in lines if not line.get("of", "").endswith(tuple(TOLD.values()))]
-    say = {name: told_by(lines, name) for name in TOLD}
+    products = [line for line in lines if line["op"] != "layer"]
+    plain = [line for line in products if not line.get("of", "").endswith(tuple(TOLD.values()))]
+    say = {name: told_by(products, name) for name in TOLD}
     told = []
     for line in plain:
         by_name = {name: of.get(product_of(line)) for name, of in say.items()}
@@ -247,10 +251,29 @@ def rows(lines: list[dict]) -> str:
     return "".join(map(row, order))
 
 
+def launch_order(lines: list[dict]) -> str:
+    """The line of gemm_tuned.h for what is faster in each of the small layers; empty: none was
+    measured."""
+    layers = [line for line in lines if line["op"] == "layer"]
+    if not layers:
+        return ""
+    worth = [line["best"]["ms"] <= line["default_ms"] * (1 - WORTH) for line in layers]
+    flags = [
+        all(w and line["best"][name] for w, line in zip(worth, layers))
+        for name in ("chain", "route_at_once")
+    ]
+    told = ", ".join(str(flag).lower() for flag in flags)
+    measured = f"// measured, {layers[0]['card']}, {layers[0]['date']}"
+    return f"{ORDER}{{{told}}};  {measured}\n"
+
+
 def write_rows(text: str, found: str) -> str:
-    """A table with its measured rows replaced."""
+    """A table with its measured rows replaced, and how launches follow one another where that is
+    told."""
+    found, told, order = found.partition(ORDER)
     begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return text[:begin] + found + text[end:]
+    text = text[:begin] + found + text[end:]
+    return re.sub(re.escape(ORDER) + ".*\n", lambda _: told + order, text) if told else text
 
 
 def main() -> int:
@@ -265,7 +288,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.apply:
         found = args.apply.read_text()
-        if not re.fullmatch(r"(    \{GemmKernel::wgmma.*\n     \"measured.*\n     \".*\n)*", found):
+        row = r"    \{GemmKernel::wgmma.*\n     \"measured.*\n     \".*\n"
+        if not re.fullmatch(rf"({row})*({ORDER}.*;  // measured.*\n)?", found):
             print(f"tune: {args.apply} holds other lines than measured rows", file=sys.stderr)
             return 2
         TABLE.write_text(write_rows(TABLE.read_text(), found))
@@ -277,12 +301,14 @@ def main() -> int:
     on = Rehearsal() if args.rehearse else Card()
     layers = TINY if args.rehearse else QUICK if args.quick else LAYERS
     grouped = TINY if args.rehearse else () if args.quick else GROUPED
+    small = TINY if args.rehearse else () if args.quick else SMALL
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    begin, count, done = time.monotonic(), 0, PRODUCTS * len(layers) + len(grouped)
+    begin, count = time.monotonic(), 0
+    done = PRODUCTS * len(layers) + len(grouped) + len(small)
     lines: list[dict] = []
     bad = False
     with args.out.open("w") as out:
-        for problem in every(layers, grouped, "cpu" if args.rehearse else "cuda"):
+        for problem in every(layers, grouped, "cpu" if args.rehearse else "cuda", small):
             left = args.seconds - (time.monotonic() - begin)
             if left < 0:
                 line = {"op": problem.op, "of": problem.of, **asdict(problem.layer)}
@@ -295,7 +321,7 @@ def main() -> int:
             count += 1
             out.write(jsonio.dumps(line) + "\n")
             out.flush()
-            args.rows.write_text(rows(lines))  # what is known so far
+            args.rows.write_text(rows(lines) + launch_order(lines))  # what is known so far
             best = line.get("best", {})
             text = line.get("skipped") or (
                 f"{line['default_ms']:8.3f} ms, best {best['ms']:8.3f} ms "

@@ -35,6 +35,8 @@ GROUPED = (
 )
 QUICK = LAYERS[:1]
 TINY = (Layer(24, 136, 136, 2, 2),)
+# Whose launches take a part of their time.
+SMALL = tuple(replace(at, T=tokens) for at in (LAYERS[0], LAYERS[3]) for tokens in (1024, 4096))
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,16 @@ class Setting:
     pair: str = "none"
     gather: bool | None = None
     join: bool | None = None
+    chain: bool | None = None
+    route_at_once: bool | None = None
 
     def __str__(self) -> str:
         told = [f"{n} {v}" for n, v in asdict(self).items() if v != Setting.__dict__[n]]
         return ", ".join(told) or "the default"
 
 
+# How a layer's launches follow one another: chain, route_at_once.
+CLOSELY = ((False, False), (False, True), (True, False), (True, True))
 TOKENS = "tokens"  # of a problem that sees x through token_of
 SEGMENTS = 4  # microbatches whose gradients one call adds
 MANY = f"of {SEGMENTS}"  # of such a problem
@@ -68,6 +74,8 @@ MANY = f"of {SEGMENTS}"  # of such a problem
 def settings_of(op: str, multiprocessors: int, of: str = "") -> list[Setting]:
     """Every setting of an op, the default first; those of other styles with the table's stages. Of
     x seen through token_of: who gathers it; of several microbatches: whether one launch adds."""
+    if op == "layer":
+        return [Setting(chain=c or None, route_at_once=r or None) for c, r in CLOSELY]
     if of.endswith(TOKENS):
         return [Setting(gather=gather) for gather in (None, True, False)]
     if of.endswith(MANY):
@@ -115,12 +123,43 @@ class Problem:
         return " ".join(filter(None, (self.op, self.of, str(self.layer))))
 
 
-def every(layers: tuple[Layer, ...], grouped: tuple[Layer, ...], device: str) -> Iterator[Problem]:
-    """The products of layers, and grouped_gemm forward at shapes of its own."""
+def every(
+    layers: tuple[Layer, ...],
+    grouped: tuple[Layer, ...],
+    device: str,
+    small: tuple[Layer, ...] = (),
+) -> Iterator[Problem]:
+    """The products of layers, grouped_gemm forward at shapes of its own, and whole small layers."""
     for layer in layers:
         yield from problems(layer, device)
     for layer in grouped:
         yield forward(layer, device)
+    for layer in small:
+        yield whole(layer, device)
+
+
+def whole(layer: Layer, device: str) -> Problem:
+    """A layer from its choices on, forward and backward, in bf16."""
+    from moekernels import ops
+
+    normal, (rows, h, f, e) = normal_on(device), (layer.rows, layer.H, layer.F, layer.E)
+    x, dy = normal(layer.T, h).requires_grad_(), normal(layer.T, h)
+    w1, w2 = normal(e, 2 * f, h, scale=h**-0.5), normal(e, h, f, scale=f**-0.5)
+    for w in (w1.requires_grad_(), w2.requires_grad_()):
+        w.main_grad = torch.zeros(w.shape, device=device)
+    ids = torch.rand(layer.T, e, device=device).topk(layer.K).indices.int()
+    weights = torch.rand(rows, device=device)
+
+    def run() -> Tensor:
+        at = ops.route(ids, e)
+        seen = {"token_of": at.token_of, "row_of": at.row_of}
+        out = ops.experts(x, weights, w1, w2, at.offsets, **seen)
+        y = ops.combine(out, at.row_of, at.token_of)
+        x.grad = None
+        y.backward(dy)
+        return torch.cat([y.detach(), x.grad])
+
+    return Problem("layer", layer, rows, 9 * f, h, run)
 
 
 def balanced_offsets(layer: Layer, device: str) -> Tensor:

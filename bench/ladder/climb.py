@@ -52,7 +52,13 @@ def load_rungs(products: bool) -> None:
     from ladder import probe_rungs  # noqa: F401
 
     if products:
-        from ladder import exchange_rungs, product_rungs, style_rungs, whole_rungs  # noqa: F401
+        from ladder import (  # noqa: F401
+            chain_rungs,
+            exchange_rungs,
+            product_rungs,
+            style_rungs,
+            whole_rungs,
+        )
 
 
 def _work(pipe, name: str, kit: Kit) -> None:

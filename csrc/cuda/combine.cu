@@ -1,54 +1,15 @@
 // Bound by memory: every row is read once, a token's sum stays in registers, in the order of k.
-#include "moekernels/combine.h"
-
-#include "common/launch.cuh"
-#include "common/vec.cuh"
-#include "common/warp.cuh"
+#include "combine.cuh"
+#include "sm90/entry.cuh"
 
 namespace moekernels::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kRowsAtOnce = 4;  // loads under way before the first is added
+constexpr int kThreads = kCombineThreads, kWarps = kCombineWarps;
 
-// A warp sums one vector a lane; the warps of a token lie side by side.
 template <class T, int N, bool weighted>
 __global__ void __launch_bounds__(kThreads) combine_tokens(const CombineArgs args) {
-  const int64_t vectors = args.hidden / N, warps = (vectors + kWarp - 1) / kWarp;
-  const int64_t warp = warp_of_grid(), t = warps == 1 ? warp : warp / warps;
-  const int64_t i = (warp - t * warps) * kWarp + lane_id();
-  if (t >= args.tokens || i >= vectors) return;
-  using V = Vec<T, N>;
-  const int32_t* row_of = args.row_of + t * args.top_k;
-  const float* weights = static_cast<const float*>(args.weights) + (weighted ? t * args.top_k : 0);
-  float total[N] = {};
-  for (int64_t k = 0; k < args.top_k; k += kRowsAtOnce) {
-    V parts[kRowsAtOnce];
-    bool used[kRowsAtOnce];
-#pragma unroll
-    for (int u = 0; u < kRowsAtOnce; ++u) {
-      const int64_t r = k + u < args.top_k ? row_of[k + u] : -1;
-      used[u] = inside(r, args.num_rows);
-      if (used[u])
-        parts[u] =
-            reinterpret_cast<const V*>(static_cast<const T*>(args.rows) + r * args.hidden)[i];
-    }
-#pragma unroll
-    for (int u = 0; u < kRowsAtOnce; ++u) {
-      if (!used[u]) continue;
-      const float weight = weighted ? weights[k + u] : 1.0f;
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-        const float part = to_float(parts[u].at[n]);
-        total[n] = weighted ? fmaf(part, weight, total[n]) : total[n] + part;
-      }
-    }
-  }
-  V out;
-#pragma unroll
-  for (int n = 0; n < N; ++n) out.at[n] = from_float<T>(total[n]);
-  reinterpret_cast<V*>(static_cast<T*>(args.out) + t * args.hidden)[i] = out;
+  combine_vector<T, N, weighted>(args);
 }
 
 // drow = weight * dout and dweight = <dout, row>, a warp for each choice.
@@ -109,12 +70,12 @@ __global__ void __launch_bounds__(kThreads) combine_backward_slots(const Combine
 }  // namespace
 
 void combine(const CombineArgs& args, Stream stream) {
-  with_type(args.dtype, [&](auto* type) {
+  if constexpr (sm90::kBuilt) {
+    if (sm90::combine(args, stream)) return;
+  }
+  with_combine(args, [&](auto* type, bool vector, int64_t blocks) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int N = 16 / sizeof(T);
-    const bool vector = aligned16(args.rows, args.out, args.hidden * sizeof(T));
-    const int64_t vectors = vector ? args.hidden / N : args.hidden;
-    const int64_t blocks = ceil_div(args.tokens * ceil_div(vectors, kWarp), kWarps);
     auto kernel = args.weights ? vector ? combine_tokens<T, N, true> : combine_tokens<T, 1, true>
                   : vector     ? combine_tokens<T, N, false>
                                : combine_tokens<T, 1, false>;

@@ -4,6 +4,7 @@
 
 #include "common/activation.cuh"
 #include "common/tiles.cuh"
+#include "dweights.cuh"
 #include "mma/gemm.cuh"
 #include "mma/h_chunk.cuh"
 #include "mma/launch.cuh"
@@ -144,37 +145,9 @@ __global__ void __launch_bounds__(GemmShape<T, tile>::kThreads)
   });
 }
 
-// The expert of a row, or -1: by bisection, whatever the offsets hold.
-__device__ int64_t expert_of(const ExpertsArgs& of, int64_t row) {
-  int64_t low = 0, high = of.experts;  // offsets[low] <= row is to be found last
-  if (of.experts == 0 || row < of.offsets[0] || row >= of.offsets[of.experts]) return -1;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (of.offsets[middle] <= row ? low : high) = middle;
-  }
-  return low;
-}
-
-// A warp for each row.
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_dweights(const ExpertsDWeightsArgs args) {
-  const ExpertsArgs& of = args.of;
-  const int64_t row = warp_of_grid();
-  if (row >= of.num_rows) return;
-  const int64_t expert = expert_of(of, row), parts = experts_dweights_parts(of.ffn);
-  float total = 0;
-  if (expert >= 0 && is_used(of, row)) {
-    const float* part = static_cast<const float*>(args.dweights_parts) + row * parts;
-    for (int64_t i = lane_id(); i < parts; i += kWarp) total += part[i];
-    if (of.b2 != nullptr) {
-      const T* dy = static_cast<const T*>(args.dy) + row * of.hidden;
-      const T* bias = static_cast<const T*>(of.b2) + expert * of.hidden;
-      for (int64_t i = lane_id(); i < of.hidden; i += kWarp)
-        total = fmaf(to_float(dy[i]), to_float(bias[i]), total);
-    }
-  }
-  total = warp_sum(total);
-  if (lane_id() == 0) static_cast<float*>(args.dweights)[row] = total;
+  sum_dweight<T>(args);
 }
 
 // A block for 32 columns of an expert: a lane a column, the warps take turns at the rows.
@@ -348,6 +321,9 @@ void experts_dact(const ExpertsDActArgs& args, Stream stream) {
 }
 
 void experts_dweights(const ExpertsDWeightsArgs& args, Stream stream) {
+  if constexpr (sm90::kBuilt) {
+    if (sm90::experts_dweights(args, stream)) return;
+  }
   with_type(args.of.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     launch("experts_dweights", sum_dweights<T>, ceil_div(args.of.num_rows, kWarps), kThreads, 0,

@@ -27,6 +27,7 @@ void dact(const ExpertsDActArgs& args, const GemmChoice& choice, Stream stream) 
 void experts_up(const ExpertsUpArgs& args, const GemmChoice& choice, Stream stream) {
   if (takes("experts_up_sm90", choice, GemmStyle::hidden))
     return experts_up_hidden(args, choice, stream);
+  if (in_chain(args.of.dtype)) return experts_up_chained(args, choice, stream);
   args.of.dtype == DType::f16 ? up<__half>(args, choice, stream)
                               : up<__nv_bfloat16>(args, choice, stream);
 }
@@ -48,6 +49,7 @@ void experts_down(const ExpertsDownArgs& args, const GemmChoice& choice, Stream 
 void experts_dact(const ExpertsDActArgs& args, const GemmChoice& choice, Stream stream) {
   if (takes("experts_dact_sm90", choice, GemmStyle::pingpong))
     return experts_dact_pingpong(args, choice, stream);
+  if (in_chain(args.of.dtype)) return experts_dact_chained(args, choice, stream);
   args.of.dtype == DType::f16 ? dact<__half>(args, choice, stream)
                               : dact<__nv_bfloat16>(args, choice, stream);
 }

@@ -55,6 +55,8 @@ void store_product(const char* name, const RowProduct& product, const GemmChoice
                    const void* bias, const RowUse& use, Stream stream) {
   if (takes(name, choice, GemmStyle::hidden))
     return store_product_hidden(product, choice, out, bias, use, stream);
+  if (in_chain(product.dtype))
+    return store_product_chained(product, choice, out, bias, use, stream);
   const bool half = product.dtype == DType::f16, narrow = choice.tile_n == 128;
   const auto run = half     ? narrow ? store_as<__half, 128> : store_as<__half, 256>
                    : narrow ? store_as<__nv_bfloat16, 128>
@@ -78,6 +80,7 @@ void grouped_gemm(const GroupedGemmArgs& args, const GemmChoice& choice, Stream 
 
 void grouped_wgrad(const GroupedWgradArgs& args, const GemmChoice& choice, Stream stream) {
   takes("grouped_wgrad_sm90", choice, GemmStyle::direct);
+  if (in_chain(args.dtype)) return grouped_wgrad_chained(args, choice, stream);
   args.dtype == DType::f16 ? wgrad_of<__half>(args, choice, stream)
                            : wgrad_of<__nv_bfloat16>(args, choice, stream);
 }

@@ -1,11 +1,10 @@
 // A stable counting sort in four launches and no host sync: each warp counts its chunk of the
 // slots, two scans say where the chunk's slots of each expert begin, and each warp places its chunk
 // in order.
-#include "moekernels/route.h"
-
+#include "route.cuh"
 #include "common/launch.cuh"
 #include "common/scan.cuh"
-#include "common/warp.cuh"
+#include "sm90/entry.cuh"
 
 namespace moekernels::cuda {
 namespace {
@@ -13,18 +12,6 @@ namespace {
 constexpr int kThreads = 128;       // of the kernels that walk slots: four chunks a block
 constexpr int kScanThreads = 1024;  // of the kernels that scan
 constexpr int64_t kSharedBytes = 48 * 1024;
-
-__device__ int64_t id_of(const RouteArgs& args, int64_t slot) {
-  return args.wide_ids ? static_cast<const int64_t*>(args.ids)[slot]
-                       : static_cast<const int32_t*>(args.ids)[slot];
-}
-
-// The expert of a slot, -1 where the slot is dropped or past the end.
-__device__ int expert_of(const RouteArgs& args, int64_t slot) {
-  if (slot >= args.slots) return -1;
-  const int64_t id = id_of(args, slot);
-  return inside(id, args.experts) ? static_cast<int>(id) : -1;
-}
 
 // A warp's counters: in shared memory where all warps' fit, else its row of begins itself.
 __device__ int32_t* counters_of_warp(const RouteArgs& args, int64_t chunk, int32_t* shared) {
@@ -239,6 +226,9 @@ int64_t route_chunk_slots(int64_t slots, int64_t experts) {
 }
 
 void route(const RouteArgs& args, Stream stream) {
+  if constexpr (sm90::kBuilt) {
+    if (sm90::route(args, stream)) return;
+  }
   const int64_t blocks = args.chunks > 0 ? ceil_div(args.chunks, kThreads / kWarp)
                                          : 1;  // unused rows are left without slots
   const int64_t bytes = args.experts * (kThreads / kWarp) * static_cast<int64_t>(sizeof(int32_t));

@@ -7,9 +7,11 @@
 
 extern "C" {
 // Returns 0, or 1 where the kernel failed; Python then holds the exception. params[i] points to the
-// i-th argument; `cluster`: blocks of one.
+// i-th argument; `cluster`: blocks of one; `chained`: 1 where the launch may begin before the one
+// ahead of it has ended.
 using moekernels_launch_fn = int (*)(const char* kernel, uint32_t blocks, uint32_t threads,
-                                     uint64_t shared_bytes, void** params, uint32_t cluster);
+                                     uint64_t shared_bytes, void** params, uint32_t cluster,
+                                     uint32_t chained);
 // Told of every array that an op allocates, and of the host's memory that outlives an op (`lasts`)
 // and kernels see.
 using moekernels_array_fn = void (*)(const void* data, int64_t bytes, int lasts);

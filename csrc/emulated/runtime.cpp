@@ -65,20 +65,20 @@ int encode_tensor_map(void* map, int type, uint32_t rank, void* address, const u
 }
 
 int launch(const char* kernel, Dim3 grid, Dim3 block, void** params, size_t shared,
-           unsigned cluster) {
+           unsigned cluster, unsigned chained) {
   // 719: cudaErrorLaunchFailure
   last_error = launch_kernel != nullptr &&
-                       launch_kernel(kernel, grid.x, block.x, shared, params, cluster) == 0
+                       launch_kernel(kernel, grid.x, block.x, shared, params, cluster, chained) == 0
                    ? 0
                    : 719;
   return last_error;
 }
 
 // cudaLaunchConfig_t and its attributes.
-constexpr int kClusterDimension = 4;
+constexpr int kClusterDimension = 4, kProgrammaticStreamSerialization = 6;
 struct LaunchAttribute {
   int id, pad;
-  Dim3 size;  // of a union of 64 bytes
+  Dim3 size;  // of a union of 64 bytes; its first word is the other attribute's flag
   char rest[64 - sizeof(Dim3)];
 };
 static_assert(sizeof(LaunchAttribute) == 72);
@@ -135,15 +135,17 @@ int __cudaGetKernel(void** kernel, const void* host) {
   return 0;
 }
 int __cudaLaunchKernel(void* kernel, Dim3 grid, Dim3 block, void** params, size_t shared, void*) {
-  return launch(static_cast<const char*>(kernel), grid, block, params, shared, 1);
+  return launch(static_cast<const char*>(kernel), grid, block, params, shared, 1, 0);
 }
 int cudaLaunchKernelExC(const LaunchConfig* config, const void* host, void** params) {
-  unsigned cluster = 1;
+  unsigned cluster = 1, chained = 0;
   for (unsigned i = 0; i < config->count; ++i) {
-    if (config->attributes[i].id == kClusterDimension) cluster = config->attributes[i].size.x;
+    const LaunchAttribute& attribute = config->attributes[i];
+    if (attribute.id == kClusterDimension) cluster = attribute.size.x;
+    if (attribute.id == kProgrammaticStreamSerialization) chained = attribute.size.x;
   }
   return launch(kernels().at(host).c_str(), config->grid, config->block, params, config->shared,
-                cluster);
+                cluster, chained);
 }
 
 int cudaGetLastError() {

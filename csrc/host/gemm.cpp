@@ -73,6 +73,8 @@ std::vector<std::pair<int64_t, int64_t>> gated_tile(int64_t tile, int64_t index,
 }  // namespace
 
 void bind_gemm(py::module_& m) {
+  m.attr("launch_order") = py::dict(py::arg("chain") = kLaunchOrder.chain,
+                                    py::arg("route_at_once") = kLaunchOrder.route_at_once);
   m.def("choose_gemm", &choice, py::arg("op"), py::arg("dtype"), py::kw_only(), py::arg("m"),
         py::arg("n"), py::arg("k"), py::arg("experts"), py::arg("alignment") = 16,
         py::arg("capability"), py::arg("wgmma"), py::arg("tf32") = false,

@@ -32,11 +32,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& ids, int6
   const bool by_weight = weights && capacity >= 0;
   // The device's scratch comes from torch's allocator, the CPU's from the heap; its size depends on
   // shapes alone.
-  int64_t chunks = 1, chunk_slots = slots;
+  int64_t chunks = 1, chunk_slots = slots, least_rows = 1;
   if constexpr (kWithCuda) {
     if (on_cuda(ids)) {
       chunk_slots = cuda::route_chunk_slots(slots, experts);
       chunks = (slots + chunk_slots - 1) / chunk_slots;
+      least_rows = cuda::kRouteBlocks;
     }
   }
   if (!on_cuda(ids) && !by_weight) {
@@ -48,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& ids, int6
   Tensor row_of = empty({tokens, top_k}, ScalarType::Int, ids);
   Tensor token_of = empty({rows}, ScalarType::Int, ids);
   Tensor slot_of = empty({rows}, ScalarType::Int, ids);
-  Tensor begins = empty({chunks * experts}, ScalarType::Int, ids);
+  Tensor begins = empty({std::max(chunks, least_rows) * experts}, ScalarType::Int, ids);
   Tensor order = empty({by_weight ? slots + experts + 2 : 0}, ScalarType::Int, ids);
   int32_t* order_data = order.mutable_data_ptr<int32_t>();
   const RouteArgs args{

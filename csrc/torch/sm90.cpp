@@ -48,7 +48,8 @@ int index_of(const char* const (&names)[n], const std::string& name) {
 
 void settings(int64_t stages, int64_t band, int64_t grid, int64_t promotion,
               std::optional<bool> prefetch, std::optional<bool> bulk_sums, const std::string& style,
-              const std::string& pair, std::optional<bool> gather, std::optional<bool> join) {
+              const std::string& pair, std::optional<bool> gather, std::optional<bool> join,
+              std::optional<bool> chain, std::optional<bool> route_at_once) {
   const char* op = "sm90_settings";
   check_built(op);
   check(stages == 0 || (stages >= 2 && stages <= 8), op,
@@ -68,7 +69,7 @@ void settings(int64_t stages, int64_t band, int64_t grid, int64_t promotion,
     const auto told = [](std::optional<bool> flag) { return flag ? static_cast<int>(*flag) : -1; };
     sm90::set({static_cast<int>(stages), static_cast<int>(band), static_cast<int>(grid),
                static_cast<int>(promotion), told(prefetch), told(bulk_sums), style_index,
-               pair_index, told(gather), told(join)});
+               pair_index, told(gather), told(join), told(chain), told(route_at_once)});
   }
 }
 
@@ -117,7 +118,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOEKERNELS_OPS, m) {
   m.def(
       "_sm90_settings(int stages=0, int band=0, int grid=0, int promotion=0, "
       "bool? prefetch=None, bool? bulk_sums=None, str style=\"\", str pair=\"\", "
-      "bool? gather=None, bool? join=None) -> ()");
+      "bool? gather=None, bool? join=None, bool? chain=None, bool? route_at_once=None) -> ()");
   m.def("_sm90_watchdog(float seconds) -> ()");
   m.def("_sm90_stuck() -> str");
   m.def("_sm90_launched() -> str");

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from moekernels.errors import UsageError
+from moekernels.predict import launches
 from moekernels.predict.card import CARDS, Card
 from moekernels.predict.layer import Layer
 from moekernels.predict.ours import VARIANTS, kernel_of, product
@@ -110,6 +111,19 @@ def variants(name: str, shape: dict, card: Card) -> str:
     return "; ".join(f"{kind} {rate:.0f}" for kind, rate in rates)
 
 
+def launches_of(shape: dict, card: Card, order: dict[str, bool]) -> str:
+    """What the model says of a layer's launches in turn, in a chain, and where one routes."""
+    layer = Layer(*(int(shape[key]) for key in KEYS))
+    turn = launches.passes(layer, card, False, False)
+    told = [f"{1e6 * seconds:.0f} us {way}" for way, seconds in turn.items()]
+    parts = [f"in turn {', '.join(told)}"]
+    for name, way in zip(("in a chain", "and routed by one"), launches.WAYS[1:]):
+        gains = launches.gains(layer, card, *way)
+        parts.append(f"{name} {', '.join(f'{gain:+.1%}' for gain in gains.values())}")
+    chosen = [name.replace("_", " ") for name, on in order.items() if on] or ["in turn"]
+    return f"{'launches':<18} {', '.join(chosen)}  predicted {'; '.join(parts)}"
+
+
 def explain(text: str, device: str | None = None) -> str:
     """One line a product of a gated layer: its size, kernel, tile, stages and the reason."""
     shape, capability = parse_shape(text), parse_device(device)
@@ -164,6 +178,8 @@ def explain(text: str, device: str | None = None) -> str:
         )
         if rate:
             lines.append(f"{'':<18} built: {variants(name, shape, card)}")
+    if predicted == len(OPS) and shape["dtype"] == "bf16":
+        lines.append(launches_of(shape, card, _host.launch_order))
     if not measured:
         lines.append("tiles are predicted from the H200's arithmetic, not measured on one")
     if predicted:

@@ -362,8 +362,8 @@ def wavering(after: int, result: int):
     return layer
 
 
-def misplaced(ids, experts, alignment):
-    routing = product_rungs.ops.route(ids, experts, alignment=alignment)
+def misplaced(ids, experts, **options):
+    routing = product_rungs.ops.route(ids, experts, **options)
     return routing._replace(token_of=routing.token_of.flip(0))
 
 
@@ -386,6 +386,8 @@ def negative(ffn, *others):
         ("headline", lambda: {"layer": wavering(0, 1)}, "dx is wrong at 1 of"),
         ("capture", lambda: {"capture": lambda kit, fn: (fn(), lambda: None)}, "replayed result 0"),
         ("simt", lambda: {"route": misplaced}, "route's token_of has other bits"),
+        ("route_at_once", lambda: {"route": misplaced}, "token_of has other bits"),
+        ("chained", lambda: {"layer": wavering(1, 1)}, "dx has other bits"),
         ("exchange", lambda: {"put": backwards}, "rows that came to rank 0 has other bits"),
         ("put", lambda: {"put": backwards}, "rows that came to rank 1 has other bits"),
         ("stamps", lambda: {"record": swapped}, "bytes came"),

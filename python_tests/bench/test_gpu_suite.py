@@ -72,6 +72,8 @@ def test_settings_are_all_tried_and_the_default_is_first():
         assert settings[0] == Setting() and len(set(settings)) == len(settings)
         assert any(not s.prefetch for s in settings) == (op in tune_problems.PREFETCHING)
     assert {s.grid for s in settings_of("up", 132)} == {0, 128}
+    closely = {(bool(s.chain), bool(s.route_at_once)) for s in settings_of("layer", 132)}
+    assert len(closely) == 4 and settings_of("layer", 132)[0] == Setting()
 
 
 def test_a_setting_that_changes_a_bit_is_refused_however_fast():
@@ -102,7 +104,7 @@ def test_the_time_is_kept_and_what_is_skipped_is_said(tmp_path, monkeypatch, cap
     sys.argv += ["--out", str(tmp_path / "t.jsonl"), "--rows", str(tmp_path / "rows")]
     assert tune.main() == 1
     lines = [json.loads(x) for x in (tmp_path / "t.jsonl").read_text().splitlines()]
-    assert len(lines) == 11 and all(x["skipped"] for x in lines)
+    assert len(lines) == 12 and all(x["skipped"] for x in lines)
 
 
 @pytest.fixture
@@ -116,12 +118,15 @@ def rehearsed(tmp_path, monkeypatch) -> list[dict]:
 
 def test_rows_go_into_the_table_and_are_replaced_there(tmp_path, rehearsed):
     # up and w1's also of tokens, both gradients also of several microbatches
-    ops = ["up", *tune_problems.OPS, *["wgrad"] * 4, "forward"]
+    ops = ["up", *tune_problems.OPS, *["wgrad"] * 4, "forward", "layer"]
     assert [x["op"] for x in rehearsed] == ops
     found, table = (tmp_path / "rows.txt").read_text(), tune.TABLE.read_text()
     once = tune.write_rows(table, found)
-    assert found in once and tune.write_rows(once, found) == once
-    assert tune.write_rows(once, "") == tune.write_rows(table, "")
+    rows, order, told = found.partition(tune.ORDER)
+    assert told.startswith("{true, false};  // measured, rehearsal, ")
+    assert rows in once and order + told in once and tune.write_rows(once, found) == once
+    assert tune.write_rows(once, rows) == once, "no launches were measured: as before"
+    assert tune.write_rows(once, order + told) == tune.write_rows(table, order + told)
     assert (
         found.count("GemmKernel::wgmma") == 7 and '"measured, rehearsal, driver none, 20' in found
     )
@@ -310,7 +315,7 @@ def test_the_report_sets_measured_beside_predicted(tmp_path, rehearsed, capsys, 
     assert "ring (sass) hang" in said and "look: there" in said
     assert "busy: 1755 MHz" in said and "TIMED OUT" in said and "0 of 1 rungs hold" in said
     report = json.loads((tmp_path / "gpu_suite.json").read_text())
-    assert report["tune"][-1] == {"cut_off": '{"op": "dgr'} and len(report["tune"]) == 13
+    assert report["tune"][-1] == {"cut_off": '{"op": "dgr'} and len(report["tune"]) == 14
 
 
 def test_predictions_are_of_what_is_measured():

@@ -293,6 +293,36 @@ def test_fp8_promotes_by_one_instruction_an_element():
         assert not any(re.search(r"\b(LDL|STL)\b", text) for _, text in code), name
 
 
+CHAINED = ("chained_product", "chained_into_sums", "chained_gathered", "chained_permute")
+CHAINED += ("chained_combine", "chained_dweights", "route_at_onceILb1")
+
+
+def in_chain(code: list[tuple[int, str]]) -> tuple[int, int]:
+    """How often a kernel lets the next begin, and waits for the one ahead."""
+    text = [t for _, t in code]
+    return sum("PREEXIT" in t for t in text), sum("ACQBULK" in t for t in text)
+
+
+@pytest.mark.parametrize("kind", CHAINED)
+def test_kernels_of_a_chain_wait_and_do_not_spill(kind):
+    """Of those of an element at a time combine alone may keep some bytes, as it does in turn."""
+    names = [n for n in resources() if kind in n]
+    assert names
+    for name in names:
+        if "chained_combine" not in name:
+            assert resources()[name]["STACK"] == resources()[name]["LOCAL"] == 0, name
+    for name in {names[0], names[-1]}:
+        code = code_of(name)
+        assert in_chain(code) == (1, 1), name
+        used = held_by_its_roles(code)
+        assert all(used[left] <= left for left in used), (name, used)
+
+
+def test_other_products_neither_wait_nor_let_others_begin():
+    for name in (products("StoreUp")[0], products("StoreRows")[0]):
+        assert in_chain(code_of(name)) == (0, 0), name
+
+
 @functools.cache
 def dump() -> tuple[str, str]:
     """A product's name and its machine code."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from moekernels.predict import fp8, published
+from moekernels.predict import fp8, launches, published
 from moekernels.predict.card import H100, H200
 from moekernels.predict.events import predict
 from moekernels.predict.kernel import Kernel, Problem
@@ -126,6 +126,19 @@ def test_fp8_is_faster_where_products_outweigh_passes():
     few = Layer(2048, 2048, 4096, 64, 4)
     every = fp8.layer_tflops(few, H100, calls=1)["forward"]
     assert every < 0.7 * layer_tflops(few, DEFAULT, H100)["forward"]
+
+
+def test_launches_matter_where_a_layer_is_small():
+    for tokens, least, most in ((1024, 0.012, 0.03), (4096, 0.006, 0.02), (32768, 0.0, 0.004)):
+        layer = Layer(tokens, 2048, 768, 128, 8)
+        both, chained = (launches.gains(layer, H100, True, one) for one in (True, False))
+        for way, gain in both.items():
+            assert 0 < chained[way] <= gain < most, (tokens, way)
+        assert both["forward"] > least
+    # More choices than one launch routes: four, whatever is asked.
+    large = Layer(32768, 2048, 768, 128, 8)
+    seconds = [launches.route_seconds(large, H100, one) for one in (True, False)]
+    assert seconds[0] == seconds[1]
 
 
 def test_any_size_takes_no_time_to_predict():

@@ -61,9 +61,9 @@ class Devices:
     def on(self, rank: int, stream: int = 0) -> Iterator[None]:
         """Ops of this rank are recorded for its device."""
 
-        def record(module, kernel, blocks, threads, packed, shared_bytes):
+        def record(module, kernel, blocks, threads, packed, shared_bytes, how):
             shape = (blocks, threads, packed, shared_bytes)
-            self.launches.append(ptx.Launch(rank, module, kernel, *shape, stream))
+            self.launches.append(ptx.Launch(rank, module, kernel, *shape, stream, **how))
 
         self.emulator.record, self.emulator.keep = record, self.kept.append
         try:

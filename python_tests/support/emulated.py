@@ -118,6 +118,28 @@ def fp8_as(monkeypatch, bug: str, folder: Path) -> None:
     monkeypatch.setitem(globals(), "module", lambda name: other if name == stem else own(name))
 
 
+def chain_as(monkeypatch, name: str, folder: Path) -> None:
+    """The row products in a chain run as compiled with one of the bugs of `planted.CHAINS`."""
+    text = ptx.compile_ptx(
+        ROOT / "python_tests" / "ptx_emulator" / "kernels" / "chained.cu",
+        ARCH,
+        defines=['MOEKERNELS_CUDA_ARCHS="PTX"'],
+        include=[ROOT / "csrc" / "include", planted.chain_headers_with(name, ROOT, folder)],
+        lines=False,
+    )
+    other, own = ptx.Module(text), module
+    stem = "chained_sm90"
+    monkeypatch.setitem(globals(), "module", lambda name: other if name == stem else own(name))
+
+
+def route_as(monkeypatch, name: str, folder: Path) -> None:
+    """The launch that routes alone runs as compiled with one of the bugs of `planted.ROUTES`."""
+    source = planted.route_with(name, ROOT, folder)
+    other, own = ptx.Module(compiled(source)), module
+    stem = "route_sm90"
+    monkeypatch.setitem(globals(), "module", lambda name: other if name == stem else own(name))
+
+
 def _bytes_read(kernel: ptx.syntax.Kernel) -> list[np.ndarray]:
     """For each parameter, which of its bytes the kernel loads: all, where it cannot be told."""
     read = {variable.name: np.zeros(variable.size, bool) for variable, _ in kernel.params}
@@ -206,6 +228,7 @@ class _Device:
             ctypes.c_uint64,
             ctypes.POINTER(ctypes.c_void_p),
             ctypes.c_uint32,
+            ctypes.c_uint32,
         )(self._launch)
         self._array_fn = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)(
             self._array
@@ -230,17 +253,24 @@ class _Device:
             if lasts:
                 self.lasting[tensor.data_ptr()] = span
 
-    def _launch(self, name, blocks, threads, shared_bytes, params, cluster) -> int:
+    def _launch(self, name, blocks, threads, shared_bytes, params, cluster, chained) -> int:
         name = _FILE_HASH.sub(r"\1", name.decode())
         try:
-            self._run(name, blocks, threads, shared_bytes, params, cluster)
+            self._run(name, blocks, threads, shared_bytes, params, cluster, bool(chained))
         except Exception as error:
             self.error = error
             return 1
         return 0
 
     def _run(
-        self, name: str, blocks: int, threads: int, shared_bytes: int, params, cluster: int
+        self,
+        name: str,
+        blocks: int,
+        threads: int,
+        shared_bytes: int,
+        params,
+        cluster: int,
+        chained: bool,
     ) -> None:
         self.launches.append(name)
         likely = sorted(stems(), key=lambda stem: _unlikely(stem, name))  # others: not compiled
@@ -272,9 +302,10 @@ class _Device:
         packed = [m or _packed(raw, arrays, self.spans) for m, raw in zip(maps, args)]
         promotions = [_promotion(raw) for m, raw in zip(maps, args) if m]
         shape = {"blocks": blocks, "shared": shared_bytes, "promotions": promotions}
-        self.shapes.append({**shape, "cluster": cluster})
+        self.shapes.append({**shape, "cluster": cluster, "chained": chained})
         if self.record is not None:
-            self.record(found, kernel, blocks, threads, packed, shared_bytes)
+            how = {"cluster": cluster, "programmatic": chained}
+            self.record(found, kernel, blocks, threads, packed, shared_bytes, how)
             return
         if self.hardware:
             if cluster > 1:
@@ -331,7 +362,10 @@ def _unlikely(stem: str, name: str) -> tuple[bool, ...]:
     """Sorts first the files that may well hold a kernel."""
     ffn = "StoreUp" in name or "StoreDAct" in name
     style = any(word in name for word in ("hidden_product", "pingpong_product"))
+    chained = stem in ("chained_sm90", "moves_sm90")
     return (
+        chained != ("chained" in name),
+        (stem == "route_sm90") != ("at_once" in name),
         stem not in name,
         ("sm90" in stem) != ("sm90" in name),
         ("styles" in stem) != style,

@@ -224,6 +224,52 @@ ONE_ACTIVATION = (
 )
 
 
+KERNEL = "sm90/kernel.cuh"
+BEGIN, COUNT = (
+    "  source.begin();\n",
+    "  const TileGrid grid = source.template count<kOverRows>(s, args);\n",
+)
+WAIT = '  asm volatile("griddepcontrol.wait;" ::: "memory");\n'
+CHAINED = "sm90/chained.cuh"
+# Of a chain of products.
+CHAINS = {
+    "no_wait": (CHAINED, ((WAIT, ""),)),
+    "one_thread_waits": (CHAINED, ((WAIT, f"  if (threadIdx.x == 0)\n{WAIT}"),)),
+    "waits_behind_offsets": (KERNEL, ((BEGIN, ""), (COUNT, COUNT + BEGIN))),
+    "producer_alone_waits": (
+        CHAINED,
+        ((WAIT, f"  if (threadIdx.x / 128 == 2)\n{WAIT}"),),
+    ),
+    "consumers_alone_wait": (CHAINED, ((WAIT, f"  if (threadIdx.x / 128 < 2)\n{WAIT}"),)),
+}
+
+
+def chain_headers_with(name: str, root: Path, folder: Path) -> Path:
+    """A copy of csrc/cuda's headers whose chained launches have this bug."""
+    copy_headers(root, folder)
+    file, exchanged = CHAINS[name]
+    plant(folder, file, *exchanged)
+    return folder
+
+
+# Of the launch that routes alone.
+ROUTES = {
+    "no_meeting": ("  if (gridDim.x > 1) meet_cluster();\n", ""),
+    "counted_while_read": (
+        "    __syncwarp();\n    if (e >= 0 && rank == 0)",
+        "    if (e >= 0 && rank == 0)",
+    ),
+}
+
+
+def route_with(name: str, root: Path, folder: Path) -> Path:
+    """A copy of csrc/cuda/route_sm90.cu with this bug, its headers beside it."""
+    copy_headers(root, folder)
+    shutil.copy(root / "csrc" / "cuda" / "route_sm90.cu", folder)
+    plant(folder, "route_sm90.cu", ROUTES[name])
+    return folder / "route_sm90.cu"
+
+
 def style_headers_with(name: str, root: Path, folder: Path) -> Path:
     """A copy of csrc/cuda's headers whose styles have this bug, and one activation."""
     copy_headers(root, folder)

@@ -42,14 +42,18 @@ inline void check(cudaError_t error, const char* what) {
 }
 #endif
 
-template <class... Args>
-void launch(const char* name, void (*kernel)(Args...), int64_t blocks, int threads, int64_t shared,
-            Stream stream, const Args&... args) {
-  if (blocks <= 0) return;
+inline void check_blocks(const char* name, int64_t blocks) {
   if (blocks > INT32_MAX) {
     throw std::runtime_error(std::string(name) + ": " + std::to_string(blocks) +
                              " blocks are more than a grid holds; give fewer tokens at once");
   }
+}
+
+template <class... Args>
+void launch(const char* name, void (*kernel)(Args...), int64_t blocks, int threads, int64_t shared,
+            Stream stream, const Args&... args) {
+  if (blocks <= 0) return;
+  check_blocks(name, blocks);
 #ifdef __CUDACC__
   kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(
       args...);
@@ -60,21 +64,42 @@ void launch(const char* name, void (*kernel)(Args...), int64_t blocks, int threa
 }
 
 #ifdef __CUDACC__
-// The same in clusters of `size` blocks.
+// In clusters of so many blocks; `chained`: the launch may begin before the one ahead of it in its
+// stream has ended, and waits for that on the device (sm90/chained.cuh).
+struct LaunchHow {
+  int cluster = 1;
+  bool chained = false;
+};
+
 template <class... Args>
-void launch_clusters(const char* name, void (*kernel)(Args...), int64_t clusters, int size,
-                     int threads, int64_t shared, Stream stream, const Args&... args) {
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+void launch_as(const LaunchHow& how, const char* name, void (*kernel)(Args...), int64_t blocks,
+               int threads, int64_t shared, Stream stream, const Args&... args) {
+  if (blocks <= 0) return;
+  check_blocks(name, blocks);
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (how.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
+  }
+  if (how.chained) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * size));
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = size > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, kernel, args...), name);
+}
+
+template <class... Args>
+void launch_clusters(const char* name, void (*kernel)(Args...), int64_t clusters, int size,
+                     int threads, int64_t shared, Stream stream, const Args&... args) {
+  launch_as({.cluster = size}, name, kernel, clusters * size, threads, shared, stream, args...);
 }
 #endif
 

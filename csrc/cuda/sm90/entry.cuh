@@ -2,10 +2,13 @@
 // choose_gemm gives GemmKernel::wgmma, with the tile and stages that it gives.
 #pragma once
 
+#include "moekernels/combine.h"
 #include "moekernels/exchange.h"
 #include "moekernels/experts.h"
 #include "moekernels/gemm_choice.h"
 #include "moekernels/grouped_gemm.h"
+#include "moekernels/permute.h"
+#include "moekernels/route.h"
 
 namespace moekernels::cuda::sm90 {
 
@@ -42,5 +45,12 @@ void grouped_wgrad_gathered(const GroupedWgradArgs& args, const GemmChoice& choi
 constexpr int kMostSegments = 4;
 bool joins(const GroupedWgradArgs& args, const GemmChoice& choice);
 void grouped_wgrad_segments(const GroupedWgradArgs& args, const GemmChoice& choice, Stream stream);
+
+// In a chain of launches (chained.cuh); false: not done, as neither settings nor device ask for it.
+bool permute(const PermuteArgs& args, Stream stream);
+bool combine(const CombineArgs& args, Stream stream);
+bool experts_dweights(const ExpertsDWeightsArgs& args, Stream stream);
+// All choices by one launch of one cluster; false: they are too many, or as above.
+bool route(const RouteArgs& args, Stream stream);
 
 }  // namespace moekernels::cuda::sm90

@@ -36,6 +36,7 @@ struct Gathered {
   const Gather& from;
 
   __device__ void prefetch() const { prefetch_map(other); }
+  __device__ void begin() const {}
   template <bool kOverRows>
   __device__ TileGrid count(const ProductShared& s, const ProductArgs& args) const {
     return count_tiles<kOverRows>(s, args);

@@ -17,6 +17,7 @@ struct Loaded {
     prefetch_map(a);
     prefetch_map(b);
   }
+  __device__ void begin() const {}  // before anything else touches global memory
   template <bool kOverRows>
   __device__ TileGrid count(const ProductShared& s, const ProductArgs& args) const {
     return count_tiles<kOverRows>(s, args);
@@ -49,6 +50,7 @@ __device__ __forceinline__ void run_product(const Source& source, const ProductA
     }
     publish_barriers();
   }
+  source.begin();
   const TileGrid grid = source.template count<kOverRows>(s, args);
   Observer observer(probe, warpgroup * 4 + warp, lane);
   if (warpgroup == kConsumers) {

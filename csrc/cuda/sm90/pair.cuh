@@ -14,10 +14,6 @@ __device__ inline int32_t rank_in_cluster() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return static_cast<int32_t>(rank);
 }
-// All threads of the cluster that live.
-__device__ inline void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
 // At the barrier of the same place in a block of the cluster; .release.cluster would be a fence of
 // the whole GPU, for which there is nothing to release: products have read what they are given.
 __device__ inline void arrive_at(uint32_t barrier, int32_t rank) {

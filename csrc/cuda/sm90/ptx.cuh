@@ -118,6 +118,11 @@ __device__ inline void sync_named(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
+// All threads of the cluster that live.
+__device__ inline void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // ---- warpgroup products
 // An operand in shared memory, in lines of 128 bytes with the 128-byte swizzle; 8 lines lie 1024
 // bytes apart. Along K (K-major) a line is 64 elements of K; along M or N a line is 64 of those,

@@ -41,6 +41,8 @@ inline GemmOrder order_of(const GemmChoice& choice) {
   return order_of(choice, settings(), multiprocessors());
 }
 
+inline LaunchOrder launches() { return launch_order_of(settings()); }
+
 struct ProductLaunch {
   int64_t blocks, bytes;
 };
@@ -64,13 +66,31 @@ ProductLaunch prepare(const char* name, Kernel kernel, int columns, const GemmCh
   return {std::min<int64_t>(tiles, order.grid), bytes};
 }
 
-template <class Epilogue, bool kOverRows, bool kAlongN>
+// A launch begins when the one ahead of it has ended (chained.cuh has the other way).
+struct InTurn {
+  static constexpr bool kChained = false;
+  template <class Epilogue, bool kOverRows, bool kAlongN>
+  static constexpr auto loaded = product<Epilogue, kOverRows, kAlongN>;
+};
+
+template <class How, class... Args>
+void launch_blocks(const char* name, void (*kernel)(Args...), const ProductLaunch& of,
+                   Stream stream, const Args&... args) {
+  if constexpr (How::kChained) {
+    launch_as({.chained = true}, name, kernel, of.blocks, kProductThreads, of.bytes, stream,
+              args...);
+  } else {
+    launch(name, kernel, of.blocks, kProductThreads, of.bytes, stream, args...);
+  }
+}
+
+template <class Epilogue, bool kOverRows, bool kAlongN, class How = InTurn>
 void launch_product(const char* name, const GemmChoice& choice, int64_t tiles, const CUtensorMap& a,
                     const CUtensorMap& b, ProductArgs args, const typename Epilogue::Args& to,
                     Stream stream) {
-  const auto kernel = product<Epilogue, kOverRows, kAlongN>;
-  const auto [blocks, bytes] = prepare(name, kernel, Epilogue::kColumns, choice, tiles, args);
-  launch(name, kernel, blocks, kProductThreads, bytes, stream, a, b, args, to, note_launch(name));
+  const auto kernel = How::template loaded<Epilogue, kOverRows, kAlongN>;
+  const ProductLaunch of = prepare(name, kernel, Epilogue::kColumns, choice, tiles, args);
+  launch_blocks<How>(name, kernel, of, stream, a, b, args, to, note_launch(name));
 }
 
 // rows [R, depth] of each expert times its w: [E, width, depth], or [E, depth, width] when it lies
@@ -103,7 +123,7 @@ struct RowProduct {
     };
   }
 
-  template <class Epilogue>
+  template <class Epilogue, class How = InTurn>
   void run(const char* name, const GemmChoice& choice, int64_t column_tiles, int64_t column_step,
            int64_t second_half, const typename Epilogue::Args& to, Stream stream) const {
     if (num_rows == 0 || width == 0) return;
@@ -113,10 +133,10 @@ struct RowProduct {
     const CUtensorMap a = tensor_map(dtype, rows, {depth, num_rows}, kTileRows, promotion);
     if (along_n) {
       const CUtensorMap b = tensor_map(dtype, w, {width, depth, experts}, 64, promotion);
-      launch_product<Epilogue, false, true>(name, choice, tiles, a, b, args, to, stream);
+      launch_product<Epilogue, false, true, How>(name, choice, tiles, a, b, args, to, stream);
     } else {
       const CUtensorMap b = tensor_map(dtype, w, {depth, width, experts}, 128, promotion);
-      launch_product<Epilogue, false, false>(name, choice, tiles, a, b, args, to, stream);
+      launch_product<Epilogue, false, false, How>(name, choice, tiles, a, b, args, to, stream);
     }
   }
 };

@@ -38,6 +38,7 @@ struct Segmented {
       prefetch_map(segments.b + i);
     }
   }
+  __device__ void begin() const {}
 
   // The same memory with the rows of segment i.
   static __device__ ProductShared segment(const ProductShared& s, const ProductArgs& args,

@@ -25,6 +25,18 @@ inline bool takes(const char* name, const GemmChoice& choice, GemmStyle style) {
   return order.style == style;
 }
 
+// In a chain of launches, where the settings or the table say so: bf16, of the direct style.
+inline bool in_chain(DType dtype) { return dtype == DType::bf16 && launches().chain; }
+void experts_up_chained(const ExpertsUpArgs& args, const GemmChoice& choice, Stream stream);
+void experts_dact_chained(const ExpertsDActArgs& args, const GemmChoice& choice, Stream stream);
+void store_product_chained(const RowProduct& product, const GemmChoice& choice, void* out,
+                           const void* bias, const RowUse& use, Stream stream);
+void grouped_wgrad_chained(const GroupedWgradArgs& args, const GemmChoice& choice, Stream stream);
+void experts_up_gathered_chained(const ExpertsUpArgs& args, const GemmChoice& choice,
+                                 Stream stream);
+void grouped_wgrad_gathered_chained(const GroupedWgradArgs& args, const GemmChoice& choice,
+                                    Stream stream);
+
 void experts_up_hidden(const ExpertsUpArgs& args, const GemmChoice& choice, Stream stream);
 void experts_dact_pingpong(const ExpertsDActArgs& args, const GemmChoice& choice, Stream stream);
 void store_product_hidden(const RowProduct& product, const GemmChoice& choice, void* out,

@@ -22,4 +22,9 @@ inline GemmOrder order_of(const GemmChoice& choice, const Settings& asked, int m
           asked.join >= 0 ? asked.join : choice.order.join};
 }
 
+inline LaunchOrder launch_order_of(const Settings& asked) {
+  return {asked.chain >= 0 ? asked.chain != 0 : kLaunchOrder.chain,
+          asked.route_at_once >= 0 ? asked.route_at_once != 0 : kLaunchOrder.route_at_once};
+}
+
 }  // namespace moekernels::cuda::sm90

@@ -39,6 +39,16 @@ struct GemmOrder {
   int gather = -1, join = -1;
 };
 
+// How the launches of a layer follow one another; no bit of a result depends on it. chain: each
+// begins before the one ahead has ended and waits for it on the device, where its kernel can
+// (sm_90: products of bf16 in the direct style, and what moves and sums rows). route_at_once: one
+// launch routes as many choices as one cluster takes.
+struct LaunchOrder {
+  bool chain, route_at_once;
+};
+// Where no setting says otherwise. Neither has run on a GPU; bench/tune.py measures both.
+constexpr LaunchOrder kLaunchOrder = {false, false};
+
 struct GemmTuned {
   GemmKernel kernel;
   unsigned ops;  // of gemm_op_bit

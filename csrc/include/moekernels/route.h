@@ -30,6 +30,8 @@ struct RouteArgs {
 namespace cuda {
 // How many slots a chunk takes; it depends on sizes alone.
 int64_t route_chunk_slots(int64_t slots, int64_t experts);
+// The blocks of a launch that routes alone: `begins` has a row for each, however few the chunks.
+constexpr int64_t kRouteBlocks = 8;
 void route(const RouteArgs& args, Stream stream);
 }  // namespace cuda
 

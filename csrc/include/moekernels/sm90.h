@@ -24,6 +24,7 @@ struct Settings {
   int join = -1;    // 1: the weights' gradients of several microbatches are added by one launch; 0:
                     // by one each; -1: as the table says, and where it does not, of few rows that
                     // nobody gathers
+  int chain = -1, route_at_once = -1;  // of LaunchOrder; -1: as kLaunchOrder says
 };
 constexpr int kMostBand = 64, kMostGrid = 1024, kLoggedLaunches = 64;
 
