@@ -1,6 +1,6 @@
-# simt_stems: the CUDA kernels that g++ compiles as plain C++, by their stems: all that have no PTX of
-# their own (tensor cores, bulk copies, signals between devices), in their file or in a header of ours
-# that it reaches. simt_bindings: torch's side of them.
+# simt_stems: the CUDA kernels that g++ compiles as plain C++, by their stems: all files that define
+# kernels and have no PTX of their own (tensor cores, bulk copies, signals between devices), in their
+# file or in a header of ours that it reaches. simt_bindings: torch's side of them.
 function(find_assembler file folder found)
   file(STRINGS "${file}" words REGEX "(^|[^a-z_])asm[^a-z_]")
   if(words)
@@ -30,6 +30,10 @@ list(FILTER kernels EXCLUDE REGEX "_sm90\\.cu$")
 set(simt_stems "")
 set(simt_bindings "")
 foreach(kernel IN LISTS kernels)
+  file(STRINGS "${kernel}" defined REGEX "__global__")
+  if(NOT defined)  # only calls kernels of other files
+    continue()
+  endif()
   set(has_assembler FALSE)
   find_assembler("${kernel}" "${CMAKE_CURRENT_LIST_DIR}/../cuda" has_assembler)
   if(has_assembler)
