@@ -162,12 +162,24 @@ def halve(
     return sorted(((statistics.median(times[s][-CONFIRM:]), s) for s in alive), key=lambda x: x[0])
 
 
+def by_table(problem: Problem) -> tuple[str, str]:
+    """The style and the pairing of the default."""
+    from moekernels import _host
+
+    sizes = {name: getattr(problem, name) for name in "mnk"}
+    chosen = _host.choose_gemm(
+        problem.op, "bf16", **sizes, experts=problem.layer.E, capability=90, wgmma=True
+    )
+    return chosen["order"]["style"], chosen["order"]["pair"]
+
+
 def tune(problem: Problem, settings: list[Setting], on, deadline: float) -> dict:
     """One product -> its line."""
     line = {"op": problem.op, "of": problem.of, **asdict(problem.layer)}
     line |= {"m": problem.m, "n": problem.n, "k": problem.k}
     line |= {"card": on.name, "driver": on.driver}
     line["date"] = datetime.date.today().isoformat()
+    line["default"] = dict(zip(("style", "pair"), by_table(problem)))
     good = usable(problem, settings, on.apply, line)
     ranked = halve(problem, good, on.apply, on.seconds, deadline)
     on.apply(Setting())
@@ -184,9 +196,11 @@ def row(line: dict) -> str:
     """The row of gemm_tuned.h for a product. Where the default is as good it says so: without it a
     row of fewer rows an expert would answer for this shape."""
     best, default, other = line["best"], line["default_ms"], line.get("next")
+    table = line.get("default", {"style": "direct", "pair": "none"})
     if best["ms"] > default * (1 - WORTH):
         best = {**best, **asdict(Setting()), "ms": default, **{n: best[n] for n in TOLD}}
         best["tflops"] = line["best"]["tflops"] * line["best"]["ms"] / default
+    best = best if best["style"] else {**best, **table}
     least = line["T"] * line["K"] // line["E"]
     least_m = line["m"] if line["op"] == "wgrad" else 0
     flags = ", ".join(str(best[name]).lower() for name in ("prefetch", "bulk_sums"))
@@ -316,7 +330,8 @@ def main() -> int:
                 bad = True
             else:
                 deadline = time.monotonic() + left / (done - count)
-                settings = settings_of(problem.op, on.multiprocessors, problem.of)
+                table = by_table(problem)
+                settings = settings_of(problem.op, on.multiprocessors, problem.of, table)
                 lines.append(line := tune(problem, settings, on, deadline))
             count += 1
             out.write(jsonio.dumps(line) + "\n")

@@ -13,7 +13,7 @@ from moekernels.predict.layer import Layer
 
 OPS = ("up", "down", "dact", "dgrad", "wgrad")  # of a layer; forward is grouped_gemm by itself
 PREFETCHING = ("dact", "wgrad")  # whose epilogues read what a prefetch brings
-STYLES = {"dact": "pingpong", "wgrad": None}  # beside direct; of the others: hidden
+STYLES = {"dact": "pingpong", "wgrad": "pingpong"}  # beside direct; of the others: hidden
 STAGES = {"direct": 4, "hidden": 3, "pingpong": 6}
 
 
@@ -43,8 +43,8 @@ SMALL = tuple(replace(at, T=tokens) for at in (LAYERS[0], LAYERS[3]) for tokens 
 class Setting:
     """What a launch may be told (moekernels/sm90.h); 0: the default. stages 0: the table's.
 
-    style, pair: how the epilogue goes, and what two blocks share (moekernels/gemm_tuned.h). join:
-    gradients of several microbatches by one launch."""
+    style, pair: how the epilogue goes, and what two blocks share (moekernels/gemm_tuned.h); empty:
+    the table's. join: gradients of several microbatches by one launch."""
 
     stages: int = 0
     band: int = 0
@@ -52,8 +52,8 @@ class Setting:
     promotion: int = 0
     prefetch: bool = True
     bulk_sums: bool = True
-    style: str = "direct"
-    pair: str = "none"
+    style: str = ""
+    pair: str = ""
     gather: bool | None = None
     join: bool | None = None
     chain: bool | None = None
@@ -71,9 +71,12 @@ SEGMENTS = 4  # microbatches whose gradients one call adds
 MANY = f"of {SEGMENTS}"  # of such a problem
 
 
-def settings_of(op: str, multiprocessors: int, of: str = "") -> list[Setting]:
+def settings_of(
+    op: str, multiprocessors: int, of: str = "", table: tuple[str, str] = ("direct", "none")
+) -> list[Setting]:
     """Every setting of an op, the default first; those of other styles with the table's stages. Of
-    x seen through token_of: who gathers it; of several microbatches: whether one launch adds."""
+    x seen through token_of: who gathers it; of several microbatches: whether one launch adds.
+    table: the default's style and pairing."""
     if op == "layer":
         return [Setting(chain=c or None, route_at_once=r or None) for c, r in CLOSELY]
     if of.endswith(TOKENS):
@@ -89,13 +92,15 @@ def settings_of(op: str, multiprocessors: int, of: str = "") -> list[Setting]:
         (True, False) if op in PREFETCHING else (True,),
         (True, False) if op == "wgrad" else (True,),
     )
-    found = [Setting(*values) for values in axes]
-    if style := STYLES.get(op, "hidden"):
-        of_style = [s for s in found if not s.stages and not s.grid]
-        found += [
-            replace(s, style=style, pair=pair) for pair in ("none", "n", "m") for s in of_style
-        ]
-    return found
+    direct = [Setting(*values) for values in axes]
+    of_style = [s for s in direct if not s.stages and not s.grid and s.bulk_sums]
+    if op == "wgrad":  # in tiles of half the columns, lower bands
+        of_style = [replace(s, band=4) if s.band == 32 else s for s in of_style]
+    found = [replace(s, style="direct", pair="none") for s in direct]
+    style = STYLES.get(op, "hidden")
+    found += [replace(s, style=style, pair=pair) for pair in ("none", "n", "m") for s in of_style]
+    named = [replace(s, style="", pair="") if (s.style, s.pair) == table else s for s in found]
+    return sorted(named, key=lambda s: s != Setting())
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,9 @@ class Kit:
         return room[offset:].view(value.shape).copy_(value)
 
     def settings(self, **settings) -> None:
-        """Of the products' launches, inside `ops`; none: the defaults."""
+        """Of the products' launches; none: the defaults."""
+        if not self.hardware:
+            emulated.device()  # loads the library
         library = torch.ops.moekernels if self.hardware else torch.ops.moekernels_emulated
         library._sm90_settings(**settings)
 

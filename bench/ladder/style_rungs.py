@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ladder.diagnose import same
 from ladder.kit import Kit, expect_styles, rung
-from ladder.product_rungs import BF16, F16, F32, grouped, normal
+from ladder.product_rungs import BF16, F16, F32, grouped, normal, offsets_of
 from moekernels import ops
 from moekernels.ops._library import raw
 
@@ -20,8 +20,12 @@ Call = Callable[[], list[Tensor]]
 
 def _hold(kit: Kit, what: str, call: Call, style: str, pairs: tuple[str, ...]) -> None:
     """The style's bits in all pairings are those of the direct style."""
-    with kit.ops():
-        wanted = call()
+    kit.settings(style="direct", pair="none")
+    try:
+        with kit.ops():
+            wanted = call()
+    finally:
+        kit.settings()
     for pair in pairs:
         with kit.ops() as launched:
             kit.settings(style=style, pair=pair)
@@ -103,10 +107,37 @@ def pingpong_dact(kit: Kit) -> dict:
     return {"rows": ffn[0].shape[0]}
 
 
+def _sums(kit: Kit) -> Call:
+    m, n, counts = (1160, 1304, (700, 0, 65, 2000)) if kit.hardware else (136, 264, (70, 0, 130))
+    given = kit.place(
+        {
+            "rows": normal(BF16, sum(counts), n),
+            "drows": normal(BF16, sum(counts), m, seed=1),
+            "offsets": offsets_of(*counts),
+            "before": normal(F32, len(counts), m, n, seed=2),
+        }
+    )
+
+    def call() -> list[Tensor]:
+        total = given["before"].clone()
+        ops.grouped_gemm_wgrad(given["rows"], given["drows"], given["offsets"], out=total)
+        return [total]
+
+    return call
+
+
+@rung(8, "wgrad_sums", look="sm90/sums_in_turn.cuh: turns, boxes, rows that do not count")
+def pingpong_sums(kit: Kit) -> dict:
+    """Weights' gradients that L2 adds, by two consumers in turn."""
+    _hold(kit, "sums", _sums(kit), "pingpong", ("none",))
+    return {"sums": 1}
+
+
 @rung(
     10,
     "hidden_up",
     "pingpong_dact",
+    "pingpong_sums",
     look="sm90/pair.cuh: the mask and the halves of load_stage, arrivals of both blocks",
     limit=30,
 )
@@ -122,4 +153,5 @@ def pairs(kit: Kit) -> dict:
         return list(raw._experts_dact(*ffn, more["dy"], more["h"].clone(), True, True))
 
     _hold(kit, "dact", dact, "pingpong", ("n", "m"))
+    _hold(kit, "sums", _sums(kit), "pingpong", ("n", "m"))
     return {"pairs": 2}

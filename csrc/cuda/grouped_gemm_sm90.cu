@@ -79,7 +79,16 @@ void grouped_gemm(const GroupedGemmArgs& args, const GemmChoice& choice, Stream 
 }
 
 void grouped_wgrad(const GroupedWgradArgs& args, const GemmChoice& choice, Stream stream) {
-  takes("grouped_wgrad_sm90", choice, GemmStyle::direct);
+  const char* name = "grouped_wgrad_sm90";
+  if (args.accumulate && order_of(choice).bulk_sums) {
+    if (takes(name, choice, GemmStyle::pingpong))
+      return grouped_wgrad_pingpong(args, choice, stream);
+  } else {  // a row of the table that names a style says nothing of these
+    GemmChoice own = choice;
+    own.order.style = GemmStyle::direct;
+    own.order.pair = GemmPair::none;
+    takes(name, own, GemmStyle::direct);
+  }
   if (in_chain(args.dtype)) return grouped_wgrad_chained(args, choice, stream);
   args.dtype == DType::f16 ? wgrad_of<__half>(args, choice, stream)
                            : wgrad_of<__nv_bfloat16>(args, choice, stream);

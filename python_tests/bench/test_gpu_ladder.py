@@ -154,6 +154,13 @@ PINGPONG = (
     "experts_styles_sm90",
     "pingpong_",
 )
+SUMS_IN_TURN = (
+    "sm90/sums_in_turn.cuh",
+    "AddGradientInTurn<__nv_bfloat16>",
+    "",
+    "grouped_wgrad_styles_sm90",
+    "pingpong_",
+)
 
 
 def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wrong: str) -> None:
@@ -325,6 +332,14 @@ def plant(monkeypatch, folder: Path, product: tuple, file: str, right: str, wron
             "a + half * (kBox >> 4) + k * kStepA",
             "a + (1 - half) * (kBox >> 4) + k * kStepA",
             "dact, pingpong, pair none: result 0 has other bits",
+        ),
+        (
+            "pingpong_sums",
+            SUMS_IN_TURN,
+            "sm90/sums_in_turn.cuh",
+            "first = row + part / kAcross * 64",
+            "first = row + 64 - part / kAcross * 64",
+            "sums, pingpong, pair none: result 0 has other bits",
         ),
         (
             "pairs",

@@ -35,7 +35,7 @@ def settings(**how):
 
 def both(call, style: str, how: dict | None = None, **setting):
     """A call's results in the direct style and in another, whose kernels have run."""
-    with hopper():
+    with settings(style="direct", pair="none"), hopper():
         direct = call()
     with settings(style=style, **setting), hopper(**(how or {})) as device:
         found = call()
@@ -149,11 +149,54 @@ def test_consumers_in_turn(pair, schedule, lazy):
     both(call, "pingpong", {"schedule": schedule, "lazy": lazy}, pair=pair, grid=grid, stages=2)
 
 
+# ---- weights' gradients added to sums
+def sums(dtype, m: int, n: int, *counts: int, unused: bool = False):
+    """Gradients [E, m, n] added to a total; of unused rows, which hold what is not finite."""
+    r = sum(counts)
+    a, b = randn(dtype, r, m, seed=2), randn(dtype, r, n)
+    seen = (None, 0)
+    if unused:
+        token_of = (torch.arange(r, dtype=torch.int32) * 7) % 5 - 1  # -1 to 3, of 3 tokens
+        a[~((token_of >= 0) & (token_of < 3))] = float("nan")
+        seen = (here(token_of), 3)
+    given = here(b, a, offsets_of(*counts))
+
+    def call():
+        total = here(randn(torch.float32, len(counts), m, n, seed=3))
+        raw._grouped_gemm_wgrad_(total, *given, False, *seen, False)
+        return [total]
+
+    return call
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    "m, n, counts",
+    [
+        (136, 264, (0, 40, 129, 1)),  # empty, ragged, one row; odd numbers of tiles along both
+        (8, 40, (5, 0)),  # less than a box, and an odd number of them
+    ],
+    ids=["ragged", "tiny"],
+)
+def test_pingpong_sums(m, n, counts, pair):
+    both(sums(BF16, m, n, *counts), "pingpong", pair=pair)
+
+
+@pytest.mark.parametrize("schedule, lazy", MODES)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_sums_in_turn(pair, schedule, lazy):
+    """One block, or one pair of them: boxes of a tile wait for those of the last."""
+    call = sums(F16, 200, 264, 70, 0, 130, unused=True)
+    grid = 1 if pair == "none" else 2
+    both(call, "pingpong", {"schedule": schedule, "lazy": lazy}, pair=pair, grid=grid, stages=2)
+
+
 # ---- what there is not
 def test_styles_that_a_product_has_not_are_refused():
     call = rows(BF16, 16, 24, 5)
     given, (dy, h), _ = experts(BF16, 16, 24, 5, 2, 1)
     grad = here(randn(BF16, 5, 16), randn(BF16, 5, 24), offsets_of(5))
+    total = sums(BF16, 16, 24, 5)
     for setting, fn, words in (
         ({"style": "pingpong"}, call, "grouped_gemm_sm90: there is no style pingpong, only direct"),
         ({"pair": "n"}, call, "grouped_gemm_sm90: the direct style has no pairs of blocks"),
@@ -166,6 +209,16 @@ def test_styles_that_a_product_has_not_are_refused():
             {"style": "hidden"},
             lambda: ops.grouped_gemm_wgrad(*grad),
             "grouped_wgrad_sm90: there is no style hidden, only direct",
+        ),
+        (
+            {"style": "pingpong", "bulk_sums": False},
+            total,
+            "grouped_wgrad_sm90: there is no style pingpong, only direct",
+        ),
+        (
+            {"style": "hidden"},
+            total,
+            "grouped_wgrad_sm90: there is no style hidden, only direct and pingpong",
         ),
         ({"style": "hidden", "stages": 4}, call, "room for 3 stages of a tile of 256 columns"),
     ):
@@ -208,6 +261,12 @@ def pingpong(**how):
         raw._experts_dact(*given, dy, h, True, True)
 
 
+def sums_in_turn(**how):
+    with hopper(**how):
+        sums(BF16, 136, 200, 70, 70)()
+
+
+CALLS = {"hidden": hidden, "pingpong": pingpong, "sums": sums_in_turn}
 RACE = (ptx.SharedRace, ptx.AsyncHazard, ptx.UninitializedRead)
 SEEN = ({}, {"lazy": True}, *({"schedule": seed, "lazy": seed % 2 == 0} for seed in range(4)))
 
@@ -216,7 +275,7 @@ SEEN = ({}, {"lazy": True}, *({"schedule": seed, "lazy": seed % 2 == 0} for seed
 def test_planted_bugs_are_caught(plant, name):
     plant(name)
     bug = planted.STYLES[name]
-    call = pingpong if bug.style == "pingpong" else hidden
+    call = CALLS[bug.kernel or bug.style]
     found, blocks = 0, 1 if bug.pair == "none" else 2
     for how in SEEN:
         with settings(style=bug.style, pair=bug.pair, grid=blocks, stages=2):

@@ -91,16 +91,18 @@ def products_as(monkeypatch, *defines: str, bug: str = "none") -> None:
 
 def style_as(monkeypatch, name: str, folder: Path) -> None:
     """The products in a style run as compiled with one of the bugs of `planted.STYLES`."""
-    pingpong = planted.STYLES[name].style == "pingpong"
+    bug = planted.STYLES[name]
+    kernel = bug.kernel or bug.style
     text = ptx.compile_ptx(
         ROOT / "python_tests" / "ptx_emulator" / "kernels" / "styles_sm90.cu",
         ARCH,
-        defines=['MOEKERNELS_CUDA_ARCHS="PTX"', *["PINGPONG"] * pingpong],
+        defines=['MOEKERNELS_CUDA_ARCHS="PTX"', kernel.upper()],
         include=[ROOT / "csrc" / "include", planted.style_headers_with(name, ROOT, folder)],
         lines=False,
     )
     other, own = ptx.Module(text), module
-    stem = "experts_styles_sm90" if pingpong else "grouped_gemm_styles_sm90"
+    stems = {"pingpong": "experts", "hidden": "grouped_gemm", "sums": "grouped_wgrad"}
+    stem = f"{stems[kernel]}_styles_sm90"
     monkeypatch.setitem(globals(), "module", lambda name: other if name == stem else own(name))
 
 
@@ -369,6 +371,7 @@ def _unlikely(stem: str, name: str) -> tuple[bool, ...]:
         stem not in name,
         ("sm90" in stem) != ("sm90" in name),
         ("styles" in stem) != style,
+        ("wgrad" in stem) != ("pingpong_product_into" in name),
         ("gathered" in stem) != ("gathered" in name),
         ("segments" in stem) != ("segments" in name),
         ("experts" in stem) != ffn,

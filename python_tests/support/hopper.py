@@ -23,6 +23,7 @@ EPILOGUES = {
     "grouped_wgrad_add_sm90": "AddGradient",
     "grouped_wgrad_add_gathered_sm90": "AddGradient",
     "grouped_wgrad_segments_sm90": "AddGradient",
+    "grouped_wgrad_add_pingpong_sm90": "AddGradient",
     "experts_up_sm90": "StoreUp",
     "experts_up_hidden_sm90": "StoreUp",
     "experts_up_gathered_sm90": "StoreUp",

@@ -86,9 +86,12 @@ class StyleBug:
     pair: str = "none"
     error: str = "race"
     words: str = ""
+    kernel: str = ""  # the style's name, where it has more than one: "sums"
 
 
-HIDDEN, PINGPONG, PAIR = (f"sm90/{name}.cuh" for name in ("hidden", "pingpong", "pair"))
+HIDDEN, PINGPONG, PAIR, SUMS = (
+    f"sm90/{name}.cuh" for name in ("hidden", "pingpong", "pair", "sums_in_turn")
+)
 STORED = (
     "      Epilogue::store(to, work.tile, s.staging + strip * kStripBytes, row, lane);\n"
     "      __syncwarp();\n"
@@ -205,6 +208,55 @@ STYLES = {
         "pingpong",
         error="Deadlock",
         words="4 of 4 arrivals",
+    ),
+    "box_overwritten": StyleBug(
+        SUMS,
+        (("wait_bulk_read<1>();  // the box", "wait_bulk<8>();  // the box"),),
+        "pingpong",
+        kernel="sums",
+    ),
+    "first_box_overwritten": StyleBug(
+        SUMS,
+        (("used == 0 ? wait_bulk<0>() : ", ""),),
+        "pingpong",
+        pair="m",
+        kernel="sums",
+    ),
+    "no_fence_of_a_box": StyleBug(
+        SUMS,
+        (("      fence_async_proxy();\n      __syncwarp();", "      __syncwarp();"),),
+        "pingpong",
+        error="ProxyFenceMissing",
+        kernel="sums",
+    ),
+    "no_fence_of_zeros": StyleBug(
+        SUMS,
+        (("  fence_async_proxy();\n  sync_named", "  sync_named"),),
+        "pingpong",
+        error="ProxyFenceMissing",
+        kernel="sums",
+    ),
+    "zeros_not_waited_for": StyleBug(
+        SUMS,
+        (("  sync_named<kWarpgroup>(kAloneBarrier + warpgroup);\n", ""),),
+        "pingpong",
+        pair="n",
+        kernel="sums",
+    ),
+    "sums_left_early": StyleBug(
+        SUMS,
+        (("    wait_bulk_read<0>();  //", "    //"),),
+        "pingpong",
+        kernel="sums",
+    ),
+    "sums_turn_kept": StyleBug(
+        SUMS,
+        (("  give_turn(s, warpgroup, lane);\n  wait_products<0>();", "  wait_products<0>();"),),
+        "pingpong",
+        pair="n",
+        error="Deadlock",
+        words="4 of 4 arrivals",
+        kernel="sums",
     ),
     "others_stages_not_passed": StyleBug(
         PINGPONG, (("ring.pass(work.steps);", ""),), "pingpong", error="PtxError"

@@ -7,6 +7,28 @@
 
 namespace moekernels::cuda::sm90 {
 
+// Writes 16 rows of 32 columns, 16 of this lane's accumulators, to a box with the 128-byte swizzle.
+// `at`: where a pair of floats of this lane's row r lies, half of chunk 2 j + (lane % 4 / 2), which
+// is at that XOR r. An odd row writes its j of XOR 2 first: 16 lanes meet no bank twice.
+template <int kCount>
+__device__ __forceinline__ void stage_box(const float (&d)[kCount], int part, uint32_t box,
+                                          uint32_t at, int odd) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float *even = d + (part * 4 + j) * 4 + half * 2,
+                  *other = d + (part * 4 + (j ^ 2)) * 4 + half * 2;
+      put_pair(box + half * 8 * kLine + (at ^ (j << 5)), odd ? other[0] : even[0],
+               odd ? other[1] : even[1]);
+    }
+  }
+}
+__device__ inline uint32_t place_in_box(int lane) {
+  const int r = lane / 4, odd = r & 1;
+  return r * kLine + (((lane % 4 / 2) ^ r ^ (odd << 2)) << 4) + lane % 2 * 8;
+}
+
 // dw [E, M, N] += C, as StoreGradient adds it, but that L2 takes numbers below 2^-126 for zero. A
 // launch adds to every element once, so no order of the boxes changes a bit.
 template <class T>
@@ -35,26 +57,14 @@ struct AddGradient {
                                char* staging, int64_t row, int lane) {
     if (row >= to.m) return;
     const int32_t column = tile.column_tile * kColumns;
-    const int r = lane / 4, odd = r & 1;
-    // A pair of floats of this lane's row r: half of chunk 2 j + (lane % 4 / 2), which lies at that
-    // XOR r. An odd row writes its j of XOR 2 first: 16 lanes meet no bank twice.
-    const uint32_t at = r * kLine + (((lane % 4 / 2) ^ r ^ (odd << 2)) << 4) + lane % 2 * 8;
+    const uint32_t at = place_in_box(lane);
 #pragma unroll
     for (int part = 0; part < kColumns / kBoxColumns; ++part) {
       if (column + part * kBoxColumns >= to.n) break;
       const uint32_t box = shared_address(staging) + part % 2 * kBoxBytes;
       if (lane == 0) part == 0 ? wait_bulk<0>() : wait_bulk_read<1>();  // the box is free again
       __syncwarp();
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float *even = d + (part * 4 + j) * 4 + half * 2,
-                      *other = d + (part * 4 + (j ^ 2)) * 4 + half * 2;
-          put_pair(box + half * 8 * kLine + (at ^ (j << 5)), odd ? other[0] : even[0],
-                   odd ? other[1] : even[1]);
-        }
-      }
+      stage_box(d, part, box, at, lane / 4 & 1);
       fence_async_proxy();
       __syncwarp();
       if (lane == 0) {

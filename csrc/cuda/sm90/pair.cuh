@@ -187,6 +187,7 @@ __device__ __forceinline__ void produce(const CUtensorMap* a_map, const CUtensor
 
 // What every thread does first: shared memory, barriers, the walk over the tiles. `arrivals`: of
 // this block, that give a stage back.
+template <bool kOverRows = false>
 __device__ __forceinline__ TileGrid begin_block(const CUtensorMap* a_map, const CUtensorMap* b_map,
                                                 const ProductArgs& args, const PairShared& s,
                                                 const Pairing& pairing, int arrivals) {
@@ -200,7 +201,7 @@ __device__ __forceinline__ TileGrid begin_block(const CUtensorMap* a_map, const 
     }
     publish_barriers();
   }
-  const TileGrid grid = pairing.grid(count_tiles<false>(s, args, pairing.tile_rows()));
+  const TileGrid grid = pairing.grid(count_tiles<kOverRows>(s, args, pairing.tile_rows()));
   if (s.blocks > 1) meet_cluster();  // the other's barriers are there
   return grid;
 }

@@ -43,6 +43,12 @@ inline GemmOrder order_of(const GemmChoice& choice) {
 
 inline LaunchOrder launches() { return launch_order_of(settings()); }
 
+// A row of the table that names another style says nothing of this one's stages: as many as there
+// is room.
+inline int stages_of(const GemmChoice& choice, GemmStyle style) {
+  return choice.order.style == style ? choice.stages : kMostStages;
+}
+
 struct ProductLaunch {
   int64_t blocks, bytes;
 };
@@ -55,7 +61,7 @@ ProductLaunch prepare(const char* name, Kernel kernel, int columns, const GemmCh
   const auto shared_bytes = [&](int stages, int64_t experts) {
     return product_shared_bytes(columns, stages, experts) + more_bytes;
   };
-  set_stages(args, name, columns, choice.stages, shared_bytes);
+  set_stages(args, name, columns, stages_of(choice, GemmStyle::direct), shared_bytes);
   const GemmOrder order = order_of(choice);
   args.band = order.band;
   args.prefetch = order.prefetch;

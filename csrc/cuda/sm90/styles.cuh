@@ -41,5 +41,7 @@ void experts_up_hidden(const ExpertsUpArgs& args, const GemmChoice& choice, Stre
 void experts_dact_pingpong(const ExpertsDActArgs& args, const GemmChoice& choice, Stream stream);
 void store_product_hidden(const RowProduct& product, const GemmChoice& choice, void* out,
                           const void* bias, const RowUse& use, Stream stream);
+// Added to sums alone.
+void grouped_wgrad_pingpong(const GroupedWgradArgs& args, const GemmChoice& choice, Stream stream);
 
 }  // namespace moekernels::cuda::sm90

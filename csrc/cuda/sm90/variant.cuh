@@ -65,9 +65,7 @@ void run_variant(const char* name, const RowProduct& of, const GemmChoice& choic
   if (of.num_rows == 0 || of.width == 0) return;
   const GemmOrder order = order_of(choice);
   ProductArgs args = of.args(column_tiles, column_step, second_half);
-  // A table's row for another style says nothing of this one's stages: as many as there is room.
-  const int wanted = choice.order.style == Style::kStyle ? choice.stages : kMostStages;
-  set_stages(args, name, Style::Epilogue::kColumns, wanted,
+  set_stages(args, name, Style::Epilogue::kColumns, stages_of(choice, Style::kStyle),
              [](int stages, int64_t experts) { return Style::shared_bytes(stages, experts); });
   args.band = order.band;
   args.prefetch = order.prefetch;
