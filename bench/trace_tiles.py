@@ -100,6 +100,7 @@ def main() -> int:
                 file=sys.stderr,
             )
             return 2
+        raw._sm90_settings(style="direct", pair="none")  # whose cycles are predicted
     args.out.parent.mkdir(parents=True, exist_ok=True)
     empty = False
     with args.out.open("w") as out:

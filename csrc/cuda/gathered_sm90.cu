@@ -13,6 +13,9 @@ constexpr int64_t kGatherBelow = 4096;
 
 bool gathers(const GemmChoice& choice, int64_t columns) {
   const GemmOrder order = order_of(choice);
+  const Settings& asked = settings();
+  const bool style_asked = asked.style > 0 || asked.pair > 0;
+  if (asked.gather >= 0 && !style_asked) return asked.gather != 0;  // before a style of the table
   if (order.style != GemmStyle::direct || order.pair != GemmPair::none) return false;
   return order.gather >= 0 ? order.gather != 0 : columns < kGatherBelow;
 }

@@ -11,8 +11,8 @@ from typing import Any
 from moekernels.errors import UsageError
 from moekernels.predict import launches
 from moekernels.predict.card import CARDS, Card
-from moekernels.predict.layer import Layer
-from moekernels.predict.ours import VARIANTS, kernel_of, product
+from moekernels.predict.layer import Layer, layer_tflops
+from moekernels.predict.ours import VARIANTS, fastest, kernel_of, product, recipe_of
 
 KEYS = ("T", "H", "F", "E", "K")
 DTYPES = ("bf16", "fp16", "fp32")
@@ -124,6 +124,15 @@ def launches_of(shape: dict, card: Card, order: dict[str, bool]) -> str:
     return f"{'launches':<18} {', '.join(chosen)}  predicted {'; '.join(parts)}"
 
 
+def layer_line(shape: dict, card: Card) -> str:
+    """What the timing model says of the layer as it is, and in the fastest that is built."""
+    layer = Layer(*(int(shape[key]) for key in KEYS))
+    ways = {"as chosen": recipe_of(layer), "in the fastest built of each": fastest(layer, card)}
+    rates = {name: layer_tflops(layer, recipe, card) for name, recipe in ways.items()}
+    told = (f"{r['forward']:.0f} / {r['backward']:.0f} {name}" for name, r in rates.items())
+    return f"predicted of the layer, forward / backward, TFLOP/s: {', '.join(told)}"
+
+
 def explain(text: str, device: str | None = None) -> str:
     """One line a product of a gated layer: its size, kernel, tile, stages and the reason."""
     shape, capability = parse_shape(text), parse_device(device)
@@ -182,9 +191,11 @@ def explain(text: str, device: str | None = None) -> str:
         lines.append(launches_of(shape, card, _host.launch_order))
     if not measured:
         lines.append("tiles are predicted from the H200's arithmetic, not measured on one")
+    if predicted == len(OPS):
+        lines.append(layer_line(shape, card))
     if predicted:
         lines.append(
-            f"TFLOP/s are predicted by a model of the {card.name}, with an error of about 5 %, and "
+            f"TFLOP/s are predicted by a model of the {card.name}, with an error of 4 to 7 %, and "
             "not measured; docs/howto/predict.md"
         )
     return "\n".join(lines)

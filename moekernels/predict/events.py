@@ -62,15 +62,21 @@ def tiles(problem: Problem, kernel: Kernel) -> Iterator[Tile]:
         yield Tile(steps, rows, ((group, row), (group, -1 - column)))
 
 
-def total_work(problem: Problem, kernel: Kernel) -> tuple[int, int]:
-    """Of all tiles of a segment: the sum of steps times rows, and the steps of one in the mean."""
+def total_work(problem: Problem, kernel: Kernel) -> tuple[float, int]:
+    """Of all tiles of a segment: the sum of steps, by their products; the mean steps of one."""
     columns = -(-problem.n // (kernel.tile_n * (1 + (kernel.pair == "n"))))
+    tile_m = kernel.tile_m * (1 + (kernel.pair == "m"))
+
+    def along_m(rows: int) -> float:
+        full, rest = divmod(rows, tile_m)
+        return full + (kernel.share(rest) if rest else 0.0)
+
     groups = [rows for rows in problem.counts if rows]
     if problem.over_rows:
         depths = [-(-rows // kernel.depth) for rows in groups]
-        return columns * problem.m * sum(depths), sum(depths) // max(1, len(depths))
+        return columns * along_m(problem.m) * sum(depths), sum(depths) // max(1, len(depths))
     steps = -(-problem.k // kernel.depth)
-    return columns * sum(groups) * steps, steps
+    return columns * sum(map(along_m, groups)) * steps, steps
 
 
 class Cache:
@@ -133,7 +139,7 @@ class Unit:
         self.multiplied = 0.0  # the end of the products so far
         self.stored = [0.0, 0.0]  # the ends of the epilogues of the last two tiles
         self.busy = 0.0
-        self.done: list[tuple[float, int]] = []
+        self.done: list[tuple[float, float]] = []
         a, b = kernel.loads
         self.a, self.b = a, b
         # What the cluster asks the cache for, and what passes each SM's link.
@@ -162,9 +168,7 @@ class Unit:
         if missed:
             full = max(full, machine.from_dram(at, missed) + card.l2_latency + card.dram_latency)
         self.issued = at + card.issue
-        tensor = kernel.tensor
-        if tile.rows <= kernel.tile_m // 2 and kernel.epilogue != "pingpong":
-            tensor /= 2  # the second consumer passes by
+        tensor = kernel.tensor * kernel.share(tile.rows)
         self.multiplied = max(self.multiplied, full + card.sync) + tensor + card.step_gap
         self.multiplied += card.gather_gap if kernel.gathered else 0.0
         self.busy += tensor
@@ -187,7 +191,7 @@ class Unit:
             self.stored = [self.stored[1], max(begin, self.stored[0]) + takes]
         else:
             self.stored = [begin + takes, begin + takes]
-        self.done.append((self.stored[1], tile.steps * tile.rows))
+        self.done.append((self.stored[1], tile.steps * kernel.share(tile.rows)))
         elements *= self.sms
         moved = elements * (problem.reads + problem.writes)
         # Where a segment before has brought the sums, they may still be there.
@@ -252,7 +256,7 @@ def play(problem: Problem, kernel: Kernel, card: Card) -> Predicted:
                 unit.begin(queues[i][place])
         heapq.heappush(heap, (unit.ready(), i, place, 0.0, 0.0))
     end = max(u.done[-1][0] for u in units)
-    done = sum(t.steps * t.rows for t in played) * kernel.segments
+    done = sum(t.steps * kernel.share(t.rows) for t in played) * kernel.segments
     if done < work:
         # What was not played goes at the pace of the later half of what was.
         pace = 0.0
@@ -261,11 +265,13 @@ def play(problem: Problem, kernel: Kernel, card: Card) -> Predicted:
             later = unit.done[half:]
             pace += sum(n for _, n in later) / (later[-1][0] - unit.done[half - 1][0])
         end += (work - done) / pace
+    moved = machine.dram_bytes * work / done
+    end = max(end, moved / machine.dram_rate)  # what an epilogue sends there, nobody waits for
     seconds = end / (card.clock_ghz * 1e9) + card.launch_s
     busy = sum(u.busy for u in units) * per_unit * work / done
     return Predicted(
         seconds,
         kernel.segments * problem.flops / seconds / 1e12,
         busy / (end * card.multiprocessors),
-        machine.dram_bytes * work / done,
+        moved,
     )

@@ -18,6 +18,7 @@ class Kernel:
     pack: cycles that a hidden epilogue still stops the consumers for.
     gathered: A comes row by row, by cp.async, not by TMA.
     bulk_sums: L2 adds to what is there, so that what an epilogue reads passes no SM.
+    skips: of a tile that has few rows, only the 64s of them that exist are multiplied.
     fp8: operands are bytes, multiplied at twice the rate; one consumer promotes its sums while the
     other multiplies.
     segments: microbatches whose products one launch adds to the same sums, tile by tile.
@@ -33,6 +34,7 @@ class Kernel:
     gathered: bool = False
     bulk_sums: bool = False
     segments: int = 1
+    skips: bool = True
     band: int = 0
     grid: int = 0
     fp8: bool = False
@@ -58,7 +60,14 @@ class Kernel:
         parts += [f"pairs along {self.pair.upper()}"] * bool(self.pair)
         parts += ["gathered"] * self.gathered + ["bulk sums"] * self.bulk_sums + ["FP8"] * self.fp8
         parts += [f"{self.segments} microbatches"] * (self.segments > 1)
+        parts += [f"bands of {self.band}"] * bool(self.band)
         return ", ".join(parts)
+
+    def share(self, rows: int) -> float:
+        """Of the products of a whole tile, those that one of so many rows takes."""
+        if not self.skips or self.epilogue == "pingpong":
+            return 1.0
+        return min(1.0, -(-rows // 64) * 64 / self.tile_m)
 
     def passes(self, problem: Problem) -> float:
         """Bytes that pass between an SM and L2 for an element of C."""

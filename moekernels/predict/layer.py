@@ -53,8 +53,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which kernel each product of a layer takes. narrow_down: where F < 1024. of_x: w1's gradient,
-    where it is another kernel than w2's.
+    """Which kernel each product of a layer takes. narrow_down: where F < 1024; narrow_dgrad: where
+    F < 512. of_x: w1's gradient, where it is another kernel than w2's.
 
     permutes: passes that move all rows, of a forward and of a backward. others: seconds of what
     else these launch."""
@@ -65,6 +65,7 @@ class Recipe:
     dgrad: Kernel
     wgrad: Kernel
     narrow_down: Kernel | None = None
+    narrow_dgrad: Kernel | None = None
     of_x: Kernel | None = None
     permutes: tuple[int, int] = (1, 2)
     others: tuple[float, float] = (0.0, 0.0)
@@ -73,6 +74,8 @@ class Recipe:
     def kernel(self, op: str, layer: Layer) -> Kernel:
         if op == "down" and self.narrow_down is not None and layer.F < 1024:
             return self.narrow_down
+        if op == "dgrad" and self.narrow_dgrad is not None and layer.F < 512:
+            return self.narrow_dgrad
         if op == "wgrad1" and self.of_x is not None:
             return self.of_x
         return getattr(self, op.rstrip("12"))

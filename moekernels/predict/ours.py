@@ -55,27 +55,65 @@ JOINED = replace(DEFAULT, wgrad=kernel_of("wgrad", **MANY))
 GATHER_BELOW = 4096  # columns that a row meets: kGatherBelow in csrc/cuda/gathered_sm90.cu
 
 
-def recipe_of(layer: Layer) -> Recipe:
-    """What a layer on one card takes where no setting asks for something else."""
-    return GATHERING if 2 * layer.F < GATHER_BELOW else DEFAULT
-
-
-def product(op: str, layer: Layer, card: Card, kernel: Kernel | None = None) -> Predicted:
-    """One of `layer.OPS` by one of our kernels, gradients added to fp32."""
-    return predict(layer.problem(op), kernel or DEFAULT.kernel(op, layer), card)
-
-
 PAIRS = ("", "n", "m")
 HIDDEN = tuple({"epilogue": "hidden", "stages": 3, "pair": pair} for pair in PAIRS)
 PINGPONG = tuple(
     {"epilogue": "pingpong", "tile_n": 128, "stages": 6, "pair": pair} for pair in PAIRS
 )
+SUMS_IN_TURN = tuple({"bulk_sums": True, "band": 4, **way} for way in PINGPONG)
 NARROW = {"tile_n": 128, "stages": 6}
-# What is built, by op; the first of each is the default.
+
+
+def by_table(op: str, layer: Layer) -> Kernel:
+    """What csrc/include/moekernels/gemm_tuned.h gives a product of a gated layer."""
+    rows, short = layer.rows // layer.E, layer.H <= 2048
+    if op == "dact" and short and rows >= 512 and layer.F >= 256:
+        return kernel_of(op, **PINGPONG[1])
+    if op == "up" and short and rows >= 2048 and layer.F >= 4096:
+        return kernel_of(op, **HIDDEN[1])
+    return DEFAULT.kernel(op, layer)
+
+
+def recipe_of(layer: Layer) -> Recipe:
+    """What a layer on one card takes where no setting asks for something else."""
+    dact = by_table("dact", layer)
+    if 2 * layer.F < GATHER_BELOW:
+        return replace(GATHERING, dact=dact)
+    return replace(DEFAULT, dact=dact, up=by_table("up", layer))
+
+
+def product(op: str, layer: Layer, card: Card, kernel: Kernel | None = None) -> Predicted:
+    """One of `layer.OPS` by one of our kernels, gradients added to fp32."""
+    return predict(layer.problem(op), kernel or by_table(op, layer), card)
+
+
+# What is built, by op; the first of each is what the table gives where it says nothing else.
 VARIANTS: dict[str, tuple[dict, ...]] = {
     "up": ({}, {"gathered": True}, *HIDDEN),
     "down": ({}, NARROW, *HIDDEN),
     "dact": ({}, *PINGPONG),
     "dgrad": ({}, NARROW, *HIDDEN),
-    "wgrad": ({"bulk_sums": True}, {"bulk_sums": True, "gathered": True}, {}, MANY),
+    "wgrad": (
+        {"bulk_sums": True},
+        {"bulk_sums": True, "gathered": True},
+        {},
+        MANY,
+        *SUMS_IN_TURN,
+    ),
 }
+
+
+def fastest(layer: Layer, card: Card) -> Recipe:
+    """Of each product what is built and predicted to be the fastest; who gathers is as it is."""
+
+    def of(op: str) -> Kernel:
+        ways = (
+            how for how in VARIANTS[op.rstrip("12")] if not how.keys() & {"gathered", "segments"}
+        )
+        kernels = [kernel_of(op, **how) for how in ways]
+        return max(kernels, key=lambda kernel: product(op, layer, card, kernel).tflops)
+
+    recipe = replace(
+        recipe_of(layer), down=of("down"), dact=of("dact"), dgrad=of("dgrad"), wgrad=of("wgrad2")
+    )
+    return recipe if recipe.up.gathered else replace(recipe, up=of("up"), of_x=of("wgrad1"))

@@ -60,7 +60,8 @@ def test_hopper_takes_wgmma(op, dtype):
     for rows in (64, 32768):
         chosen = choose(op, dtype, capability=90, wgmma=True, m=rows)
         assert chosen["kernel"] == "wgmma" and chosen["obstacle"] is None
-        assert chosen["tile"] == (128, 256, 64) and chosen["stages"] >= 3
+        tile = (128, 128, 64) if chosen["order"]["style"] == "pingpong" else (128, 256, 64)
+        assert chosen["tile"] == tile and chosen["stages"] >= 3
         wanted = {"band", "grid", "promotion", "prefetch", "bulk_sums", "style", "pair", "gather"}
         wanted |= {"join"}
         assert set(chosen["order"]) == wanted
@@ -165,3 +166,16 @@ def test_explain():
     narrow = explain("K=1,E=2,F=6,H=10,T=7,dtype=fp16", "sm_90a")
     assert "fp16 on sm_90" in narrow and "64x64x32" in narrow
     assert "fma" in explain("T=7 H=8 F=8 E=2 K=1 dtype=fp32", "sm_100")
+
+
+@pytest.mark.skipif(not _host.build["wgmma"], reason="this build holds no wgmma kernels")
+def test_explain_says_what_is_predicted_of_all_that_is_built():
+    """Of a layer whose table names styles, and of one whose rows are gathered."""
+    lines = explain("T=2048 H=512 F=512 E=2 K=1", "sm_90").splitlines()
+    dact = next(i for i, line in enumerate(lines) if line.startswith("down dgrad"))
+    assert "style pingpong, pair n" in lines[dact] and "direct" in lines[dact + 1]
+    wgrad = next(line for line in lines if "pairs along M, bulk sums, bands of 4" in line)
+    assert wgrad.split()[0] == "built:"
+    (layer,) = (line for line in lines if "in the fastest built of each" in line)
+    forward, backward = zip(*re.findall(r"([\d.]+) / ([\d.]+)", layer))
+    assert float(forward[0]) <= float(forward[1]) and float(backward[0]) < float(backward[1])

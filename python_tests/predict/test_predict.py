@@ -19,6 +19,7 @@ from moekernels.predict.ours import (
     JOINED,
     MANY,
     SEGMENTS,
+    by_table,
     kernel_of,
     product,
     recipe_of,
@@ -78,6 +79,7 @@ def test_what_helps_and_what_does_not():
 def test_memory_bounds_a_gradient_of_few_rows():
     few = Layer(16384, 2048, 4096, 64, 2)
     found = product("wgrad1", few, H100)
+    assert found.dram <= H100.dram * found.seconds
     assert found.tflops < 380 and found.dram / H100.dram > 0.8 * found.seconds
     assert product("wgrad1", few, H200).tflops > 1.2 * found.tflops
 
@@ -109,7 +111,7 @@ def test_sums_of_several_microbatches_pass_the_dram_once():
 def test_rows_are_gathered_where_it_pays():
     """Between them the way that costs less changes, near the width that the launcher takes."""
     narrow, wide = Layer(32768, 2048, 1024, 64, 8), Layer(32768, 2048, 8192, 64, 4)
-    assert recipe_of(narrow) is GATHERING and recipe_of(OURS) is DEFAULT
+    assert recipe_of(narrow).up == GATHERING.up and not recipe_of(OURS).up.gathered
     for layer, gains in ((narrow, 1.05), (wide, 0.97)):
         permuted, gathered = (layer_tflops(layer, r, H100)["forward"] for r in (DEFAULT, GATHERING))
         assert gathered > gains * permuted if gains > 1 else gathered < permuted
@@ -141,6 +143,37 @@ def test_launches_matter_where_a_layer_is_small():
     assert seconds[0] == seconds[1]
 
 
+def test_uneven_groups_take_the_time_of_the_tiles_that_they_half_fill():
+    """Also where none of them is among those that are played; of a kernel that skips no rows."""
+    even = Problem((8192,), 8192, 4096, 4096)  # 32 rows of tiles of a pair
+    uneven = Problem((6144, *(129,) * 16), 8208, 4096, 4096)  # 24 and 16
+    plain = Kernel(pair="m", skips=False)
+    times = [predict(of, plain, H100).seconds for of in (even, uneven)]
+    assert times[1] / times[0] == pytest.approx(40 / 32, rel=0.03)
+
+
+def test_the_table_of_tiles_is_the_library_s():
+    draw = random.Random(0)
+    host = pytest.importorskip("moekernels._host")
+    for _ in range(200):
+        at = Layer(*(draw.choice([512, 2048, 4096, 32768]) for _ in range(3)), 8, 2)
+        sizes = {
+            "up": (at.rows, 2 * at.F, at.H),
+            "down": (at.rows, at.H, at.F),
+            "dact": (at.rows, at.F, at.H),
+            "dgrad": (at.rows, at.H, 2 * at.F),
+            "wgrad": (2 * at.F, at.H, at.rows),
+        }
+        for op, (m, n, k) in sizes.items():
+            told = host.choose_gemm(
+                op, "bf16", m=m, n=n, k=k, experts=at.E, capability=90, wgmma=True
+            )
+            ours = by_table(op, at)
+            assert told["tile"][:2] == (ours.tile_m, ours.tile_n), (op, at)
+            assert told["order"]["style"] == ours.epilogue and told["stages"] == ours.stages
+            assert told["order"]["pair"].replace("none", "") == ours.pair
+
+
 def test_any_size_takes_no_time_to_predict():
     huge = Layer(1 << 30, 1 << 16, 1 << 16, 4, 1)
     assert product("up", huge, H100).tflops > 600 and product("wgrad1", huge, H100).tflops > 600
@@ -150,7 +183,7 @@ def test_any_size_takes_no_time_to_predict():
 
 
 # What docs/howto/predict.md states of all points; here the launches alone, which take a second.
-STATED = {"calibration": 0.065, "holdout": 0.15}
+STATED = {"calibration": 0.045, "holdout": 0.075}
 
 
 @pytest.mark.parametrize("kind", STATED)
@@ -166,7 +199,7 @@ def test_errors_on_published_layers():
     wanted = ("T40960 H768 F512", "T24576 H1536 F256", "T32768 H4096 F2048")
     points = tuple(p for p in published.CALIBRATION if p.name.startswith(wanted))
     found = published.errors(points)
-    assert len(found) == 6 and max(abs(error) for _, error in found) < 0.08
+    assert len(found) == 6 and max(abs(error) for _, error in found) < 0.035
 
 
 def test_a_wrong_constant_is_found(monkeypatch):

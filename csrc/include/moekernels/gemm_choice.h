@@ -76,7 +76,7 @@ inline GemmChoice choose_gemm(const GemmProblem& p) {
   const GemmKernel wanted = obstacle == nullptr ? GemmKernel::wgmma : GemmKernel::mma;
   for (const GemmTuned& entry : kGemmTuned) {
     const bool fits = entry.kernel == wanted && (entry.ops & gemm_op_bit(p.op)) != 0 &&
-                      p.n >= entry.least_n && p.m >= entry.least_m &&
+                      p.n >= entry.least_n && p.m >= entry.least_m && p.k <= entry.most_k &&
                       p.rows_an_expert() >= entry.least_rows_an_expert;
     if (fits)
       return {wanted,       entry.tile_m, entry.tile_n, entry.tile_k,
