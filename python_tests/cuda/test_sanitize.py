@@ -147,7 +147,7 @@ BUGS = [
     Bug(
         "global_out_of_bounds",
         "asan",
-        "permute.cu",
+        "permute.cuh",
         "if (piece.row >= args.num_rows) return;",
         "if (piece.row > args.num_rows) return;",
         "heap-buffer-overflow",
@@ -155,7 +155,7 @@ BUGS = [
     Bug(
         "unchecked_id",
         "asan",
-        "route.cu",
+        "route.cuh",
         "return inside(id, args.experts) ? static_cast<int>(id) : -1;",
         "return static_cast<int>(id);",
         "AddressSanitizer",
@@ -187,7 +187,7 @@ BUGS = [
     Bug(
         "mask_with_a_lane_that_returns",
         "asan",
-        "permute.cu",
+        "permute.cuh",
         "const int64_t token = args.token_of[piece.row];",
         "if (lane_id() == 3) return;\n  __syncwarp();\n"
         "  const int64_t token = args.token_of[piece.row];",
