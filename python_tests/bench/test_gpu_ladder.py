@@ -530,7 +530,7 @@ def test_rungs_need_rungs_that_come_before():
     order = sorted(RUNGS.values(), key=lambda r: r.number)
     for i, rung in enumerate(order):
         assert set(rung.needs) <= {r.name for r in order[:i]}, rung.name
-    assert {r.number for r in order} == set(range(1, 18))
+    assert {r.number for r in order} == set(range(1, order[-1].number + 1)), "a gap"
 
 
 def test_what_is_wrong_is_said_where():
