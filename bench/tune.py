@@ -163,9 +163,11 @@ def halve(
 
 
 def by_table(problem: Problem) -> tuple[str, str]:
-    """The style and the pairing of the default."""
+    """The style and the pairing of the default; whole layers are timed by their launches alone."""
     from moekernels import _host
 
+    if problem.op == "layer":
+        return "direct", "none"
     sizes = {name: getattr(problem, name) for name in "mnk"}
     chosen = _host.choose_gemm(
         problem.op, "bf16", **sizes, experts=problem.layer.E, capability=90, wgmma=True

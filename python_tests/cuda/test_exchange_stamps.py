@@ -20,7 +20,7 @@ from python_tests.support.devices import Devices, emulated_devices
 from python_tests.support.virtual_ranks import Ranks, SlabsOfDevices, all_ids
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
-EXPERTS, DELAY = 2, 100_000  # of the emulator's steps, which its clocks count
+EXPERTS, DELAY = 2, 200_000  # of the emulator's steps, which its clocks count
 
 
 def clocks(devices: Devices, slabs: SlabsOfDevices, peers: int) -> list[list[int]]:
@@ -149,7 +149,7 @@ PLANTED = {
     "began_when_it_ended": (
         "rows",
         "*peers.stamps(to).began(peers.rank) = Record::early(*stamps.sending());",
-        "*peers.stamps(to).began(peers.rank) = nanoseconds() + 30000;",
+        "*peers.stamps(to).began(peers.rank) = nanoseconds() + 60000;",
     ),
     "counts_stamped_here_alone": (
         "counts",

@@ -67,7 +67,7 @@ def test_what_a_backward_leaves_to_its_weights(dtype, checkpoint, options):
     message = tokens * model.d_model * DTYPES[dtype].itemsize  # the output's gradient
     most = said.kept + said.split + message
     assert said.owed == pytest.approx(owed, rel=0.03)
-    assert 0.97 * peak <= most <= 1.13 * peak
+    assert 0.97 * peak <= most <= 1.15 * peak
 
 
 @pytest.mark.parametrize("checkpoint", [0, 3])
