@@ -71,6 +71,7 @@ def work(env, args: argparse.Namespace) -> int:
 
     if args.cores:
         os.sched_setaffinity(0, range(args.cores))
+    from moekernels import jsonio
     from moekernels.model.layout import Layout
     from moekernels.parallel.mesh import Mesh
 
@@ -86,7 +87,7 @@ def work(env, args: argparse.Namespace) -> int:
         spent = (time.process_time() - began) / args.calls * 1e6
         took[name] = all_gather(torch.tensor([spent], dtype=torch.float64), world).mean().item()
     if env.leader:
-        print(json.dumps(took))
+        print(jsonio.dumps(took))
     return 0
 
 

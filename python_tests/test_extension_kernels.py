@@ -59,7 +59,7 @@ def test_an_activation_is_four_files(tree):
     tree.run(USE_ACTIVATION)
     if not COMPILER:
         return
-    formulas = Formulas(tree.path, kernels=["experts", "gemm"], plain=[])
+    formulas = Formulas(tree.path, kernels=["experts", "gemm", "gemm_few"], plain=[])
     assert "cubic" in formulas.names()[0]
     h, da = randn(7, 5).requires_grad_(), randn(7, 5)
     a = h**3
